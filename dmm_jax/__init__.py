@@ -1,0 +1,29 @@
+"""dmm_jax: many Stable Diffusion checkpoints distilled into one UNet with selectable, mixable styles, in JAX.
+
+The map, from the command line down; imports point downwards only:
+
+    cli                         the verbs: demo inspect prepare train export sample evaluate
+    demo/                       the embedded world: renderer, tiny checkpoints, their recipe, the whole road
+    train                       run(): mesh, data, networks, state, restore, loop
+    export, sample              a trained student as files, and as pictures
+    evaluation/                 features, Frechet distance, fidelity, style matrix, report
+    distill/                    losses, teachers, student, the one compiled step
+    pipeline, images, metrics   prompts + styles -> images; PNGs that carry their parameters; metrics.jsonl
+    checkpoints/                the naming rule, safetensors, single files, folders, exports, Orbax states
+    data/                       caption sources, the latent cache, batches
+    tokenizer, sharding         token ids; the mesh and which array lives where
+    models/                     NNX ports of UNet, VAE and CLIP; attributes are diffusers' keys
+    diffusion/                  schedules, predictions, guidance, solvers: mathematics on arrays
+    config                      every option of a run
+"""
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """Imports `Pipeline` when it is first used, so that `import dmm_jax` stays light."""
+    if name == "Pipeline":
+        from dmm_jax.pipeline import Pipeline
+
+        return Pipeline
+    raise AttributeError(f"module 'dmm_jax' has no attribute {name!r}")

@@ -1,0 +1,159 @@
+"""The command line: `dmm-jax VERB`. Reads arguments, calls one function, turns errors into one line and an exit code."""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+EXIT_OK, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns 0 for success, 1 for an error that was said on stderr, 2 for wrong usage."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    if rest and not args.takes_config:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
+    try:
+        return args.run(args) or EXIT_OK
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"dmm-jax {args.verb}: error: {_message(error)}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print(f"dmm-jax {args.verb}: interrupted", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def _message(error):
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describes every verb and its arguments."""
+    parser = argparse.ArgumentParser(prog="dmm-jax", description="Merge Stable Diffusion checkpoints by distillation, in JAX.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    verb = _add(verbs, "demo", _demo, "the whole road on the embedded world, to report/index.html")
+    verb.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("demo-run"), help="default: demo-run")
+    verb.add_argument("--config", default="", help="an experiment file; default: the one that fits two CPU cores")
+
+    verb = _add(verbs, "inspect", _inspect, "what checkpoints hold, and whether they can be merged")
+    verb.add_argument("checkpoints", nargs="+", type=pathlib.Path, metavar="CKPT", help="diffusers folders or .safetensors files")
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
+
+    verb = _add(verbs, "prepare", _prepare, "images and captions to a cache of latents and token ids", takes_config=True)
+    verb.add_argument("--config", required=True, help="an experiment file, for example configs/sd15.py")
+
+    verb = _add(verbs, "train", _train, "distil the teachers into one student; goes on where it stopped", takes_config=True)
+    verb.add_argument("--config", required=True, help="an experiment file; change an option by --config.NAME=VALUE")
+    verb.add_argument("--workdir", required=True, type=pathlib.Path)
+
+    verb = _add(verbs, "export", _export, "a trained student as PyTorch safetensors")
+    verb.add_argument("workdir", type=pathlib.Path, metavar="WORKDIR")
+    verb.add_argument("out", type=pathlib.Path, metavar="OUT", help="a new or empty folder; each format gets a place in it")
+    verb.add_argument("--format", required=True, help="comma list of dmm, diffusers, single-file")
+    verb.add_argument("--style", default="", help='to fold in: NAME, or a mix such as "anime=0.7,photo=0.3"')
+    verb.add_argument("--dtype", default="float16", choices=("float32", "float16", "bfloat16"))
+    verb.add_argument("--no-recipe", action="store_true", help="leave the recipe out of the files' metadata")
+
+    verb = _add(verbs, "sample", _sample, "draw prompts in styles: PNGs, grid.png, index.html")
+    verb.add_argument("model", metavar="MODEL", help="a workdir, a diffusers or DMM folder, or a single file")
+    verb.add_argument("--prompts", required=True, type=pathlib.Path, help="a text file, one prompt a line")
+    verb.add_argument("--style", action="append", default=[], help="NAME or mix; repeat for a column each; default: all styles")
+    verb.add_argument("--out", required=True, type=pathlib.Path, help="a new or empty folder")
+    verb.add_argument("--base", default=None, help="another checkpoint, for what a single file lacks (VAE, tokenizer)")
+    verb.add_argument("--negative-prompt", default="")
+    verb.add_argument("--seed", type=int, default=0, help="of the first prompt; the next has seed + 1; equal across styles")
+    verb.add_argument("--steps", type=int, default=25)
+    verb.add_argument("--guidance-scale", type=float, default=7.0)
+    verb.add_argument("--solver", default="dpmpp_2m")
+    verb.add_argument("--height", type=int, default=0, help="pixels; default: the model's")
+    verb.add_argument("--width", type=int, default=0)
+    verb.add_argument("--batch-size", type=int, default=8, help="images computed at once")
+    verb.add_argument("--dtype", default="", help="float32 or bfloat16; default: bfloat16 on accelerators")
+
+    verb = _add(verbs, "evaluate", _evaluate, "fidelity, the style matrix, FD (shapes): metrics.json and a report")
+    verb.add_argument("workdir", type=pathlib.Path, metavar="WORKDIR")
+    verb.add_argument("--n", type=int, default=0, help="images per style and teacher")
+    return parser
+
+
+def _add(verbs, name: str, run: Callable, about: str, takes_config: bool = False) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=about, description=about)
+    verb.set_defaults(run=run, takes_config=takes_config)
+    return verb
+
+
+def _demo(args):
+    from dmm_jax.demo.run import demo
+
+    demo(args.workdir, args.config)
+
+
+def _inspect(args):
+    from dmm_jax.checkpoints.inspect import inspect, render
+
+    report = inspect(args.checkpoints)
+    print(json.dumps(report, indent=2) if args.json else render(report))
+    return EXIT_OK if report["mergeable"] else EXIT_ERROR
+
+
+def _prepare(args):
+    from dmm_jax.data.prepare import prepare_from_config
+
+    prepare_from_config(read_config(args.config, args.rest))
+
+
+def _train(args):
+    from dmm_jax.train import run
+
+    run(read_config(args.config, args.rest), args.workdir)
+
+
+def _export(args):
+    from dmm_jax.export import export_workdir
+
+    paths = export_workdir(args.workdir, args.out, args.format.split(","), args.style, args.dtype, recipe=not args.no_recipe)
+    print("\n".join(map(str, paths)))
+
+
+def _sample(args):
+    from dmm_jax.sample import sample
+
+    print(sample(**{name: value for name, value in vars(args).items() if name not in ("verb", "run", "takes_config", "rest")}))
+
+
+def _evaluate(args):
+    from dmm_jax.evaluation.evaluate import evaluate
+
+    print(evaluate(args.workdir, num_images=args.n))
+
+
+def read_config(path: str, overrides: Sequence[str] = ()):
+    """Runs an experiment file's `get_config()` and applies `--config.NAME=VALUE`.
+
+    Raises:
+      ValueError: there is no such file, or an option has no such name or takes no such value.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    if not pathlib.Path(path.partition(":")[0]).is_file():
+        raise ValueError(f"there is no config file {path}. The experiments are in configs/.")
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    try:
+        left = values(["dmm-jax", f"--config={path}", *overrides])
+    except (flags.Error, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{' '.join(overrides) or path}: {error} The options are in dmm_jax/config.py.") from error
+    if left[1:]:
+        raise ValueError(f"unexpected arguments: {' '.join(left[1:])}. Options are set as --config.NAME=VALUE.")
+    return values.config
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""Every option of a distillation run, once, with meaning and unit; and the check that says what to change.
+
+Defaults are the recipe of DMM (arXiv:2504.12364, A.3) where it states one.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping
+
+import ml_collections
+
+STUDENT_INITS = ("base", "average")
+STYLE_INITS = ("zero", "paper")
+FEATURE_LOSSES = ("l2", "cosine")
+DTYPES = ("float32", "bfloat16")
+ATTENTION = ("auto", "xla", "cudnn")
+LEARNING_RATE_SCHEDULES = ("constant", "cosine")
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the defaults; an experiment in `configs/` starts here and sets what differs."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0  # Noise, timesteps, prompt drops, data order and style rows all follow from it.
+
+    # Checkpoints: diffusers folders or single files.
+    config.base = ""  # The student's start; its text encoder, VAE, tokenizer and schedule serve all styles.
+    config.teachers = ()  # ((style name, path), ...): one style per teacher, in this order.
+
+    # The student.
+    config.student_init = "base"  # "base", or "average": the mean of the teachers' weights.
+    config.style_init = "zero"  # "zero": the style MLP's last layer is 0, so step 0 is the start exactly; or "paper".
+    config.ema_decay = 0.0  # Per step; 0 keeps no average. Exports and samples use it when it is kept.
+
+    # The loss: score + feature_loss_weight * mean over the UNet's blocks.
+    config.feature_loss_weight = 0.002  # The released code's reading; the paper's (0.001 times the sum) is 0.009.
+    config.feature_loss = "l2"  # "l2": mean squared error; "cosine": 1 - cosine over channels.
+    config.prompt_dropout = 0.1  # Share of samples whose prompt becomes "", for student and teacher alike.
+
+    # Optimisation.
+    config.num_steps = 100_000
+    config.batch_size = 48  # Images a step over all teachers and devices: a multiple of the number of teachers.
+    config.gradient_accumulation = 1  # Micro-batches a step; the result does not depend on it.
+    config.learning_rate = 1e-5
+    config.learning_rate_schedule = "constant"  # After the warm-up; or "cosine" down to 0 at num_steps.
+    config.style_learning_rate_scale = 1.0  # Times learning_rate, for the style table and its MLP alone.
+    config.warmup_steps = 500
+    config.adam_b1 = 0.9
+    config.adam_b2 = 0.999
+    config.adam_eps = 1e-8
+    config.weight_decay = 0.01
+    config.max_grad_norm = 1.0  # Clips the global norm; 0 = off.
+
+    # How it is computed.
+    config.dtype = "bfloat16"  # Of the networks' arithmetic; parameters, losses, norms and softmax are float32.
+    config.attention = "auto"  # "auto": cuDNN's kernel on NVIDIA GPUs in bfloat16, else XLA's.
+    config.remat = False  # Recompute blocks in the backward pass: about a third more work, far less memory.
+    config.mesh = ml_collections.ConfigDict()  # Devices along each axis; their product is the number of devices.
+    config.mesh.teacher = 1  # Must divide the number of teachers.
+    config.mesh.data = 0  # 0: all the devices that are left.
+    config.mesh.fsdp = 1  # The student and its moments are sharded along this axis.
+
+    # Data: what `dmm-jax prepare` reads and writes.
+    config.data = ml_collections.ConfigDict()
+    config.data.source = ""  # Folder of images and captions, or "shapes_world" for the embedded world.
+    config.data.cache = ""  # Folder of the latent cache.
+    config.data.resolution = 512  # Pixels of a side; images are resized by their short side and cropped.
+    config.data.num_examples = 0  # How many to prepare; 0 = all of a folder. The embedded world needs a number.
+
+    # What is written along the way. 0 = never.
+    config.log_every = 50  # Steps between lines of metrics.jsonl.
+    config.checkpoint_every = 1000
+    config.checkpoints_kept = 2
+    config.validation_every = 1000
+    config.validation_size = 16  # Images per teacher in the fixed validation set.
+    config.tensorboard = False  # Writes event files too; needs the tensorboardX package.
+    config.samples = ml_collections.ConfigDict()
+    config.samples.every = 0  # Steps between sample grids (rows: prompts, columns: styles).
+    config.samples.prompts = ()
+    config.samples.num_inference_steps = 25
+    config.samples.guidance_scale = 7.0
+    config.samples.solver = "dpmpp_2m"
+    return config
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError that names every option out of range, what was expected, and what to set."""
+    problems = [problem for problem in _problems(config) if problem]
+    if problems:
+        raise ValueError("The config cannot be run:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def _problems(config):
+    names = [name for name, _ in config.teachers]
+    num_teachers = len(names)
+    yield not config.base and "base is empty: set the checkpoint that the teachers were fine-tuned from."
+    yield num_teachers == 0 and "teachers is empty: list at least one (style name, path)."
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"teachers names the style {name!r} twice: give each teacher a name of its own."
+    for name in names:
+        if not name or any(symbol in name for symbol in "=,\n"):
+            yield f"style name {name!r} is empty or holds '=', ',' or a line break: such a mix could not be written."
+    parts = max(num_teachers, 1) * max(config.gradient_accumulation, 1)
+    if config.batch_size < parts or config.batch_size % parts:
+        fit = max(config.batch_size - config.batch_size % parts, parts)
+        yield (
+            f"batch_size must be a positive multiple of teachers x gradient_accumulation = {parts}; "
+            f"got {config.batch_size}. Use {fit}."
+        )
+    for name in ("num_steps", "gradient_accumulation"):
+        yield config[name] < 1 and f"{name} must be at least 1; got {config[name]}."
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "feature_loss_weight", "warmup_steps"):
+        yield config[name] < 0 and f"{name} must not be negative; got {config[name]}."
+    for name in ("prompt_dropout", "ema_decay"):
+        yield not 0 <= config[name] < 1 and f"{name} must lie in [0, 1); got {config[name]}."
+    choices = {"student_init": STUDENT_INITS, "style_init": STYLE_INITS, "feature_loss": FEATURE_LOSSES}
+    choices |= {"dtype": DTYPES, "attention": ATTENTION, "learning_rate_schedule": LEARNING_RATE_SCHEDULES}
+    for name, allowed in choices.items():
+        yield config[name] not in allowed and f"{name} must be one of {', '.join(allowed)}; got {config[name]!r}."
+    sharded = config.mesh.teacher
+    if sharded < 1 or num_teachers % sharded:
+        yield f"mesh.teacher must divide the {num_teachers} teachers; got {sharded}. Use a divisor, or 1."
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    """Writes a config so that `from_json` reads the same one back."""
+    return config.to_json(indent=2, sort_keys=True)
+
+
+def from_json(text: str) -> ml_collections.ConfigDict:
+    """Reads what `to_json` wrote; options that are new since then keep their defaults."""
+    config = get_config()
+    _update(config, json.loads(text))
+    return config
+
+
+def _update(config, values: Mapping):
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            _update(config[name], value)
+        elif name in config:
+            config[name] = _as_tuple(value)
+
+
+def _as_tuple(value):
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
+
+
+def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:
+    """Lists what changed between two configs, one `name: old -> new` a line, sorted by name."""
+    before, after = (_flat(json.loads(to_json(config))) for config in (old, new))
+    names = sorted(before.keys() | after.keys())
+    return [f"{name}: {before.get(name)!r} -> {after.get(name)!r}" for name in names if before.get(name) != after.get(name)]
+
+
+def _flat(tree, prefix=""):
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def load(path: str | pathlib.Path) -> ml_collections.ConfigDict:
+    """Reads a workdir's `config.json`.
+
+    Raises:
+      ValueError: the folder holds no config.json, so no training run wrote it.
+    """
+    path = pathlib.Path(path) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path.parent} is no training workdir: {path.name} is missing. Give the --workdir of a `train` run.")
+    return from_json(path.read_text())

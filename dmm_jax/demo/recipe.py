@@ -1,0 +1,277 @@
+"""How the embedded world was trained: VAE, base (UNet + text encoder), one teacher per style, and the shape classifier.
+
+    python -m dmm_jax.demo.recipe --out world        # about 8 minutes on one H200
+
+Everything is drawn by the renderer while it trains, so the recipe needs no data. The base learns the whole family of
+styles without being told which; each teacher is the base fine-tuned on one style, as people fine-tune Stable Diffusion.
+"""
+
+import argparse
+import json
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from dmm_jax.demo import world
+from dmm_jax.demo.layout import TEACHERS, save_world
+from dmm_jax.diffusion.schedule import NoiseSchedule, add_noise
+from dmm_jax.evaluation.features import ShapeFeatures
+from dmm_jax.models.autoencoder_kl import AutoencoderKL
+from dmm_jax.models.clip_text import CLIPTextModel
+from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
+from dmm_jax.tokenizer import Tokenizer
+
+SCALING_FACTOR = 0.18215  # Stable Diffusion 1's, which single files take for granted: the VAE is scaled to it.
+VAE_CONFIG = {
+    "_class_name": "AutoencoderKL",
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [32, 64, 64, 64],
+    "layers_per_block": 1,
+    "norm_num_groups": 32,
+    "act_fn": "silu",
+    "sample_size": 64,
+    "scaling_factor": SCALING_FACTOR,
+}
+UNET_CONFIG = {
+    "_class_name": "UNet2DConditionModel",
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "block_out_channels": [64, 64],
+    "layers_per_block": 1,
+    "cross_attention_dim": 64,
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+}
+TEXT_CONFIG = {
+    "architectures": ["CLIPTextModel"],
+    "model_type": "clip_text_model",
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 1,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+SCHEDULER_CONFIG = {
+    "_class_name": "PNDMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "clip_sample": False,
+    "prediction_type": "epsilon",
+}
+
+
+def params_of(module: nnx.Module) -> tuple[nnx.GraphDef, dict]:
+    """Splits a module into its structure and its parameters."""
+    graph, state = nnx.split(module, nnx.Param)
+    return graph, nnx.to_pure_dict(state)
+
+
+class Fit:
+    """AdamW with warm-up and cosine decay on `loss_fn(params, data, rows, key)`; compiled once, used for many fits."""
+
+    def __init__(self, loss_fn: Callable, num_steps: int, batch_size: int, learning_rate: float, average: float = 0.999):
+        warmup = min(200, num_steps // 10 + 1)
+        schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, num_steps, learning_rate * 0.01)
+        self.optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-4))
+        self.num_steps = num_steps
+
+        def step(state, data, number, key):
+            params, mean, opt_state = state
+            for_rows, for_loss = jax.random.split(jax.random.fold_in(key, number))
+            rows = jax.random.randint(for_rows, (batch_size,), 0, len(data["input_ids"]))
+            loss, grads = jax.value_and_grad(loss_fn)(params, data, rows, for_loss)
+            updates, opt_state = self.optimizer.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, optax.incremental_update(params, mean, 1.0 - average), opt_state), loss
+
+        self.step = jax.jit(step, donate_argnums=0)
+
+    def __call__(self, params, data: Mapping, what: str, seed: int):
+        """Returns the averaged parameters; prints the loss now and then."""
+        state = (jax.tree.map(jnp.array, params), jax.tree.map(jnp.array, params), self.optimizer.init(params))
+        started, key = time.perf_counter(), jax.random.key(seed)
+        for number in range(self.num_steps):
+            state, loss = self.step(state, data, number, key)
+            if number == 0 or (number + 1) % max(self.num_steps // 4, 1) == 0:
+                spent = time.perf_counter() - started
+                print(f"{what}: step {number + 1}/{self.num_steps} loss {float(loss):.5f} {spent:.0f} s", flush=True)
+        return state[1]
+
+
+def make_bank(seed: int, size: int, tokenizer: Tokenizer, style: str | None = None) -> dict:
+    """Draws scenes, styles (all of `style`, or of the whole family) and captions' token ids, and keeps them on the device."""
+    rng = np.random.default_rng(seed)
+    scenes, captions = world.sample_scenes(rng, size)
+    styles = world.STYLES[style].repeat(size) if style else world.sample_styles(rng, size)
+    return jax.tree.map(jnp.asarray, {"input_ids": tokenizer(captions), "scenes": scenes, "styles": styles})
+
+
+def render(data: Mapping, rows) -> jax.Array:
+    """Renders pictures (B, 64, 64, 3) in [-1, 1]."""
+    return 2.0 * world.render(*jax.tree.map(lambda leaf: leaf[rows], (data["scenes"], data["styles"]))) - 1.0
+
+
+def train_vae(bank: Mapping, num_steps: int, batch_size: int, dtype) -> dict:
+    """Trains the VAE on pictures, their edges, and a faint Kullback-Leibler term; scales its latents to unit variance."""
+    graph, params = params_of(AutoencoderKL.from_config(VAE_CONFIG, dtype=dtype, rngs=nnx.Rngs(1)))
+
+    def loss_fn(params, data, rows, key):
+        images = render(data, rows)
+        vae = nnx.merge(graph, params)
+        posterior = vae.encode(images)
+        error = vae.decode(posterior.sample(key)).astype(jnp.float32) - images
+        edges = sum(jnp.mean(jnp.abs(jnp.diff(error, axis=axis))) for axis in (1, 2))
+        divergence = 0.5 * jnp.mean(posterior.mean**2 + jnp.exp(posterior.logvar) - 1.0 - posterior.logvar)
+        return jnp.mean(jnp.abs(error)) + 2.0 * jnp.mean(error**2) + edges + 1e-4 * divergence
+
+    params = Fit(loss_fn, num_steps, batch_size, 1e-3)(params, bank, "vae", seed=1)
+    rows = jnp.arange(min(2048, len(bank["input_ids"])))
+    means = jax.jit(lambda params, data: nnx.merge(graph, params).encode(render(data, rows)).mean)(params, bank)
+    return scale_latents(params, 1.0 / (SCALING_FACTOR * float(jnp.std(means))))
+
+
+def scale_latents(params: Mapping, scale: float) -> dict:
+    """Multiplies a VAE's latents by `scale` within its 1x1 convolutions, so that images do not change."""
+    params = jax.tree.map(jnp.asarray, dict(params))
+    channels = params["quant_conv"]["bias"].shape[0] // 2
+    factors = jnp.concatenate([jnp.full(channels, scale), jnp.ones(channels)])
+    shift = jnp.concatenate([jnp.zeros(channels), jnp.full(channels, 2.0 * np.log(scale))])
+    quant, post = params["quant_conv"], params["post_quant_conv"]
+    quant = {"kernel": quant["kernel"] * factors, "bias": quant["bias"] * factors + shift}
+    post = {"kernel": post["kernel"] / scale, "bias": post["bias"]}
+    return params | {"quant_conv": quant, "post_quant_conv": post}
+
+
+def add_latents(bank: Mapping, vae_params, dtype) -> dict:
+    """Encodes every picture of a bank once: scaled latents (size, 8, 8, 4)."""
+    graph = nnx.split(nnx.eval_shape(lambda: AutoencoderKL.from_config(VAE_CONFIG, dtype=dtype, rngs=nnx.Rngs(0))))[0]
+
+    @jax.jit
+    def encode(params, data, rows, key):
+        return nnx.merge(graph, params).encode(render(data, rows)).sample(key) * SCALING_FACTOR
+
+    size = len(bank["input_ids"])
+    chunk = min(1024, size)
+    parts = [encode(vae_params, bank, k + jnp.arange(chunk), jax.random.key(k)) for k in range(0, size, chunk)]
+    return dict(bank) | {"latents": jnp.concatenate(parts)[:size]}
+
+
+def denoising_loss(graphs: Mapping, empty_ids, train_text: bool) -> Callable:
+    """Returns the loss of noise prediction (DDPM, arXiv:2006.11239, eq. 14) with 10 % of the prompts dropped."""
+    alphas_cumprod = jnp.asarray(NoiseSchedule.from_config(SCHEDULER_CONFIG).alphas_cumprod)
+
+    def loss_fn(params, data, rows, key):
+        for_noise, for_time, for_drop = jax.random.split(key, 3)
+        clean = data["latents"][rows]
+        noise = jax.random.normal(for_noise, clean.shape)
+        timesteps = jax.random.randint(for_time, (len(rows),), 0, len(alphas_cumprod))
+        dropped = jax.random.uniform(for_drop, (len(rows), 1)) < 0.1
+        ids = jnp.where(dropped, empty_ids, data["input_ids"][rows])
+        text = nnx.merge(graphs["text_encoder"], (params if train_text else data)["text_encoder"])
+        noisy = add_noise(clean, noise, timesteps, alphas_cumprod)
+        output = nnx.merge(graphs["unet"], params["unet"])(noisy, timesteps, text(ids).last_hidden_state)
+        return jnp.mean((output.sample - noise) ** 2)
+
+    return loss_fn
+
+
+def train_classifier(bank: Mapping, num_steps: int, batch_size: int) -> dict:
+    """Trains the shape classifier whose features `FD (shapes)` compares."""
+    graph, params = params_of(ShapeFeatures(style_dim=style_vectors(bank["styles"]).shape[1], rngs=nnx.Rngs(3)))
+
+    def loss_fn(params, data, rows, key):
+        images = render(data, rows)
+        images = images + 0.05 * jax.random.normal(key, images.shape)
+        truth = jax.tree.map(lambda leaf: leaf[rows], (data["scenes"].content, data["styles"]))
+        return nnx.merge(graph, params).loss(images, truth[0], style_vectors(truth[1]))
+
+    return Fit(loss_fn, num_steps, batch_size, 2e-3)(params, bank, "classifier", seed=3)
+
+
+def style_vectors(styles) -> jax.Array:
+    """Lays a batch of styles out as vectors (B, S)."""
+    return jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in styles], axis=1)
+
+
+def main() -> None:
+    """Trains the world and writes it in the formats found in the wild."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, type=pathlib.Path)
+    parser.add_argument("--effort", type=float, default=1.0, help="times every number of steps; 1 is the shipped world")
+    parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--bank-size", type=int, default=262_144)
+    args = parser.parse_args()
+    started = time.perf_counter()
+
+    world.write_tokenizer(args.out / "tokenizer")
+    tokenizer = Tokenizer.from_folder(args.out / "tokenizer")
+    text_config = TEXT_CONFIG | token_numbers(args.out / "tokenizer")
+    empty_ids = jnp.asarray(tokenizer([""])[0])
+    dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
+    steps = {name: max(int(args.effort * n), 2) for name, n in STEPS.items()}
+
+    bank = make_bank(0, args.bank_size, tokenizer)
+    classifier = train_classifier(bank, steps["classifier"], args.batch_size)
+    vae = train_vae(bank, steps["vae"], args.batch_size // 2, dtype)
+    bank = add_latents(bank, vae, dtype)
+
+    unet = UNet2DConditionModel.from_config(UNET_CONFIG, dtype=dtype, rngs=nnx.Rngs(2))
+    text = CLIPTextModel.from_config(text_config, dtype=dtype, rngs=nnx.Rngs(2))
+    (unet_graph, unet), (text_graph, text) = params_of(unet), params_of(text)
+    graphs = {"unet": unet_graph, "text_encoder": text_graph}
+    with_text, without_text = (denoising_loss(graphs, empty_ids, train_text) for train_text in (True, False))
+    base_fit = Fit(with_text, steps["base"], args.batch_size, 2e-3, average=0.9995)
+    base = base_fit({"unet": unet, "text_encoder": text}, bank, "base", seed=2)
+    del bank
+
+    tune = Fit(without_text, steps["teacher"], args.batch_size, 5e-4)
+    tune_with_text = Fit(with_text, steps["teacher"], args.batch_size, 5e-4)
+    teachers = {}
+    for number, (name, teacher) in enumerate(TEACHERS.items()):
+        own = add_latents(make_bank(100 + number, args.bank_size // 8, tokenizer, style=name), vae, dtype)
+        if teacher.own_text_encoder:
+            teachers[name] = tune_with_text(base, own, name, seed=10 + number)
+        else:
+            own["text_encoder"] = base["text_encoder"]
+            teachers[name] = base | tune({"unet": base["unet"]}, own, name, seed=10 + number)
+
+    configs = {"unet": UNET_CONFIG, "vae": VAE_CONFIG, "text_encoder": text_config, "scheduler": SCHEDULER_CONFIG}
+    save_world(args.out, configs, base | {"vae": vae}, teachers, classifier)
+    (args.out / "recipe.json").write_text(
+        json.dumps({"steps": steps, "batch_size": args.batch_size, "bank_size": args.bank_size, "jax": jax.__version__,
+                    "device": jax.devices()[0].device_kind, "seconds": round(time.perf_counter() - started)}, indent=2)
+    )  # fmt: skip
+
+
+STEPS = {"classifier": 3_000, "vae": 10_000, "base": 16_000, "teacher": 2_000}
+
+
+def token_numbers(folder: pathlib.Path) -> dict:
+    """Returns the text encoder's config fields that follow from a tokenizer."""
+    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    end = vocabulary["<|endoftext|>"]
+    return {"vocab_size": len(vocabulary), "bos_token_id": vocabulary["<|startoftext|>"], "eos_token_id": end, "pad_token_id": end}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""The student: the base's UNet with a style table, and the optimiser's state around it.
+
+A style is a row of `model_embedding`; a two-layer MLP maps it to a vector that is added to the timestep embedding
+(DMM, arXiv:2504.12364, A.1). With the MLP's last layer at zero, step 0 is the base exactly.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from dmm_jax import sharding
+from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
+
+
+def student_config(base_config: Mapping, num_styles: int) -> dict:
+    """Returns the base's UNet config with a style table of `num_styles` rows."""
+    kind = {None: "model_merge", "text_time": "model_merge_xl"}[base_config.get("addition_embed_type")]
+    return dict(base_config) | {"addition_embed_type": kind, "num_models": num_styles}
+
+
+def style_mlp_name(config: Mapping) -> str:
+    """Returns the attribute of the style MLP: SDXL already uses `add_embedding` for its text and time ids."""
+    return "add_embedding2" if config["addition_embed_type"] == "model_merge_xl" else "add_embedding"
+
+
+def abstract_params(config: Mapping):
+    """Returns the student's parameters as shapes; nothing is allocated."""
+    model = nnx.eval_shape(lambda: UNet2DConditionModel.from_config(config, rngs=nnx.Rngs(0)))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def style_params(config: Mapping, style_init: str, seed: int) -> dict:
+    """Draws the style table, N(0, 1), and its MLP as host arrays; "zero" clears the MLP's last layer."""
+    abstract, mlp = abstract_params(config), style_mlp_name(config)
+    rng = np.random.default_rng(seed)
+
+    def uniform(leaf, fan_in):  # PyTorch's initial weights and biases.
+        return rng.uniform(-(fan_in**-0.5), fan_in**-0.5, leaf.shape).astype(np.float32)
+
+    params = {"model_embedding": {"embedding": rng.standard_normal(abstract["model_embedding"]["embedding"].shape, np.float32)}}
+    params[mlp] = {}
+    for layer in ("linear_1", "linear_2"):
+        leaves = abstract[mlp][layer]
+        fan_in = leaves["kernel"].shape[0]
+        params[mlp][layer] = {name: uniform(leaf, fan_in) for name, leaf in sorted(leaves.items())}
+    if style_init == "zero":
+        params[mlp]["linear_2"] = jax.tree.map(np.zeros_like, params[mlp]["linear_2"])
+    return params
+
+
+def put_student(sources: Sequence[Mapping], style: Mapping, config: Mapping, mesh: Mesh):
+    """Places the student's float32 parameters: the mean of `sources` (the base alone, or the teachers) and the style rows."""
+    abstract = abstract_params(config)
+    names = set(style)
+
+    def one(path, leaf):
+        keys = [part.key for part in path]
+        trees = [style] if keys[0] in names else sources
+        leaves = [_at(tree, keys) for tree in trees]
+
+        def read(index):
+            return sum(np.asarray(source[index], np.float32) for source in leaves) / np.float32(len(leaves))
+
+        return sharding.make(leaf.shape, jnp.float32, mesh, sharding.parameter_spec(leaf.shape, mesh), read)
+
+    return jax.tree.map_with_path(one, abstract)
+
+
+def _at(tree, keys):
+    for key in keys:
+        tree = tree[key]
+    return tree
+
+
+def make_optimizer(config) -> optax.GradientTransformation:
+    """Returns AdamW behind a global-norm clip, with a linear warm-up and then a constant or cosine learning rate."""
+    warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps) if config.warmup_steps else None
+    rest = optax.constant_schedule(config.learning_rate)
+    if config.learning_rate_schedule == "cosine":
+        rest = optax.cosine_decay_schedule(config.learning_rate, max(config.num_steps - config.warmup_steps, 1))
+    learning_rate = optax.join_schedules([warmup, rest], [config.warmup_steps]) if warmup else rest
+    parts = [optax.clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []
+    parts.append(
+        optax.adamw(learning_rate, b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps, weight_decay=config.weight_decay)
+    )
+    if config.style_learning_rate_scale != 1.0:
+        parts.append(_scale_style(config.style_learning_rate_scale))
+    return optax.chain(*parts)
+
+
+def _scale_style(scale):
+    style = ("model_embedding", "add_embedding", "add_embedding2")
+
+    def update(updates, state, params=None):
+        del params
+        # `add_embedding` is SDXL's own, not the style's, where `add_embedding2` exists.
+        named = [name for name in style if name in updates]
+        named = [name for name in named if not (name == "add_embedding" and "add_embedding2" in named)]
+        scaled = {name: jax.tree.map(lambda leaf: scale * leaf, updates[name]) for name in named}
+        return {**updates, **scaled}, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def make_state(params, optimizer: optax.GradientTransformation, mesh: Mesh, ema_decay: float) -> dict:
+    """Returns the training state around the student: step, params, moments, and the average when it is kept."""
+    specs = state_specs(params, optimizer, mesh, ema_decay)
+
+    def init(params):
+        state = {"step": jnp.int32(0), "params": params, "opt_state": optimizer.init(params)}
+        return state | ({"ema": jax.tree.map(jnp.copy, params)} if ema_decay else {})
+
+    return jax.jit(init, out_shardings=sharding.placed(mesh, specs))(params)
+
+
+def state_specs(params, optimizer: optax.GradientTransformation, mesh: Mesh, ema_decay: float):
+    """Returns where each leaf of the training state lives; moments and average follow their parameter."""
+
+    def shapes(params):
+        state = {"step": jnp.int32(0), "params": params, "opt_state": optimizer.init(params)}
+        return state | ({"ema": params} if ema_decay else {})
+
+    return sharding.state_specs(jax.eval_shape(shapes, params), mesh)

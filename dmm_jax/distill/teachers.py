@@ -1,0 +1,107 @@
+"""Teachers on the mesh: their UNets stacked along `teacher`, and the text encoders that differ from the base's.
+
+Checkpoints are memory-mapped and read shard by shard, so the host never holds a second copy of a network.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from dmm_jax import sharding
+from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.open import Checkpoint
+
+COMPARED = ("unet", "text_encoder")
+
+
+def check_mergeable(base: Checkpoint, teachers: Mapping[str, Checkpoint]) -> None:
+    """Raises CheckpointError that names every teacher which has not the base's architecture or prediction type."""
+    problems = []
+    if base.styles is not None:
+        problems.append(f"base {base.path} is a merged model already; give the stock checkpoint the teachers come from.")
+    for name, teacher in teachers.items():
+        if teacher.styles is not None:
+            problems.append(f"teacher {name!r} ({teacher.path}) is a merged model: export one of its styles and use that.")
+            continue
+        for component in COMPARED:
+            if teacher.has(component):
+                problems += _differing_shapes(component, base, teacher, f"teacher {name!r} ({teacher.path})")
+        if teacher.prediction_type != base.prediction_type:
+            problems.append(
+                f"teacher {name!r} ({teacher.path}) predicts {teacher.prediction_type}, the base {base.prediction_type}: "
+                "their errors cannot be compared. Use teachers of one prediction type."
+            )
+    if problems:
+        raise CheckpointError("These checkpoints cannot be merged:\n" + "\n".join(f"  - {line}" for line in problems))
+
+
+def _differing_shapes(component, base, teacher, who, most=5):
+    ours, theirs = (checkpoint.shapes(component) for checkpoint in (base, teacher))
+    lines = [f"{key}: base {ours.get(key, 'absent')}, teacher {theirs.get(key, 'absent')}" for key in sorted(ours | theirs)
+             if ours.get(key) != theirs.get(key)]
+    if not lines:
+        return []
+    more = f", and {len(lines) - most} more" if len(lines) > most else ""
+    return [f"{who} differs from the base in {len(lines)} {component} tensors: " + "; ".join(lines[:most]) + more + "."]
+
+
+def put_teachers(base: Checkpoint, teachers: Sequence[Checkpoint], mesh: Mesh, dtype) -> tuple[dict, dict]:
+    """Loads what the step needs of the frozen networks.
+
+    Returns:
+      teachers: {"unet": parameters with a leading teacher axis, "encoder": (N,) int32 row of `others`, -1 for the base's}.
+      encoders: {"base": parameters, "others": parameters (K, ...) of the distinct other encoders, or None}.
+    """
+    unets = put_stacked([teacher.params("unet") for teacher in teachers], mesh, sharding.TEACHERS, dtype)
+    rows, distinct = encoder_rows(base, teachers)
+    others = [teacher.params("text_encoder") for teacher in distinct]
+    encoders = {
+        "base": put_params(base.params("text_encoder"), mesh, dtype),
+        "others": put_stacked(others, mesh, sharding.COPY, dtype) if others else None,
+    }
+    rows = np.asarray(rows, np.int32)
+    return {"unet": unets, "encoder": sharding.make(rows.shape, np.int32, mesh, sharding.TEACHERS, rows.__getitem__)}, encoders
+
+
+def encoder_rows(base: Checkpoint, teachers: Sequence[Checkpoint]) -> tuple[list[int], list[Checkpoint]]:
+    """Finds which text encoders are equal, by content: a row per teacher (-1 is the base's), and one checkpoint per row."""
+    seen, rows, distinct = {base.digest("text_encoder"): -1}, [], []
+    for teacher in teachers:
+        digest = teacher.digest("text_encoder") if teacher.has("text_encoder") else base.digest("text_encoder")
+        if digest not in seen:
+            seen[digest] = len(distinct)
+            distinct.append(teacher)
+        rows.append(seen[digest])
+    return rows, distinct
+
+
+def put_params(params: Mapping, mesh: Mesh, dtype):
+    """Hands one network's host parameters to every device, kernels in `dtype`, the rest in float32."""
+
+    def one(path, leaf):
+        kept = stored_dtype(path, dtype)
+        return sharding.make(leaf.shape, kept, mesh, sharding.COPY, lambda index: leaf[index])
+
+    return jax.tree.map_with_path(one, params)
+
+
+def put_stacked(networks: Sequence[Mapping], mesh: Mesh, spec: P, dtype):
+    """Stacks equal networks along a new first axis placed at `spec`, reading only what each device needs."""
+
+    def one(path, *leaves):
+        def read(index):
+            rows = range(len(leaves))[index[0]]
+            return np.stack([np.asarray(leaves[row][index[1:]], stored_dtype(path, dtype)) for row in rows])
+
+        return sharding.make((len(leaves), *leaves[0].shape), stored_dtype(path, dtype), mesh, spec, read)
+
+    return jax.tree.map_with_path(one, *networks)
+
+
+def stored_dtype(path, dtype):
+    """Frozen kernels rest in the compute dtype; norms, biases and tables are small and stay float32."""
+    return dtype if path[-1].key == "kernel" else jnp.float32

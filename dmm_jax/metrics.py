@@ -1,0 +1,117 @@
+"""What a run says while it runs: a line of metrics.jsonl always, a progress bar on a terminal, plain lines elsewhere."""
+
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+
+class MetricsLog:
+    """`metrics.jsonl` of a workdir. Lines past the step that a run resumes at are dropped: they will come again."""
+
+    def __init__(self, workdir: str | pathlib.Path, start: int, names: Sequence[str], *, tensorboard: bool = False):
+        self.path = pathlib.Path(workdir) / "metrics.jsonl"
+        kept = [line for line in read(self.path) if line["step"] <= start]
+        temporary = self.path.with_suffix(".part")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(self.path)
+        self._file = self.path.open("a")
+        self._names = list(names)
+        self._writer = _tensorboard(workdir) if tensorboard else None
+        self._clock = None
+        self.last: dict = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+        if self._writer:
+            self._writer.close()
+
+    def start_clock(self, step: int) -> None:
+        """Marks the moment from which images/s is counted."""
+        self._clock = (step, time.perf_counter())
+
+    def train(self, step: int, num_steps: int, batch_size: int, feature_loss_weight: float, metrics: Mapping, bar) -> None:
+        """Writes the losses of one step, the speed since the last line, and the time left; waits for the device.
+
+        Raises:
+          FloatingPointError: the loss is no longer finite; names the styles.
+        """
+        metrics = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
+        since, then = self._clock
+        self.start_clock(step)
+        step_time_s = (self._clock[1] - then) / max(step - since, 1)
+        line = {
+            "step": step,
+            "loss": float(metrics["score"].mean() + feature_loss_weight * metrics["feature"].mean()),
+            "score": dict(zip(self._names, metrics["score"].tolist(), strict=True)),
+            "feature": dict(zip(self._names, metrics["feature"].tolist(), strict=True)),
+            "grad_norm": float(metrics["grad_norm"]),
+            "images_per_s": batch_size / step_time_s,
+        }
+        self._write(line)
+        left = time.strftime("%H:%M:%S", time.gmtime((num_steps - step) * step_time_s))
+        self._say(f"step {step}/{num_steps}  loss {line['loss']:.5f}  {line['images_per_s']:.1f} images/s  {left} left", bar)
+        bad = [name for name in self._names if not math.isfinite(line["score"][name] + line["feature"][name])]
+        if bad or not math.isfinite(line["grad_norm"]):
+            raise FloatingPointError(
+                f"step {step}: loss or gradient is not finite (styles: {', '.join(bad) or 'none, the gradient alone'}). "
+                "Resume from the last checkpoint with a lower learning_rate or more warmup_steps, or with dtype float32."
+            )
+
+    def validation(self, step: int, losses: Mapping[str, Sequence[float]], bar) -> None:
+        """Writes the validation loss of each style, per timestep bin from low noise to high."""
+        mean = float(np.mean(list(losses.values())))
+        self._write({"step": step, "validation_loss": mean, "validation": dict(losses)})
+        self._say(f"step {step}  validation loss {mean:.5f}", bar)
+        self.start_clock(step)
+
+    def _write(self, line):
+        self.last = self.last | line
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._writer:
+            for name, value in _scalars(line):
+                self._writer.add_scalar(name, value, line["step"])
+
+    def _say(self, text, bar):
+        if bar is None or bar.disable:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            bar.set_postfix_str(text.split("  ", 1)[1])
+
+
+def read(path: str | pathlib.Path) -> list[dict]:
+    """Reads the lines of a metrics.jsonl; a last line that was cut off in mid-write is left out."""
+    path = pathlib.Path(path)
+    lines = path.read_text().splitlines() if path.is_file() else []
+    parsed = []
+    for number, line in enumerate(lines):
+        try:
+            parsed.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number != len(lines) - 1:
+                raise ValueError(f"{path}, line {number + 1} is no JSON: {line[:80]!r}. Move the file away to start a new one.") from None
+    return parsed
+
+
+def _scalars(line, prefix=""):
+    for name, value in line.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and name != "step":
+            yield prefix + name, value
+
+
+def _tensorboard(workdir):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise ValueError("tensorboard=True needs the package tensorboardX: pip install tensorboardX, or set it to False.") from None
+    return SummaryWriter(str(workdir))

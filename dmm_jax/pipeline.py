@@ -1,0 +1,284 @@
+"""Prompts and styles to images: three compiled programs (text encoder, denoiser, decoder), one compilation a shape.
+
+Prompts, styles, seeds and the guidance scale are arguments of the programs: only height, width, batch size, the number of
+steps and the kind of solver make a new one. A batch may hold another mix of styles in every image at no extra cost, since
+a style enters as one vector beside the timestep embedding (DMM, arXiv:2504.12364, 4.5).
+"""
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dmm_jax.checkpoints.open import Checkpoint, open_checkpoint
+from dmm_jax.diffusion import guidance, solvers
+from dmm_jax.diffusion.schedule import NoiseSchedule
+from dmm_jax.models.autoencoder_kl import AutoencoderKL
+from dmm_jax.models.clip_text import CLIPTextModel
+from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
+from dmm_jax.tokenizer import Tokenizer
+
+Style = str | Mapping[str, float] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """One network: its structure and its parameters. Calling it computes, outside of any program of the pipeline."""
+
+    graph: nnx.GraphDef
+    params: Mapping
+
+    def merged(self) -> nnx.Module:
+        """Returns the NNX module."""
+        return nnx.merge(self.graph, self.params)
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.merged(), name)
+
+    def __call__(self, *args, **kwargs):
+        return self.merged()(*args, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """A checkpoint that draws. See `from_pretrained`; `unet`, `vae` and `text_encoder` can be called on their own."""
+
+    unet: Network
+    vae: Network
+    text_encoder: Network
+    tokenizer: Tokenizer
+    schedule: NoiseSchedule
+    styles: tuple[str, ...]  # Names in row order; empty for a stock checkpoint.
+    name: str = ""
+    digest: str = ""
+
+    @classmethod
+    def from_pretrained(cls, path, dtype: str = "float32", base=None) -> "Pipeline":
+        """Opens a diffusers folder (stock or DMM), a single file, or the workdir of a training run.
+
+        Args:
+          path: the checkpoint; nothing is fetched from a network.
+          dtype: of the arithmetic and of the kernels in memory.
+          base: another checkpoint, for what `path` lacks (a single file has no tokenizer).
+
+        Raises:
+          ValueError: the checkpoint is damaged, incomplete or of an unknown architecture.
+        """
+        checkpoint = open_checkpoint(path, base=base)
+        names = tuple(checkpoint.styles or ())
+        return cls.of_student(checkpoint, checkpoint.unet_config, names, dtype=dtype).with_unet(checkpoint.params("unet"))
+
+    @classmethod
+    def of_student(cls, base: Checkpoint, unet_config: Mapping, styles: Sequence[str], *, dtype: str) -> "Pipeline":
+        """Builds a pipeline from `base`'s VAE, text encoder and tokenizer around a UNet that `with_unet` will bring."""
+        dtype = jnp.dtype(dtype)
+        attention = "cudnn" if jax.default_backend() == "gpu" and dtype == jnp.bfloat16 else "xla"
+        builders = {
+            "unet": lambda: UNet2DConditionModel.from_config(
+                unet_config, dtype=dtype, rngs=nnx.Rngs(0), attention_implementation=attention
+            ),
+            "vae": lambda: AutoencoderKL.from_config(base.vae_config, dtype=dtype, rngs=nnx.Rngs(0)),
+            "text_encoder": lambda: CLIPTextModel.from_config(base.text_config, dtype=dtype, rngs=nnx.Rngs(0)),
+        }
+        graphs = {name: nnx.split(nnx.eval_shape(build))[0] for name, build in builders.items()}
+        frozen = {name: Network(graphs[name], in_memory(base.params(name), dtype)) for name in ("vae", "text_encoder")}
+        return cls(
+            unet=Network(graphs["unet"], {}),
+            tokenizer=Tokenizer.from_folder(base.tokenizer_folder),
+            schedule=NoiseSchedule.from_config(base.scheduler_config),
+            styles=tuple(styles),
+            name=base.name,
+            digest=base.digest("unet"),
+            **frozen,
+        )
+
+    def with_unet(self, params: Mapping) -> "Pipeline":
+        """Returns the same pipeline around other UNet parameters; nothing is compiled again."""
+        dtype = self.vae.params["decoder"]["conv_in"]["kernel"].dtype
+        return dataclasses.replace(self, unet=Network(self.unet.graph, in_memory(params, dtype)))
+
+    def style_weights(self, styles: Style | Sequence[Style], batch_size: int) -> np.ndarray | None:
+        """Turns names and mixes into rows of weights (B, N); None for a stock checkpoint.
+
+        Raises:
+          ValueError: a name that is not there (the nearest is suggested), no style given, or a stock checkpoint is given one.
+        """
+        if styles is None or isinstance(styles, (str, Mapping)):
+            styles = [styles] * batch_size
+        if len(styles) != batch_size:
+            raise ValueError(f"styles has {len(styles)} entries for {batch_size} prompts: give one for all, or one each.")
+        if not self.styles:
+            if any(style is not None for style in styles):
+                raise ValueError("this checkpoint has no styles: it is a stock one. Leave styles out.")
+            return None
+        return np.stack([style_row(style, self.styles) for style in styles])
+
+    def encode_prompts(self, prompts: Sequence[str]):
+        """Returns encoder_hidden_states (B, 77, D) float32 and pooled states, None for Stable Diffusion 1 and 2."""
+        return _encode(self.text_encoder.graph, self.text_encoder.params, self.tokenizer(prompts)), None
+
+    def decode(self, latents):
+        """Decodes scaled latents (B, h, w, 4) to uint8 images (B, H, W, 3)."""
+        return _decode(self.vae.graph, self.vae.params, jnp.asarray(latents, jnp.float32))
+
+    @property
+    def cells(self) -> int:
+        """Pixels along the side of one latent cell."""
+        return 2 ** (len(self.vae.params["encoder"]["down_blocks"]) - 1)
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        negative_prompts: Sequence[str] | str | None = None,
+        styles: Style | Sequence[Style] = None,
+        seeds: Sequence[int] | None = None,
+        latents=None,
+        height: int = 0,
+        width: int = 0,
+        num_inference_steps: int = 25,
+        guidance_scale: float | Sequence[float] = 7.0,
+        solver: str = "dpmpp_2m",
+        output: str = "images",
+    ) -> np.ndarray:
+        """Draws one image per prompt.
+
+        Args:
+          prompts: B of them.
+          negative_prompts: one for all, one each, or None for "".
+          styles: a name, a mix such as {"anime": 0.7, "photo": 0.3} (weights as given, rows are mixed before the MLP), or
+            one of these per prompt. Needed by a merged model; a stock one takes none.
+          seeds: one per prompt (default 0, 1, ...): the same seed draws the same noise whatever batch it is in.
+          latents: unit noise (B, h, w, C) instead of seeds.
+          height, width: pixels; 0 is the size that the model was trained at.
+          num_inference_steps: of the solver.
+          guidance_scale: one, or one each; 1.0 is off (arXiv:2207.12598).
+          solver: a name in `dmm_jax.diffusion.solvers.SOLVERS`.
+          output: "images", uint8 (B, H, W, 3), or "latents", float32 scaled latents (B, h, w, C).
+
+        Raises:
+          ValueError: any of these does not fit; says what to give.
+        """
+        if output not in ("images", "latents"):
+            raise ValueError(f"output must be 'images' or 'latents'; got {output!r}.")
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        batch_size = len(prompts)
+        negatives = [negative_prompts or ""] * batch_size if isinstance(negative_prompts, (str, type(None))) else negative_prompts
+        _check_length("negative_prompts", negatives, batch_size)
+        weights = self.style_weights(styles, batch_size)
+        seeds = list(range(batch_size)) if seeds is None else list(seeds)
+        _check_length("seeds", seeds, batch_size)
+        keys = jax.vmap(jax.random.key)(jnp.asarray([seed % 2**32 for seed in seeds], jnp.uint32))
+        latents = self._noise(keys, latents, height, width)
+        scales = np.broadcast_to(np.asarray(guidance_scale, np.float32), (batch_size,))
+        guided = bool(np.any(scales != 1.0))
+        text, _ = self.encode_prompts([text for pair in zip(negatives, prompts, strict=True) for text in pair] if guided else prompts)
+        plan = solvers.plan(solver, self.schedule, num_inference_steps)
+        drawn = _denoise(self.unet.graph, guided, self.unet.params, plan, latents, keys, text, weights, scales)
+        return np.asarray(drawn if output == "latents" else self.decode(drawn))
+
+    def _noise(self, keys, latents, height, width):
+        model = self.unet.merged()
+        side = model.config["sample_size"] * self.cells
+        height, width = height or side, width or side
+        for name, value in (("height", height), ("width", width)):
+            if value % self.cells:
+                raise ValueError(f"{name} must be a multiple of {self.cells} pixels; got {value}. Use {value - value % self.cells}.")
+        shape = (height // self.cells, width // self.cells, model.config["in_channels"])
+        if latents is None:
+            return _unit_noise(keys, shape)
+        latents = jnp.asarray(latents, jnp.float32)
+        if latents.shape[0] != len(keys) or latents.shape[3:] != shape[2:]:
+            raise ValueError(f"latents must be unit noise of shape {(len(keys), *shape)}; got {latents.shape}.")
+        return latents
+
+
+def style_row(style: Style, names: Sequence[str]) -> np.ndarray:
+    """Returns the weights (N,) of a style name or a mix.
+
+    Raises:
+      ValueError: there is no such style, or none was given.
+    """
+    if style is None:
+        raise ValueError(f"this merged model needs a style for every image; it has: {', '.join(names)}.")
+    mix = {style: 1.0} if isinstance(style, str) else dict(style)
+    row = np.zeros(len(names), np.float32)
+    for name, weight in mix.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1, 0.0)
+            raise ValueError(f"there is no style {name!r}; did you mean {near[0]!r}? There are: {', '.join(names)}.")
+        row[list(names).index(name)] = weight
+    if not mix or not np.isfinite(row).all():
+        raise ValueError(f"a mix needs at least one style and finite weights; got {mix}.")
+    return row
+
+
+def parse_style(text: str) -> Style:
+    """Reads a style as the command line writes it: `anime`, or `anime=0.7,photo=0.3`.
+
+    Raises:
+      ValueError: a weight is no number.
+    """
+    if "=" not in text:
+        return text.strip()
+    mix = {}
+    for part in text.split(","):
+        name, _, weight = part.partition("=")
+        try:
+            mix[name.strip()] = float(weight)
+        except ValueError:
+            raise ValueError(f"style {text!r}: {part!r} is no NAME=WEIGHT. Write for example 'anime=0.7,photo=0.3'.") from None
+    return mix
+
+
+def in_memory(params: Mapping, dtype):
+    """Puts parameters on the default device: kernels in `dtype`, tables, norms and biases in float32."""
+
+    def one(path, leaf):
+        return jnp.asarray(leaf, dtype if path[-1].key == "kernel" else jnp.float32)
+
+    return jax.tree.map_with_path(one, params)
+
+
+def _check_length(name, values, batch_size):
+    if len(values) != batch_size:
+        raise ValueError(f"{name} has {len(values)} entries for {batch_size} prompts: give one each.")
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _unit_noise(keys, shape):
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(graph, params, input_ids):
+    return nnx.merge(graph, params)(input_ids).last_hidden_state.astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(graph, params, latents):
+    vae = nnx.merge(graph, params)
+    images = vae.decode(latents / vae.scaling_factor)
+    return jnp.round(jnp.clip(images.astype(jnp.float32) * 127.5 + 127.5, 0.0, 255.0)).astype(jnp.uint8)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _denoise(graph, guided, params, plan, noise, keys, text, weights, guidance_scales):
+    """Runs the solver; with guidance each image's pair (negative, prompt) stays adjacent, so a sharded batch stays put."""
+    unet = nnx.merge(graph, params)
+    repeats = 2 if guided else 1
+    style = None if weights is None else jnp.repeat(unet.style_embedding(weights), repeats, axis=0)
+
+    def denoise(latents, timestep):
+        latents = jnp.repeat(latents, repeats, axis=0)
+        timesteps = jnp.broadcast_to(timestep, latents.shape[:1])
+        prediction = unet(latents, timesteps, text, style_embedding=style).sample
+        return guidance.guide(prediction[0::2], prediction[1::2], guidance_scales) if guided else prediction
+
+    return solvers.sample(plan, denoise, noise, keys)

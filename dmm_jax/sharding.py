@@ -1,0 +1,73 @@
+"""The mesh, and the one rule that says which array lives where.
+
+| array                                    | teacher | data | fsdp |
+|------------------------------------------|---------|------|------|
+| batch [N, B/N, ...]                      | N       | B/N  | B/N  |
+| teacher parameters [N, ...]              | N       | copy | copy |
+| text encoders (the distinct ones)        | copy    | copy | copy |
+| student, its moments and its average     | copy    | copy | largest dimension that divides |
+"""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("teacher", "data", "fsdp")
+BATCH = P("teacher", ("data", "fsdp"))
+TEACHERS = P("teacher")
+COPY = P()
+
+SMALLEST_SHARDED = 1024  # Elements: below, a collective costs more than the memory it saves.
+
+
+def make_mesh(teacher: int = 1, data: int = 0, fsdp: int = 1, devices=None) -> Mesh:
+    """Lays the devices out as (teacher, data, fsdp); `data=0` takes all that are left.
+
+    Raises:
+      ValueError: the axes do not use exactly the devices that there are.
+    """
+    devices = jax.devices() if devices is None else devices
+    data = data or max(len(devices) // (teacher * fsdp), 1)
+    if teacher * data * fsdp != len(devices):
+        raise ValueError(
+            f"mesh teacher={teacher} x data={data} x fsdp={fsdp} wants {teacher * data * fsdp} devices; "
+            f"there are {len(devices)}. Set config.mesh so that the product is {len(devices)}."
+        )
+    return Mesh(np.asarray(devices).reshape(teacher, data, fsdp), AXES)
+
+
+def parameter_spec(shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Shards the largest dimension that `fsdp` divides; small arrays are copied."""
+    shards = mesh.shape["fsdp"]
+    if shards > 1 and math.prod(shape) >= SMALLEST_SHARDED:
+        for dim in sorted(range(len(shape)), key=lambda d: (-shape[d], -d)):
+            if shape[dim] % shards == 0:
+                return P(*["fsdp" if d == dim else None for d in range(len(shape))])
+    return COPY
+
+
+def state_specs(state, mesh: Mesh):
+    """Returns the specs of a tree of arrays or shapes that lives as the student does."""
+    return jax.tree.map(lambda leaf: parameter_spec(leaf.shape, mesh), state)
+
+
+def placed(mesh: Mesh, specs):
+    """Returns the shardings that put a tree's leaves at `specs`."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, P))
+
+
+def put(tree, mesh: Mesh, spec: P):
+    """Hands arrays of this process to the mesh, every leaf at `spec`."""
+    sharding = NamedSharding(mesh, spec)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), tree)
+
+
+def make(shape: tuple[int, ...], dtype, mesh: Mesh, spec: P, read) -> jax.Array:
+    """Builds one array shard by shard: `read(index)` returns the part that a device needs, and nothing else is held."""
+    sharding = NamedSharding(mesh, spec)
+    return jax.make_array_from_callback(shape, sharding, lambda index: np.asarray(read(index), dtype=dtype))

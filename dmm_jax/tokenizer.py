@@ -1,0 +1,125 @@
+"""Prompts to token ids: CLIP's byte-level BPE, read from a checkpoint's own files (arXiv:2103.00020, section 2.4)."""
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+DEFAULT_MAX_LENGTH = 77
+_UNSET_LENGTH = 10**6  # transformers says 1e30 where a config names no length.
+_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class Tokenizer:
+    """Turns prompts into rows of token ids of one length, as Stable Diffusion's text encoders expect them."""
+
+    def __init__(self, clip_tokenizer):
+        """Wraps a `transformers.CLIPTokenizer`; see `from_folder` and `from_files`.
+
+        Raises:
+          ValueError: a special token is not in the vocabulary, so that the text encoder has no row for it.
+        """
+        vocab = clip_tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+        tokens = {name: getattr(clip_tokenizer, name) for name in _TOKENS}
+        missing = [f"{name} {token!r}" for name, token in tokens.items() if token not in vocab]
+        if missing:
+            raise ValueError(
+                f"the vocabulary ({len(vocab)} tokens) lacks {', '.join(missing)}; "
+                "use the vocab.json and the tokenizer_config.json of one and the same checkpoint."
+            )
+        length = clip_tokenizer.model_max_length
+        self.max_length = length if length < _UNSET_LENGTH else DEFAULT_MAX_LENGTH
+        self._tokenizer = clip_tokenizer
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> "Tokenizer":
+        """Reads a `tokenizer` folder: vocab.json and merges.txt, and what pads from tokenizer_config.json.
+
+        Raises:
+          ValueError: the folder or one of the two files is missing, or they do not fit together.
+        """
+        folder = Path(path)
+        _check_files(folder / "vocab.json", folder / "merges.txt")
+        tokenizer = _clip_tokenizer_class().from_pretrained(folder, local_files_only=True)
+        for name in ("local_files_only", "is_local"):  # How it was opened is no part of it: `save` would write it down.
+            tokenizer.init_kwargs.pop(name, None)
+        return cls(tokenizer)
+
+    @classmethod
+    def from_files(cls, vocab_path: str | Path, merges_path: str | Path) -> "Tokenizer":
+        """Reads the two files alone; pads with the end token, 77 tokens a row, as Stable Diffusion 1 does.
+
+        Raises:
+          ValueError: a file is missing, or they do not fit together.
+        """
+        _check_files(Path(vocab_path), Path(merges_path))
+        return cls(_clip_tokenizer_class()(vocab=str(vocab_path), merges=str(merges_path)))
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills a row: the end token's in Stable Diffusion 1, "!" (0) in the OpenCLIP encoders' folders."""
+        return self._tokenizer.pad_token_id
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids, special ones included: a text encoder needs as many rows."""
+        return len(self._tokenizer)
+
+    def __call__(self, prompts: Sequence[str]) -> Int[np.ndarray, "B L"]:
+        """Returns int32 ids: start, the prompt, end, padding.
+
+        A prompt that is too long is cut at the end, with a warning that quotes the lost text.
+
+        Raises:
+          ValueError: a lone string where a sequence of them is expected.
+        """
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts must be a sequence of strings; got one string. Use [{prompts[:40]!r}].")
+        rows = np.full((len(prompts), self.max_length), self.pad_id, np.int32)
+        for row, prompt in zip(rows, prompts, strict=True):
+            ids = self._ids(prompt)
+            row[: len(ids)] = ids
+        return rows
+
+    def _ids(self, prompt: str) -> list[int]:
+        tokenizer, room = self._tokenizer, self.max_length - 2
+        encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids = encoded["input_ids"]
+        if len(ids) > room:
+            warnings.warn(
+                f"a prompt of {len(ids)} tokens was cut to {room} (rows hold {self.max_length} with start and end); "
+                f'lost: "{prompt[encoded["offset_mapping"][room][0] :]}"',
+                stacklevel=3,
+            )
+        return [tokenizer.bos_token_id, *ids[:room], tokenizer.eos_token_id]
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a folder that `from_folder`, diffusers and transformers (old and new) open to the same ids."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._tokenizer.model_max_length = self.max_length
+        self._tokenizer.save_pretrained(folder)  # tokenizer_config.json, and tokenizer.json for the newer readers.
+        self._tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt, for all others.
+        special = {name: getattr(self._tokenizer, name) for name in _TOKENS}
+        (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2), encoding="utf-8")
+
+
+def _clip_tokenizer_class():
+    """Imports the class when it is needed: importing transformers costs a second, and says that it misses PyTorch."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer
+
+
+def _check_files(*paths: Path) -> None:
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise ValueError(
+            f"the tokenizer needs {' and '.join(missing)}, not found. Point to the checkpoint's tokenizer folder, "
+            "which holds vocab.json and merges.txt; a single-file checkpoint has none: take its base model's."
+        )

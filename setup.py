@@ -1,0 +1,49 @@
+"""Packaging: pinned versions that resolve together on Python 3.11 (jax 0.10.2) and run on Python 3.12 (jax 0.11)."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "dmm_jax" / "__init__.py").read_text()).group(1)
+
+# Lower bounds are what the tests run on; launch/requirements.txt pins the exact set.
+RUNTIME = [
+    "jax>=0.10.2,<0.13",
+    "flax>=0.12.8,<0.13",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.11,<0.13",
+    "grain>=0.2.18,<0.3",
+    "tensorflow-datasets>=4.9.10,<5",
+    "array_record>=0.8.6,<0.9",
+    "ml_collections>=1.1,<2",
+    "safetensors>=0.8,<0.9",
+    "transformers>=5.17,<6",
+    "jaxtyping>=0.3.11",
+    "einops>=0.8.1",
+    "Pillow>=12",
+    "matplotlib>=3.10",
+    "tqdm>=4.67",
+]
+TORCH = ["torch==2.13.0", "diffusers==0.42.1"]
+
+setup(
+    name="dmm-jax",
+    version=VERSION,
+    description="Distil many Stable Diffusion checkpoints into one UNet with selectable, mixable styles, in JAX",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["dmm_jax", "dmm_jax.*"]),
+    package_data={"dmm_jax": ["demo/checkpoints/**/*", "demo/checkpoints/*"]},
+    install_requires=RUNTIME,
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "torch": TORCH,
+        "test": [*TORCH, "pytest>=9", "pytest-xdist>=3.8", "beartype>=0.22", "ruff>=0.14", "scipy>=1.17"],
+    },
+    entry_points={"console_scripts": ["dmm-jax = dmm_jax.cli:main"]},
+)

@@ -1,0 +1,146 @@
+"""Laws of the tokenizer, on a vocabulary that is written here: rows as CLIP's, and what is cut off is said."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+
+from dmm_jax.tokenizer import Tokenizer
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+LETTERS = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+MERGES = ["c a", "ca t</w>", "d o", "do g</w>", "o n</w>"]
+VOCAB = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), *(merge.replace(" ", "") for merge in MERGES), START, END]
+IDS = {token: i for i, token in enumerate(VOCAB)}
+
+
+def write_files(folder, vocab=IDS, **config):
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES]) + "\n")
+    if config:
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", **config}))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_files(tmp_path / "tokenizer", pad_token=END, model_max_length=77)
+
+
+def ids(*tokens):
+    return [IDS[token] for token in tokens]
+
+
+def test_a_row_is_start_then_the_merged_words_then_end_then_padding(folder):
+    rows = Tokenizer.from_folder(folder)(["cat on dog", ""])
+    assert rows.shape == (2, 77) and rows.dtype == np.int32
+    assert rows[0].tolist() == ids(START, "cat</w>", "on</w>", "dog</w>") + ids(END) * 73
+    assert rows[1].tolist() == ids(START) + ids(END) * 76
+
+
+def test_no_prompts_give_no_rows(folder):
+    assert Tokenizer.from_folder(folder)([]).shape == (0, 77)
+
+
+def test_case_and_spaces_do_not_matter_and_words_are_split_at_punctuation(folder):
+    rows = Tokenizer.from_folder(folder)(["  Cat \n ON   dog! ", "cat on dog !", "cat on do g !"])
+    assert (rows[0] == rows[1]).all() and (rows[1] != rows[2]).any()
+    assert rows[2, 3:6].tolist() == ids("d", "o</w>", "g</w>")
+
+
+def test_a_special_token_written_in_a_prompt_is_that_token(folder):
+    row = Tokenizer.from_folder(folder)([f"cat {END} dog"])[0]
+    assert row[:5].tolist() == ids(START, "cat</w>", END, "dog</w>", END)
+
+
+def test_the_rows_are_those_of_transformers(folder):
+    from transformers import CLIPTokenizer
+
+    prompts = ["", "cat", "Cats, 3 dogs & a man's hat... (on:1.2)", "x" * 60, "cat " * 100]
+    theirs = CLIPTokenizer.from_pretrained(folder)(
+        prompts, padding="max_length", truncation=True, max_length=77, return_tensors="np"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert (Tokenizer.from_folder(folder)(prompts) == theirs["input_ids"]).all()
+
+
+def test_padding_is_what_the_folder_says(tmp_path):
+    padded_with_zero = Tokenizer.from_folder(write_files(tmp_path / "t", pad_token="!", model_max_length=77))
+    assert padded_with_zero.pad_id == 0
+    assert padded_with_zero(["cat"])[0].tolist() == ids(START, "cat</w>", END) + [0] * 74
+
+
+def test_padding_may_stand_in_the_special_tokens_map_as_older_folders_have_it(tmp_path):
+    folder = write_files(tmp_path / "t")
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "!"}))
+    assert Tokenizer.from_folder(folder)(["cat"])[0, -1] == 0
+
+
+def test_two_files_alone_are_read_as_stable_diffusion_1_has_them(folder):
+    prompts = ["cat on dog"]
+    tokenizer = Tokenizer.from_files(folder / "vocab.json", folder / "merges.txt")
+    assert (tokenizer(prompts) == Tokenizer.from_folder(folder)(prompts)).all()
+    assert tokenizer.vocab_size == len(VOCAB)
+
+
+def test_a_prompt_that_fills_the_row_is_not_cut(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        row = Tokenizer.from_folder(folder)(["cat " * 75])[0]
+    assert row[-1] == IDS[END] and (row[1:-1] == IDS["cat</w>"]).all()
+
+
+def test_a_longer_prompt_is_cut_and_the_warning_quotes_exactly_what_was_lost(folder):
+    with pytest.warns(UserWarning, match=r'78 tokens was cut to 75 .*lost: "Dog, ON"$') as warned:
+        row = Tokenizer.from_folder(folder)(["cat " * 74 + "on Dog, ON"])[0]
+    assert row[-2:].tolist() == ids("on</w>", END)
+    assert len(warned) == 1
+
+
+def test_a_saved_folder_opens_to_the_same_ids_with_and_without_the_newer_file(tmp_path):
+    prompts = ["cat! on dog", "Dog"]
+    source = Tokenizer.from_folder(write_files(tmp_path / "a", pad_token="!", model_max_length=20))
+    source.save(tmp_path / "b")
+    assert (Tokenizer.from_folder(tmp_path / "b")(prompts) == source(prompts)).all()
+    (tmp_path / "b" / "tokenizer.json").unlink()
+    assert (Tokenizer.from_folder(tmp_path / "b")(prompts) == source(prompts)).all()
+    assert json.loads((tmp_path / "b" / "vocab.json").read_text()) == IDS
+    assert "local" not in (tmp_path / "b" / "tokenizer_config.json").read_text()
+
+
+def test_a_missing_file_is_named(folder):
+    (folder / "merges.txt").unlink()
+    with pytest.raises(ValueError, match="merges.txt"):
+        Tokenizer.from_folder(folder)
+
+
+def test_a_vocabulary_without_the_end_token_is_refused_not_extended(tmp_path):
+    folder = write_files(tmp_path / "t", vocab={token: i for token, i in IDS.items() if token != END})
+    with pytest.raises(ValueError, match=r"eos_token '<\|endoftext\|>'"):
+        Tokenizer.from_folder(folder)
+
+
+def test_one_string_is_refused(folder):
+    with pytest.raises(ValueError, match=r"\['cat'\]"):
+        Tokenizer.from_folder(folder)("cat")
+
+
+def test_importing_and_reading_is_silent_without_pytorch_and_never_imports_it(folder):
+    program = f"""
+import sys
+sys.modules["torch"] = None
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find_spec(name, *rest)
+from dmm_jax.tokenizer import Tokenizer
+Tokenizer.from_folder({str(folder)!r})(["cat"])
+import transformers
+assert not transformers.is_torch_available()
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
