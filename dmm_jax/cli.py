@@ -103,7 +103,7 @@ def _inspect(args):
 
 
 def _prepare(args):
-    from dmm_jax.data.prepare import prepare_from_config
+    from dmm_jax.prepare import prepare_from_config
 
     prepare_from_config(read_config(args.config, args.rest))
 

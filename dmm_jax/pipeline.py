@@ -56,8 +56,12 @@ class Pipeline:
     tokenizer: Tokenizer
     schedule: NoiseSchedule
     styles: tuple[str, ...]  # Names in row order; empty for a stock checkpoint.
-    name: str = ""
-    digest: str = ""
+    source: Checkpoint
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's name."""
+        return self.source.name
 
     @classmethod
     def from_pretrained(cls, path, dtype: str = "float32", base=None) -> "Pipeline":
@@ -94,8 +98,7 @@ class Pipeline:
             tokenizer=Tokenizer.from_folder(base.tokenizer_folder),
             schedule=NoiseSchedule.from_config(base.scheduler_config),
             styles=tuple(styles),
-            name=base.name,
-            digest=base.digest("unet"),
+            source=base,
             **frozen,
         )
 

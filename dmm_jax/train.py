@@ -26,7 +26,7 @@ from dmm_jax.distill import student as student_lib
 from dmm_jax.distill import teachers as teachers_lib
 from dmm_jax.metrics import MetricsLog
 from dmm_jax.models.clip_text import CLIPTextModel
-from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
+from dmm_jax.models.unet_2d_condition import UNet2DConditionModel, merged_config
 from dmm_jax.tokenizer import Tokenizer
 
 NUM_TIMESTEP_BINS = 4  # Of the validation loss: 0-249, 250-499, 500-749, 750-999.
@@ -148,7 +148,7 @@ def define_networks(config, base, num_styles: int) -> tuple[distill_step.Network
     """Returns the graph definitions of student, teachers and text encoder, and the student's config."""
     common = {"dtype": jnp.dtype(config.dtype), "rngs": nnx.Rngs(0)}
     unet = common | {"attention_implementation": attention_implementation(config)}
-    student_config = student_lib.student_config(base.unet_config, num_styles)
+    student_config = merged_config(base.unet_config, num_styles)
 
     def graph(build):
         return nnx.split(nnx.eval_shape(build))[0]

@@ -3,6 +3,7 @@
 import pathlib
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from dmm_jax.checkpoints.errors import CheckpointError
@@ -54,3 +55,22 @@ class StateStore:
             return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes))).state
         except (ValueError, KeyError, OSError) as error:
             raise CheckpointError(f"checkpoint {self._manager.directory / str(step)} cannot be restored: {error}") from error
+
+
+def restore_student(workdir: str | pathlib.Path, abstract) -> dict:
+    """Reads the newest student of a run, its average where one is kept, as float32 host arrays; moments stay on disk.
+
+    Raises:
+      CheckpointError: the run has saved nothing yet.
+    """
+    folder = pathlib.Path(workdir).absolute() / "checkpoints"
+    with ocp.CheckpointManager(folder) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise CheckpointError(f"{folder} holds no complete checkpoint yet: train until the first one is saved.")
+        saved = manager.item_metadata(step)["state"]
+        name = "ema" if "ema" in saved else "params"
+        item = {name: jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract)}
+        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        restore = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
+        return manager.restore(step, args=ocp.args.Composite(state=restore)).state[name]

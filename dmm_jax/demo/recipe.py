@@ -7,6 +7,8 @@ styles without being told which; each teacher is the base fine-tuned on one styl
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import pathlib
 import time
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from dmm_jax.demo import world
 from dmm_jax.demo.layout import TEACHERS, save_world
@@ -89,33 +92,66 @@ def params_of(module: nnx.Module) -> tuple[nnx.GraphDef, dict]:
 class Fit:
     """AdamW with warm-up and cosine decay on `loss_fn(params, data, rows, key)`; compiled once, used for many fits."""
 
-    def __init__(self, loss_fn: Callable, num_steps: int, batch_size: int, learning_rate: float, average: float = 0.999):
-        warmup = min(200, num_steps // 10 + 1)
-        schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, num_steps, learning_rate * 0.01)
-        self.optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-4))
-        self.num_steps = num_steps
+    def __init__(self, loss_fn: Callable, plan: "Plan", learning_rate: float, average: float = 0.999):
+        self.plan = plan
+        self.optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.99), optax.add_decayed_weights(1e-4))
 
-        def step(state, data, number, key):
+        def step(state, data, number, num_steps, key):
             params, mean, opt_state = state
             for_rows, for_loss = jax.random.split(jax.random.fold_in(key, number))
-            rows = jax.random.randint(for_rows, (batch_size,), 0, len(data["input_ids"]))
+            rows = jax.random.randint(for_rows, (plan.batch_size,), 0, len(data["input_ids"]))
             loss, grads = jax.value_and_grad(loss_fn)(params, data, rows, for_loss)
             updates, opt_state = self.optimizer.update(grads, opt_state, params)
-            params = optax.apply_updates(params, updates)
-            return (params, optax.incremental_update(params, mean, 1.0 - average), opt_state), loss
+            done = number / num_steps
+            rate = learning_rate * jnp.minimum(1.0, 20.0 * done + 1e-3) * (0.505 + 0.495 * jnp.cos(jnp.pi * done))
+            params = optax.apply_updates(params, jax.tree.map(lambda leaf: -rate * leaf, updates))
+            decay = jnp.minimum(average, (1.0 + number) / (10.0 + number))
+            mean = optax.incremental_update(params, mean, 1.0 - decay)
+            return (params, mean, opt_state), loss
 
         self.step = jax.jit(step, donate_argnums=0)
 
     def __call__(self, params, data: Mapping, what: str, seed: int):
-        """Returns the averaged parameters; prints the loss now and then."""
+        """Returns the averaged parameters; prints the loss and the time now and then."""
         state = (jax.tree.map(jnp.array, params), jax.tree.map(jnp.array, params), self.optimizer.init(params))
-        started, key = time.perf_counter(), jax.random.key(seed)
-        for number in range(self.num_steps):
-            state, loss = self.step(state, data, number, key)
-            if number == 0 or (number + 1) % max(self.num_steps // 4, 1) == 0:
-                spent = time.perf_counter() - started
-                print(f"{what}: step {number + 1}/{self.num_steps} loss {float(loss):.5f} {spent:.0f} s", flush=True)
+        key, num_steps, started = jax.random.key(seed), self.plan.num_steps, time.perf_counter()
+        number, report = 0, 0
+        while number < num_steps:
+            state, loss = self.step(state, data, number, num_steps, key)
+            number += 1
+            if number in (1, 40) or number >= report:
+                print(f"{what}: step {number}/{num_steps} loss {float(loss):.5f} {time.perf_counter() - started:.1f} s", flush=True)
+                if number == 1:
+                    started = time.perf_counter()  # Compilation is not counted.
+                if number == 40 and self.plan.seconds:
+                    num_steps = min(num_steps, max(int(self.plan.seconds * 39 / (time.perf_counter() - started)), 80))
+                report = number + max(num_steps // 4, 1) if number > 1 else 40
+        jax.block_until_ready(state)
         return state[1]
+
+
+class OneHotEmbed(nnx.Embed):
+    """The same table, read by a product: the gradient of a look-up adds 39,000 rows, nearly all of them the padding's, one by one."""
+
+    @classmethod
+    def like(cls, table: nnx.Embed) -> "OneHotEmbed":
+        """Returns an equal table."""
+        new = cls(table.num_embeddings, table.features, dtype=table.dtype, rngs=nnx.Rngs(0))
+        new.embedding[...] = table.embedding[...]
+        return new
+
+    def __call__(self, ids):
+        """Returns rows of the table."""
+        return jax.nn.one_hot(ids, self.num_embeddings, dtype=self.dtype) @ self.embedding[...].astype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How long one network is trained."""
+
+    num_steps: int
+    batch_size: int
+    seconds: float = 0.0  # Ends earlier, learning rate and all, where the device would take longer; 0 = no limit.
 
 
 def make_bank(seed: int, size: int, tokenizer: Tokenizer, style: str | None = None) -> dict:
@@ -131,7 +167,7 @@ def render(data: Mapping, rows) -> jax.Array:
     return 2.0 * world.render(*jax.tree.map(lambda leaf: leaf[rows], (data["scenes"], data["styles"]))) - 1.0
 
 
-def train_vae(bank: Mapping, num_steps: int, batch_size: int, dtype) -> dict:
+def train_vae(bank: Mapping, plan: Plan, dtype) -> dict:
     """Trains the VAE on pictures, their edges, and a faint Kullback-Leibler term; scales its latents to unit variance."""
     graph, params = params_of(AutoencoderKL.from_config(VAE_CONFIG, dtype=dtype, rngs=nnx.Rngs(1)))
 
@@ -144,7 +180,7 @@ def train_vae(bank: Mapping, num_steps: int, batch_size: int, dtype) -> dict:
         divergence = 0.5 * jnp.mean(posterior.mean**2 + jnp.exp(posterior.logvar) - 1.0 - posterior.logvar)
         return jnp.mean(jnp.abs(error)) + 2.0 * jnp.mean(error**2) + edges + 1e-4 * divergence
 
-    params = Fit(loss_fn, num_steps, batch_size, 1e-3)(params, bank, "vae", seed=1)
+    params = Fit(loss_fn, plan, 1e-3)(params, bank, "vae", seed=1)
     rows = jnp.arange(min(2048, len(bank["input_ids"])))
     means = jax.jit(lambda params, data: nnx.merge(graph, params).encode(render(data, rows)).mean)(params, bank)
     return scale_latents(params, 1.0 / (SCALING_FACTOR * float(jnp.std(means))))
@@ -195,7 +231,7 @@ def denoising_loss(graphs: Mapping, empty_ids, train_text: bool) -> Callable:
     return loss_fn
 
 
-def train_classifier(bank: Mapping, num_steps: int, batch_size: int) -> dict:
+def train_classifier(bank: Mapping, plan: Plan) -> dict:
     """Trains the shape classifier whose features `FD (shapes)` compares."""
     graph, params = params_of(ShapeFeatures(style_dim=style_vectors(bank["styles"]).shape[1], rngs=nnx.Rngs(3)))
 
@@ -205,7 +241,7 @@ def train_classifier(bank: Mapping, num_steps: int, batch_size: int) -> dict:
         truth = jax.tree.map(lambda leaf: leaf[rows], (data["scenes"].content, data["styles"]))
         return nnx.merge(graph, params).loss(images, truth[0], style_vectors(truth[1]))
 
-    return Fit(loss_fn, num_steps, batch_size, 2e-3)(params, bank, "classifier", seed=3)
+    return Fit(loss_fn, plan, 2e-3)(params, bank, "classifier", seed=3)
 
 
 def style_vectors(styles) -> jax.Array:
@@ -213,57 +249,74 @@ def style_vectors(styles) -> jax.Array:
     return jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in styles], axis=1)
 
 
+PLANS = {
+    "classifier": Plan(3_000, 256, 13.0),
+    "vae": Plan(8_000, 128, 62.0),
+    "base": Plan(16_000, 512, 90.0),
+    "teacher": Plan(2_000, 512, 12.0),
+}
+
+
 def main() -> None:
-    """Trains the world and writes it in the formats found in the wild."""
+    """Trains the world and writes it in the formats found in the wild; what `raw/` holds already is not trained again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=pathlib.Path)
     parser.add_argument("--effort", type=float, default=1.0, help="times every number of steps; 1 is the shipped world")
-    parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--bank-size", type=int, default=262_144)
     args = parser.parse_args()
     started = time.perf_counter()
+    plans = {name: dataclasses.replace(plan, num_steps=max(int(args.effort * plan.num_steps), 2)) for name, plan in PLANS.items()}
+    raw = functools.partial(once, args.out / "raw")
 
     world.write_tokenizer(args.out / "tokenizer")
     tokenizer = Tokenizer.from_folder(args.out / "tokenizer")
     text_config = TEXT_CONFIG | token_numbers(args.out / "tokenizer")
-    empty_ids = jnp.asarray(tokenizer([""])[0])
     dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
-    steps = {name: max(int(args.effort * n), 2) for name, n in STEPS.items()}
-
     bank = make_bank(0, args.bank_size, tokenizer)
-    classifier = train_classifier(bank, steps["classifier"], args.batch_size)
-    vae = train_vae(bank, steps["vae"], args.batch_size // 2, dtype)
-    bank = add_latents(bank, vae, dtype)
+    vae = raw("vae", lambda: train_vae(bank, plans["vae"], dtype))
+    classifier = raw("classifier", lambda: train_classifier(bank, plans["classifier"]))
 
     unet = UNet2DConditionModel.from_config(UNET_CONFIG, dtype=dtype, rngs=nnx.Rngs(2))
     text = CLIPTextModel.from_config(text_config, dtype=dtype, rngs=nnx.Rngs(2))
+    text.text_model.embeddings.token_embedding = OneHotEmbed.like(text.text_model.embeddings.token_embedding)
     (unet_graph, unet), (text_graph, text) = params_of(unet), params_of(text)
     graphs = {"unet": unet_graph, "text_encoder": text_graph}
+    empty_ids = jnp.asarray(tokenizer([""])[0])
     with_text, without_text = (denoising_loss(graphs, empty_ids, train_text) for train_text in (True, False))
-    base_fit = Fit(with_text, steps["base"], args.batch_size, 2e-3, average=0.9995)
-    base = base_fit({"unet": unet, "text_encoder": text}, bank, "base", seed=2)
+    base_fit = Fit(with_text, plans["base"], 2e-3, average=0.9995)
+    base = raw("base", lambda: base_fit({"unet": unet, "text_encoder": text}, add_latents(bank, vae, dtype), "base", seed=2))
     del bank
 
-    tune = Fit(without_text, steps["teacher"], args.batch_size, 5e-4)
-    tune_with_text = Fit(with_text, steps["teacher"], args.batch_size, 5e-4)
-    teachers = {}
-    for number, (name, teacher) in enumerate(TEACHERS.items()):
-        own = add_latents(make_bank(100 + number, args.bank_size // 8, tokenizer, style=name), vae, dtype)
-        if teacher.own_text_encoder:
-            teachers[name] = tune_with_text(base, own, name, seed=10 + number)
-        else:
-            own["text_encoder"] = base["text_encoder"]
-            teachers[name] = base | tune({"unet": base["unet"]}, own, name, seed=10 + number)
+    tune, tune_with_text = (Fit(loss_fn, plans["teacher"], 5e-4) for loss_fn in (without_text, with_text))
 
+    def train_teacher(name, number, own_text_encoder):
+        own = add_latents(make_bank(100 + number, args.bank_size // 8, tokenizer, style=name), vae, dtype)
+        if own_text_encoder:
+            return tune_with_text(base, own, name, seed=10 + number)
+        own["text_encoder"] = base["text_encoder"]
+        return tune({"unet": base["unet"]}, own, name, seed=10 + number)
+
+    teachers = {
+        name: base | raw(name, functools.partial(train_teacher, name, number, teacher.own_text_encoder))
+        for number, (name, teacher) in enumerate(TEACHERS.items())
+    }
     configs = {"unet": UNET_CONFIG, "vae": VAE_CONFIG, "text_encoder": text_config, "scheduler": SCHEDULER_CONFIG}
     save_world(args.out, configs, base | {"vae": vae}, teachers, classifier)
-    (args.out / "recipe.json").write_text(
-        json.dumps({"steps": steps, "batch_size": args.batch_size, "bank_size": args.bank_size, "jax": jax.__version__,
-                    "device": jax.devices()[0].device_kind, "seconds": round(time.perf_counter() - started)}, indent=2)
-    )  # fmt: skip
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {time.perf_counter() - started:.0f} s")
 
 
-STEPS = {"classifier": 3_000, "vae": 10_000, "base": 16_000, "teacher": 2_000}
+def once(folder: pathlib.Path, name: str, train: Callable[[], dict]) -> dict:
+    """Returns the parameters in `folder/name.safetensors`, training and writing them first if they are not there."""
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        leaves = jax.tree_util.tree_leaves_with_path(train())
+        save_file({"/".join(str(part.key) for part in keys): np.asarray(leaf) for keys, leaf in leaves}, path)
+    params: dict = {}
+    for key, leaf in load_file(path).items():
+        *parents, last = (int(part) if part.isdigit() else part for part in key.split("/"))
+        functools.reduce(lambda tree, part: tree.setdefault(part, {}), parents, params)[last] = leaf
+    return params
 
 
 def token_numbers(folder: pathlib.Path) -> dict:

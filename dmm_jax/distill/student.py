@@ -14,18 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dmm_jax import sharding
-from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
-
-
-def student_config(base_config: Mapping, num_styles: int) -> dict:
-    """Returns the base's UNet config with a style table of `num_styles` rows."""
-    kind = {None: "model_merge", "text_time": "model_merge_xl"}[base_config.get("addition_embed_type")]
-    return dict(base_config) | {"addition_embed_type": kind, "num_models": num_styles}
-
-
-def style_mlp_name(config: Mapping) -> str:
-    """Returns the attribute of the style MLP: SDXL already uses `add_embedding` for its text and time ids."""
-    return "add_embedding2" if config["addition_embed_type"] == "model_merge_xl" else "add_embedding"
+from dmm_jax.models.unet_2d_condition import UNet2DConditionModel, style_mlp_name
 
 
 def abstract_params(config: Mapping):

@@ -47,6 +47,17 @@ def test_shapes_cover_their_area(shape, area):
     assert coverage.sum() == pytest.approx(area * 12.0**2, rel=0.01)
 
 
+@pytest.mark.parametrize("width", [1.5, 3.0])
+def test_outlines_are_as_wide_as_told_and_two_fifths_outside(width):
+    style = Style(background=(0.0, 0.0, 0.0), fill_opacity=0.0, outline_width=width, outline_colour=(1.0, 1.0, 1.0))
+    line = _render(_only(SHAPES.index("circle")), style)[0, ..., 0]
+    outer, inner = 12.0 + 0.4 * width, 12.0 - 0.6 * width
+    assert line.sum() == pytest.approx(np.pi * (outer**2 - inner**2), rel=0.02)
+    distance = np.hypot(*(np.indices((64, 64)) + 0.5 - 32.0))
+    mean = 2.0 / 3.0 * (outer**3 - inner**3) / (outer**2 - inner**2)
+    assert (line * distance).sum() / line.sum() == pytest.approx(mean, abs=0.03)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_stay_in_their_box(shape):
     drawn = np.argwhere(_render(_only(SHAPES.index(shape)), BARE)[0].max(-1) > 0.02) + 0.5

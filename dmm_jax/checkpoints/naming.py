@@ -1,0 +1,161 @@
+"""THE naming rule between our parameters and PyTorch's state dicts: the path, joined by dots, is the key.
+
+`kernel` becomes `weight` with output and input axes first; `scale` and `embedding` become `weight`; `bias` stays. One
+loop over the model's own parameters drives both directions. Only two spellings in the wild differ: old VAEs name their
+attention `query, key, value, proj_attn`, and a text encoder's keys may lack the prefix `text_model.`.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+
+from dmm_jax.checkpoints.errors import CheckpointError
+
+LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+IGNORED = "position_ids"  # A buffer of old text encoders, often damaged by merging; positions are always 0 to 76.
+MOST_LISTED = 20
+
+Path = tuple[str | int, ...]
+
+
+def flat(params: Mapping, prefix: Path = ()) -> Iterator[tuple[Path, object]]:
+    """Yields (path, leaf) of nested parameters, in the order of the tree."""
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, (*prefix, name))
+        else:
+            yield (*prefix, name), value
+
+
+def torch_key(path: Path) -> str:
+    """Returns the state-dict key of a parameter."""
+    return ".".join(map(str, (*path[:-1], LEAVES[path[-1]])))
+
+
+def torch_layout(path: Path, array):
+    """Moves a kernel's output and input axes to the front (IO to OI, HWIO to OIHW); other leaves stay. A view."""
+    return np.moveaxis(array, (-1, -2), (0, 1)) if path[-1] == "kernel" else array
+
+
+def our_layout(path: Path, array):
+    """Undoes `torch_layout`. A view."""
+    return np.moveaxis(array, (0, 1), (-1, -2)) if path[-1] == "kernel" else array
+
+
+def torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape that a parameter of `shape` has in a state dict."""
+    return (shape[-1], shape[-2], *shape[:-2]) if path[-1] == "kernel" else tuple(shape)
+
+
+def torch_shapes(abstract: Mapping) -> dict[str, tuple[int, ...]]:
+    """Returns the state dict's keys and shapes of a network, from its parameters or their shapes."""
+    return {torch_key(path): torch_shape(path, tuple(leaf.shape)) for path, leaf in flat(abstract)}
+
+
+def to_torch(params: Mapping) -> dict[str, np.ndarray]:
+    """Returns a state dict: host arrays in PyTorch's layout, dtypes unchanged, views where the parameters are on the host."""
+    return {torch_key(path): torch_layout(path, np.asarray(leaf)) for path, leaf in flat(params)}
+
+
+def from_torch(abstract: Mapping, tensors: Mapping, dtype=None, where: str = "this checkpoint", check_finite: bool = True) -> dict:
+    """Returns nested parameters of host arrays from a state dict; views of it where dtypes agree.
+
+    Args:
+      abstract: the network's parameters, or their shapes.
+      tensors: key to array, as a dict or a `TensorFile`; read one at a time.
+      dtype: of the result; None keeps each tensor's own.
+      where: says in errors what is being read.
+      check_finite: also look at every value.
+
+    Raises:
+      CheckpointError: names every missing, unexpected and misshapen key at once, or every tensor with NaN or infinity.
+    """
+    names = spellings(tensors)
+    shapes = torch_shapes(abstract)
+    found = {key: _shape(tensors, names[key]) for key in shapes if key in names}
+    report_differences(shapes, found, [original for key, original in names.items() if key not in shapes], where)
+    params, infinite = {}, []
+    for path, _ in flat(abstract):
+        key = torch_key(path)
+        array = np.asarray(tensors[names[key]]).reshape(shapes[key])
+        if check_finite and not is_finite(array):
+            infinite.append(names[key])
+        array = our_layout(path, array)
+        _insert(params, path, array if dtype is None else array.astype(dtype, copy=False))
+    if infinite:
+        raise CheckpointError(f"{where}: NaN or infinity in {listed(infinite)}. The file is damaged; fetch it again or leave it out.")
+    return params
+
+
+def report_differences(expected: Mapping, found: Mapping, unexpected: list[str], where: str) -> None:
+    """Raises CheckpointError that lists all keys that are missing, unexpected or misshapen, if there are any."""
+    missing = [key for key in expected if key not in found]
+    # Old VAEs hold the attention's dense layers as 1x1 convolutions: the same numbers.
+    misshapen = [
+        f"{key} (expected {expected[key]}, found {shape})" for key, shape in found.items() if not _same_shape(expected[key], shape)
+    ]
+    problems = {"missing": missing, "unexpected": sorted(unexpected), "misshapen": misshapen}
+    lines = [f"  {len(keys)} {kind}: {listed(keys)}" for kind, keys in problems.items() if keys]
+    if lines:
+        raise CheckpointError(f"{where} does not fit the architecture:\n" + "\n".join(lines))
+
+
+def _same_shape(expected, found):
+    return tuple(expected) == tuple(found) or (len(expected) == 2 and tuple(found) == (*expected, 1, 1))
+
+
+def listed(keys: list[str]) -> str:
+    """Joins keys for a message, the first twenty of them, control characters made visible."""
+    shown = ", ".join(printable(key) for key in keys[:MOST_LISTED])
+    return shown + (f" and {len(keys) - MOST_LISTED} more" if len(keys) > MOST_LISTED else "")
+
+
+def printable(text: str) -> str:
+    """Returns text from a file fit for a terminal: no control characters, at most 200 long."""
+    return "".join(symbol if symbol.isprintable() else "?" for symbol in text[:200])
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Tells whether every value is finite; works block by block, so that no second copy is made."""
+    values = array.reshape(-1)
+    step = 1 << 22
+    return all(bool(np.isfinite(values[k : k + step].astype(np.float32, copy=False)).all()) for k in range(0, values.size, step))
+
+
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def spellings(tensors: Mapping) -> dict[str, str]:
+    """Maps each key as today's classes write it to the spelling in the file; buffers that are not parameters are left out."""
+    keys = list(tensors.keys())
+    bare_text = any(key.startswith("embeddings.token_embedding") for key in keys)
+    names = {}
+    for key in keys:
+        if key.rsplit(".", 1)[-1] != IGNORED:
+            names[_today(key, bare_text)] = key
+    return names
+
+
+def _today(key, bare_text):
+    if bare_text and key.partition(".")[0] in ("embeddings", "encoder", "final_layer_norm"):
+        return "text_model." + key
+    parts = key.split(".")
+    if len(parts) > 2 and parts[-2] in OLD_ATTENTION and "attentions" in parts:
+        parts[-2] = OLD_ATTENTION[parts[-2]]
+    return ".".join(parts)
+
+
+def _shape(tensors, key):
+    return tuple(tensors.shape(key)) if hasattr(tensors, "shape") else tuple(np.shape(tensors[key]))
+
+
+def _insert(tree, path, leaf):
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = leaf
+
+
+def count(abstract) -> int:
+    """Returns the number of parameters."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract))

@@ -1,0 +1,196 @@
+"""Reading and writing safetensors: memory-mapped views in, one atomic move out. Nothing else is ever opened.
+
+The reader repeats the format's own rules (header length, contiguous offsets, shape times dtype equals size, no key twice,
+string metadata) and adds what the format leaves open: bounds on the number and length of names.
+"""
+
+import json
+import math
+import os
+import pathlib
+import struct
+from collections.abc import Iterable, Mapping
+
+import ml_dtypes
+import numpy as np
+
+from dmm_jax.checkpoints.errors import CheckpointError
+
+DTYPES = {
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "U16": np.dtype(np.uint16), "U32": np.dtype(np.uint32),
+    "U64": np.dtype(np.uint64), "BOOL": np.dtype(bool),
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+MAX_HEADER_BYTES = 100_000_000
+MAX_TENSORS = 100_000
+MAX_NAME_CHARS = 1024
+HOW_TO_CONVERT = (
+    "It may hold a pickle, which runs code when it is opened, so it is not read. Convert it where you trust it: "
+    "torch.load(path, weights_only=True), then safetensors.torch.save_file(state_dict, 'model.safetensors')."
+)
+
+
+class TensorFile(Mapping):
+    """A safetensors file: `file[key]` is a view of the memory-mapped file; only headers are read when it is opened.
+
+    Raises:
+      CheckpointError: the file is missing, is a pickle, or breaks a rule of the format; says which.
+    """
+
+    def __init__(self, path: str | pathlib.Path):
+        """Opens and checks `path`."""
+        self.path = pathlib.Path(path)
+        refuse_pickle(self.path)
+        if not self.path.is_file():
+            raise CheckpointError(f"there is no file {self.path}.")
+        size = self.path.stat().st_size
+        header, self._start = _read_header(self.path, size)
+        self.metadata = _metadata(self.path, header)
+        self._entries = _entries(self.path, header, size - self._start)
+        self._map = np.memmap(self.path, np.uint8, "r", offset=0) if size > self._start else np.zeros(0, np.uint8)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Returns a tensor's shape without reading it."""
+        return self._entries[key][1]
+
+    def dtype(self, key: str) -> np.dtype:
+        """Returns a tensor's dtype without reading it."""
+        return self._entries[key][0]
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        dtype, shape, begin, end = self._entries[key]
+        raw = self._map[self._start + begin : self._start + end]
+        return np.asarray(raw.view(dtype).reshape(shape) if raw.size else np.zeros(shape, dtype))
+
+    def __iter__(self):
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of all tensors."""
+        return sum(end - begin for _, _, begin, end in self._entries.values())
+
+
+def refuse_pickle(path: pathlib.Path) -> None:
+    """Raises CheckpointError for the endings under which pickles travel."""
+    if path.suffix.lower() in PICKLES:
+        raise CheckpointError(f"{path} is a {path.suffix} file; only .safetensors files are opened. {HOW_TO_CONVERT}")
+
+
+def _damaged(path, what):
+    return CheckpointError(f"{path} is no sound safetensors file: {what}. Fetch it again and compare its SHA-256.")
+
+
+def _read_header(path, size):
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise _damaged(path, f"it has {size} bytes, less than the 8 that hold the header's length")
+        length = struct.unpack("<Q", prefix)[0]
+        if length > MAX_HEADER_BYTES or length + 8 > size:
+            raise _damaged(path, f"its header claims {length} bytes, the file has {size}: truncated, or of another format")
+        raw = file.read(length)
+    if not raw.startswith(b"{"):
+        raise _damaged(path, "its header does not begin with '{'")
+    try:
+        header = json.loads(raw, object_pairs_hook=_no_key_twice)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"its header is no JSON object with each key once ({str(error)[:200]})") from None
+    if len(header) > MAX_TENSORS:
+        raise _damaged(path, f"it lists {len(header)} tensors, more than {MAX_TENSORS}")
+    return header, length + 8
+
+
+def _no_key_twice(pairs):
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        raise ValueError("a key stands twice")
+    return keys
+
+
+def _metadata(path, header):
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(path, "its metadata is not text to text")
+    return metadata
+
+
+def _entries(path, header, num_bytes):
+    entries = {}
+    for name, entry in header.items():
+        if len(name) > MAX_NAME_CHARS or not name.isprintable():
+            raise _damaged(path, f"a tensor's name holds control characters or more than {MAX_NAME_CHARS} ({name[:40]!r})")
+        entries[name] = _entry(path, name, entry)
+    position = 0
+    for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if begin != position:
+            raise _damaged(path, f"tensor {name!r} begins at byte {begin}, expected {position}: a hole or an overlap")
+        position = end
+    if position != num_bytes:
+        raise _damaged(path, f"its tensors need {position} bytes, the file holds {num_bytes}: truncated, or something follows")
+    return entries
+
+
+def _entry(path, name, entry):
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _damaged(path, f"the entry of tensor {name!r} has not just dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if isinstance(dtype, str) and dtype.startswith("F8"):
+        raise CheckpointError(
+            f"{path}: tensor {name!r} is stored in 8 bits ({dtype[:16]}), too coarse for a teacher. Use the fp16 file of this model."
+        )
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _damaged(path, f"tensor {name!r} has the unknown dtype {str(dtype)[:40]!r}")
+    if not isinstance(shape, list) or len(shape) > 8 or not all(_is_size(n) for n in shape):
+        raise _damaged(path, f"tensor {name!r} has no list of sizes as its shape")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets) or offsets[0] > offsets[1]:
+        raise _damaged(path, f"tensor {name!r} has no pair of byte offsets")
+    if math.prod(shape) * DTYPES[dtype].itemsize != offsets[1] - offsets[0]:
+        raise _damaged(path, f"tensor {name!r} of shape {shape} and dtype {dtype} does not take {offsets[1] - offsets[0]} bytes")
+    return DTYPES[dtype], tuple(shape), *offsets
+
+
+def _is_size(number):
+    return type(number) is int and 0 <= number < 2**63
+
+
+def save(path: str | pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes tensors, sorted by key, one at a time; the file appears under its name when it is whole.
+
+    Raises:
+      ValueError: a dtype that the format does not have, or metadata that is not text.
+    """
+    path = pathlib.Path(path)
+    if not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
+        raise ValueError("safetensors metadata must be text to text: json.dumps other values.")
+    header, position = ({"__metadata__": dict(metadata)} if metadata else {}), 0
+    for key in sorted(tensors):
+        array = tensors[key]
+        if array.dtype not in NAMES:
+            raise ValueError(f"tensor {key!r} has dtype {array.dtype}, which safetensors does not know. Convert it first.")
+        end = position + array.size * array.dtype.itemsize
+        header[key] = {"dtype": NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [position, end]}
+        position = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(struct.pack("<Q", len(raw)) + raw)
+            _write(file, (tensors[key] for key in sorted(tensors)))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write(file, arrays: Iterable[np.ndarray]) -> None:
+    for array in arrays:
+        contiguous = np.ascontiguousarray(array)
+        if contiguous.size:
+            file.write(contiguous.reshape(-1).view(np.uint8).data)

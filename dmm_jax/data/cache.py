@@ -1,0 +1,190 @@
+"""The latent cache: scaled float16 latents and uint16 token ids in array_record files under one cache.json.
+
+A record is latents (C order), token ids, and the int64 id of the image in its source, little endian, nothing between.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from typing import Any, TypedDict
+
+import numpy as np
+from array_record.python import array_record_data_source
+
+FORMAT = "dmm_jax latent cache 1"
+LATENTS, TOKENS, _ID = np.dtype("<f2"), np.dtype("<u2"), np.dtype("<i8")
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheHeader:
+    """What the latents are, so that a run can tell whether they fit: the contents of cache.json."""
+
+    vae: str  # Hash of the VAE's contents.
+    tokenizer: str  # Hash of the tokenizer's files.
+    resolution: int  # Pixels of a side, after scaling the short side and cropping the centre.
+    scaling_factor: float  # The latents are posterior samples times this.
+    latent_shape: tuple[int, ...]  # (h, w, C)
+    num_tokens: int  # Per prompt.
+    source: str = ""  # Hash of the images' source.
+    seed: int = 0  # Of the posterior samples.
+    dtype: str = "float16"
+    count: int = 0
+    dropped: int = 0  # Images that could not be read.
+    shards: tuple[tuple[str, int], ...] = ()  # (file name, records)
+
+    @property
+    def record_bytes(self) -> int:
+        """Returns the bytes of every record."""
+        return LATENTS.itemsize * math.prod(self.latent_shape) + TOKENS.itemsize * self.num_tokens + _ID.itemsize
+
+    def differences(self, **expected: Any) -> list[str]:
+        """Names each expected field that this header does not have."""
+        return [
+            f"{name}: expected {value!r}, the cache has {getattr(self, name)!r}"
+            for name, value in expected.items()
+            if getattr(self, name) != value
+        ]
+
+
+class CachedExample(TypedDict):
+    """One record."""
+
+    latents: np.ndarray  # float16 (h, w, C), scaled
+    input_ids: np.ndarray  # int32 (num_tokens,)
+    id: int
+
+
+def write_header(folder: pathlib.Path, header: CacheHeader, **more: Any) -> None:
+    """Writes cache.json in one move, so that no reader ever sees half of it."""
+    text = json.dumps({"format": FORMAT, **dataclasses.asdict(header), **more}, indent=2)
+    temporary = folder / "cache.json.tmp"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, folder / "cache.json")
+
+
+def read_header(folder: pathlib.Path) -> tuple[CacheHeader, dict[str, Any]]:
+    """Reads cache.json: the header, and whatever else was written with it.
+
+    Raises:
+        ValueError: the file is not there, or not what `write_header` writes.
+    """
+    path = folder / "cache.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw.pop("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT!r}")
+        fields = {field.name: raw.pop(field.name) for field in dataclasses.fields(CacheHeader)}
+        fields["latent_shape"] = tuple(fields["latent_shape"])
+        fields["shards"] = tuple((str(name), int(count)) for name, count in fields["shards"])
+        return CacheHeader(**fields), raw
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not the header of a latent cache ({error}). Run `dmm-jax prepare`.") from error
+
+
+def encode_record(latents: np.ndarray, input_ids: np.ndarray, image_id: int) -> bytes:
+    """Packs one example into the bytes of its record."""
+    return latents.astype(LATENTS).tobytes() + input_ids.astype(TOKENS).tobytes() + _ID.type(image_id).tobytes()
+
+
+def decode_record(header: CacheHeader, record: bytes) -> CachedExample:
+    """Unpacks the bytes of a record."""
+    num_latents = math.prod(header.latent_shape)
+    tokens_at = num_latents * LATENTS.itemsize
+    latents = np.frombuffer(record, LATENTS, num_latents).reshape(header.latent_shape)
+    input_ids = np.frombuffer(record, TOKENS, header.num_tokens, tokens_at).astype(np.int32)
+    return {"latents": latents, "input_ids": input_ids, "id": int(np.frombuffer(record[-_ID.itemsize :], _ID)[0])}
+
+
+class LatentCache:
+    """A finished cache, as a random access source of `CachedExample`.
+
+    Raises:
+        ValueError: not a finished cache, or its files do not hold what cache.json says.
+    """
+
+    def __init__(self, folder: str | pathlib.Path, **expected: Any):
+        """Opens a cache and checks it against `expected` (see `check`)."""
+        self.folder = pathlib.Path(folder)
+        if not self.folder.exists() and partial_folder(self.folder).exists():
+            raise ValueError(f"{self.folder} is not finished. Run `dmm-jax prepare` again: it takes up where it was.")
+        self.header, _ = read_header(self.folder)
+        self._records = self._open_shards()
+        self.check(**expected)
+
+    def check(self, *, num_examples: int = 0, **expected: Any) -> None:
+        """Refuses a cache that a run cannot use.
+
+        Args:
+            num_examples: the fewest that are needed.
+            expected: fields of `CacheHeader` with the value that the run needs.
+
+        Raises:
+            ValueError: names every difference.
+        """
+        problems = self.header.differences(**expected)
+        if len(self) < num_examples:
+            problems.append(f"count: expected at least {num_examples}, the cache has {len(self)}")
+        if problems:
+            raise ValueError(
+                f"{self.folder} does not fit this run:\n  " + "\n  ".join(problems) + "\nRun `dmm-jax prepare` for it."
+            )
+
+    def split(self, num_held_out: int) -> tuple["CacheSlice", "CacheSlice"]:
+        """Returns the examples to train on, and the last `num_held_out` in a source of their own."""
+        cut = len(self) - num_held_out
+        if num_held_out < 0 or cut < 1:
+            raise ValueError(f"{self.folder} has {len(self)} examples; {num_held_out} cannot be held out.")
+        return CacheSlice(self, 0, cut), CacheSlice(self, cut, len(self))
+
+    def __len__(self) -> int:
+        return self.header.count
+
+    def __getitem__(self, index: int) -> CachedExample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{index} in a cache of {len(self)}")
+        try:
+            return decode_record(self.header, self._records[index])
+        except RuntimeError as error:  # The files carry checksums.
+            raise ValueError(f"{self.folder}: record {index} is damaged ({error}). Prepare the cache again.") from error
+
+    def __repr__(self) -> str:
+        return f"LatentCache({str(self.folder)!r})"
+
+    def _open_shards(self):
+        header, paths = self.header, []
+        for name, _ in header.shards:
+            if pathlib.PurePath(name).name != name or not (self.folder / name).is_file():
+                raise ValueError(f"{self.folder} lacks its file {name!r}. Delete the folder and run prepare again.")
+            paths.append(str(self.folder / name))
+        try:
+            records = array_record_data_source.ArrayRecordDataSource(paths) if paths else []
+        except RuntimeError as error:
+            raise ValueError(f"{self.folder} is damaged ({error}). Prepare the cache again.") from error
+        if len(records) != header.count or sum(count for _, count in header.shards) != header.count:
+            raise ValueError(f"{self.folder} should hold {header.count} records; its files hold {len(records)}.")
+        if not header.count or len(records[0]) != header.record_bytes:
+            raise ValueError(f"{self.folder}: records are not of {header.record_bytes} bytes, or there are none.")
+        return records
+
+
+class CacheSlice:
+    """A run of consecutive examples of a cache, as a source."""
+
+    def __init__(self, cache: LatentCache, start: int, stop: int):
+        """Shows the examples start to stop - 1."""
+        self.cache, self.start, self.stop = cache, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int) -> CachedExample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{index} in a source of {len(self)}")
+        return self.cache[self.start + index]
+
+
+def partial_folder(folder: pathlib.Path) -> pathlib.Path:
+    """Returns where a cache grows until it is whole."""
+    return folder.with_name(folder.name + ".partial")

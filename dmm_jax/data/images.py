@@ -1,0 +1,47 @@
+"""Opens image files with care and fits them to the square that the VAE encodes."""
+
+import pathlib
+import warnings
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+class UnreadableImage(ValueError):
+    """One image cannot be used; whoever reads many may drop it, and must count it."""
+
+
+def load_rgb(path: pathlib.Path) -> Image.Image:
+    """Opens an image file, upright (EXIF) and as RGB; transparent pixels become white.
+
+    Raises:
+        UnreadableImage: not an image, cut short, or so many pixels that it is likely a decompression bomb.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                upright = ImageOps.exif_transpose(image)
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError,
+            Image.DecompressionBombWarning) as error:  # fmt: skip
+        raise UnreadableImage(f"{path} cannot be read as an image ({error}). Remove or replace the file.") from error
+    if "A" in upright.getbands() or "transparency" in upright.info:
+        upright = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+    return upright.convert("RGB")
+
+
+def fit_square(image: Image.Image | UInt8[np.ndarray, "H W 3"], resolution: int) -> UInt8[np.ndarray, "R R 3"]:
+    """Scales the short side to `resolution` pixels and crops the centre; a fitting image is returned as it is."""
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    width, height = image.size
+    if (width, height) != (resolution, resolution):
+        scale = resolution / min(width, height)
+        width, height = (max(resolution, round(side * scale)) for side in (width, height))
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+        left, top = (width - resolution) // 2, (height - resolution) // 2
+        image = image.crop((left, top, left + resolution, top + resolution))
+    return np.asarray(image, np.uint8)

@@ -1,0 +1,133 @@
+"""Encodes images and captions once, into the latent cache that training reads."""
+
+import hashlib
+import pathlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+import grain
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from dmm_jax.data.cache import CacheHeader, LatentCache
+from dmm_jax.data.cache_writer import CacheWriter
+from dmm_jax.data.images import UnreadableImage, fit_square
+from dmm_jax.data.sources import Example, ImageSource
+
+
+def prepare(
+    image_source: ImageSource,
+    encode: Callable[[np.ndarray, jax.Array], jax.Array | np.ndarray],
+    tokenize: Callable[[Sequence[str]], np.ndarray],
+    out: str | pathlib.Path,
+    batch_size: int,
+    *,
+    resolution: int,
+    scaling_factor: float,
+    vae: str,
+    tokenizer: str,
+    seed: int = 0,
+    shard_size: int = 8192,
+    num_threads: int = 4,
+    progress: bool | None = None,
+) -> LatentCache:
+    """Writes the cache of a source and opens it; work that was broken off goes on after the last whole shard.
+
+    A finished cache of just these things is opened as it is. Unreadable images are named, dropped and counted.
+
+    Args:
+        encode: maps uint8 images (B, H, W, 3) and one PRNG key per image (B,) to unscaled latents (B, h, w, C); it
+            always gets `batch_size` images. An image's key follows from `seed` and its place in the source alone.
+        tokenize: maps B captions to token ids (B, L).
+        resolution: pixels of a side; other images are scaled by their short side and cropped at the centre.
+        scaling_factor: the VAE's; what is stored is latents times this.
+        vae: hash of the VAE's contents.
+        tokenizer: hash of the tokenizer's files (`folder_digest`).
+        shard_size: records a file, and about how many are lost when work breaks off.
+        progress: show a bar; None: when a terminal reads along.
+
+    Raises:
+        ValueError: `out` holds something else, the latents do not fit float16, or no image could be read.
+    """
+    out = pathlib.Path(out)
+    wanted = {"vae": vae, "tokenizer": tokenizer, "resolution": resolution, "scaling_factor": float(scaling_factor),
+              "seed": seed, "source": getattr(image_source, "digest", "")}  # fmt: skip
+    if out.exists():
+        return LatentCache(out, **wanted)
+    shapes = _shapes(encode, tokenize, batch_size, resolution)
+    writer = CacheWriter(out, CacheHeader(**wanted, **shapes), shard_size)
+    hidden = not sys.stderr.isatty() if progress is None else not progress
+    bar = tqdm(total=len(image_source), initial=writer.next_index, desc="encode", unit="image", disable=hidden)
+    try:
+        with bar:
+            for examples, next_index in _groups(image_source, writer, batch_size, resolution, num_threads):
+                latents = encode_examples(examples, encode, batch_size, seed) * np.float32(scaling_factor)
+                captions, ids = ([example[name] for example in examples] for name in ("caption", "id"))
+                writer.add(latents, np.asarray(tokenize(captions)), ids, next_index)
+                bar.update(next_index - bar.n)
+        return writer.finish()
+    finally:
+        writer.abandon()
+
+
+def encode_examples(examples: Sequence[Example], encode: Callable, batch_size: int, seed: int) -> np.ndarray:
+    """Returns the unscaled latents (B, h, w, C) of examples; the batch is filled up so that `encode` compiles once."""
+    rows = np.minimum(np.arange(batch_size), len(examples) - 1)
+    images = np.stack([examples[row]["image"] for row in rows])
+    ids = np.array([examples[row]["id"] for row in rows], np.uint32)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), ids)
+    return np.asarray(encode(images, keys), np.float32)[: len(examples)]
+
+
+def folder_digest(folder: str | pathlib.Path, names: Sequence[str] = ("vocab.json", "merges.txt")) -> str:
+    """Returns the sha256 of some files' contents; by default those that make a tokenizer."""
+    digest = hashlib.sha256()
+    for name in names:
+        contents = (pathlib.Path(folder) / name).read_bytes()
+        digest.update(f"{name} {len(contents)} ".encode() + contents)
+    return digest.hexdigest()
+
+
+def _shapes(encode, tokenize, batch_size: int, resolution: int) -> dict:
+    """Finds what a record holds, from a black image without words."""
+    black: Example = {"image": np.zeros((resolution, resolution, 3), np.uint8), "caption": "", "id": 0}
+    latents = encode_examples([black], encode, batch_size, seed=0)
+    return {"latent_shape": latents.shape[1:], "num_tokens": int(np.asarray(tokenize([""])).shape[1])}
+
+
+def _groups(
+    source: ImageSource, writer: CacheWriter, batch_size: int, resolution: int, num_threads: int
+) -> Iterator[tuple[list[Example], int]]:
+    """Yields up to `batch_size` readable examples, and the place where the source goes on after them."""
+    if writer.next_index >= len(source):
+        return
+    reader = grain.MapDataset.range(writer.next_index, len(source)).map(_Load(source, resolution))
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * batch_size)
+    group: list[Example] = []
+    for index, example in enumerate(reader.to_iter_dataset(options), start=writer.next_index):
+        if isinstance(example, UnreadableImage):
+            warnings.warn(f"dropped: {example}", stacklevel=2)
+            writer.drop(1)
+        else:
+            group.append(example)
+        if len(group) == batch_size:
+            yield group, index + 1
+            group = []
+    if group:
+        yield group, len(source)
+
+
+class _Load:
+    """Reads and fits one image; a failure is handed on, not raised in a reader's thread."""
+
+    def __init__(self, source: ImageSource, resolution: int):
+        self.source, self.resolution = source, resolution
+
+    def __call__(self, index: int) -> Example | UnreadableImage:
+        try:
+            example = self.source[int(index)]
+        except UnreadableImage as error:
+            return error
+        return {**example, "image": fit_square(example["image"], self.resolution)}

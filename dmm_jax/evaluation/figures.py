@@ -1,0 +1,229 @@
+"""The report's figures as PNGs, drawn with matplotlib's Agg: each once for light pages and once for dark ones."""
+
+import dataclasses
+import io
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from PIL import Image
+
+DIFFERENCE_GAIN = 4  # What the difference of two pictures is multiplied by before it is shown.
+_TILE_PX = 192  # Pictures in strips are brought near this side: by whole factors up, smoothly down.
+_DPI = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Theme:
+    """Colours of one appearance; `steps` run from a small distance to a large one."""
+
+    name: str
+    ink: str
+    soft: str
+    line: str
+    steps: tuple[str, ...]
+    marks: Mapping[str, str]
+
+
+LIGHT = Theme(
+    "light", "#1c1b19", "#66625a", "#dcd7cc", ("#0b5a5e", "#3f9a94", "#a9d3c6", "#f0ead8", "#f6f1e6"),
+    {"base": "#b9b2a4", "average": "#d98b2b", "student": "#0b6e6e", "floor": "#1c1b19"},
+)  # fmt: skip
+DARK = Theme(
+    "dark", "#e9e6df", "#9f9a90", "#3a3d41", ("#8fe3d6", "#3fa79f", "#1f6468", "#233438", "#212527"),
+    {"base": "#6d6a64", "average": "#e5a04b", "student": "#63c3bd", "floor": "#e9e6df"},
+)  # fmt: skip
+_LINES = {
+    "light": ("#0b6e6e", "#d98b2b", "#7a4fa3", "#c2453d", "#3c7bc9", "#6b8e23", "#a0522d", "#d4639a"),
+    "dark": ("#63c3bd", "#e5a04b", "#b795dd", "#ec7f76", "#7fb0ee", "#a9c95f", "#cf9468", "#eb9cc3"),
+}
+
+
+def render(draw: Callable[[Theme], Figure]) -> dict[str, bytes]:
+    """Returns the PNG of `draw(theme)` for "light" and "dark", on a transparent ground."""
+    with rc_context({"text.parse_math": False}):  # A style may be called "$x$".
+        return {theme.name: _png(draw(theme)) for theme in (LIGHT, DARK)}
+
+
+def matrix(results: Mapping, theme: Theme) -> Figure:
+    """Draws the style matrix as a heat map: above it base and weight average, below it the floor, all on one scale."""
+    names = [_label(name) for name in results["styles"]]
+    blocks = [
+        (["base model", "weight average"], np.asarray([results["base"], results["average"]], float)),
+        ([f"student: {name}" for name in names], np.asarray(results["matrix"], float)),
+        (["floor"], np.asarray([results["floor"]], float)),
+    ]
+    num = len(names)
+    width = min(0.9, 7.8 / num)
+    figure = _figure(width * num, 0.75 * width * (num + 3.4))
+    axes = figure.subplots(3, 1, gridspec_kw={"height_ratios": [len(rows) for rows, _ in blocks], "hspace": 0.12})
+    norm = _norm(np.concatenate([values.ravel() for _, values in blocks]))
+    for ax, (rows, values) in zip(axes, blocks, strict=True):
+        _heat(ax, rows, values, norm, theme, fontsize=9 if width > 0.6 else 6.5)
+    turned = {"rotation": 40, "ha": "left"} if max(map(len, names)) * 0.09 > width else {}
+    axes[0].set_xticks(range(num), names, **turned)
+    for place in range(num):
+        axes[1].add_patch(Rectangle((place - 0.5, place - 0.5), 1, 1, fill=False, lw=1.8, ec=theme.ink, clip_on=False))
+    return figure
+
+
+def _heat(ax, rows, values, norm, theme, fontsize):
+    colours = LinearSegmentedColormap.from_list("distance", theme.steps)
+    ax.imshow(values, cmap=colours, norm=norm, aspect="auto")
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set_xticks([])
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0, labelsize=9, colors=theme.ink)
+    ax.spines[:].set_visible(False)
+    for (row, column), value in np.ndenumerate(values):
+        red, green, blue, _ = colours(norm(value)) if np.isfinite(value) else (0.5, 0.5, 0.5, 1)
+        ink = "#ffffff" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.45 else "#1c1b19"
+        ax.text(column, row, number(value), ha="center", va="center", fontsize=fontsize, color=ink)
+
+
+def distances(results: Mapping, theme: Theme) -> Figure:
+    """Draws, for each style, where base, weight average, student and floor stand; small is near the teacher."""
+    names = [_label(name) for name in results["styles"]]
+    rows = {
+        "base": results["base"], "average": results["average"],
+        "student": np.diagonal(np.asarray(results["matrix"], float)), "floor": results["floor"],
+    }  # fmt: skip
+    values = np.asarray(list(rows.values()), float)
+    figure = _figure(11.0, 0.9 + 0.42 * len(names))
+    ax = figure.subplots()
+    places = np.arange(len(names))
+    ax.hlines(places, np.nanmin(values, 0), np.nanmax(values, 0), color=theme.line, lw=2, zorder=1)
+    labels = {"base": "base model", "average": "weight average", "student": "student", "floor": "floor"}
+    for name, row in rows.items():
+        size, shape = (95, "o") if name == "student" else (60, "|" if name == "floor" else "o")
+        ax.scatter(row, places, s=size if shape == "o" else 190, marker=shape, lw=2.2 if shape == "|" else 0,
+                   color=theme.marks[name], label=labels[name], zorder=3 if name == "student" else 2)  # fmt: skip
+    if isinstance(_norm(values.ravel()), LogNorm):
+        ax.set_xscale("log")
+        _plain_ticks(ax.xaxis)
+    ax.set_yticks(places, names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_xlabel(f"{results['distance']} to the teacher", color=theme.soft, fontsize=9)
+    _quiet(ax, theme, grid="x")
+    ax.legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False, labelcolor=theme.ink, fontsize=9,
+              borderaxespad=0.2, handletextpad=0.3, columnspacing=1.6)  # fmt: skip
+    return figure
+
+
+def losses(lines: Sequence[Mapping], styles: Sequence[str], theme: Theme) -> Figure:
+    """Draws the training and, where there is one, the validation loss of each style against the step."""
+    panels = [(title, key) for title, key in (("training", "score"), ("validation", "validation")) if _any(lines, key)]
+    figure = _figure(11.6, 3.3)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (title, key) in zip(axes, panels, strict=True):
+        for place, name in enumerate(styles):
+            points = [(line["step"], np.mean(line[key][name])) for line in lines if name in line.get(key, {})]
+            colour = _LINES[theme.name][place % len(_LINES[theme.name])]
+            dash = ("-", "--", ":")[place // len(_LINES[theme.name]) % 3]
+            _curve(ax, points, color=colour, ls=dash, label=_label(name))
+        ax.set_yscale("log")
+        _plain_ticks(ax.yaxis)
+        ax.set_title(f"{title} loss", loc="left", color=theme.ink, fontsize=10)
+        ax.set_xlabel("step", color=theme.soft, fontsize=9)
+        _quiet(ax, theme, grid="y")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=6, loc="upper left", bbox_to_anchor=(0.115, 0.0), frameon=False,
+                  labelcolor=theme.ink, fontsize=9)  # fmt: skip
+    return figure
+
+
+def _curve(ax, points, **style):
+    """Draws a line; a long one faintly, with its running mean over it."""
+    if not points:
+        return
+    steps, values = np.asarray(points, float).T
+    window = len(points) // 40
+    if window > 1:
+        ax.plot(steps, values, lw=0.6, alpha=0.3, **style | {"label": None})
+        values = np.convolve(values, np.ones(window) / window, "valid")
+        steps = steps[window // 2 :][: len(values)]
+    ax.plot(steps, values, lw=1.6, **style, marker="o" if len(points) < 30 else None, ms=3)
+
+
+def triple(teacher: UInt8[np.ndarray, "H W 3"], student: UInt8[np.ndarray, "H W 3"]) -> Image.Image:
+    """Returns teacher, student and their amplified absolute difference side by side, with clear gaps."""
+    difference = np.abs(teacher.astype(np.int16) - student.astype(np.int16)) * DIFFERENCE_GAIN
+    tiles = [tile(one) for one in (teacher, student, difference.clip(0, 255).astype(np.uint8))]
+    width, height = tiles[0].size
+    gap = max(width // 32, 1)
+    strip = Image.new("RGBA", (3 * width + 2 * gap, height))
+    for place, one in enumerate(tiles):
+        strip.paste(one, (place * (width + gap), 0))
+    return strip
+
+
+def tile(image: UInt8[np.ndarray, "H W 3"]) -> Image.Image:
+    """Returns the picture near _TILE_PX: small ones enlarged by a whole factor, large ones at most twice that size."""
+    picture = Image.fromarray(image)
+    side = max(picture.size)
+    factor = max(_TILE_PX // side, 1)
+    if factor > 1:
+        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    picture.thumbnail((2 * _TILE_PX, 2 * _TILE_PX), Image.Resampling.LANCZOS)
+    return picture
+
+
+def number(value: float) -> str:
+    """Returns a distance as people read it: three digits, no exponent where it can be helped."""
+    if not np.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    if 1e-3 <= abs(value) < 1000:
+        return f"{value:#.3g}".rstrip(".")
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1e}"
+
+
+def _figure(width, height):
+    figure = Figure(figsize=(width, height), layout=None)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI, transparent=True, bbox_inches="tight", pad_inches=0.06)
+    return buffer.getvalue()
+
+
+def _norm(values):
+    """Returns a logarithmic scale where the values span more than a factor of eight, else a linear one from zero."""
+    values = values[np.isfinite(values)]
+    low, high = (values.min(), values.max()) if values.size else (0.0, 1.0)
+    return LogNorm(low, high) if low > 0 and high / low > 8 else Normalize(min(low, 0.0), max(high, 1e-12))
+
+
+def _any(lines, key):
+    return any(line.get(key) for line in lines)
+
+
+def _label(name):
+    short = name if len(name) <= 20 else name[:19] + "…"
+    return "\u200b" + short if short.startswith("_") else short  # Matplotlib leaves labels with a leading _ out.
+
+
+def _plain_ticks(axis):
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _quiet(ax, theme, grid):
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.spines["bottom"].set_color(theme.line)
+    ax.tick_params(which="both", length=0, labelsize=9, colors=theme.soft)
+    ax.grid(axis=grid, color=theme.line, lw=0.6, alpha=0.7)
+    ax.set_axisbelow(True)
+    if grid == "x":
+        ax.tick_params(axis="y", labelcolor=theme.ink)

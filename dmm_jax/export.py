@@ -1,0 +1,66 @@
+"""`dmm-jax export`: a training run's student as PyTorch safetensors, all formats or none."""
+
+import json
+import pathlib
+from collections.abc import Sequence
+
+from dmm_jax import config as config_lib
+from dmm_jax.checkpoints.export import DTYPES, FORMATS, Recipe, write
+from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.folders import check_output
+from dmm_jax.page import whole_folder
+from dmm_jax.pipeline import parse_style, style_row
+
+
+def export_workdir(
+    workdir: pathlib.Path, out: pathlib.Path, formats: Sequence[str], style: str = "", dtype: str = "float16", recipe: bool = True
+) -> list[pathlib.Path]:
+    """Writes `out/dmm/`, `out/diffusers/` and `out/model.safetensors`, as many of them as `formats` names.
+
+    Args:
+      style: the name or mix ("anime=0.7,photo=0.3") that is folded into the stock formats.
+      recipe: also write the whole recipe, with hashes of all parents, into the files' metadata.
+
+    Raises:
+      ValueError: a format, style or dtype that there is not, an output that is not empty; nothing is written then.
+    """
+    unknown = [fmt for fmt in formats if fmt not in FORMATS]
+    if unknown or not formats:
+        raise ValueError(f"there is no format {', '.join(unknown) or '(none given)'}; there are: {', '.join(FORMATS)}.")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
+    out = check_output(out)
+    student = open_checkpoint(workdir)
+    if student.styles is None:
+        raise ValueError(f"{workdir} holds a stock checkpoint; only a merged one is exported. Give the --workdir of a `train` run.")
+    weights = None
+    if any(fmt != "dmm" for fmt in formats):
+        if not style:
+            raise ValueError(f"diffusers and single-file hold one style: give --style, a name or a mix of {', '.join(student.styles)}.")
+        weights = style_row(parse_style(style), student.styles)
+    said = describe(workdir, student, style)
+    title = f"{student.name}: {style}" if style else student.name
+    written = []
+    with whole_folder(out) as folder:
+        for fmt in dict.fromkeys(formats):
+            told = Recipe(title if fmt != "dmm" else student.name, list(student.styles), said if recipe else None)
+            written.append(write(folder, fmt, student, None if fmt == "dmm" else weights, dtype, told).relative_to(folder))
+    return [out / path for path in written]
+
+
+def describe(workdir: pathlib.Path, student, style: str) -> dict:
+    """Returns the recipe of a run: its config, the SHA-256 of every parent's UNet, and the style that was folded in."""
+    if student.kind != "workdir":
+        return {"from": student.name, "unet_sha256": student.digest("unet"), "style": style}
+    config = config_lib.load(workdir)
+    parents = {name: open_checkpoint(path) for name, path in (("base", config.base), *config.teachers)}
+    return {
+        "parents": {name: {"file": parent.name, "unet_sha256": parent.digest("unet")} for name, parent in parents.items()},
+        "options": _options(config),
+        "style": style,
+    }
+
+
+def _options(config) -> dict:
+    told = json.loads(config_lib.to_json(config))
+    return {name: value for name, value in told.items() if name not in ("base", "teachers", "data", "samples")}

@@ -1,0 +1,71 @@
+"""Residual blocks and the changes of resolution between levels (arXiv:2006.11239, appendix B)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dmm_jax.models import layers
+
+
+class ResnetBlock2D(nnx.Module):
+    """Norm, SiLU, convolution, twice; the time embedding is added in between; a 1x1 shortcut where widths differ."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        temb_channels: int | None,
+        num_groups: int,
+        epsilon: float,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
+        """Builds the block; without `temb_channels` it takes no time embedding (the VAE's)."""
+        common = {"dtype": dtype, "rngs": rngs}
+        self.norm1 = layers.group_norm(num_groups, in_channels, epsilon=epsilon, rngs=rngs)
+        self.conv1 = layers.conv(in_channels, out_channels, 3, **common)
+        if temb_channels is not None:
+            self.time_emb_proj = layers.linear(temb_channels, out_channels, **common)
+        self.norm2 = layers.group_norm(num_groups, out_channels, epsilon=epsilon, rngs=rngs)
+        self.conv2 = layers.conv(out_channels, out_channels, 3, **common)
+        if in_channels != out_channels:
+            self.conv_shortcut = layers.conv(in_channels, out_channels, 1, **common)
+
+    def __call__(self, hidden: Float[Array, "B h w C"], temb: Float[Array, "B E"] | None = None) -> Float[Array, "B h w C2"]:
+        """Returns the block's output, in the dtype of `hidden`."""
+        residual = self.conv1(jax.nn.silu(self.norm1(hidden)).astype(hidden.dtype))
+        if temb is not None:
+            residual = residual + self.time_emb_proj(jax.nn.silu(temb))[:, None, None, :]
+        residual = self.conv2(jax.nn.silu(self.norm2(residual)).astype(hidden.dtype))
+        shortcut = self.conv_shortcut(hidden) if hasattr(self, "conv_shortcut") else hidden
+        return shortcut + residual
+
+
+class Downsample2D(nnx.Module):
+    """Halves the resolution by a strided convolution; PyTorch pads (1, 1), where "SAME" would pad (0, 1)."""
+
+    def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
+        self.conv = layers.conv(channels, channels, 3, stride=2, dtype=dtype, rngs=rngs)
+
+    def __call__(self, hidden: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 C"]:
+        """Returns a quarter of the cells."""
+        return self.conv(hidden)
+
+
+class Upsample2D(nnx.Module):
+    """Doubles the resolution: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
+        self.conv = layers.conv(channels, channels, 3, dtype=dtype, rngs=rngs)
+
+    def __call__(self, hidden: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 C"]:
+        """Returns four times the cells."""
+        return self.conv(nearest_x2(hidden))
+
+
+def nearest_x2(hidden: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 C"]:
+    """Repeats every cell twice along height and width."""
+    b, h, w, c = hidden.shape
+    return jnp.broadcast_to(hidden[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)

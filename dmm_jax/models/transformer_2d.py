@@ -1,0 +1,51 @@
+"""A stack of transformer blocks over the cells of a feature map."""
+
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dmm_jax.models import layers
+from dmm_jax.models.attention import BasicTransformerBlock
+
+EPSILON = 1e-6  # Of the group norm; the UNet's other group norms have 1e-5.
+
+
+class Transformer2DModel(nnx.Module):
+    """Norm, projection in, blocks, projection out, residual. Stable Diffusion 1 projects by 1x1 convolutions."""
+
+    def __init__(
+        self,
+        channels: int,
+        context_width: int,
+        num_heads: int,
+        num_layers: int,
+        *,
+        use_linear_projection: bool,
+        num_groups: int,
+        implementation: str = "xla",
+        dtype,
+        rngs: nnx.Rngs,
+    ):
+        common = {"dtype": dtype, "rngs": rngs}
+        self.norm = layers.group_norm(num_groups, channels, epsilon=EPSILON, rngs=rngs)
+
+        def projection():
+            if use_linear_projection:
+                return layers.linear(channels, channels, **common)
+            return layers.conv(channels, channels, 1, **common)
+
+        self.proj_in = projection()
+        self.transformer_blocks = nnx.List(
+            BasicTransformerBlock(channels, context_width, num_heads, implementation=implementation, **common)
+            for _ in range(num_layers)
+        )
+        self.proj_out = projection()
+
+    def __call__(self, hidden: Float[Array, "B h w C"], states: Float[Array, "B S D"]) -> Float[Array, "B h w C"]:
+        """Returns hidden plus what the blocks made of it and of `states`."""
+        # A dense layer on (h, w, C) is the 1x1 convolution and the flattened projection alike.
+        cells = self.proj_in(self.norm(hidden).astype(hidden.dtype))
+        tokens = rearrange(cells, "B h w C -> B (h w) C")
+        for block in self.transformer_blocks:
+            tokens = block(tokens, states)
+        return hidden + self.proj_out(tokens.reshape(hidden.shape))

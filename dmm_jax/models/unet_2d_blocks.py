@@ -1,0 +1,101 @@
+"""The levels of the UNet: resnets, each with a transformer beside it where the level attends, and a change of resolution."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dmm_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
+from dmm_jax.models.transformer_2d import Transformer2DModel
+
+
+def call(remat: bool, module: nnx.Module, *args):
+    """Calls a module; with `remat` its inner values are computed again in the backward pass, not kept."""
+    return nnx.remat(lambda module, *args: module(*args))(module, *args) if remat else module(*args)
+
+
+class DownBlock(nnx.Module):
+    """A level on the way down; diffusers' DownBlock2D, and CrossAttnDownBlock2D where `attention` is given."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, num_layers: int, resnet: dict, attention: dict | None, downsample: bool, *,
+        remat: bool = False, dtype, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        """Builds the level.
+
+        Args:
+          resnet: arguments of `ResnetBlock2D` that all of them share.
+          attention: arguments of `Transformer2DModel`, or None.
+        """
+        common = {"dtype": dtype, "rngs": rngs}
+        self.remat = remat
+        widths = [in_channels] + [out_channels] * (num_layers - 1)
+        self.resnets = nnx.List(ResnetBlock2D(width, out_channels, **resnet, **common) for width in widths)
+        if attention is not None:
+            self.attentions = nnx.List(Transformer2DModel(out_channels, **attention, **common) for _ in widths)
+        if downsample:
+            self.downsamplers = nnx.List([Downsample2D(out_channels, **common)])
+
+    def __call__(
+        self, hidden: Float[Array, "B h w C"], temb: Float[Array, "B E"], states: Float[Array, "B S D"]
+    ) -> list[Float[Array, "B _h _w _C"]]:
+        """Returns the skips of this level, finest first; the last is its output."""
+        skips = []
+        for layer, resnet in enumerate(self.resnets):
+            hidden = call(self.remat, resnet, hidden, temb)
+            if hasattr(self, "attentions"):
+                hidden = call(self.remat, self.attentions[layer], hidden, states)
+            skips.append(hidden)
+        if hasattr(self, "downsamplers"):
+            skips.append(self.downsamplers[0](hidden))
+        return skips
+
+
+class MidBlock(nnx.Module):
+    """Resnet, transformer, resnet; diffusers' UNetMidBlock2DCrossAttn."""
+
+    def __init__(self, channels: int, resnet: dict, attention: dict, *, remat: bool = False, dtype, rngs: nnx.Rngs):
+        common = {"dtype": dtype, "rngs": rngs}
+        self.remat = remat
+        self.resnets = nnx.List(ResnetBlock2D(channels, channels, **resnet, **common) for _ in range(2))
+        self.attentions = nnx.List([Transformer2DModel(channels, **attention, **common)])
+
+    def __call__(
+        self, hidden: Float[Array, "B h w C"], temb: Float[Array, "B E"], states: Float[Array, "B S D"]
+    ) -> Float[Array, "B h w C"]:
+        """Returns the coarsest features."""
+        hidden = call(self.remat, self.resnets[0], hidden, temb)
+        hidden = call(self.remat, self.attentions[0], hidden, states)
+        return call(self.remat, self.resnets[1], hidden, temb)
+
+
+class UpBlock(nnx.Module):
+    """A level on the way up; diffusers' UpBlock2D, and CrossAttnUpBlock2D where `attention` is given."""
+
+    def __init__(
+        self, in_channels: int, skip_channels: Sequence[int], out_channels: int, resnet: dict, attention: dict | None,
+        upsample: bool, *, remat: bool = False, dtype, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        """Builds the level; `skip_channels` are the widths of the skips that its resnets take, in order."""
+        common = {"dtype": dtype, "rngs": rngs}
+        self.remat = remat
+        widths = [in_channels] + [out_channels] * (len(skip_channels) - 1)
+        self.resnets = nnx.List(
+            ResnetBlock2D(width + skip, out_channels, **resnet, **common)
+            for width, skip in zip(widths, skip_channels, strict=True)
+        )
+        if attention is not None:
+            self.attentions = nnx.List(Transformer2DModel(out_channels, **attention, **common) for _ in widths)
+        if upsample:
+            self.upsamplers = nnx.List([Upsample2D(out_channels, **common)])
+
+    def __call__(
+        self, hidden: Float[Array, "B h w C"], skips: Sequence[Array], temb: Float[Array, "B E"], states: Float[Array, "B S D"]
+    ) -> Float[Array, "B h2 w2 C2"]:
+        """Returns the level's output; takes one skip per resnet, in the order given."""
+        for layer, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
+            hidden = call(self.remat, resnet, jnp.concatenate([hidden, skip], axis=-1), temb)
+            if hasattr(self, "attentions"):
+                hidden = call(self.remat, self.attentions[layer], hidden, states)
+        return self.upsamplers[0](hidden) if hasattr(self, "upsamplers") else hidden

@@ -1,0 +1,246 @@
+"""The denoising UNet of Stable Diffusion 1, 2 and XL (arXiv:2112.10752, 2307.01952), with DMM's style table on request.
+
+Attributes are diffusers' state-dict keys. `addition_embed_type` "model_merge" (SDXL: "model_merge_xl") adds
+`model_embedding`, one row per style, and an MLP whose output is added to the time embedding (arXiv:2504.12364, A.1).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Num
+
+from dmm_jax.models import layers
+from dmm_jax.models.attention import IMPLEMENTATIONS
+from dmm_jax.models.embeddings import TimestepEmbedding, timestep_sinusoids
+from dmm_jax.models.unet_2d_blocks import DownBlock, MidBlock, UpBlock
+
+DOWN_TYPES = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # Does the level attend?
+UP_TYPES = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
+ADDITION_TYPES = (None, "text_time", "model_merge", "model_merge_xl")
+INERT = {
+    "act_fn": ("silu",), "center_input_sample": (False,), "downsample_padding": (1,), "mid_block_scale_factor": (1, 1.0),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",), "dropout": (0, 0.0), "resnet_time_scale_shift": ("default",),
+    "resnet_skip_time_act": (False,), "resnet_out_scale_factor": (1, 1.0), "time_embedding_type": ("positional",),
+    "conv_in_kernel": (3,), "conv_out_kernel": (3,), "attention_type": ("default",), "upcast_attention": (False, True, None),
+    "addition_embed_type_num_heads": (64, None), "timestep_post_act": (None,), "cross_attention_norm": (None,),
+    "sample_max_value": (1.0, None),
+}  # fmt: skip  # `upcast_attention`: ours is float32 always.
+
+
+def merged_config(config: Mapping, num_styles: int) -> dict:
+    """Returns a stock UNet's config with a style table of `num_styles` rows."""
+    kind = {None: "model_merge", "text_time": "model_merge_xl"}[config.get("addition_embed_type")]
+    return dict(config) | {"addition_embed_type": kind, "num_models": num_styles}
+
+
+def style_mlp_name(config: Mapping) -> str:
+    """Returns the attribute of the style MLP: SDXL already uses `add_embedding` for its text and time ids."""
+    return "add_embedding2" if config["addition_embed_type"] == "model_merge_xl" else "add_embedding"
+
+
+class UNetOutput(NamedTuple):
+    """What one forward pass gives."""
+
+    sample: Float[Array, "B h w C"]  # float32
+    features: tuple[Array, ...]  # Outputs of the down blocks, the mid block and the up blocks, in the compute dtype.
+
+
+class UNet2DConditionModel(nnx.Module):
+    """The network; arguments are the fields of its config.json, with diffusers' defaults."""
+
+    def __init__(
+        self,
+        sample_size: int | None = None,
+        in_channels: int = 4,
+        out_channels: int = 4,
+        flip_sin_to_cos: bool = True,
+        freq_shift: int = 0,
+        down_block_types: Sequence[str] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types: Sequence[str] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        block_out_channels: Sequence[int] = (320, 640, 1280, 1280),
+        layers_per_block: int | Sequence[int] = 2,
+        norm_num_groups: int = 32,
+        norm_eps: float = 1e-5,
+        cross_attention_dim: int = 1280,
+        transformer_layers_per_block: int | Sequence[int] = 1,
+        attention_head_dim: int | Sequence[int] = 8,
+        num_attention_heads: None = None,
+        use_linear_projection: bool = False,
+        addition_embed_type: str | None = None,
+        addition_time_embed_dim: int | None = None,
+        projection_class_embeddings_input_dim: int | None = None,
+        num_models: int | None = None,
+        *,
+        attention_implementation: str = "xla",
+        remat: bool = False,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Builds the UNet.
+
+        Args:
+          attention_head_dim: the NUMBER of heads, per level or for all (diffusers' name for it is an old accident).
+          num_models: rows of the style table, where `addition_embed_type` is one of the "model_merge" kinds.
+          attention_implementation: "xla" or "cudnn"; see `dmm_jax.models.attention`.
+          remat: compute blocks again in the backward pass.
+          dtype: of the arithmetic.
+
+        Raises:
+          ValueError: a field that does not fit the others.
+        """
+        given = {name: value for name, value in locals().items() if name not in ("self", "rngs", "dtype", "__class__")}
+        self.config = layers.Config(given)
+        _check(self.config)
+        self.dtype = jnp.dtype(dtype)
+        self.num_models = num_models
+        common = {"dtype": dtype, "rngs": rngs}
+        widths, levels = list(block_out_channels), len(block_out_channels)
+        time_embed_dim = 4 * widths[0]
+        resnet = {"temb_channels": time_embed_dim, "num_groups": norm_num_groups, "epsilon": norm_eps}
+        heads, depths = _per_level(attention_head_dim, levels), _per_level(transformer_layers_per_block, levels)
+        num_layers = _per_level(layers_per_block, levels)
+
+        def attention(level: int) -> dict[str, Any]:
+            return {
+                "context_width": cross_attention_dim,
+                "num_heads": heads[level],
+                "num_layers": depths[level],
+                "use_linear_projection": use_linear_projection,
+                "num_groups": norm_num_groups,
+                "implementation": attention_implementation,
+            }
+
+        self.conv_in = layers.conv(in_channels, widths[0], 3, **common)
+        self.time_embedding = TimestepEmbedding(widths[0], time_embed_dim, **common)
+        self._add_embeddings(time_embed_dim, **common)
+        blocks, skips = [], [widths[0]]
+        for level, (kind, width) in enumerate(zip(down_block_types, widths, strict=True)):
+            last = level + 1 == levels
+            there = attention(level) if DOWN_TYPES[kind] else None
+            before = widths[max(level - 1, 0)]
+            blocks.append(DownBlock(before, width, num_layers[level], resnet, there, not last, remat=remat, **common))
+            skips += [width] * (num_layers[level] + (not last))
+        self.down_blocks = nnx.List(blocks)
+        self.mid_block = MidBlock(widths[-1], resnet, attention(-1), remat=remat, **common)
+        blocks = []
+        for level, kind in zip(reversed(range(levels)), up_block_types, strict=True):
+            taken = [skips.pop() for _ in range(num_layers[level] + 1)]
+            there = attention(level) if UP_TYPES[kind] else None
+            before = widths[min(level + 1, levels - 1)]
+            blocks.append(UpBlock(before, taken, widths[level], resnet, there, level > 0, remat=remat, **common))
+        self.up_blocks = nnx.List(blocks)
+        self.conv_norm_out = layers.group_norm(norm_num_groups, widths[0], epsilon=norm_eps, rngs=rngs)
+        self.conv_out = layers.conv(widths[0], out_channels, 3, **common)
+
+    def _add_embeddings(self, width, *, dtype, rngs):
+        kind = self.config["addition_embed_type"]
+        if kind in ("text_time", "model_merge_xl"):
+            inputs = self.config["projection_class_embeddings_input_dim"]
+            self.add_embedding = TimestepEmbedding(inputs, width, dtype=dtype, rngs=rngs)
+        if kind in ("model_merge", "model_merge_xl"):
+            normal = nnx.initializers.normal(1.0)
+            self.model_embedding = nnx.Embed(self.num_models, width, embedding_init=normal, dtype=jnp.float32, rngs=rngs)
+            setattr(self, style_mlp_name(self.config), TimestepEmbedding(width, width, dtype=dtype, rngs=rngs))
+
+    @classmethod
+    def from_config(cls, config: Mapping, *, rngs: nnx.Rngs, **options) -> "UNet2DConditionModel":
+        """Builds the UNet that a diffusers config.json describes; `options` as in the constructor.
+
+        Raises:
+          ValueError: fields or values that this port does not compute; all are named.
+        """
+        return cls(**layers.constructor_arguments(cls.__init__, config, INERT), **options, rngs=rngs)
+
+    def style_embedding(self, weights: Float[Array, "B N"]) -> Float[Array, "B E"]:
+        """Mixes rows of the style table, in float32: what `__call__` takes as `style_embedding` (arXiv:2504.12364, 4.5)."""
+        return weights @ self.model_embedding.embedding[...]
+
+    def __call__(
+        self,
+        latents: Float[Array, "B h w C"],
+        timesteps: Num[Array, " B"],
+        encoder_hidden_states: Float[Array, "B L D"],
+        style_embedding: Float[Array, "B E"] | None = None,
+        added_cond: Mapping[str, Array] | None = None,
+    ) -> UNetOutput:
+        """Predicts the noise (or velocity) in `latents`.
+
+        Args:
+          timesteps: int or float32, 0 to 999.
+          style_embedding: mixed rows of the style table, before the MLP; needed by a merged model, refused by others.
+          added_cond: SDXL's {"text_embeds": (B, P), "time_ids": (B, 6)}.
+
+        Raises:
+          ValueError: latents that the levels cannot halve, or conditioning that is missing or has no place.
+        """
+        multiple = 2 ** (len(self.down_blocks) - 1)
+        if latents.shape[1] % multiple or latents.shape[2] % multiple:
+            raise ValueError(
+                f"latents' height and width must be multiples of {multiple} cells; got {latents.shape[1]} x {latents.shape[2]}."
+            )
+        temb = self._time_embedding(timesteps, style_embedding, added_cond)
+        states = encoder_hidden_states.astype(self.dtype)
+        hidden = self.conv_in(latents.astype(self.dtype))
+        skips, features = [hidden], []
+        for block in self.down_blocks:
+            skips += block(skips[-1], temb, states)
+            features.append(skips[-1])
+        hidden = self.mid_block(skips[-1], temb, states)
+        features.append(hidden)
+        for block in self.up_blocks:
+            taken = [skips.pop() for _ in block.resnets]
+            hidden = block(hidden, taken, temb, states)
+            features.append(hidden)
+        hidden = jax.nn.silu(self.conv_norm_out(hidden)).astype(self.dtype)
+        return UNetOutput(self.conv_out(hidden).astype(jnp.float32), tuple(features))
+
+    def _time_embedding(self, timesteps, style_embedding, added_cond) -> Float[Array, "B E"]:
+        config = self.config
+        waves = {"flip_sin_to_cos": config["flip_sin_to_cos"], "freq_shift": config["freq_shift"]}
+        sinusoids = timestep_sinusoids(timesteps, config["block_out_channels"][0], **waves)
+        temb = self.time_embedding(sinusoids.astype(self.dtype))
+        kind = config["addition_embed_type"]
+        if (added_cond is not None) != (kind in ("text_time", "model_merge_xl")):
+            raise ValueError(f"added_cond belongs to SDXL alone; this UNet has addition_embed_type={kind!r}, got {added_cond!r}.")
+        if added_cond is not None:
+            ids = added_cond["time_ids"]
+            sizes = timestep_sinusoids(ids.reshape(-1), config["addition_time_embed_dim"], **waves).reshape(len(ids), -1)
+            both = jnp.concatenate([added_cond["text_embeds"].astype(jnp.float32), sizes], axis=-1)
+            temb = temb + self.add_embedding(both.astype(self.dtype))
+        if (style_embedding is not None) != (self.num_models is not None):
+            raise ValueError(
+                "a merged UNet needs style_embedding (see `style_embedding`), a stock one takes none; "
+                f"this one has num_models={self.num_models}."
+            )
+        if style_embedding is not None:
+            temb = temb + getattr(self, style_mlp_name(config))(style_embedding.astype(self.dtype))
+        return temb
+
+
+def _per_level(value, levels: int) -> list[int]:
+    return [value] * levels if isinstance(value, int) else list(value)
+
+
+def _check(config: Mapping) -> None:
+    levels = len(config["block_out_channels"])
+    problems = []
+    for name, types in (("down_block_types", DOWN_TYPES), ("up_block_types", UP_TYPES)):
+        if len(config[name]) != levels or any(kind not in types for kind in config[name]):
+            problems.append(f"{name} must be {levels} of {', '.join(types)}; got {list(config[name])}")
+    for name in ("layers_per_block", "transformer_layers_per_block", "attention_head_dim"):
+        if not isinstance(config[name], int) and len(config[name]) != levels:
+            problems.append(f"{name} must be one number or {levels}; got {list(config[name])}")
+    if config["num_attention_heads"] is not None:
+        problems.append("num_attention_heads must be null: diffusers keeps the number of heads in attention_head_dim")
+    if config["addition_embed_type"] not in ADDITION_TYPES:
+        problems.append(f"addition_embed_type must be one of {ADDITION_TYPES}; got {config['addition_embed_type']!r}")
+    merged = config["addition_embed_type"] in ("model_merge", "model_merge_xl")
+    if merged != bool(config["num_models"]):
+        problems.append(f"num_models must be positive for a merged UNet and absent otherwise; got {config['num_models']}")
+    if config["attention_implementation"] not in IMPLEMENTATIONS:
+        problems.append(f"attention_implementation must be one of {IMPLEMENTATIONS}")
+    if problems:
+        raise ValueError("this UNet cannot be built: " + "; ".join(problems) + ".")

@@ -1,0 +1,73 @@
+"""`dmm-jax prepare`: what a config's images and captions become, once, before training: latents and token ids."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dmm_jax.checkpoints.open import Checkpoint, open_checkpoint
+from dmm_jax.data.cache import LatentCache
+from dmm_jax.data.prepare import folder_digest, prepare
+from dmm_jax.data.sources import FolderSource, ImageSource, ShapesSource
+from dmm_jax.models.autoencoder_kl import AutoencoderKL
+from dmm_jax.pipeline import in_memory
+from dmm_jax.tokenizer import Tokenizer
+
+SHAPES_WORLD = "shapes_world"
+IMAGES_AT_ONCE = 32
+
+
+def prepare_from_config(config) -> LatentCache:
+    """Encodes `config.data.source` with the base's VAE and tokenizer into `config.data.cache`, and opens it.
+
+    Raises:
+      ValueError: the source, the base or the cache folder cannot be used.
+    """
+    if not config.data.cache:
+        raise ValueError("data.cache is empty: set the folder that the latent cache is written to.")
+    source = open_source(config)
+    base = open_checkpoint(config.base)
+    scaling_factor, encode = build_encoder(base, config.dtype)
+    return prepare(
+        source,
+        encode,
+        Tokenizer.from_folder(base.tokenizer_folder),
+        config.data.cache,
+        min(IMAGES_AT_ONCE, len(source)),
+        resolution=config.data.resolution,
+        scaling_factor=scaling_factor,
+        vae=base.digest("vae"),
+        tokenizer=folder_digest(base.tokenizer_folder),
+        seed=config.seed,
+    )
+
+
+def open_source(config) -> ImageSource:
+    """Opens the images that a config names.
+
+    Raises:
+      ValueError: no source is set, or it holds no captioned images.
+    """
+    if not config.data.source:
+        raise ValueError(f"data.source is empty: set a folder of images and captions, or {SHAPES_WORLD!r}.")
+    if config.data.source == SHAPES_WORLD:
+        return ShapesSource(config.data.num_examples, seed=config.seed)
+    source = FolderSource(config.data.source, config.data.resolution)
+    if config.data.num_examples:
+        source.rows = source.rows[: config.data.num_examples]
+    return source
+
+
+def build_encoder(base: Checkpoint, dtype: str):
+    """Returns the VAE's scaling factor and `encode(images uint8 (B, H, W, 3), keys (B,)) -> unscaled latents (B, h, w, C)`."""
+    model = nnx.eval_shape(lambda: AutoencoderKL.from_config(base.vae_config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    graph = nnx.split(model)[0]
+
+    @jax.jit
+    def encode(params, images, keys):
+        posterior = nnx.merge(graph, params).encode(images.astype(jnp.float32) / 127.5 - 1.0)
+        noise = jax.vmap(lambda key: jax.random.normal(key, posterior.mean.shape[1:]))(keys)
+        return posterior.mean + posterior.std * noise
+
+    return model.scaling_factor, functools.partial(encode, in_memory(base.params("vae"), jnp.dtype(dtype)))

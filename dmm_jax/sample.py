@@ -1,0 +1,99 @@
+"""`dmm-jax sample`: prompts down, styles across; PNGs with their parameters inside, a grid, an index page."""
+
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from dmm_jax import images
+from dmm_jax.folders import check_output
+from dmm_jax.pipeline import Pipeline, Style, parse_style
+
+
+def sample(
+    model: str,
+    prompts: pathlib.Path,
+    style: Sequence[str],
+    out: pathlib.Path,
+    base: str | None,
+    negative_prompt: str,
+    seed: int,
+    steps: int,
+    guidance_scale: float,
+    solver: str,
+    height: int,
+    width: int,
+    batch_size: int,
+    dtype: str,
+) -> pathlib.Path:
+    """Draws every prompt in every style and returns the path of the index page; arguments as on the command line.
+
+    Raises:
+      ValueError: the model, a style, the prompts or the output folder cannot be used.
+    """
+    out = check_output(out)
+    lines = read_prompts(prompts)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    pipeline = Pipeline.from_pretrained(model, dtype=dtype, base=base)
+    styles: list[Style] = [parse_style(text) for text in style] or list(pipeline.styles) or [None]
+    labels = list(style) or list(pipeline.styles) or [pipeline.name]
+    pipeline.style_weights(styles, len(styles))  # Unknown names are told before anything is drawn.
+    jobs = [(prompt, one, seed + row) for row, prompt in enumerate(lines) for one in styles]
+    options = {
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "solver": solver,
+        "height": height,
+        "width": width,
+        "negative_prompts": negative_prompt,
+    }
+    pictures = np.concatenate(list(draw(pipeline, jobs, batch_size, **options)))
+    parameters = [
+        images.Parameters(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            seed=number,
+            steps=steps,
+            solver=solver,
+            guidance_scale=guidance_scale,
+            width=pictures.shape[2],
+            height=pictures.shape[1],
+            model=pipeline.name,
+            model_hash=pipeline.source.digest("unet")[:10],
+            styles=one,
+        )
+        for prompt, one, number in jobs
+    ]
+    return images.write_gallery(out, pictures, parameters, row_labels=lines, column_labels=labels)
+
+
+def draw(pipeline: Pipeline, jobs: Sequence[tuple[str, Style, int]], batch_size: int, **options) -> Iterator[np.ndarray]:
+    """Yields the pictures of (prompt, style, seed) jobs, batch by batch; the last batch is filled up, so one shape serves all."""
+    batch_size = min(batch_size, len(jobs))
+    for first in range(0, len(jobs), batch_size):
+        part = list(jobs[first : first + batch_size])
+        full = part + [part[-1]] * (batch_size - len(part))
+        prompts, styles, seeds = zip(*full, strict=True)
+        yield pipeline(list(prompts), styles=list(styles), seeds=list(seeds), **options)[: len(part)]
+
+
+def read_prompts(path: str | pathlib.Path) -> list[str]:
+    """Reads a text file of prompts, one a line; empty lines are passed over.
+
+    Raises:
+      ValueError: the file is missing, is no text, or holds no prompt.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no prompt file {path}. Give a text file with one prompt a line.")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
+    lines = [line for line in lines if line]
+    if not lines:
+        raise ValueError(f"{path} holds no prompt. Write one a line.")
+    return lines

@@ -1,0 +1,171 @@
+"""Laws of the latent cache."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from dmm_jax.data.cache import CacheHeader, LatentCache, partial_folder
+from dmm_jax.data.cache_writer import CacheWriter
+
+HEADER = CacheHeader("vae-hash", "token-hash", 16, 0.5, (2, 2, 4), 7)
+
+
+def _batch(start, count):
+    rng = np.random.default_rng(start)
+    latents = rng.standard_normal((count, 2, 2, 4)).astype(np.float32)
+    return latents, rng.integers(0, 2**16, (count, 7)).astype(np.int32), [1000 + start + i for i in range(count)]
+
+
+def _write(folder, starts=(0, 3, 6), shard_size=5, header=HEADER):
+    writer = CacheWriter(folder, header, shard_size)
+    for start in starts:
+        writer.add(*_batch(start, 3), next_index=start + 3)
+    return writer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    _write(tmp_path / "cache").finish()
+    return tmp_path / "cache"
+
+
+def test_what_is_written_is_read(folder):
+    cache = LatentCache(folder)
+    assert len(cache) == 9 and len(cache.header.shards) == 2
+    for start in (0, 3, 6):
+        for i, (latents, input_ids, image_id) in enumerate(zip(*_batch(start, 3), strict=True)):
+            example = cache[start + i]
+            np.testing.assert_array_equal(example["latents"], latents.astype(np.float16))
+            np.testing.assert_array_equal(example["input_ids"], input_ids)
+            assert example["id"] == image_id and example["input_ids"].dtype == np.int32
+    with pytest.raises(IndexError):
+        cache[9]
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [{"vae": "other"}, {"tokenizer": "other"}, {"resolution": 32}, {"scaling_factor": 0.18215}, {"num_tokens": 77},
+     {"latent_shape": (4, 4, 4)}, {"dtype": "float32"}, {"num_examples": 10}],
+)  # fmt: skip
+def test_a_cache_of_other_things_is_refused(folder, expected):
+    same = {"vae": "vae-hash", "tokenizer": "token-hash", "resolution": 16, "scaling_factor": 0.5, "num_examples": 9}
+    LatentCache(folder, **same)
+    with pytest.raises(ValueError, match=next(iter(expected)).replace("num_examples", "count")):
+        LatentCache(folder, **same | expected)
+
+
+def test_all_differences_are_named_at_once(folder):
+    with pytest.raises(ValueError, match="(?s)vae.*resolution.*count"):
+        LatentCache(folder).check(vae="x", resolution=1, num_examples=100)
+
+
+def test_a_split_covers_the_cache_once(folder):
+    train, held_out = LatentCache(folder).split(2)
+    ids = [part[i]["id"] for part in (train, held_out) for i in range(len(part))]
+    assert (len(train), len(held_out)) == (7, 2) and ids == list(range(1000, 1009))
+    with pytest.raises(IndexError):
+        train[7]
+    with pytest.raises(ValueError, match="held out"):
+        LatentCache(folder).split(9)
+
+
+def test_nothing_is_there_until_all_is(tmp_path):
+    folder = tmp_path / "cache"
+    writer = _write(folder)
+    assert not folder.exists()
+    with pytest.raises(ValueError, match="not finished"):
+        LatentCache(folder)
+    writer.finish()
+    assert folder.exists() and not partial_folder(folder).exists()
+
+
+def test_broken_off_work_is_taken_up_after_the_last_whole_shard(tmp_path):
+    folder = tmp_path / "cache"
+    writer = _write(folder)  # Shards close at 5 records or more: one of 6 is whole, one of 3 is open.
+    writer.drop(1)
+    del writer
+    again = CacheWriter(folder, HEADER, 5)
+    assert (again.next_index, again.header.count, again.header.dropped) == (6, 6, 0)
+    assert len(list(partial_folder(folder).glob("*.array_record"))) == 1
+    again.add(*_batch(6, 3), next_index=9)
+    whole = LatentCache(_write(tmp_path / "whole").finish().folder)
+    taken_up = again.finish()
+    assert taken_up.header == whole.header
+    for i in range(9):
+        assert taken_up[i]["id"] == whole[i]["id"]
+        np.testing.assert_array_equal(taken_up[i]["latents"], whole[i]["latents"])
+
+
+def test_work_on_other_things_is_not_taken_up(tmp_path):
+    _write(tmp_path / "cache")
+    with pytest.raises(ValueError, match="vae: expected 'other'"):
+        CacheWriter(tmp_path / "cache", dataclasses.replace(HEADER, vae="other"))
+
+
+def test_a_taken_place_is_refused(folder):
+    with pytest.raises(ValueError, match="exists already"):
+        CacheWriter(folder, HEADER)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda x, t: (np.where(x > 1.0, np.nan, x), t), "NaN"),
+        (lambda x, t: (x * 1e6, t), "float16"),
+        (lambda x, t: (x, t - 2**17), "token ids"),
+        (lambda x, t: (x, t + 2**16), "token ids"),
+        (lambda x, t: (x[:, :1], t), "expected latents"),
+        (lambda x, t: (x, t[:, :3]), "expected latents"),
+    ],
+)
+def test_what_a_record_cannot_hold_is_refused(tmp_path, spoil, message):
+    latents, input_ids, ids = _batch(0, 3)
+    with pytest.raises(ValueError, match=message):
+        CacheWriter(tmp_path / "cache", HEADER).add(*spoil(latents, input_ids), ids, next_index=3)
+
+
+def test_an_empty_cache_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="nothing was written"):
+        CacheWriter(tmp_path / "cache", HEADER).finish()
+
+
+def _edit(folder, **changes):
+    header = json.loads((folder / "cache.json").read_text())
+    (folder / "cache.json").write_text(json.dumps({**header, **changes}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"count": 8}, {"num_tokens": 8}, {"format": "other"}, {"vae": "v", "shards": [["../cache/x", 9]]},
+     {"shards": []}, {"shards": [["none.array_record", 9]]}, {"shards": 3}],
+)  # fmt: skip
+def test_a_header_that_lies_is_refused(folder, changes):
+    _edit(folder, **changes)
+    with pytest.raises(ValueError, match=str(folder)):
+        LatentCache(folder)
+
+
+def test_a_folder_without_a_header_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="cache.json"):
+        LatentCache(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:1000], lambda data: b"x" * len(data)])
+def test_damaged_files_are_refused(folder, damage):
+    shard = folder / LatentCache(folder).header.shards[0][0]
+    shard.write_bytes(damage(shard.read_bytes()))
+    with pytest.raises(ValueError, match=str(folder)):
+        LatentCache(folder)
+
+
+def test_a_flipped_bit_never_passes_for_data(folder):
+    true = LatentCache(folder)[3]["latents"]
+    shard = folder / LatentCache(folder).header.shards[0][0]
+    data = bytearray(shard.read_bytes())
+    place = data.index(true.tobytes())
+    data[place + 5] ^= 1
+    shard.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match="record 3 is damaged"):
+        LatentCache(folder)[3]

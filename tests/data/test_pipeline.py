@@ -1,0 +1,106 @@
+"""Laws of the batches: pure in (seed, step), every example once an epoch, the same for any number of processes."""
+
+import numpy as np
+import pytest
+
+from dmm_jax.data import pipeline
+from dmm_jax.data.cache import CacheHeader, LatentCache
+from dmm_jax.data.cache_writer import CacheWriter
+
+
+class Numbers:
+    """Example i holds i."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return {"latents": np.full((2, 2, 4), index, np.float16), "input_ids": np.full(7, index, np.int32), "id": index}
+
+
+def _numbers(batch):
+    np.testing.assert_array_equal(batch["latents"][..., 0, 0, 0], batch["input_ids"][..., 0])
+    return batch["input_ids"][..., 0]
+
+
+def test_leaves_have_the_step_s_shapes_and_types():
+    batch = pipeline.batches(Numbers(20), 0, 3, 12)[5]
+    assert batch["latents"].shape == (3, 4, 2, 2, 4) and batch["latents"].dtype == np.float32
+    assert batch["input_ids"].shape == (3, 4, 7) and batch["input_ids"].dtype == np.int32
+
+
+def test_an_epoch_reads_every_example_once_and_epochs_differ():
+    data = pipeline.batches(Numbers(24), 0, 2, 6)
+    epochs = [np.concatenate([_numbers(data[4 * epoch + k]).ravel() for k in range(4)]) for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(24)) for epoch in epochs)
+    assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[1], epochs[2])
+    assert not np.array_equal(epochs[0], np.arange(24))
+
+
+def test_epochs_lose_nothing_where_batches_do_not_divide_them():
+    data = pipeline.batches(Numbers(7), 0, 2, 4)
+    seen = np.concatenate([_numbers(data[k]).ravel() for k in range(7)])
+    assert (np.bincount(seen) == 4).all()
+
+
+def test_the_seed_fixes_the_batches():
+    first, same, other = (pipeline.batches(Numbers(50), seed, 2, 10)[3] for seed in (1, 1, 2))
+    np.testing.assert_array_equal(_numbers(first), _numbers(same))
+    assert not np.array_equal(_numbers(first), _numbers(other))
+
+
+@pytest.mark.parametrize("start", [0, 1, 17])
+def test_iterating_from_a_step_equals_looking_up(start):
+    data = pipeline.batches(Numbers(30), 4, 2, 8)
+    iterator = pipeline.iterate(data, start)
+    for k in range(start, start + 5):
+        np.testing.assert_array_equal(_numbers(next(iterator)), _numbers(data[k]))
+
+
+@pytest.mark.parametrize("process_count, teacher_processes", [(2, 1), (2, 2), (4, 2), (4, 4), (3, 1)])
+def test_processes_cut_one_and_the_same_batch_into_blocks(process_count, teacher_processes):
+    whole = pipeline.batches(Numbers(100), 5, 4, 48)
+    parts = [
+        pipeline.batches(
+            Numbers(100), 5, 4, 48, process_index=p, process_count=process_count, teacher_processes=teacher_processes
+        )
+        for p in range(process_count)
+    ]
+    for k in (0, 3):
+        blocks = np.array([_numbers(part[k]) for part in parts])
+        rows = np.split(blocks, teacher_processes)
+        joined = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
+        np.testing.assert_array_equal(joined, _numbers(whole[k]))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"batch_size": 10}, "multiple of 4.*Use 8"),
+        ({"batch_size": 12, "process_count": 2}, "multiple of 8"),
+        ({"process_index": 1}, "process_index"),
+        ({"process_count": 3, "teacher_processes": 2}, "teacher_processes"),
+        ({"num_teachers": 0}, "positive"),
+        ({"source": Numbers(0)}, "empty"),
+    ],
+)
+def test_uneven_numbers_are_refused(arguments, message):
+    good = {"source": Numbers(10), "seed": 0, "num_teachers": 4, "batch_size": 8}
+    pipeline.batches(**good)
+    with pytest.raises(ValueError, match=message):
+        pipeline.batches(**good | arguments)
+
+
+def test_batches_of_a_cache_are_its_examples(tmp_path):
+    writer = CacheWriter(tmp_path / "cache", CacheHeader("v", "t", 16, 1.0, (2, 2, 4), 7), shard_size=4)
+    latents = np.random.default_rng(0).standard_normal((8, 2, 2, 4)).astype(np.float32)
+    writer.add(latents, np.arange(8)[:, None] + np.zeros((1, 7), int), range(8), 8)
+    writer.finish()
+    train, _ = LatentCache(tmp_path / "cache").split(2)
+    batch = next(pipeline.iterate(pipeline.batches(train, 0, 2, 6)))
+    order = batch["input_ids"][..., 0]
+    assert sorted(order.ravel()) == list(range(6))
+    np.testing.assert_array_equal(batch["latents"], latents.astype(np.float16).astype(np.float32)[order])
