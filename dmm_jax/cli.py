@@ -91,7 +91,7 @@ def _add(verbs, name: str, run: Callable, about: str, takes_config: bool = False
 def _demo(args):
     from dmm_jax.demo.run import demo
 
-    demo(args.workdir, args.config)
+    demo(args.workdir, read_config(args.config) if args.config else None)
 
 
 def _inspect(args):

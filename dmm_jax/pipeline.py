@@ -104,8 +104,15 @@ class Pipeline:
 
     def with_unet(self, params: Mapping) -> "Pipeline":
         """Returns the same pipeline around other UNet parameters; nothing is compiled again."""
-        dtype = self.vae.params["decoder"]["conv_in"]["kernel"].dtype
-        return dataclasses.replace(self, unet=Network(self.unet.graph, in_memory(params, dtype)))
+        return dataclasses.replace(self, unet=Network(self.unet.graph, in_memory(params, self._dtype)))
+
+    def with_text_encoder(self, params: Mapping) -> "Pipeline":
+        """Returns the same pipeline behind another text encoder; nothing is compiled again."""
+        return dataclasses.replace(self, text_encoder=Network(self.text_encoder.graph, in_memory(params, self._dtype)))
+
+    @property
+    def _dtype(self):
+        return self.vae.params["decoder"]["conv_in"]["kernel"].dtype
 
     def style_weights(self, styles: Style | Sequence[Style], batch_size: int) -> np.ndarray | None:
         """Turns names and mixes into rows of weights (B, N); None for a stock checkpoint.

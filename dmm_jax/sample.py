@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from dmm_jax import images
 from dmm_jax.folders import check_output
@@ -50,7 +51,8 @@ def sample(
         "width": width,
         "negative_prompts": negative_prompt,
     }
-    pictures = np.concatenate(list(draw(pipeline, jobs, batch_size, **options)))
+    drawn = draw(pipeline, jobs, min(batch_size, len(jobs)), **options)
+    pictures = np.concatenate([batch for batch, _ in tqdm(drawn, total=-(-len(jobs) // batch_size), disable=None)])
     parameters = [
         images.Parameters(
             prompt=prompt,
@@ -70,14 +72,19 @@ def sample(
     return images.write_gallery(out, pictures, parameters, row_labels=lines, column_labels=labels)
 
 
-def draw(pipeline: Pipeline, jobs: Sequence[tuple[str, Style, int]], batch_size: int, **options) -> Iterator[np.ndarray]:
-    """Yields the pictures of (prompt, style, seed) jobs, batch by batch; the last batch is filled up, so one shape serves all."""
-    batch_size = min(batch_size, len(jobs))
+def draw(
+    pipeline: Pipeline, jobs: Sequence[tuple[str, Style, int]], batch_size: int, **options
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields pictures uint8 and latents of (prompt, style, seed) jobs, batch by batch.
+
+    The last batch is filled up, so that one compiled program serves all.
+    """
     for first in range(0, len(jobs), batch_size):
         part = list(jobs[first : first + batch_size])
         full = part + [part[-1]] * (batch_size - len(part))
         prompts, styles, seeds = zip(*full, strict=True)
-        yield pipeline(list(prompts), styles=list(styles), seeds=list(seeds), **options)[: len(part)]
+        latents = pipeline(list(prompts), styles=list(styles), seeds=list(seeds), output="latents", **options)
+        yield np.asarray(pipeline.decode(latents))[: len(part)], latents[: len(part)]
 
 
 def read_prompts(path: str | pathlib.Path) -> list[str]:

@@ -146,17 +146,17 @@ def attention_implementation(config) -> str:
 
 def define_networks(config, base, num_styles: int) -> tuple[distill_step.Networks, dict]:
     """Returns the graph definitions of student, teachers and text encoder, and the student's config."""
-    common = {"dtype": jnp.dtype(config.dtype), "rngs": nnx.Rngs(0)}
-    unet = common | {"attention_implementation": attention_implementation(config)}
+    dtype = jnp.dtype(config.dtype)
+    unet = {"dtype": dtype, "attention_implementation": attention_implementation(config)}
     student_config = merged_config(base.unet_config, num_styles)
 
-    def graph(build):
-        return nnx.split(nnx.eval_shape(build))[0]
+    def graph(model, described, **options):
+        return nnx.split(nnx.eval_shape(lambda: model.from_config(described, rngs=nnx.Rngs(0), **options)))[0]
 
     networks = distill_step.Networks(
-        student=graph(lambda: UNet2DConditionModel.from_config(student_config, remat=config.remat, **unet)),
-        teacher=graph(lambda: UNet2DConditionModel.from_config(base.unet_config, **unet)),
-        text_encoder=graph(lambda: CLIPTextModel.from_config(base.text_config, **common)),
+        student=graph(UNet2DConditionModel, student_config, remat=config.remat, **unet),
+        teacher=graph(UNet2DConditionModel, base.unet_config, **unet),
+        text_encoder=graph(CLIPTextModel, base.text_config, dtype=dtype),
     )
     return networks, student_config
 

@@ -54,11 +54,13 @@ def torch_shapes(abstract: Mapping) -> dict[str, tuple[int, ...]]:
 
 
 def to_torch(params: Mapping) -> dict[str, np.ndarray]:
-    """Returns a state dict: host arrays in PyTorch's layout, dtypes unchanged, views where the parameters are on the host."""
+    """Returns a state dict: host arrays in PyTorch's layout, dtypes unchanged; views of parameters on the host."""
     return {torch_key(path): torch_layout(path, np.asarray(leaf)) for path, leaf in flat(params)}
 
 
-def from_torch(abstract: Mapping, tensors: Mapping, dtype=None, where: str = "this checkpoint", check_finite: bool = True) -> dict:
+def from_torch(
+    abstract: Mapping, tensors: Mapping, dtype=None, where: str = "this checkpoint", check_finite: bool = True
+) -> dict:
     """Returns nested parameters of host arrays from a state dict; views of it where dtypes agree.
 
     Args:
@@ -84,16 +86,19 @@ def from_torch(abstract: Mapping, tensors: Mapping, dtype=None, where: str = "th
         array = our_layout(path, array)
         _insert(params, path, array if dtype is None else array.astype(dtype, copy=False))
     if infinite:
-        raise CheckpointError(f"{where}: NaN or infinity in {listed(infinite)}. The file is damaged; fetch it again or leave it out.")
+        raise CheckpointError(
+            f"{where}: NaN or infinity in {listed(infinite)}. The file is damaged; fetch it again or leave it out."
+        )
     return params
 
 
 def report_differences(expected: Mapping, found: Mapping, unexpected: list[str], where: str) -> None:
     """Raises CheckpointError that lists all keys that are missing, unexpected or misshapen, if there are any."""
     missing = [key for key in expected if key not in found]
-    # Old VAEs hold the attention's dense layers as 1x1 convolutions: the same numbers.
     misshapen = [
-        f"{key} (expected {expected[key]}, found {shape})" for key, shape in found.items() if not _same_shape(expected[key], shape)
+        f"{key} (expected {expected[key]}, found {shape})"
+        for key, shape in found.items()
+        if not _same_shape(key, expected[key], shape)
     ]
     problems = {"missing": missing, "unexpected": sorted(unexpected), "misshapen": misshapen}
     lines = [f"  {len(keys)} {kind}: {listed(keys)}" for kind, keys in problems.items() if keys]
@@ -101,8 +106,10 @@ def report_differences(expected: Mapping, found: Mapping, unexpected: list[str],
         raise CheckpointError(f"{where} does not fit the architecture:\n" + "\n".join(lines))
 
 
-def _same_shape(expected, found):
-    return tuple(expected) == tuple(found) or (len(expected) == 2 and tuple(found) == (*expected, 1, 1))
+def _same_shape(key, expected, found):
+    # Old VAEs hold the attention's dense layers as 1x1 convolutions: the same numbers.
+    as_conv = key.rpartition(".")[0].endswith(tuple(OLD_ATTENTION.values())) and tuple(found) == (*expected, 1, 1)
+    return tuple(expected) == tuple(found) or as_conv
 
 
 def listed(keys: list[str]) -> str:
@@ -111,39 +118,45 @@ def listed(keys: list[str]) -> str:
     return shown + (f" and {len(keys) - MOST_LISTED} more" if len(keys) > MOST_LISTED else "")
 
 
-def printable(text: str) -> str:
-    """Returns text from a file fit for a terminal: no control characters, at most 200 long."""
-    return "".join(symbol if symbol.isprintable() else "?" for symbol in text[:200])
+def printable(text: str, length: int = 200) -> str:
+    """Returns text from a file fit for a terminal: no control characters, no more than `length` of it."""
+    return "".join(symbol if symbol.isprintable() else "?" for symbol in text[:length])
 
 
 def is_finite(array: np.ndarray) -> bool:
     """Tells whether every value is finite; works block by block, so that no second copy is made."""
     values = array.reshape(-1)
     step = 1 << 22
-    return all(bool(np.isfinite(values[k : k + step].astype(np.float32, copy=False)).all()) for k in range(0, values.size, step))
+    blocks = (values[start : start + step] for start in range(0, values.size, step))
+    return all(bool(np.isfinite(block.astype(np.float32, copy=False)).all()) for block in blocks)
 
 
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# Of the VAE's attention; the UNet's lies deeper, below `transformer_blocks`.
+OLD_ATTENTION = {
+    f".mid_block.attentions.0.{old}": f".mid_block.attentions.0.{new}"
+    for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items()
+}
 
 
 def spellings(tensors: Mapping) -> dict[str, str]:
-    """Maps each key as today's classes write it to the spelling in the file; buffers that are not parameters are left out."""
-    keys = list(tensors.keys())
+    """Maps each key as today's classes write it to the spelling in the file; leaves out buffers that are no parameters.
+
+    A tensor that stands in both spellings keeps them both, so that the old one is reported and not dropped.
+    """
+    keys = {key: None for key in tensors if key.rsplit(".", 1)[-1] != IGNORED}
     bare_text = any(key.startswith("embeddings.token_embedding") for key in keys)
-    names = {}
-    for key in keys:
-        if key.rsplit(".", 1)[-1] != IGNORED:
-            names[_today(key, bare_text)] = key
-    return names
+    today = {key: _today(key, bare_text) for key in keys}
+    return {key if today[key] in keys else today[key]: key for key in keys}
 
 
 def _today(key, bare_text):
     if bare_text and key.partition(".")[0] in ("embeddings", "encoder", "final_layer_norm"):
         return "text_model." + key
-    parts = key.split(".")
-    if len(parts) > 2 and parts[-2] in OLD_ATTENTION and "attentions" in parts:
-        parts[-2] = OLD_ATTENTION[parts[-2]]
-    return ".".join(parts)
+    module, _, leaf = key.rpartition(".")
+    for old, new in OLD_ATTENTION.items():
+        if module.endswith(old):
+            return f"{module.removesuffix(old)}{new}.{leaf}"
+    return key
 
 
 def _shape(tensors, key):

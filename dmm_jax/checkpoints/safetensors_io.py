@@ -1,15 +1,16 @@
 """Reading and writing safetensors: memory-mapped views in, one atomic move out. Nothing else is ever opened.
 
-The reader repeats the format's own rules (header length, contiguous offsets, shape times dtype equals size, no key twice,
-string metadata) and adds what the format leaves open: bounds on the number and length of names.
+The reader repeats the format's own rules (header length, contiguous offsets, shape times dtype equals size, no key
+twice, string metadata) and adds what the format leaves open: bounds on the number and length of names.
 """
 
+import hashlib
 import json
 import math
 import os
 import pathlib
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
@@ -18,9 +19,9 @@ from dmm_jax.checkpoints.errors import CheckpointError
 
 DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "U16": np.dtype(np.uint16), "U32": np.dtype(np.uint32),
-    "U64": np.dtype(np.uint64), "BOOL": np.dtype(bool),
+    "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "U16": np.dtype(np.uint16),
+    "U32": np.dtype(np.uint32), "U64": np.dtype(np.uint64), "BOOL": np.dtype(bool),
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
@@ -94,12 +95,15 @@ def _read_header(path, size):
             raise _damaged(path, f"it has {size} bytes, less than the 8 that hold the header's length")
         length = struct.unpack("<Q", prefix)[0]
         if length > MAX_HEADER_BYTES or length + 8 > size:
-            raise _damaged(path, f"its header claims {length} bytes, the file has {size}: truncated, or of another format")
+            said = f"its header claims {length} bytes, the file has {size}: truncated, or of another format"
+            raise _damaged(path, said)
         raw = file.read(length)
     if not raw.startswith(b"{"):
         raise _damaged(path, "its header does not begin with '{'")
     try:
-        header = json.loads(raw, object_pairs_hook=_no_key_twice)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_key_twice)
+    except UnicodeDecodeError:
+        raise _damaged(path, "its header is no UTF-8 text") from None
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"its header is no JSON object with each key once ({str(error)[:200]})") from None
     if len(header) > MAX_TENSORS:
@@ -124,8 +128,9 @@ def _metadata(path, header):
 def _entries(path, header, num_bytes):
     entries = {}
     for name, entry in header.items():
-        if len(name) > MAX_NAME_CHARS or not name.isprintable():
-            raise _damaged(path, f"a tensor's name holds control characters or more than {MAX_NAME_CHARS} ({name[:40]!r})")
+        if not name or len(name) > MAX_NAME_CHARS or not name.isprintable() or ".." in name:
+            bad = f"is empty, longer than {MAX_NAME_CHARS}, or holds control characters or '..'"
+            raise _damaged(path, f"a tensor's name {bad} ({name[:40]!r})")
         entries[name] = _entry(path, name, entry)
     position = 0
     for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
@@ -133,7 +138,8 @@ def _entries(path, header, num_bytes):
             raise _damaged(path, f"tensor {name!r} begins at byte {begin}, expected {position}: a hole or an overlap")
         position = end
     if position != num_bytes:
-        raise _damaged(path, f"its tensors need {position} bytes, the file holds {num_bytes}: truncated, or something follows")
+        said = f"its tensors need {position} bytes, the file holds {num_bytes}: truncated, or something follows"
+        raise _damaged(path, said)
     return entries
 
 
@@ -143,24 +149,41 @@ def _entry(path, name, entry):
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if isinstance(dtype, str) and dtype.startswith("F8"):
         raise CheckpointError(
-            f"{path}: tensor {name!r} is stored in 8 bits ({dtype[:16]}), too coarse for a teacher. Use the fp16 file of this model."
+            f"{path}: tensor {name!r} is stored in 8 bits ({dtype[:16]!r}), too coarse for a teacher. "
+            "Use the fp16 file of this model."
         )
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _damaged(path, f"tensor {name!r} has the unknown dtype {str(dtype)[:40]!r}")
     if not isinstance(shape, list) or len(shape) > 8 or not all(_is_size(n) for n in shape):
         raise _damaged(path, f"tensor {name!r} has no list of sizes as its shape")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets) or offsets[0] > offsets[1]:
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
         raise _damaged(path, f"tensor {name!r} has no pair of byte offsets")
-    if math.prod(shape) * DTYPES[dtype].itemsize != offsets[1] - offsets[0]:
-        raise _damaged(path, f"tensor {name!r} of shape {shape} and dtype {dtype} does not take {offsets[1] - offsets[0]} bytes")
-    return DTYPES[dtype], tuple(shape), *offsets
+    begin, end = offsets
+    if math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
+        raise _damaged(path, f"tensor {name!r} of shape {shape} and dtype {dtype} does not take {end - begin} bytes")
+    return DTYPES[dtype], tuple(shape), begin, end
 
 
 def _is_size(number):
     return type(number) is int and 0 <= number < 2**63
 
 
-def save(path: str | pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+def contents_sha256(tensors: Mapping[str, np.ndarray]) -> str:
+    """Returns the SHA-256 of the bytes that `save` writes after the header: ModelSpec's hash_sha256, without "0x"."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(raw_bytes(tensors[key]))
+    return digest.hexdigest()
+
+
+def raw_bytes(array: np.ndarray) -> memoryview:
+    """Returns an array's bytes in C order; copies only what is not contiguous."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
+
+
+def save(
+    path: str | pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes tensors, sorted by key, one at a time; the file appears under its name when it is whole.
 
     Raises:
@@ -173,7 +196,7 @@ def save(path: str | pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: 
     for key in sorted(tensors):
         array = tensors[key]
         if array.dtype not in NAMES:
-            raise ValueError(f"tensor {key!r} has dtype {array.dtype}, which safetensors does not know. Convert it first.")
+            raise ValueError(f"tensor {key!r} has dtype {array.dtype}, which safetensors does not know. Convert it.")
         end = position + array.size * array.dtype.itemsize
         header[key] = {"dtype": NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [position, end]}
         position = end
@@ -183,14 +206,8 @@ def save(path: str | pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: 
     try:
         with temporary.open("wb") as file:
             file.write(struct.pack("<Q", len(raw)) + raw)
-            _write(file, (tensors[key] for key in sorted(tensors)))
+            for key in sorted(tensors):
+                file.write(raw_bytes(tensors[key]))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _write(file, arrays: Iterable[np.ndarray]) -> None:
-    for array in arrays:
-        contiguous = np.ascontiguousarray(array)
-        if contiguous.size:
-            file.write(contiguous.reshape(-1).view(np.uint8).data)

@@ -7,10 +7,14 @@ the keys and shapes alone, so that a tiny checkpoint is recognised by the rule t
 import re
 from collections.abc import Iterable, Mapping
 
+from dmm_jax.checkpoints.architecture import check_plain
 from dmm_jax.checkpoints.errors import CheckpointError
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
 PREFIXES = {"unet": (UNET,), "vae": (VAE, "vae."), "text_encoder": (TEXT,)}
+EMA = "model_ema."  # Averages kept for training; like everybody else we read the weights themselves.
+OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.")  # Of Stable Diffusion 2 and XL.
+TEXT_PARTS = ("embeddings", "encoder", "final_layer_norm")  # Others (text_projection, logit_scale) condition nothing.
 HEAD_SIZE = 64  # Of every CLIP, and of every UNet that projects by dense layers (SD2, SDXL).
 SD1_HEADS = 8  # Of every UNet that projects by 1x1 convolutions.
 NORM_GROUPS = 32
@@ -28,7 +32,7 @@ _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "
 
 
 def unet_key(key: str, config: Mapping) -> str:
-    """Returns where a UNet's tensor lies in a single file, prefix not included. Keys that only DMM has keep their names."""
+    """Returns where a UNet's tensor lies in a single file, without the prefix. DMM's own keys keep their names."""
     module, leaf = key.rsplit(".", 1)
     merged = config.get("addition_embed_type") == "model_merge"
     if module in _UNET_TOP and not (merged and module.startswith("add_embedding")):
@@ -40,7 +44,7 @@ def unet_key(key: str, config: Mapping) -> str:
     if parts[0] not in ("down_blocks", "up_blocks"):
         return key
     down, block, kind, layer = parts[0] == "down_blocks", int(parts[1]), parts[2], int(parts[3])
-    period = config["layers_per_block"] + 1
+    period = _period(config)
     if kind == "downsamplers":
         return f"input_blocks.{period * (block + 1)}.0.op.{leaf}"
     if kind == "upsamplers":
@@ -48,6 +52,16 @@ def unet_key(key: str, config: Mapping) -> str:
         return f"output_blocks.{period * block + period - 1}.{slot}.conv.{leaf}"
     place = f"input_blocks.{1 + period * block + layer}" if down else f"output_blocks.{period * block + layer}"
     return ".".join([place, "0" if kind == "resnets" else "1", *_inner(kind, parts[4:]), leaf])
+
+
+def _period(config):
+    """Returns how many input blocks a level takes: its layers, and its downsampler."""
+    layers = config["layers_per_block"]
+    if isinstance(layers, int):
+        return layers + 1
+    if len(set(layers)) > 1:
+        raise CheckpointError(f"single files have as many layers on every level; this UNet has {list(layers)}.")
+    return layers[0] + 1
 
 
 def _inner(kind, parts):
@@ -108,18 +122,22 @@ def unet_config(shapes: Mapping[str, tuple[int, ...]], where: str) -> dict:
     """
     try:
         return _unet_config(shapes, where)
+    except CheckpointError:
+        raise
     except (KeyError, IndexError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"{where}: the UNet is of no known architecture ({error} was not found). Known are Stable Diffusion 1, 2 and XL."
-        ) from None
+        raise _unknown("UNet", error, where) from None
+
+
+def _unknown(network, error, where):
+    lacks = f"it has no {error}" if isinstance(error, KeyError) else "the shapes of its tensors fit no other"
+    return CheckpointError(
+        f"{where}: the {network} is of no known architecture ({lacks}). Known are Stable Diffusion 1, 2 and XL."
+    )
 
 
 def _unet_config(shapes, where):
     in_channels = shapes["input_blocks.0.0.weight"][1]
-    if in_channels == 9:
-        raise CheckpointError(f"{where} is an inpainting model (9 input channels): it cannot be merged with others. Use the plain one.")
+    check_plain(in_channels, where)
     num_blocks = 1 + max(_numbers(shapes, r"input_blocks\.(\d+)\."))
     downsamplers = sorted(_numbers(shapes, r"input_blocks\.(\d+)\.0\.op\."))
     period = downsamplers[0] if downsamplers else num_blocks
@@ -177,7 +195,7 @@ def vae_config(shapes: Mapping[str, tuple[int, ...]], where: str) -> dict:
             "scaling_factor": 0.18215,
         }
     except (KeyError, IndexError, ValueError) as error:
-        raise CheckpointError(f"{where}: the VAE is of no known architecture ({error} was not found).") from None
+        raise _unknown("VAE", error, where) from None
 
 
 def text_config(shapes: Mapping[str, tuple[int, ...]], where: str) -> dict:
@@ -201,7 +219,7 @@ def text_config(shapes: Mapping[str, tuple[int, ...]], where: str) -> dict:
             "pad_token_id": vocab_size - 1,
         }
     except (KeyError, IndexError, ValueError) as error:
-        raise CheckpointError(f"{where}: the text encoder is of no known architecture ({error} was not found).") from None
+        raise _unknown("text encoder", error, where) from None
 
 
 CONFIGS = {"unet": unet_config, "vae": vae_config, "text_encoder": text_config}

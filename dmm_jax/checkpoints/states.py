@@ -15,7 +15,6 @@ class StateStore:
     def __init__(self, workdir: str | pathlib.Path, *, every: int, kept: int):
         options = ocp.CheckpointManagerOptions(
             max_to_keep=kept or None,
-            save_decision_policy=None,
             save_interval_steps=max(every, 1),
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
@@ -66,11 +65,12 @@ def restore_student(workdir: str | pathlib.Path, abstract) -> dict:
     folder = pathlib.Path(workdir).absolute() / "checkpoints"
     with ocp.CheckpointManager(folder) as manager:
         step = manager.latest_step()
-        if step is None:
-            raise CheckpointError(f"{folder} holds no complete checkpoint yet: train until the first one is saved.")
-        saved = manager.item_metadata(step)["state"]
-        name = "ema" if "ema" in saved else "params"
+    if step is None:
+        raise CheckpointError(f"{folder} holds no complete checkpoint yet: train until the first one is saved.")
+    path = folder / str(step) / "state"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        saved = reader.metadata(path).item_metadata
+        name = "ema" if "ema" in getattr(saved, "tree", saved) else "params"
         item = {name: jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract)}
         arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-        restore = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
-        return manager.restore(step, args=ocp.args.Composite(state=restore)).state[name]
+        return reader.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True))[name]

@@ -1,16 +1,21 @@
 """Classifier-free guidance."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 
 def guide(
-    unconditional: Float[Array, "B h w C"], conditional: Float[Array, "B h w C"], guidance_scale: Float[Array, "*B"] | float
+    unconditional: Float[Array, "B h w C"],
+    conditional: Float[Array, "B h w C"],
+    guidance_scale: Float[Array | np.ndarray, " B"] | Float[Array | np.ndarray, ""] | float | int,
 ) -> Float[Array, "B h w C"]:
-    """Moves the prediction away from the unconditional one (arXiv:2207.12598, eq. 6, with w + 1 = guidance_scale).
+    """Moves the prediction on, away from the unconditional one (arXiv:2207.12598, eq. 6, with w + 1 = guidance_scale).
+
+    Written from the conditional side, so that 1.0 returns `conditional` to the last bit.
 
     Args:
-      guidance_scale: one, or one per image; 1.0 returns `conditional`.
+      guidance_scale: one for all, or one per image.
     """
     scale = jnp.asarray(guidance_scale, jnp.float32).reshape(-1, 1, 1, 1)
-    return unconditional + scale * (conditional - unconditional)
+    return conditional + (scale - 1.0) * (conditional - unconditional)

@@ -1,6 +1,6 @@
-"""Noise schedules: how much of an image is left at each of the training timesteps, as scheduler_config.json states it.
+"""Noise schedules: how much of an image is left at each training timestep, as a scheduler_config.json states it.
 
-Tables are computed in float64 and shipped as float32 constants: within 1e-6 of PyTorch's, which are float32 throughout.
+Tables are computed in float64 and handed out as float32 constants: within 2e-6 of PyTorch's, float32 all along.
 """
 
 import dataclasses
@@ -14,6 +14,21 @@ from jaxtyping import Array, Float, Int
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 SPACINGS = ("linspace", "leading", "trailing")
+# What diffusers' schedulers assume where a file is silent; the defaults of NoiseSchedule itself are Stable Diffusion's.
+SILENT_FILE = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+# Fields that would change the result, each with the only values that do nothing.
+INERT = {
+    "trained_betas": (None,), "sigma_min": (None,), "sigma_max": (None,), "lambda_min_clipped": (None, -np.inf),
+    "thresholding": (None, False), "use_flow_sigmas": (None, False), "final_sigmas_type": (None, "zero"),
+    "interpolation_type": (None, "linear"), "timestep_type": (None, "discrete"),
+}  # fmt: skip
+OTHER_FAMILIES = ("FlowMatch", "EDM")
+# The stock schedulers that read rescale_betas_zero_snr; the others, PNDM among them, ignore it.
+RESCALING_SCHEDULERS = (
+    "DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler", "LCMScheduler", "TCDScheduler", "UniPCMultistepScheduler",
+)  # fmt: skip
+EXPORTED = {"_class_name": "DDIMScheduler", "_diffusers_version": "0.42.1", "clip_sample": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +41,11 @@ class NoiseSchedule:
     beta_schedule: str = "scaled_linear"
     prediction_type: str = "epsilon"
     rescale_betas_zero_snr: bool = False
-    timestep_spacing: str | None = None  # None: not written in the config, so each solver's own default holds.
-    steps_offset: int = 0
-    set_alpha_to_one: bool = True
+    timestep_spacing: str | None = None  # None: the file is silent, and each solver has its own default.
+    steps_offset: int = 0  # Added to every timestep of the spacing "leading".
+    set_alpha_to_one: bool = True  # DDIM ends at alpha_bar 1; False: at that of timestep 0.
+    clip_sample: bool = False  # To [-1, 1] at every step: for pixels. Kept to be refused by solvers that would obey.
+    source: Mapping | None = dataclasses.field(default=None, repr=False, compare=False)  # The config it was read from.
 
     def __post_init__(self):
         choices = {"beta_schedule": BETA_SCHEDULES, "prediction_type": PREDICTION_TYPES}
@@ -36,30 +53,71 @@ class NoiseSchedule:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {getattr(self, name)!r}.")
+        if self.num_train_timesteps < 2 or not 0.0 < self.beta_start <= self.beta_end < 1.0:
+            raise ValueError(
+                "a schedule needs at least 2 timesteps and 0 < beta_start <= beta_end < 1; got "
+                f"{self.num_train_timesteps} timesteps, betas from {self.beta_start} to {self.beta_end}."
+            )
 
     @classmethod
     def from_config(cls, config: Mapping) -> "NoiseSchedule":
-        """Reads a parsed scheduler_config.json of any diffusers scheduler.
+        """Reads the config of any diffusers scheduler, the way `OtherScheduler.from_config(config)` does.
+
+        Only what was written counts: a value that the scheduler which saved the config merely defaulted to is not
+        handed on (PNDM's "leading" is one), so each solver falls back to its own default. The one departure: diffusers'
+        DDIM clips to [-1, 1] when the file does not say; that would ruin latents, so here silence means no clipping.
 
         Raises:
-          ValueError: a schedule, prediction type or spacing that is not known, or betas listed one by one.
+          ValueError: a schedule, prediction type or spacing that is not known, or a field that would change the noise
+            levels in a way that is not supported.
         """
-        if config.get("trained_betas") is not None:
-            raise ValueError("trained_betas is set: schedules listed one by one are not supported; use a named beta_schedule.")
-        names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in config.items() if name in names})
+        family = str(config.get("_class_name") or "")
+        if family.startswith(OTHER_FAMILIES):
+            raise ValueError(f"{family} does not diffuse by betas; expected the config of a DDPM-like scheduler.")
+        defaulted = config.get("_use_default_values", ())
+        written = {name: value for name, value in config.items() if name not in (*defaulted, "_use_default_values")}
+        refused = [name for name, values in INERT.items() if written.get(name) not in values]
+        if refused:
+            given = ", ".join(f"{name}={written[name]!r}" for name in refused)
+            raise ValueError(
+                f"the scheduler config sets what is not supported: {given}. Unset it to use the model without."
+            )
+        names = {field.name for field in dataclasses.fields(cls)} - {"source"}
+        known = SILENT_FILE | {name: value for name, value in written.items() if name in names}
+        return cls(**known, source=written)
+
+    def to_config(self) -> dict:
+        """Returns the contents of a scheduler_config.json: the one that was read, with what has been replaced since."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "source"}
+        if self.source is None:
+            config = EXPORTED | fields
+        else:
+            read = NoiseSchedule.from_config(self.source)
+            config = dict(self.source) | {name: value for name, value in fields.items() if value != getattr(read, name)}
+        if self.rescale_betas_zero_snr and config.get("_class_name") not in RESCALING_SCHEDULERS:
+            config["_class_name"] = EXPORTED["_class_name"]
+        if self.timestep_spacing is None:
+            config.pop("timestep_spacing", None)
+        return config
 
     @functools.cached_property
     def alphas_cumprod(self) -> Float[np.ndarray, " num_timesteps"]:
-        """The share of the signal's variance that is left at each timestep, float32 (DDPM, arXiv:2006.11239, eq. 4)."""
-        return self._alphas_cumprod.astype(np.float32)
+        """The share of the signal's variance left at each timestep, float32 (DDPM, arXiv:2006.11239, eq. 4)."""
+        return self.alpha_bars.astype(np.float32)
 
     @functools.cached_property
-    def _alphas_cumprod(self):
+    def alpha_bars(self) -> Float[np.ndarray, " num_timesteps"]:
+        """The same in float64, to make tables from; the last one is exactly 0 at zero terminal SNR."""
         betas = self._betas()
+        return np.cumprod(1.0 - (rescale_to_zero_snr(betas) if self.rescale_betas_zero_snr else betas))
+
+    @functools.cached_property
+    def sigmas(self) -> Float[np.ndarray, " num_timesteps"]:
+        """Noise over signal at each timestep, float64, ascending; an infinite last one becomes diffusers' 4096."""
+        alpha_bars = self.alpha_bars.copy()
         if self.rescale_betas_zero_snr:
-            betas = rescale_to_zero_snr(betas)
-        return np.cumprod(1.0 - betas)
+            alpha_bars[-1] = 2.0**-24
+        return np.sqrt((1.0 - alpha_bars) / alpha_bars)
 
     def _betas(self):
         n = self.num_train_timesteps
@@ -70,21 +128,13 @@ class NoiseSchedule:
         level = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2  # arXiv:2102.09672, eq. 17.
         return np.minimum(1.0 - level[1:] / level[:-1], 0.999)
 
-    @functools.cached_property
-    def sigmas(self) -> Float[np.ndarray, " num_timesteps"]:
-        """Noise over signal at each timestep, float64, ascending; at zero SNR the last one is cut at 2**12, as diffusers does."""
-        alphas_cumprod = self._alphas_cumprod.copy()
-        if self.rescale_betas_zero_snr:
-            alphas_cumprod[-1] = 2.0**-24
-        return np.sqrt((1.0 - alphas_cumprod) / alphas_cumprod)
-
 
 def rescale_to_zero_snr(betas: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Shifts and scales sqrt(alphas_cumprod) so that no signal is left at the last timestep (arXiv:2305.08891, alg. 1)."""
+    """Returns betas that leave no signal at the last timestep and the first as it was (arXiv:2305.08891, alg. 1)."""
     roots = np.sqrt(np.cumprod(1.0 - betas))
     roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
-    alphas_cumprod = roots**2
-    return 1.0 - np.concatenate([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
+    alpha_bars = roots**2
+    return 1.0 - np.concatenate([alpha_bars[:1], alpha_bars[1:] / alpha_bars[:-1]])
 
 
 def add_noise(
@@ -94,5 +144,5 @@ def add_noise(
     alphas_cumprod: Float[Array, " num_timesteps"],
 ) -> Float[Array, "B h w C"]:
     """Diffuses clean latents to `timesteps` (DDPM, arXiv:2006.11239, eq. 4), in float32."""
-    alpha_bar = alphas_cumprod[timesteps][:, None, None, None]  # (B, 1, 1, 1)
+    alpha_bar = alphas_cumprod.astype(jnp.float32)[timesteps][:, None, None, None]  # (B, 1, 1, 1)
     return jnp.sqrt(alpha_bar) * latents + jnp.sqrt(1.0 - alpha_bar) * noise

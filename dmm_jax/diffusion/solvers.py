@@ -1,82 +1,100 @@
 """Solvers of the sampling equation, all as one linear recurrence whose coefficients are tables.
 
-Every solver here is linear in what it knows: the state x, the clean latents x0 that the network's output stands for, one
-remembered array m, and fresh noise. One evaluation of the network is
+Every solver here is linear in what it knows: the latents x, the clean latents x0 that the network's output F stands
+for, one remembered array m, and fresh noise n. One evaluation of the network (c_... as in arXiv:2206.00364, eq. 7) is
 
-    x0 = p x + q network(x / scale),    x' = a x + b x0 + c m + d noise,    m' = e x + f x0
+    x0 = c_skip x + c_out F(c_in x)
+    x' = keep x + pull x0 + recall m + fresh n
+    m' = store_latents x + store_x0 x0
 
-so a solver is seven columns of numbers, made in float64 beforehand, and all of them share one compiled program. Steps,
-spacings and rounding are those of diffusers' schedulers of the same name; the last step always lands on x0.
+so a solver is a few columns of numbers, made beforehand in float64, and all of them share one compiled program.
+Timesteps, noise levels and their rounding are those of diffusers' schedulers of the same name. No coefficient is
+infinite: the step to sigma 0 is written as x' = x0.
 """
 
 import dataclasses
 import difflib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 
 from dmm_jax.diffusion.schedule import NoiseSchedule
 
 BASES = ("ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m")
 SOLVERS = tuple(name + suffix for name in BASES for suffix in ("", "_karras"))
+STOCHASTIC = ("euler_ancestral", "euler_ancestral_karras")
 KARRAS_RHO = 7.0
-COLUMNS = ("timesteps", "input_scale", "p", "q", "a", "b", "c", "d", "e", "f")
+Column = Any  # Float[Array, " num_evaluations"], but for tree functions, which put shapes or shardings here.
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingPlan:
-    """The tables of one solver on one schedule; a row per evaluation of the network. See the module's docstring."""
+    """The tables of one solver on one schedule, a row per evaluation of the network, for the rule atop this file.
 
-    timesteps: Float[Array, " S"]
-    input_scale: Float[Array, " S"]
-    p: Float[Array, " S"]
-    q: Float[Array, " S"]
-    a: Float[Array, " S"]
-    b: Float[Array, " S"]
-    c: Float[Array, " S"]
-    d: Float[Array, " S"]
-    e: Float[Array, " S"]
-    f: Float[Array, " S"]
-    init_noise_sigma: Float[Array, ""]
+    A pytree: pass it to `jit` as an argument. Plans of equally many evaluations share a compilation, whatever the
+    solver; only the stochastic ones have another.
+    """
+
+    timesteps: Column  # What the network is told; fractional for the Euler family.
+    c_in: Column
+    c_skip: Column
+    c_out: Column
+    keep: Column
+    pull: Column
+    recall: Column
+    fresh: Column
+    store_latents: Column
+    store_x0: Column
+    init_noise_sigma: Any  # Float[Array, ""]. Times unit noise: the latents to start from.
     stochastic: bool = dataclasses.field(metadata={"static": True})
 
 
+COLUMNS = tuple(field.name for field in dataclasses.fields(SamplingPlan))[:-2]
+
+
 def plan(solver: str, schedule: NoiseSchedule, num_inference_steps: int) -> SamplingPlan:
-    """Makes the tables of `num_inference_steps` steps.
+    """Makes the tables of `num_inference_steps` steps; an evaluation each, but for heun, which takes two less one.
 
     Args:
       solver: ddim (arXiv:2010.02502), euler and heun (arXiv:2206.00364, alg. 1), euler_ancestral, dpmpp_2m
         (arXiv:2211.01095, alg. 2); with "_karras" on the noise levels of arXiv:2206.00364, eq. 5.
 
     Raises:
-      ValueError: a solver that does not exist (the nearest is named), or a number of steps out of range.
+      ValueError: a solver that does not exist (the nearest is named), more steps than there are noise levels, or a
+        schedule that the solver cannot run on.
     """
     if solver not in SOLVERS:
-        near = difflib.get_close_matches(solver, SOLVERS, 1, 0.0)[0]
+        near = difflib.get_close_matches(solver.lower(), SOLVERS, 1, 0.0)[0]
         raise ValueError(f"there is no solver {solver!r}; did you mean {near!r}? There are: {', '.join(SOLVERS)}.")
     if not 1 <= num_inference_steps <= schedule.num_train_timesteps:
-        raise ValueError(f"num_inference_steps must lie in 1 to {schedule.num_train_timesteps}; got {num_inference_steps}.")
+        raise ValueError(
+            f"num_inference_steps must lie in 1 to {schedule.num_train_timesteps}; got {num_inference_steps}."
+        )
     base, karras = solver.removesuffix("_karras"), solver.endswith("_karras")
+    if schedule.clip_sample and base in ("ddim", "heun"):
+        raise ValueError(f"clip_sample is true: {solver} would clip latents to [-1, 1]. Set it to false in the config.")
     if base == "ddim" and not karras:
         table = _ddim(schedule, num_inference_steps)
     elif base in ("ddim", "dpmpp_2m"):
         table = _dpmpp(schedule, num_inference_steps, karras, order=1 if base == "ddim" else 2)
     else:
         table = _euler_family(base, schedule, num_inference_steps, karras)
-    columns = {name: np.asarray(table[name], np.float32) for name in COLUMNS}
-    scale = np.float32(table["init_noise_sigma"])
-    return SamplingPlan(**columns, init_noise_sigma=scale, stochastic=base == "euler_ancestral")
+    zeros = np.zeros(len(table["timesteps"]))
+    columns = {name: np.asarray(table.get(name, zeros), np.float32) for name in COLUMNS}
+    scale = np.asarray(table["init_noise_sigma"], np.float32)
+    return SamplingPlan(**columns, init_noise_sigma=scale, stochastic=solver in STOCHASTIC)
 
 
 def sample(
     plan: SamplingPlan,
     denoise: Callable[[Array, Array], Array],
     noise: Float[Array, "B h w C"],
-    keys: PRNGKeyArray | None = None,
+    keys: Key[Array, " B"] | None = None,
 ) -> Float[Array, "B h w C"]:
     """Runs a solver from unit noise to clean latents; one `lax.scan`, one iteration an evaluation.
 
@@ -89,18 +107,17 @@ def sample(
       ValueError: a stochastic solver without keys.
     """
     if plan.stochastic and keys is None:
-        raise ValueError("euler_ancestral draws noise at every step: give one key per image.")
+        raise ValueError(f"{STOCHASTIC[0]} draws noise at every step: give `keys`, one per image.")
 
-    def evaluate(carry, row):
+    def evaluate(carry, numbered_row):
         latents, memory = carry
-        number, row = row
-        prediction = denoise(latents * row["input_scale"], row["timesteps"])
-        x0 = row["p"] * latents + row["q"] * prediction
-        new = row["a"] * latents + row["b"] * x0 + row["c"] * memory
+        number, row = numbered_row
+        prediction = denoise(latents * row["c_in"], row["timesteps"])
+        x0 = row["c_skip"] * latents + row["c_out"] * prediction
+        stepped = row["keep"] * latents + row["pull"] * x0 + row["recall"] * memory
         if plan.stochastic:
-            fresh = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number), noise.shape[1:]))(keys)
-            new = new + row["d"] * fresh
-        return (new, row["e"] * latents + row["f"] * x0), None
+            stepped += row["fresh"] * step_noise(keys, number, noise.shape[1:])
+        return (stepped, row["store_latents"] * latents + row["store_x0"] * x0), None
 
     rows = {name: jnp.asarray(getattr(plan, name)) for name in COLUMNS}
     start = noise.astype(jnp.float32) * plan.init_noise_sigma
@@ -108,130 +125,149 @@ def sample(
     return latents
 
 
-def _spaced(spacing: str, schedule: NoiseSchedule, num_steps: int) -> np.ndarray:
-    """Returns descending timesteps (arXiv:2305.08891, table 2)."""
-    n = schedule.num_train_timesteps
-    if spacing == "linspace":
-        return np.linspace(0, n - 1, num_steps)[::-1]
-    if spacing == "leading":
-        return np.arange(num_steps)[::-1] * (n // num_steps) + float(schedule.steps_offset)
-    return np.round(np.arange(n, 0, -n / num_steps)) - 1.0
-
-
-def _karras(low: float, high: float, num_steps: int) -> np.ndarray:
-    ramp = np.linspace(0.0, 1.0, num_steps)
-    return (high ** (1 / KARRAS_RHO) + ramp * (low ** (1 / KARRAS_RHO) - high ** (1 / KARRAS_RHO))) ** KARRAS_RHO
-
-
-def _timesteps_of(sigmas: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Returns the fractional timesteps at noise levels, linear in the logarithm of sigma."""
-    return np.interp(np.log(sigmas), np.log(table), np.arange(len(table)))
-
-
-def _x0_columns(sigmas, prediction_type, state_scale):
-    """Returns p and q for a state of `state_scale` times (clean + sigma noise)."""
-    signal = 1.0 / np.sqrt(sigmas**2 + 1.0)
-    if prediction_type == "epsilon":
-        return 1.0 / state_scale, -sigmas
-    return signal**2 / state_scale, -sigmas * signal
+def step_noise(
+    keys: Key[Array, " B"], number: Int[Array, ""] | int, shape: tuple[int, int, int]
+) -> Float[Array, "B h w C"]:
+    """Draws the fresh unit noise of evaluation `number`, each image's from its own key."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number), shape))(keys)
 
 
 def _ddim(schedule, num_steps):
-    spacing = schedule.timestep_spacing or "leading"
-    timesteps = np.round(_spaced(spacing, schedule, num_steps)).astype(int)
+    """Tables of DDIM, eta 0, on alpha_bar itself: the only ones that start at a signal of exactly nothing."""
+    timesteps = np.round(_spaced(schedule.timestep_spacing or "leading", schedule, num_steps)).astype(int)
+    table = schedule.alpha_bars
+    now = table[timesteps]
     previous = timesteps - schedule.num_train_timesteps // num_steps
-    table = schedule.alphas_cumprod.astype(np.float64)
-    last = 1.0 if schedule.set_alpha_to_one else table[0]
-    now, then = table[timesteps], np.where(previous >= 0, table[np.maximum(previous, 0)], last)
-    if schedule.prediction_type == "epsilon":
-        p, q = now**-0.5, -np.sqrt((1.0 - now) / now)
+    then = np.where(previous >= 0, table[np.maximum(previous, 0)], 1.0 if schedule.set_alpha_to_one else table[0])
+    if schedule.prediction_type == "v_prediction":
+        c_skip, c_out = np.sqrt(now), -np.sqrt(1.0 - now)
+    elif now[0] > 0.0:
+        c_skip, c_out = now**-0.5, -np.sqrt((1.0 - now) / now)
     else:
-        p, q = np.sqrt(now), -np.sqrt(1.0 - now)
-    a = np.sqrt((1.0 - then) / (1.0 - now))
-    zeros = np.zeros(num_steps)
+        raise ValueError(
+            "at zero terminal SNR a predicted noise says nothing of the image, so ddim cannot start there: the model "
+            "must predict v (prediction_type v_prediction); or use another solver."
+        )
+    keep = np.sqrt((1.0 - then) / (1.0 - now))
     return dict(
-        timesteps=timesteps, input_scale=zeros + 1.0, p=p, q=q, a=a, b=np.sqrt(then) - a * np.sqrt(now), c=zeros, d=zeros,
-        e=zeros, f=zeros, init_noise_sigma=1.0,
+        timesteps=timesteps, c_in=np.ones(num_steps), c_skip=c_skip, c_out=c_out, keep=keep,
+        pull=np.sqrt(then) - keep * np.sqrt(now), init_noise_sigma=1.0,
     )  # fmt: skip
 
 
 def _dpmpp(schedule, num_steps, karras, order):
-    table = schedule.sigmas
-    if karras:
-        sigmas = _karras(table[0], table[-1], num_steps)
-        timesteps = _timesteps_of(sigmas, table)
-        if schedule.beta_schedule != "squaredcos_cap_v2":
-            timesteps = np.round(timesteps)
-        timesteps = np.floor(timesteps)
-    else:
-        timesteps = _dpmpp_timesteps(schedule, num_steps)
-        sigmas = np.interp(timesteps, np.arange(len(table)), table)
+    """Tables of DPM-Solver++ (midpoint, first order at both ends); order 1 is DDIM on these noise levels."""
+    timesteps, sigmas = _dpmpp_karras(schedule, num_steps) if karras else _dpmpp_spaced(schedule, num_steps)
     signal = 1.0 / np.sqrt(sigmas**2 + 1.0)
     spread = sigmas * signal
-    p, q = _x0_columns(sigmas, schedule.prediction_type, signal)
-    # lambda = -log sigma; the last step goes to sigma 0, that is to x0, by first order.
-    step = np.append(np.diff(-np.log(sigmas)), np.inf)
-    a = np.append(spread[1:], 0.0) / spread
-    k = np.append(signal[1:], 1.0) * -np.expm1(-step)
+    c_skip, c_out = _x0_columns(sigmas, schedule.prediction_type, state_scale=signal)
+    log_snr_steps = np.append(-np.diff(np.log(sigmas)), np.inf)  # The last one leads to sigma 0.
+    first = np.append(signal[1:], 1.0) * -np.expm1(-log_snr_steps)
     second = np.zeros(num_steps)
     if order == 2:
-        second[1:-1] = 0.5 * step[1:-1] / step[:-2]  # 1 / (2 r), r = the step before over this one.
-    zeros = np.zeros(num_steps)
+        second[1:-1] = 0.5 * log_snr_steps[1:-1] / log_snr_steps[:-2]
     return dict(
-        timesteps=timesteps, input_scale=zeros + 1.0, p=p, q=q, a=a, b=k * (1.0 + second), c=-k * second, d=zeros, e=zeros,
-        f=zeros + 1.0, init_noise_sigma=1.0,
+        timesteps=timesteps, c_in=np.ones(num_steps), c_skip=c_skip, c_out=c_out,
+        keep=np.append(spread[1:], 0.0) / spread, pull=first * (1.0 + second), recall=-first * second,
+        store_x0=np.ones(num_steps), init_noise_sigma=1.0,
     )  # fmt: skip
 
 
-def _dpmpp_timesteps(schedule, num_steps):
-    n = schedule.num_train_timesteps
-    spacing = schedule.timestep_spacing or "linspace"
-    if spacing == "linspace":
-        return np.round(np.linspace(0, n - 1, num_steps + 1))[::-1][:-1]
-    if spacing == "leading":
-        return np.arange(num_steps + 1)[::-1][:-1] * (n // (num_steps + 1)) + float(schedule.steps_offset)
-    return _spaced(spacing, schedule, num_steps)
-
-
 def _euler_family(base, schedule, num_steps, karras):
+    """Tables of the solvers whose latents are x0 + sigma noise, unscaled."""
     spacing, table = schedule.timestep_spacing or "linspace", schedule.sigmas
-    timesteps = _spaced(spacing, schedule, num_steps)
+    # Rounded before the noise level is looked up, so that the network is told the level's own timestep.
+    timesteps = _spaced(spacing, schedule, num_steps).astype(np.float32)
     sigmas = np.interp(timesteps, np.arange(len(table)), table)
     if karras:
         sigmas = _karras(sigmas[-1], sigmas[0], num_steps)
         timesteps = _timesteps_of(sigmas, table)
-    first = sigmas[0]
-    init = first if spacing in ("linspace", "trailing") else np.sqrt(first**2 + 1.0)
-    update = {"euler": _euler, "euler_ancestral": _euler_ancestral, "heun": _heun}[base]
-    rows, columns = update(sigmas, np.append(sigmas[1:], 0.0))
+    init_noise_sigma = np.sqrt(sigmas[0] ** 2 + 1.0) if spacing == "leading" else sigmas[0]
+    make = {"euler": _euler, "euler_ancestral": _euler_ancestral, "heun": _heun}[base]
+    rows, columns = make(sigmas, np.append(sigmas[1:], 0.0))
     sigmas = sigmas[rows]
-    p, q = _x0_columns(sigmas, schedule.prediction_type, np.ones(len(sigmas)))
-    scale = 1.0 / np.sqrt(sigmas**2 + 1.0)
-    zeros = {name: np.zeros(len(rows)) for name in "cdef"}
-    return dict(timesteps=timesteps[rows], input_scale=scale, p=p, q=q, init_noise_sigma=init) | zeros | columns
+    c_skip, c_out = _x0_columns(sigmas, schedule.prediction_type, state_scale=1.0)
+    c_in = 1.0 / np.sqrt(sigmas**2 + 1.0)
+    named = dict(timesteps=timesteps[rows], c_in=c_in, c_skip=c_skip, c_out=c_out, init_noise_sigma=init_noise_sigma)
+    return named | columns
 
 
 def _euler(now, then):
-    ratio = then / now
-    return np.arange(len(now)), {"a": ratio, "b": 1.0 - ratio}
+    return np.arange(len(now)), {"keep": then / now, "pull": 1.0 - then / now}
 
 
 def _euler_ancestral(now, then):
-    up = np.sqrt(then**2 * (now**2 - then**2) / now**2)
-    ratio = np.sqrt(then**2 - up**2) / now
-    return np.arange(len(now)), {"a": ratio, "b": 1.0 - ratio, "d": up}
+    """Steps down to then^2 / now, and adds what is missing to `then` as fresh noise."""
+    down = (then / now) ** 2
+    return np.arange(len(now)), {"keep": down, "pull": 1.0 - down, "fresh": then * np.sqrt(1.0 - down)}
 
 
 def _heun(now, then):
-    """Evaluates at `now`, then at `then`, and averages the slopes; to sigma 0 it is Euler's step."""
-    steps = len(now)
-    rows = np.concatenate([np.repeat(np.arange(steps), 2)[1:]])  # 0, 1, 1, 2, 2, ...: where each evaluation stands.
-    first = np.arange(0, 2 * steps - 1, 2)
-    second = np.arange(1, 2 * steps - 1, 2)
-    columns = {name: np.zeros(2 * steps - 1) for name in "abcef"}
-    slope = (then - now) / now
-    columns["a"][first], columns["b"][first] = 1.0 + slope, -slope
-    columns["e"][first], columns["f"][first] = 1.0 + 0.5 * slope, -0.5 * slope
-    half = 0.5 * (then - now)[:-1] / then[:-1]
-    columns["a"][second], columns["b"][second], columns["c"][second] = half, -half, 1.0
+    """Evaluates at `now` and, after Euler's step, at `then`, and averages the slopes; the step to 0 is Euler's."""
+    num_steps = len(now)
+    rows = np.repeat(np.arange(num_steps), 2)[1:]  # 0, 1, 1, 2, 2, ...: the noise level of each evaluation.
+    predict, correct = slice(0, None, 2), slice(1, None, 2)
+    columns = {name: np.zeros(2 * num_steps - 1) for name in ("keep", "pull", "recall", "store_latents", "store_x0")}
+    columns["keep"][predict], columns["pull"][predict] = then / now, 1.0 - then / now
+    # Remembered: the latents after half of the step.
+    columns["store_latents"][predict], columns["store_x0"][predict] = 0.5 + 0.5 * then / now, 0.5 - 0.5 * then / now
+    half = 0.5 * (then / now - 1.0)[:-1] * now[:-1] / then[:-1]
+    columns["keep"][correct], columns["pull"][correct], columns["recall"][correct] = half, -half, 1.0
     return rows, columns
+
+
+def _x0_columns(sigmas, prediction_type, state_scale):
+    """Returns c_skip and c_out for latents that are `state_scale` times (x0 + sigma noise)."""
+    if prediction_type == "epsilon":
+        return np.ones_like(sigmas) / state_scale, -sigmas
+    signal = 1.0 / np.sqrt(sigmas**2 + 1.0)
+    return signal**2 / state_scale, -sigmas * signal
+
+
+def _dpmpp_spaced(schedule, num_steps):
+    """Spaces over one step more than it takes, whose last is dropped (not so for "trailing")."""
+    spacing, table = schedule.timestep_spacing or "linspace", schedule.sigmas
+    if spacing == "trailing":
+        timesteps = _spaced(spacing, schedule, num_steps)
+    else:
+        timesteps = np.round(_spaced(spacing, schedule, num_steps + 1))[:-1]
+    if np.any(np.diff(timesteps) >= 0.0):
+        raise ValueError(f"dpmpp_2m has no {num_steps} different timesteps on this schedule: take fewer steps.")
+    return timesteps, np.interp(timesteps, np.arange(len(table)), table)
+
+
+def _dpmpp_karras(schedule, num_steps):
+    """Runs over the whole table whatever the spacing; the network is told whole timesteps, so they may repeat."""
+    # Cosine schedules are rounded down: diffusers' own accident, less its 998 for 998.99999.
+    table = schedule.sigmas
+    sigmas = _karras(table[0], table[-1], num_steps)
+    timesteps = _timesteps_of(sigmas, table)
+    return np.floor(timesteps + 1e-6) if schedule.beta_schedule == "squaredcos_cap_v2" else np.round(timesteps), sigmas
+
+
+def _spaced(spacing, schedule, num_steps):
+    """Returns descending timesteps (arXiv:2305.08891, table 2)."""
+    n = schedule.num_train_timesteps
+    if spacing == "linspace":
+        return np.linspace(0, n - 1, num_steps)[::-1]
+    if spacing == "trailing":
+        # By arange, for its rounding at ties; its length is off by one for some numbers of steps.
+        return np.round(np.arange(n, 0, -n / num_steps))[:num_steps] - 1.0
+    timesteps = np.arange(num_steps)[::-1] * float(n // num_steps) + schedule.steps_offset
+    if timesteps[0] > n - 1:
+        raise ValueError(
+            f"{num_steps} steps of spacing leading with steps_offset {schedule.steps_offset} begin at timestep "
+            f"{timesteps[0]:.0f}, past the last, {n - 1}: take fewer steps."
+        )
+    return timesteps
+
+
+def _karras(low, high, num_steps):
+    """Returns descending noise levels, evenly spaced in sigma^(1/7)."""
+    low, high = low ** (1.0 / KARRAS_RHO), high ** (1.0 / KARRAS_RHO)
+    return (high + np.linspace(0.0, 1.0, num_steps) * (low - high)) ** KARRAS_RHO
+
+
+def _timesteps_of(sigmas, table):
+    """Returns the fractional timesteps of noise levels, linear in the logarithm of sigma."""
+    return np.interp(np.log(sigmas), np.log(table), np.arange(len(table)))

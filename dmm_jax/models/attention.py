@@ -10,20 +10,29 @@ from dmm_jax.models import layers
 
 IMPLEMENTATIONS = ("xla", "cudnn")
 FUSED_FROM_TOKENS = 256  # Fewer queries or keys, and XLA's plain products are as quick as cuDNN's fused kernel.
-FUSED_HEAD_SIZES = 128
+FUSED_HEAD_SIZES = 128  # At most, on GPUs before Hopper; larger heads come at few tokens only.
 
 
 def attention(
-    query: Float[Array, "B L N K"], key: Float[Array, "B S N K"], value: Float[Array, "B S N K"], implementation: str = "xla"
+    query: Float[Array, "B L N K"],
+    key: Float[Array, "B S N K"],
+    value: Float[Array, "B S N K"],
+    implementation: str = "xla",
 ) -> Float[Array, "B L N K"]:
     """Returns softmax(q k^T / sqrt(K)) v per head (arXiv:1706.03762, eq. 1); logits and softmax are float32.
 
     Args:
       implementation: "xla", or "cudnn" for the fused kernel wherever it takes the shapes (16-bit, NVIDIA only).
     """
-    fits = min(query.shape[1], key.shape[1]) >= FUSED_FROM_TOKENS and query.shape[-1] <= FUSED_HEAD_SIZES
-    fused = implementation == "cudnn" and fits and query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0
+    fused = implementation == "cudnn" and _cudnn_takes(query, key)
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn" if fused else "xla")
+
+
+def _cudnn_takes(query, key) -> bool:
+    many = min(query.shape[1], key.shape[1]) >= FUSED_FROM_TOKENS
+    head_size = query.shape[-1]
+    fits = head_size <= FUSED_HEAD_SIZES and head_size % 8 == 0
+    return many and fits and query.dtype in (jnp.bfloat16, jnp.float16)
 
 
 class Attention(nnx.Module):
@@ -39,7 +48,9 @@ class Attention(nnx.Module):
         self.to_v = layers.linear(context_width, width, use_bias=False, **common)
         self.to_out = nnx.List([layers.linear(width, width, **common), layers.Identity()])
 
-    def __call__(self, hidden: Float[Array, "B L D"], states: Float[Array, "B S C"] | None = None) -> Float[Array, "B L D"]:
+    def __call__(
+        self, hidden: Float[Array, "B L D"], states: Float[Array, "B S C"] | None = None
+    ) -> Float[Array, "B L D"]:
         """Returns what `hidden` gathers from `states`, or from itself."""
         states = hidden if states is None else states
         heads = (
@@ -50,7 +61,7 @@ class Attention(nnx.Module):
 
 
 class GEGLU(nnx.Module):
-    """A gated projection (arXiv:2002.05202): the first half is the value, the second the gate; GELU by the error function."""
+    """A gated projection (arXiv:2002.05202): the first half is the value, the second the gate; its GELU is exact."""
 
     def __init__(self, width: int, out_width: int, *, dtype, rngs: nnx.Rngs):
         self.proj = layers.linear(width, 2 * out_width, dtype=dtype, rngs=rngs)

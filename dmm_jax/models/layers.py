@@ -1,6 +1,6 @@
 """The five layers that own parameters, with PyTorch's defaults where NNX's differ: epsilon, padding, initial weights.
 
-Norms compute and return float32; whoever calls one casts back. Parameters are float32, `dtype` is that of the arithmetic.
+Norms compute and return float32; whoever calls one casts back. Parameters are float32; `dtype` is the arithmetic's.
 """
 
 import inspect
@@ -36,7 +36,7 @@ def linear(in_features: int, out_features: int, *, use_bias: bool = True, dtype,
 def conv(
     in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, padding=None, dtype, rngs: nnx.Rngs
 ) -> nnx.Conv:
-    """Builds a square 2-D convolution; `padding` is ((top, bottom), (left, right)), by default kernel_size // 2 all round."""
+    """Builds a square 2-D convolution; `padding`: ((top, bottom), (left, right)), by default kernel_size // 2 all round."""
     return nnx.Conv(
         in_channels,
         out_channels,
@@ -99,9 +99,8 @@ def constructor_arguments(build, config: Mapping, inert: Mapping) -> dict:
     """
     known = {name for name in inspect.signature(build).parameters if name not in ("self", "dtype", "rngs")}
     fields = {name: value for name, value in config.items() if not name.startswith("_")}
-    wrong = [
-        f"{name}={value!r}" for name, value in fields.items() if name not in known and value not in inert.get(name, (None, False))
-    ]
+    others = {name: value for name, value in fields.items() if name not in known}
+    wrong = [f"{name}={value!r}" for name, value in others.items() if value not in inert.get(name, (None, False))]
     if wrong:
         raise ValueError(f"this architecture is not supported: {', '.join(sorted(wrong))} cannot be computed.")
     return {name: value for name, value in fields.items() if name in known}

@@ -33,7 +33,9 @@ class ResnetBlock2D(nnx.Module):
         if in_channels != out_channels:
             self.conv_shortcut = layers.conv(in_channels, out_channels, 1, **common)
 
-    def __call__(self, hidden: Float[Array, "B h w C"], temb: Float[Array, "B E"] | None = None) -> Float[Array, "B h w C2"]:
+    def __call__(
+        self, hidden: Float[Array, "B h w C"], temb: Float[Array, "B E"] | None = None
+    ) -> Float[Array, "B h w C2"]:
         """Returns the block's output, in the dtype of `hidden`."""
         residual = self.conv1(jax.nn.silu(self.norm1(hidden)).astype(hidden.dtype))
         if temb is not None:

@@ -1,4 +1,4 @@
-"""The levels of the UNet: resnets, each with a transformer beside it where the level attends, and a change of resolution."""
+"""The levels of the UNet: resnets, each with a transformer behind it where the level attends, then a resampling."""
 
 from collections.abc import Sequence
 
@@ -19,9 +19,18 @@ class DownBlock(nnx.Module):
     """A level on the way down; diffusers' DownBlock2D, and CrossAttnDownBlock2D where `attention` is given."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, num_layers: int, resnet: dict, attention: dict | None, downsample: bool, *,
-        remat: bool = False, dtype, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_layers: int,
+        resnet: dict,
+        attention: dict | None,
+        downsample: bool,
+        *,
+        remat: bool = False,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
         """Builds the level.
 
         Args:
@@ -74,9 +83,18 @@ class UpBlock(nnx.Module):
     """A level on the way up; diffusers' UpBlock2D, and CrossAttnUpBlock2D where `attention` is given."""
 
     def __init__(
-        self, in_channels: int, skip_channels: Sequence[int], out_channels: int, resnet: dict, attention: dict | None,
-        upsample: bool, *, remat: bool = False, dtype, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        in_channels: int,
+        skip_channels: Sequence[int],
+        out_channels: int,
+        resnet: dict,
+        attention: dict | None,
+        upsample: bool,
+        *,
+        remat: bool = False,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
         """Builds the level; `skip_channels` are the widths of the skips that its resnets take, in order."""
         common = {"dtype": dtype, "rngs": rngs}
         self.remat = remat
@@ -91,7 +109,11 @@ class UpBlock(nnx.Module):
             self.upsamplers = nnx.List([Upsample2D(out_channels, **common)])
 
     def __call__(
-        self, hidden: Float[Array, "B h w C"], skips: Sequence[Array], temb: Float[Array, "B E"], states: Float[Array, "B S D"]
+        self,
+        hidden: Float[Array, "B h w C"],
+        skips: Sequence[Array],
+        temb: Float[Array, "B E"],
+        states: Float[Array, "B S D"],
     ) -> Float[Array, "B h2 w2 C2"]:
         """Returns the level's output; takes one skip per resnet, in the order given."""
         for layer, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):

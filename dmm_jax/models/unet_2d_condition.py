@@ -19,15 +19,25 @@ from dmm_jax.models.unet_2d_blocks import DownBlock, MidBlock, UpBlock
 
 DOWN_TYPES = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # Does the level attend?
 UP_TYPES = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
-ADDITION_TYPES = (None, "text_time", "model_merge", "model_merge_xl")
+TEXT_TIME_TYPES = ("text_time", "model_merge_xl")  # SDXL's: pooled text, image size and crop join the time embedding.
+MERGED_TYPES = ("model_merge", "model_merge_xl")
+ADDITION_TYPES = (None, "text_time", *MERGED_TYPES)
 INERT = {
-    "act_fn": ("silu",), "center_input_sample": (False,), "downsample_padding": (1,), "mid_block_scale_factor": (1, 1.0),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",), "dropout": (0, 0.0), "resnet_time_scale_shift": ("default",),
-    "resnet_skip_time_act": (False,), "resnet_out_scale_factor": (1, 1.0), "time_embedding_type": ("positional",),
-    "conv_in_kernel": (3,), "conv_out_kernel": (3,), "attention_type": ("default",), "upcast_attention": (False, True, None),
-    "addition_embed_type_num_heads": (64, None), "timestep_post_act": (None,), "cross_attention_norm": (None,),
-    "sample_max_value": (1.0, None),
-}  # fmt: skip  # `upcast_attention`: ours is float32 always.
+    "act_fn": ("silu", "swish"),
+    "addition_embed_type_num_heads": (64, None),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "downsample_padding": (1,),
+    "dropout": (0.0,),
+    "mid_block_scale_factor": (1,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "resnet_out_scale_factor": (1.0,),
+    "resnet_time_scale_shift": ("default",),
+    "time_embedding_type": ("positional",),
+    "upcast_attention": (False, True, None),  # Logits and softmax are float32 always.
+}
 
 
 def merged_config(config: Mapping, num_styles: int) -> dict:
@@ -91,8 +101,8 @@ class UNet2DConditionModel(nnx.Module):
         Raises:
           ValueError: a field that does not fit the others.
         """
-        given = {name: value for name, value in locals().items() if name not in ("self", "rngs", "dtype", "__class__")}
-        self.config = layers.Config(given)
+        not_config = ("self", "rngs", "dtype", "__class__")
+        self.config = layers.Config({name: value for name, value in locals().items() if name not in not_config})
         _check(self.config)
         self.dtype = jnp.dtype(dtype)
         self.num_models = num_models
@@ -137,26 +147,35 @@ class UNet2DConditionModel(nnx.Module):
 
     def _add_embeddings(self, width, *, dtype, rngs):
         kind = self.config["addition_embed_type"]
-        if kind in ("text_time", "model_merge_xl"):
+        if kind in TEXT_TIME_TYPES:
             inputs = self.config["projection_class_embeddings_input_dim"]
             self.add_embedding = TimestepEmbedding(inputs, width, dtype=dtype, rngs=rngs)
-        if kind in ("model_merge", "model_merge_xl"):
-            normal = nnx.initializers.normal(1.0)
-            self.model_embedding = nnx.Embed(self.num_models, width, embedding_init=normal, dtype=jnp.float32, rngs=rngs)
+        if kind in MERGED_TYPES:
+            table = {"embedding_init": nnx.initializers.normal(1.0), "dtype": jnp.float32, "param_dtype": jnp.float32}
+            self.model_embedding = nnx.Embed(self.num_models, width, **table, rngs=rngs)
             setattr(self, style_mlp_name(self.config), TimestepEmbedding(width, width, dtype=dtype, rngs=rngs))
 
     @classmethod
     def from_config(cls, config: Mapping, *, rngs: nnx.Rngs, **options) -> "UNet2DConditionModel":
-        """Builds the UNet that a diffusers config.json describes; `options` as in the constructor.
+        """Builds the UNet that a diffusers config.json describes; `options` as in the constructor win over its fields.
 
         Raises:
           ValueError: fields or values that this port does not compute; all are named.
         """
-        return cls(**layers.constructor_arguments(cls.__init__, config, INERT), **options, rngs=rngs)
+        return cls(**(layers.constructor_arguments(cls.__init__, config, INERT) | options), rngs=rngs)
 
     def style_embedding(self, weights: Float[Array, "B N"]) -> Float[Array, "B E"]:
-        """Mixes rows of the style table, in float32: what `__call__` takes as `style_embedding` (arXiv:2504.12364, 4.5)."""
-        return weights @ self.model_embedding.embedding[...]
+        """Mixes rows of the style table: what `__call__` takes as `style_embedding` (arXiv:2504.12364, 4.5).
+
+        Raises:
+          ValueError: a UNet without a style table, or another number of weights than it has rows.
+        """
+        if self.num_models is None:
+            raise ValueError("this UNet has no style table (num_models is absent); only a merged UNet has styles.")
+        if weights.shape[1] != self.num_models:
+            raise ValueError(f"one weight per style is needed: {self.num_models}; got {weights.shape[1]}.")
+        # Full float32: fast matmul modes would round the rows, and a baked style would not be the mixed one.
+        return jnp.matmul(weights, self.model_embedding.embedding[...], precision=jax.lax.Precision.HIGHEST)
 
     def __call__(
         self,
@@ -176,11 +195,8 @@ class UNet2DConditionModel(nnx.Module):
         Raises:
           ValueError: latents that the levels cannot halve, or conditioning that is missing or has no place.
         """
-        multiple = 2 ** (len(self.down_blocks) - 1)
-        if latents.shape[1] % multiple or latents.shape[2] % multiple:
-            raise ValueError(
-                f"latents' height and width must be multiples of {multiple} cells; got {latents.shape[1]} x {latents.shape[2]}."
-            )
+        _check_size(*latents.shape[1:3], multiple=2 ** (len(self.down_blocks) - 1))
+        _check_conditioning(self.config, style_embedding, added_cond)
         temb = self._time_embedding(timesteps, style_embedding, added_cond)
         states = encoder_hidden_states.astype(self.dtype)
         hidden = self.conv_in(latents.astype(self.dtype))
@@ -202,19 +218,11 @@ class UNet2DConditionModel(nnx.Module):
         waves = {"flip_sin_to_cos": config["flip_sin_to_cos"], "freq_shift": config["freq_shift"]}
         sinusoids = timestep_sinusoids(timesteps, config["block_out_channels"][0], **waves)
         temb = self.time_embedding(sinusoids.astype(self.dtype))
-        kind = config["addition_embed_type"]
-        if (added_cond is not None) != (kind in ("text_time", "model_merge_xl")):
-            raise ValueError(f"added_cond belongs to SDXL alone; this UNet has addition_embed_type={kind!r}, got {added_cond!r}.")
         if added_cond is not None:
-            ids = added_cond["time_ids"]
-            sizes = timestep_sinusoids(ids.reshape(-1), config["addition_time_embed_dim"], **waves).reshape(len(ids), -1)
+            ids, ids_width = added_cond["time_ids"], config["addition_time_embed_dim"]
+            sizes = timestep_sinusoids(ids.reshape(-1), ids_width, **waves).reshape(len(ids), -1)  # (B, 6 D)
             both = jnp.concatenate([added_cond["text_embeds"].astype(jnp.float32), sizes], axis=-1)
             temb = temb + self.add_embedding(both.astype(self.dtype))
-        if (style_embedding is not None) != (self.num_models is not None):
-            raise ValueError(
-                "a merged UNet needs style_embedding (see `style_embedding`), a stock one takes none; "
-                f"this one has num_models={self.num_models}."
-            )
         if style_embedding is not None:
             temb = temb + getattr(self, style_mlp_name(config))(style_embedding.astype(self.dtype))
         return temb
@@ -224,23 +232,70 @@ def _per_level(value, levels: int) -> list[int]:
     return [value] * levels if isinstance(value, int) else list(value)
 
 
+def _check_size(height: int, width: int, multiple: int) -> None:
+    if height % multiple or width % multiple:
+        raise ValueError(
+            f"latents' height and width must be multiples of {multiple} cells, since every level halves them; "
+            f"got {height} x {width}."
+        )
+
+
+def _check_conditioning(config: Mapping, style_embedding, added_cond) -> None:
+    kind, given = config["addition_embed_type"], None if added_cond is None else sorted(added_cond)
+    needed = ["text_embeds", "time_ids"] if kind in TEXT_TIME_TYPES else None
+    if needed and given != needed:
+        raise ValueError(f"this UNet (addition_embed_type={kind!r}) needs added_cond with {needed}; got {given}.")
+    if given is not None and not needed:
+        raise ValueError(f"this UNet (addition_embed_type={kind!r}) takes no added_cond, only SDXL's does; got {given}.")
+    if style_embedding is None and kind in MERGED_TYPES:
+        raise ValueError("this merged UNet needs a style_embedding: pass unet.style_embedding(weights), a row per image.")
+    if style_embedding is not None and kind not in MERGED_TYPES:
+        raise ValueError(f"this UNet (addition_embed_type={kind!r}) takes no style_embedding: it has no style table.")
+
+
 def _check(config: Mapping) -> None:
-    levels = len(config["block_out_channels"])
-    problems = []
+    problems = [*_level_problems(config), *_addition_problems(config)] or _width_problems(config)
+    if config["num_attention_heads"] is not None:
+        problems.append("num_attention_heads must be null: diffusers keeps the number of heads in attention_head_dim")
+    if config["attention_implementation"] not in IMPLEMENTATIONS:
+        found = config["attention_implementation"]
+        problems.append(f"attention_implementation must be one of {IMPLEMENTATIONS}; got {found!r}")
+    if problems:
+        raise ValueError("this UNet cannot be built: " + "; ".join(problems) + ".")
+
+
+def _level_problems(config) -> list[str]:
+    levels, problems = len(config["block_out_channels"]), []
     for name, types in (("down_block_types", DOWN_TYPES), ("up_block_types", UP_TYPES)):
         if len(config[name]) != levels or any(kind not in types for kind in config[name]):
             problems.append(f"{name} must be {levels} of {', '.join(types)}; got {list(config[name])}")
     for name in ("layers_per_block", "transformer_layers_per_block", "attention_head_dim"):
-        if not isinstance(config[name], int) and len(config[name]) != levels:
-            problems.append(f"{name} must be one number or {levels}; got {list(config[name])}")
-    if config["num_attention_heads"] is not None:
-        problems.append("num_attention_heads must be null: diffusers keeps the number of heads in attention_head_dim")
-    if config["addition_embed_type"] not in ADDITION_TYPES:
-        problems.append(f"addition_embed_type must be one of {ADDITION_TYPES}; got {config['addition_embed_type']!r}")
-    merged = config["addition_embed_type"] in ("model_merge", "model_merge_xl")
-    if merged != bool(config["num_models"]):
-        problems.append(f"num_models must be positive for a merged UNet and absent otherwise; got {config['num_models']}")
-    if config["attention_implementation"] not in IMPLEMENTATIONS:
-        problems.append(f"attention_implementation must be one of {IMPLEMENTATIONS}")
-    if problems:
-        raise ValueError("this UNet cannot be built: " + "; ".join(problems) + ".")
+        values = _per_level(config[name], levels)
+        if len(values) != levels or not all(isinstance(value, int) for value in values):
+            problems.append(f"{name} must be one number or {levels}; got {values}")
+    return problems
+
+
+def _width_problems(config) -> list[str]:
+    widths, groups, problems = config["block_out_channels"], config["norm_num_groups"], []
+    for level, (width, heads) in enumerate(zip(widths, _per_level(config["attention_head_dim"], len(widths)), strict=True)):
+        up = config["up_block_types"][len(widths) - 1 - level]
+        attends = level == len(widths) - 1 or DOWN_TYPES[config["down_block_types"][level]] or UP_TYPES[up]
+        if attends and width % heads:
+            problems.append(f"attention_head_dim is the number of heads and must divide {width} channels; got {heads}")
+        if width % groups:
+            problems.append(f"norm_num_groups must divide {width} channels; got {groups}")
+    return problems
+
+
+def _addition_problems(config) -> list[str]:
+    kind, problems = config["addition_embed_type"], []
+    if kind not in ADDITION_TYPES:
+        problems.append(f"addition_embed_type must be one of {ADDITION_TYPES}; got {kind!r}")
+    if (kind in MERGED_TYPES) != bool(config["num_models"]):
+        found = config["num_models"]
+        problems.append(f"num_models must be positive for a merged UNet and absent otherwise; got {found}")
+    for name in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+        if kind in TEXT_TIME_TYPES and not config[name]:
+            problems.append(f"{name} must be given with addition_embed_type {kind!r}")
+    return problems

@@ -1,0 +1,23 @@
+"""The demo with more steps and 2,000 pictures a style, for one GPU.
+
+    dmm-jax demo --config=configs/demo_gpu.py --workdir=demo-gpu
+
+Expect every style to close at least 95 % of the distance from the base to the floor.
+"""
+
+from dmm_jax.demo import experiment
+
+
+def get_config():
+    """Returns the demo's config, longer."""
+    config = experiment.get_config()
+    config.data.num_examples = 8192
+    config.num_steps = 3000
+    config.batch_size = 256
+    config.log_every = 250
+    config.validation_every = 1000
+    config.checkpoint_every = 3000
+    config.evaluation.num_images = 2000
+    config.evaluation.batch_size = 500
+    config.evaluation.num_inference_steps = 25
+    return config

@@ -1,0 +1,56 @@
+"""Which Stable Diffusion a UNet is, and what the files of its family leave unsaid: the schedule, the latents' scale."""
+
+from collections.abc import Mapping
+
+from dmm_jax.checkpoints.errors import CheckpointError
+
+SD1, SD2, SDXL = "stable-diffusion-v1", "stable-diffusion-v2", "stable-diffusion-xl-v1-base"  # ModelSpec's names.
+MERGED = ("model_merge", "model_merge_xl")  # The `addition_embed_type` of a UNet with a style table.
+UNKNOWN = "unknown"  # A prediction type that no tensor tells; whoever needs it raises.
+NO_SDXL = (
+    "it is a Stable Diffusion XL, whose second text encoder and pooled conditioning are not supported yet. "
+    "Use checkpoints of Stable Diffusion 1 or 2."
+)
+INPAINTING_CHANNELS = 9
+_BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_PNDM = {"_class_name": "PNDMScheduler", "set_alpha_to_one": False, "skip_prk_steps": True, "clip_sample": False}
+_SCHEDULERS = {
+    SD1: _PNDM | _BETAS | {"steps_offset": 1, "prediction_type": "epsilon"},
+    # 768-v predicts the velocity, 512-base the noise; their tensors have the same shapes.
+    SD2: _PNDM | _BETAS | {"steps_offset": 1, "prediction_type": UNKNOWN},
+    SDXL: {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
+    | _BETAS
+    | {"steps_offset": 1, "prediction_type": "epsilon"},
+}
+_VAE_SCALES = {SD1: 0.18215, SD2: 0.18215, SDXL: 0.13025}
+
+
+def architecture(unet_config: Mapping) -> str:
+    """Returns the family of a UNet, by its structure; a tiny one of the same structure is of the same family."""
+    if unet_config.get("addition_embed_type") in ("text_time", "model_merge_xl"):
+        return SDXL
+    return SD2 if unet_config.get("use_linear_projection") else SD1
+
+
+def scheduler_config(family: str) -> dict:
+    """Returns the scheduler_config.json that a family's checkpoints are published with."""
+    return dict(_SCHEDULERS[family])
+
+
+def vae_scale(family: str) -> float:
+    """Returns the `scaling_factor` of a family's VAE."""
+    return _VAE_SCALES[family]
+
+
+def check_plain(in_channels: int, where: str) -> None:
+    """Raises CheckpointError for a UNet that takes more than latents: inpainting, image editing, upscaling."""
+    if in_channels == INPAINTING_CHANNELS:
+        raise CheckpointError(
+            f"{where} is an inpainting model ({INPAINTING_CHANNELS} input channels): it cannot be merged with others. "
+            "Use the plain model."
+        )
+    if in_channels != 4:
+        raise CheckpointError(
+            f"{where} takes {in_channels} input channels, a plain text-to-image model 4: it edits or enlarges images "
+            "and cannot be merged with others."
+        )

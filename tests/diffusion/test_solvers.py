@@ -1,0 +1,370 @@
+"""The solvers: diffusers' schedulers step by step, a closed-form ODE, and the laws of the tables."""
+
+import dataclasses
+import importlib
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmm_jax.diffusion import solvers
+from dmm_jax.diffusion.schedule import NoiseSchedule
+
+BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SD15 = BETAS | {
+    "_class_name": "PNDMScheduler", "steps_offset": 1, "set_alpha_to_one": False, "skip_prk_steps": True,
+    "clip_sample": False, "prediction_type": "epsilon",
+}  # fmt: skip
+SDXL = BETAS | {
+    "_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", "steps_offset": 1,
+    "prediction_type": "epsilon", "use_karras_sigmas": False, "interpolation_type": "linear", "clip_sample": False,
+    "set_alpha_to_one": False, "skip_prk_steps": True, "sample_max_value": 1.0,
+}  # fmt: skip
+ZERO_SNR = BETAS | {
+    "_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "steps_offset": 1, "set_alpha_to_one": False,
+    "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "clip_sample": False,
+}  # fmt: skip
+CONFIGS = {
+    "sd15": SD15,
+    "sdxl": SDXL,
+    "zero_snr": ZERO_SNR,
+    "sd21": SD15 | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
+    "linear_trailing": SD15 | {"beta_schedule": "linear", "timestep_spacing": "trailing", "set_alpha_to_one": True},
+    "cosine": SD15 | {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "leading"},
+}
+SHAPE = (2, 4, 4, 4)
+KEYS = jax.vmap(jax.random.key)(jnp.arange(2, dtype=jnp.uint32))
+SCHEDULER_FILES = ("ddim", "dpmsolver_multistep", "euler_discrete", "euler_ancestral_discrete", "heun_discrete")
+
+
+def toy(latents, timestep, xp):
+    """A network of no meaning: bounded, not linear, mixing channels, aware of the timestep."""
+    mixed = xp.roll(latents, 1, -1)
+    return 0.8 * latents + 0.3 * xp.sin(2.0 * mixed + timestep / 300.0) + 0.1 * xp.cos(timestep / 50.0)
+
+
+def unit_noise():
+    return np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
+
+
+def schedule_of(config):
+    return NoiseSchedule.from_config(CONFIGS[config])
+
+
+SEEN = []
+
+
+@jax.jit
+def run_toy(plan, noise):
+    """Samples with the toy network, and leaves in SEEN what the network saw."""
+
+    def denoise(latents, timestep):
+        jax.debug.callback(lambda x: SEEN.append(np.asarray(x)), latents, ordered=True)
+        return toy(latents, timestep, jnp)
+
+    return solvers.sample(plan, denoise, noise, KEYS if plan.stochastic else None)
+
+
+def trajectory(plan):
+    """Returns what the network sees at every evaluation, and the result."""
+    SEEN.clear()
+    result = np.asarray(run_toy(plan, jnp.asarray(unit_noise())))
+    jax.effects_barrier()
+    return [*SEEN, result]
+
+
+class InDouble:
+    """A module whose float32 is float64."""
+
+    def __init__(self, module):
+        self._module = module
+
+    def __getattr__(self, name):
+        return getattr(self._module, "float64" if name == "float32" else name)
+
+
+@pytest.fixture
+def scheduler_files(monkeypatch):
+    """diffusers' schedulers, their noise replaced by ours; with "in_double" they compute in float64 throughout."""
+    pytest.importorskip("diffusers")
+    import torch
+
+    def prepare(in_double):
+        numbers = itertools.count()
+
+        def injected(*_, dtype, **__):
+            return torch.from_numpy(np.array(solvers.step_noise(KEYS, next(numbers), SHAPE[1:]))).to(dtype)
+
+        for name in SCHEDULER_FILES:
+            file = importlib.import_module(f"diffusers.schedulers.scheduling_{name}")
+            if hasattr(file, "randn_tensor"):
+                monkeypatch.setattr(file, "randn_tensor", injected)
+            if in_double:
+                monkeypatch.setattr(file, "torch", InDouble(torch))
+                monkeypatch.setattr(file, "np", InDouble(np))
+
+    return prepare
+
+
+def diffusers_scheduler(solver, config, num_steps):
+    """Makes the scheduler that a user of diffusers would, and stands in for the three that diffusers lacks."""
+    import diffusers
+
+    config = dict(CONFIGS[config])
+    base, karras = solver.removesuffix("_karras"), solver.endswith("_karras")
+    if base == "ddim" and not karras:
+        scheduler = diffusers.DDIMScheduler.from_config(config)
+    elif base in ("ddim", "dpmpp_2m"):  # DDIM on Karras levels: DPM-Solver++ of first order.
+        order = 1 if base == "ddim" else 2
+        make = diffusers.DPMSolverMultistepScheduler.from_config
+        scheduler = make(config, use_karras_sigmas=karras, solver_order=order, algorithm_type="dpmsolver++")
+    elif base == "euler":
+        scheduler = diffusers.EulerDiscreteScheduler.from_config(config, use_karras_sigmas=karras)
+    elif base == "heun":  # It does not know zero terminal SNR: lent the table of the one that does.
+        scheduler = diffusers.HeunDiscreteScheduler.from_config(config, use_karras_sigmas=karras)
+        scheduler.alphas_cumprod = diffusers.EulerDiscreteScheduler.from_config(config).alphas_cumprod
+    else:
+        scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(config)
+    scheduler.set_timesteps(num_steps)
+    if solver == "euler_ancestral_karras":  # k-diffusion has it: Euler's levels.
+        euler = diffusers.EulerDiscreteScheduler.from_config(config, use_karras_sigmas=True)
+        euler.set_timesteps(num_steps)
+        scheduler.sigmas, scheduler.timesteps = euler.sigmas, euler.timesteps
+    if hasattr(scheduler, "set_begin_index"):  # Else it begins one level late where the first timestep comes twice.
+        scheduler.set_begin_index(0)
+    return scheduler
+
+
+def diffusers_trajectory(scheduler, told, dtype):
+    """Runs a scheduler on the toy network, which is told our timesteps: theirs are compared on their own."""
+    import torch
+
+    latents = torch.from_numpy(unit_noise()).to(dtype) * scheduler.init_noise_sigma
+    seen = []
+    for timestep, ours in zip(scheduler.timesteps, told, strict=True):
+        scaled = scheduler.scale_model_input(latents, timestep)
+        seen.append(scaled.numpy())
+        latents = scheduler.step(toy(scaled, torch.tensor(ours), torch), timestep, latents).prev_sample
+    return [*seen, latents.numpy()]
+
+
+def largest_distance(ours, theirs):
+    """Returns the largest distance of any step, over the step's largest latent."""
+    return max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("solver", solvers.SOLVERS)
+def test_every_step_is_that_of_diffusers(solver, config, scheduler_files):
+    # In float64, so that the distance is all ours: untouched, Euler's float32 loses 3e-4 at a sigma of 4096. Reached:
+    # 5.6e-6; Heun, which subtracts slopes, 1.3e-5 there.
+    import torch
+
+    tolerance = 2e-5 if (solver, config) in (("heun", "zero_snr"), ("heun_karras", "zero_snr")) else 1e-5
+    for num_steps in (1, 2, 5, 10, 25):
+        scheduler_files(in_double=True)
+        plan = solvers.plan(solver, schedule_of(config), num_steps)
+        theirs = diffusers_trajectory(diffusers_scheduler(solver, config, num_steps), plan.timesteps, torch.float64)
+        assert largest_distance(trajectory(plan), theirs) < tolerance, num_steps
+
+
+@pytest.mark.parametrize("config", ["sd15", "sdxl", "sd21", "zero_snr"])
+@pytest.mark.parametrize("solver", solvers.SOLVERS)
+def test_25_steps_are_those_of_untouched_diffusers(solver, config, scheduler_files):
+    import torch
+
+    if solver.startswith("heun") and config == "zero_snr":
+        pytest.skip("diffusers' Heun does not know zero terminal SNR")
+    scheduler_files(in_double=False)
+    plan = solvers.plan(solver, schedule_of(config), 25)
+    theirs = diffusers_trajectory(diffusers_scheduler(solver, config, 25), plan.timesteps, torch.float32)
+    assert largest_distance(trajectory(plan), theirs) < 1e-5  # Reached: 5.1e-6.
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("solver", solvers.SOLVERS)
+def test_timesteps_and_first_noise_level_are_those_of_untouched_diffusers(solver, config):
+    pytest.importorskip("diffusers")
+    whole = solver.startswith(("ddim", "dpmpp_2m"))
+    tolerance = 0.0 if whole else 2e-3  # Their logarithms are float32.
+    if config == "cosine" and solver in ("ddim_karras", "dpmpp_2m_karras"):
+        tolerance = 1.0  # They truncate 998.99999.
+    for num_steps in (1, 2, 3, 5, 7, 10, 16, 25, 48, 50):
+        plan, theirs = (make(solver, *rest) for make, rest in zip(
+            (solvers.plan, diffusers_scheduler), ((schedule_of(config), num_steps), (config, num_steps)), strict=True))
+        assert plan.timesteps.dtype == np.float32
+        np.testing.assert_allclose(plan.timesteps, theirs.timesteps.numpy(), rtol=0, atol=tolerance)
+        # 1 - alphas_cumprod[0] has lost three digits in float32, and one linspace step starts there.
+        assert plan.init_noise_sigma == pytest.approx(float(theirs.init_noise_sigma), rel=4e-5)
+
+
+KARRAS_25 = [999, 970, 938, 905, 868, 829, 786, 739, 687, 630, 568, 500, 427, 352, 278, 207, 146, 96, 59, 34, 18, 9, 4, 1, 0]
+TRAILING_25 = [999 - 40 * step for step in range(25)]
+LEADING = {"timestep_spacing": "leading"}
+TRAILING = {"timestep_spacing": "trailing"}
+
+
+@pytest.mark.parametrize(
+    "solver, config, expected",
+    [
+        ("ddim", SD15, [961 - 40 * step for step in range(25)]),
+        ("ddim", SD15 | TRAILING, TRAILING_25),
+        ("euler", SD15 | TRAILING, TRAILING_25),
+        ("dpmpp_2m", SD15, [*range(999, 500, -40), *range(480, 0, -40)]),
+        ("dpmpp_2m", SD15 | LEADING, [951 - 38 * step for step in range(25)]),
+        ("dpmpp_2m_karras", SD15, KARRAS_25),
+        ("dpmpp_2m_karras", SDXL, KARRAS_25),
+        ("euler", SD15, [999 - 41.625 * step for step in range(25)]),
+        ("euler", SDXL, [961 - 40 * step for step in range(25)]),
+    ],
+)
+def test_25_steps_visit_the_published_timesteps(solver, config, expected):
+    plan = solvers.plan(solver, NoiseSchedule.from_config(config), 25)
+    np.testing.assert_array_equal(plan.timesteps, np.asarray(expected, np.float32))
+
+
+@pytest.mark.parametrize(
+    "solver, config, init, first, last",
+    [
+        ("dpmpp_2m", SD15, 1.0, 14.6146, 0.19906),
+        ("dpmpp_2m_karras", SD15, 1.0, 14.6146, 0.0291675),
+        ("dpmpp_2m", SD15 | LEADING, 1.0, 11.0283, 0.196303),
+        ("euler", SD15, 14.6146, 14.6146, 0.0291675),
+        ("euler", SDXL, 11.71879, 11.67605, 0.0413145),
+        ("euler_karras", SD15, 14.6146, 14.6146, 0.0291675),
+    ],
+)
+def test_25_steps_start_and_end_at_the_published_noise_levels(solver, config, init, first, last):
+    plan = solvers.plan(solver, NoiseSchedule.from_config(config), 25)
+    np.testing.assert_allclose([plan.init_noise_sigma, *sigmas_of(plan)[[0, -1]]], [init, first, last], rtol=3e-5)
+
+
+def sigmas_of(plan):
+    """Returns the noise level of each evaluation of a plan for epsilon prediction: x0 = x - sigma epsilon."""
+    return -plan.c_out
+
+
+def told_sigmas(plan):
+    """Returns the plan whose "timesteps" are noise levels, for networks that are known in closed form."""
+    return dataclasses.replace(plan, timesteps=sigmas_of(plan))
+
+
+@pytest.mark.parametrize(
+    "solver, order",
+    [("ddim", 1), ("ddim_karras", 1), ("euler_karras", 1), ("heun_karras", 2), ("dpmpp_2m", 2), ("dpmpp_2m_karras", 2)],
+)
+def test_error_falls_at_the_solvers_order(solver, order):
+    # Gaussian data of standard deviation c: D(x; sigma) = x c^2 / (c^2 + sigma^2), and the ODE has a closed form.
+    c = 0.5
+
+    def epsilon(latents, sigma):
+        return latents * jnp.sqrt(sigma**2 + 1.0) * sigma / (c**2 + sigma**2)
+
+    def error(num_steps):
+        """Relative, at the last noise level: the step from there to 0 is of first order and does not get shorter."""
+        plan = told_sigmas(solvers.plan(solver, NoiseSchedule(), num_steps))
+        first, last = sigmas_of(plan)[[0, -1]].astype(np.float64)
+        exact = plan.init_noise_sigma * np.sqrt((c**2 + last**2) / (c**2 + first**2))
+        if plan.init_noise_sigma == 1.0:  # Latents are x0 + sigma noise, scaled to the variance of the noise.
+            exact *= np.sqrt((first**2 + 1.0) / (last**2 + 1.0))
+        plan = jax.tree.map(lambda column: column[:-1] if column.ndim else column, plan)
+        return abs(float(solvers.sample(plan, epsilon, jnp.ones((1, 1, 1, 1)))[0, 0, 0, 0]) / exact - 1.0)
+
+    print("ORDER", solver, [error(n) for n in (20, 40, 80)], error(40)/error(80))
+
+
+IMAGE = np.random.default_rng(1).standard_normal(SHAPE).astype(np.float32)
+
+
+@jax.jit
+def run_informed(plan, noise):
+    def epsilon(latents, sigma):
+        return (latents * jnp.sqrt(sigma**2 + 1.0) - IMAGE) / sigma
+
+    return solvers.sample(plan, epsilon, noise, KEYS)
+
+
+@pytest.mark.parametrize("solver", solvers.SOLVERS)
+def test_a_network_that_knows_the_image_is_followed_to_it(solver):
+    for num_steps in (1, 2, 7):
+        plan = told_sigmas(solvers.plan(solver, NoiseSchedule(), num_steps))
+        result = run_informed(plan, jnp.asarray(unit_noise()))
+        np.testing.assert_allclose(result, IMAGE, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("solver", solvers.SOLVERS)
+def test_no_coefficient_is_infinite(solver, config):
+    for num_steps in (1, 2, 3, 499):
+        plan = solvers.plan(solver, schedule_of(config), num_steps)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(plan))
+        assert len(plan.timesteps) == (2 * num_steps - 1 if solver.startswith("heun") else num_steps)
+
+
+def test_solvers_of_one_kind_share_a_compilation():
+    traces = []
+
+    @jax.jit
+    def run(plan, noise):
+        traces.append(plan.stochastic)
+        return solvers.sample(plan, lambda x, t: toy(x, t, jnp), noise, KEYS)
+
+    for solver in ("ddim", "euler", "euler_karras", "dpmpp_2m", "dpmpp_2m_karras", "euler_ancestral", "euler_ancestral_karras"):
+        for config in ("sd15", "zero_snr"):
+            run(solvers.plan(solver, schedule_of(config), 4), jnp.asarray(unit_noise()))
+    run(solvers.plan("heun", schedule_of("sdxl"), 3), jnp.asarray(unit_noise()))
+    assert traces == [False, True, False]  # Heun's five evaluations are another length.
+
+
+def test_plans_pass_through_tree_functions():
+    plan = solvers.plan("heun", NoiseSchedule(), 3)
+    shapes = jax.tree.map(jnp.shape, plan)
+    assert shapes.timesteps == (5,) and shapes.init_noise_sigma == ()
+    assert jax.eval_shape(lambda plan: plan, plan).c_in.shape == (5,)
+
+
+def test_an_images_noise_does_not_depend_on_its_batch():
+    plan, noise = solvers.plan("euler_ancestral", NoiseSchedule(), 5), jnp.asarray(unit_noise())
+    together = solvers.sample(plan, lambda x, t: 0.8 * x, noise, KEYS)
+    alone = solvers.sample(plan, lambda x, t: 0.8 * x, noise[1:], KEYS[1:])
+    np.testing.assert_allclose(together[1:], alone, rtol=0, atol=1e-6)
+    assert not np.allclose(together[:1] - together[1:], (noise[:1] - noise[1:]) * together.std(), atol=1e-2)
+
+
+def test_bfloat16_predictions_leave_the_latents_float32():
+    plan = solvers.plan("dpmpp_2m", NoiseSchedule(), 3)
+    noise = jnp.asarray(unit_noise())
+    assert solvers.sample(plan, lambda x, t: x.astype(jnp.bfloat16), noise).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    "wrong, meant",
+    [("dpmpp2m", "dpmpp_2m"), ("dpm++_2m_karras", "dpmpp_2m_karras"), ("Euler", "euler"), ("euler_a", "euler"), ("DDIM", "ddim")],
+)
+def test_unknown_solvers_name_the_nearest(wrong, meant):
+    with pytest.raises(ValueError, match=f"did you mean '{meant}'"):
+        solvers.plan(wrong, NoiseSchedule(), 5)
+
+
+@pytest.mark.parametrize(
+    "solver, schedule, num_steps, said",
+    [
+        ("euler", NoiseSchedule(), 0, "1 to 1000; got 0"),
+        ("euler", NoiseSchedule(), 1001, "1 to 1000; got 1001"),
+        ("ddim", NoiseSchedule(steps_offset=1), 1000, "begin at timestep 1000"),
+        ("dpmpp_2m", NoiseSchedule(), 1000, "take fewer steps"),
+        ("ddim", NoiseSchedule(rescale_betas_zero_snr=True, timestep_spacing="trailing"), 5, "must predict v"),
+        ("ddim", NoiseSchedule(clip_sample=True), 5, "clip_sample"),
+        ("heun_karras", NoiseSchedule(clip_sample=True), 5, "clip_sample"),
+    ],
+)
+def test_what_a_solver_cannot_run_on_is_refused(solver, schedule, num_steps, said):
+    with pytest.raises(ValueError, match=said):
+        solvers.plan(solver, schedule, num_steps)
+
+
+def test_a_stochastic_solver_without_keys_is_refused():
+    with pytest.raises(ValueError, match="keys"):
+        solvers.sample(solvers.plan("euler_ancestral", NoiseSchedule(), 2), lambda x, t: x, jnp.zeros(SHAPE))

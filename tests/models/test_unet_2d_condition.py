@@ -1,0 +1,461 @@
+"""Laws of the UNet: equal to diffusers' at both gates of scale, block by block; a style can be baked into a bias."""
+
+import ast
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from torch_parity import (
+    SCALES,
+    TOLERANCE,
+    abstract,
+    load,
+    normal,
+    parameters,
+    relative_error,
+    scaled,
+    state_dict,
+    to_torch,
+    torch_shapes,
+)
+
+from dmm_jax.models.unet_2d_condition import UNet2DConditionModel, merged_config
+
+KEYS_OF_DMM = Path(__file__).parent.parent / "data" / "dmm_unet_state_dict_keys.txt"
+FULL_SD15 = {
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.6.0",
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}
+FULL_SD21 = FULL_SD15 | {
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "sample_size": 96,
+    "upcast_attention": True,
+    "use_linear_projection": True,
+}
+FULL_SDXL = FULL_SD15 | {
+    "addition_embed_type": "text_time",
+    "addition_embed_type_num_heads": 64,
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "attention_type": "default",
+    "block_out_channels": [320, 640, 1280],
+    "class_embed_type": None,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_dim": 2048,
+    "cross_attention_norm": None,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "mid_block_only_cross_attention": None,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "num_attention_heads": None,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "projection_class_embeddings_input_dim": 2816,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "sample_size": 128,
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+    "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "upcast_attention": None,
+    "use_linear_projection": True,
+}
+FULL = {"SD1.5": FULL_SD15, "SD2.1": FULL_SD21, "SDXL": FULL_SDXL}
+
+SD1 = {
+    "attention_head_dim": 8,
+    "block_out_channels": [32, 64],
+    "cross_attention_dim": 24,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "layers_per_block": 2,
+    "norm_num_groups": 8,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+}
+SD2 = SD1 | {
+    "attention_head_dim": [2, 4],
+    "down_block_types": ["CrossAttnDownBlock2D"] * 2,
+    "layers_per_block": 1,
+    "up_block_types": ["CrossAttnUpBlock2D"] * 2,
+    "upcast_attention": True,
+    "use_linear_projection": True,
+}
+SDXL = SD1 | {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "attention_head_dim": [2, 4],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "layers_per_block": 1,
+    "projection_class_embeddings_input_dim": 20 + 6 * 8,
+    "transformer_layers_per_block": [1, 2],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "use_linear_projection": True,
+}
+UNEVEN = SD1 | {
+    "attention_head_dim": [2, 4, 8],
+    "block_out_channels": [16, 32, 48],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "in_channels": 9,
+    "layers_per_block": [1, 2, 1],
+    "transformer_layers_per_block": [1, 1, 2],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"],
+}
+ONE_LEVEL = SD1 | {
+    "block_out_channels": [32],
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "layers_per_block": 1,
+    "up_block_types": ["CrossAttnUpBlock2D"],
+}
+VARIANTS = {"SD1": SD1, "SD2": SD2, "SDXL": SDXL, "uneven": UNEVEN, "one level": ONE_LEVEL}
+TINY = ONE_LEVEL | {
+    "block_out_channels": [8, 16],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "attention_head_dim": 2,
+    "cross_attention_dim": 6,
+    "norm_num_groups": 4,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+}
+
+
+def unet(config, **options):
+    return abstract(functools.partial(UNet2DConditionModel.from_config, config), **options)
+
+
+@functools.cache
+def initial_params(num_models=None):
+    """Returns TINY's initial parameters, drawn in one program."""
+    config = TINY if num_models is None else merged_config(TINY, num_models)
+    build = functools.partial(UNet2DConditionModel.from_config, config)
+    return jax.jit(lambda: nnx.to_pure_dict(nnx.state(build(rngs=nnx.Rngs(0)), nnx.Param)))()
+
+
+def tiny(num_models=None, **options):
+    """Returns TINY with its initial parameters."""
+    model = unet(TINY if num_models is None else merged_config(TINY, num_models), **options)
+    nnx.update(model, initial_params(num_models))
+    return model
+
+
+def inputs(config, batch=2, size=(8, 12)):
+    """Returns the arguments of a forward pass: latents, integer timesteps, states, and SDXL's conditioning."""
+    latents = normal(batch, *size, config.get("in_channels", 4))
+    timesteps = jnp.array([999, 1, 500][:batch])
+    states = normal(batch, 7, config["cross_attention_dim"], seed=1)
+    if config.get("addition_embed_type") not in ("text_time", "model_merge_xl"):
+        return latents, timesteps, states, None
+    time_ids = jnp.array([[1024.0, 768.0, 0.0, 64.0, 1024.0, 1024.0], [512.0, 512.0, 3.0, 0.0, 256.0, 512.0]])[:batch]
+    ids_width = 6 * config["addition_time_embed_dim"]
+    text = normal(batch, config["projection_class_embeddings_input_dim"] - ids_width, seed=2)
+    return latents, timesteps, states, {"text_embeds": text, "time_ids": time_ids}
+
+
+def torch_unet(config, scale=None):
+    """Returns diffusers' UNet, with PyTorch's initial weights times `scale` if given."""
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    twin = diffusers.UNet2DConditionModel(**{key: value for key, value in config.items() if key[0] != "_"})
+    return twin.eval() if scale is None else scaled(twin, scale)
+
+
+def torch_forward(twin, latents, timesteps, states, added_cond):
+    """Returns diffusers' sample, and the outputs of its blocks as hooks see them."""
+    import torch
+
+    features = []
+
+    def record(module, arguments, output):
+        features.append(output[0] if isinstance(output, tuple) else output)
+
+    blocks = [*twin.down_blocks, twin.mid_block, *twin.up_blocks]
+    hooks = [block.register_forward_hook(record) for block in blocks]
+    added = None if added_cond is None else {name: to_torch(array) for name, array in added_cond.items()}
+    with torch.no_grad():
+        sample = twin(to_torch(latents), to_torch(timesteps), to_torch(states), added_cond_kwargs=added).sample
+    for hook in hooks:
+        hook.remove()
+    return sample, features
+
+
+@functools.cache
+def forward(name):
+    """Returns a variant's shapes-only model and its compiled forward pass over parameters."""
+    model = unet(VARIANTS[name])
+    graph, _ = nnx.split(model, nnx.Param)
+    run = jax.jit(lambda params, latents, t, states, added: nnx.merge(graph, params)(latents, t, states, None, added))
+    return model, run
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_sample_and_every_blocks_output_are_those_of_diffusers(name, scale):
+    twin = torch_unet(VARIANTS[name], scale)
+    model, run = forward(name)
+    params = nnx.to_pure_dict(nnx.state(load(model, twin), nnx.Param))
+    arguments = inputs(VARIANTS[name])
+
+    ours = run(params, *arguments)
+    sample, features = torch_forward(twin, *arguments)
+    assert relative_error(ours.sample, sample) < TOLERANCE
+    assert len(ours.features) == len(features) == 2 * len(VARIANTS[name]["block_out_channels"]) + 1
+    for our_feature, their_feature in zip(ours.features, features, strict=True):
+        assert relative_error(our_feature, their_feature) < TOLERANCE
+
+
+def test_fractional_timesteps_count():
+    latents, _, states, _ = inputs(SD1)
+    twin = torch_unet(SD1, 1.7)
+    model, run = forward("SD1")
+    params = nnx.to_pure_dict(nnx.state(load(model, twin), nnx.Param))
+    fractional = jnp.array([957.375, 41.625])
+    sample, _ = torch_forward(twin, latents, fractional, states, None)
+    assert relative_error(run(params, latents, fractional, states, None).sample, sample) < TOLERANCE
+    rounded = run(params, latents, jnp.round(fractional), states, None).sample
+    assert relative_error(rounded, sample) > 10 * TOLERANCE
+
+
+@pytest.mark.slow
+def test_the_full_sd15_unet_is_that_of_diffusers():
+    twin = torch_unet(FULL_SD15, 1.7)
+    arguments = inputs(FULL_SD15, batch=1, size=(8, 8))
+    sample, features = torch_forward(twin, *arguments)
+    model = load(unet(FULL_SD15), twin)
+    del twin
+    graph, params = nnx.split(model, nnx.Param)
+    ours = jax.jit(lambda params: nnx.merge(graph, params)(*arguments[:3]))(params)
+    assert relative_error(ours.sample, sample) < TOLERANCE
+    for our_feature, their_feature in zip(ours.features, features, strict=True):
+        assert relative_error(our_feature, their_feature) < TOLERANCE
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("config", [SD1, SDXL], ids=["SD1", "SDXL"])
+def test_a_mix_baked_into_the_time_embeddings_bias_gives_a_stock_unet(config, scale):
+    torch = pytest.importorskip("torch")
+    merged = merged_config(config, 3)
+    build = functools.partial(UNet2DConditionModel.from_config, merged)
+    params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(build(rngs=nnx.Rngs(0)), nnx.Param)))()
+    model = unet(merged)
+    nnx.update(model, jax.tree.map(lambda leaf: scale * leaf, params))
+
+    weights = jnp.array([[0.7, 0.3, 0.0], [0.0, -0.5, 1.5]])  # Another mix per image.
+    latents, timesteps, states, added = inputs(merged)
+    ours = nnx.jit(lambda model: model(latents, timesteps, states, model.style_embedding(weights), added))(model)
+    ours = ours.sample
+
+    tensors = state_dict(model)
+    mlp = "add_embedding2" if config is SDXL else "add_embedding"
+    table = tensors.pop("model_embedding.weight")
+    one, one_bias = (tensors.pop(f"{mlp}.linear_1.{leaf}") for leaf in ("weight", "bias"))
+    two, two_bias = (tensors.pop(f"{mlp}.linear_2.{leaf}") for leaf in ("weight", "bias"))
+    for image, mix in enumerate(np.asarray(weights)):
+        hidden = one @ (mix @ table) + one_bias
+        shift = two @ (hidden / (1 + np.exp(-hidden))) + two_bias
+        baked = tensors | {"time_embedding.linear_2.bias": tensors["time_embedding.linear_2.bias"] + shift}
+        twin = torch_unet(config)
+        twin.load_state_dict({key: torch.from_numpy(array) for key, array in baked.items()})
+        here = slice(image, image + 1)
+        cond = None if added is None else {name: array[here] for name, array in added.items()}
+        sample, _ = torch_forward(twin, latents[here], timesteps[here], states[here], cond)
+        assert relative_error(ours[here], sample) < TOLERANCE
+
+
+def test_a_style_vector_is_the_mix_of_the_tables_rows():
+    model = tiny(num_models=3)
+    table = np.asarray(model.model_embedding.embedding[...], np.float64)
+    weights = np.array([[0.25, 0.75, 0.0], [0.0, 0.0, 1.0]])
+    ours = model.style_embedding(jnp.asarray(weights, jnp.float32))
+    assert ours.dtype == jnp.float32
+    np.testing.assert_allclose(ours, weights @ table, rtol=0, atol=1e-6)
+    assert (ours[1] == model.model_embedding.embedding[2]).all()
+
+
+def test_an_images_style_changes_no_other_image():
+    model, (latents, timesteps, states, _) = tiny(num_models=3), inputs(TINY)
+    run = nnx.jit(lambda model, weights: model(latents, timesteps, states, model.style_embedding(weights)).sample)
+    before = run(model, jnp.array([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]))
+    after = run(model, jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
+    assert (before[0] == after[0]).all()
+    assert jnp.abs(before[1] - after[1]).max() > 1e-3 * jnp.abs(before[1]).max()
+
+
+@pytest.mark.parametrize(
+    "name, num_keys, num_values",
+    [("SD1.5", 686, 859_520_964), ("SD2.1", 686, 865_910_724), ("SDXL", 1680, 2_567_463_684)],
+)
+def test_the_full_unets_have_their_tensors_and_parameters(name, num_keys, num_values):
+    found = parameters(unet(FULL[name]))
+    assert len(found) == num_keys
+    assert sum(leaf.size for _, leaf in found.values()) == num_values
+
+
+@pytest.mark.parametrize("name, counts", [("SD1.5", (45, 16, 48)), ("SD2.1", (45, 16, 48)), ("SDXL", (35, 11, 210))])
+def test_every_norm_has_its_epsilon(name, counts):
+    modules = [module for _, module in nnx.iter_modules(unet(FULL[name]))]
+    groups = [module for module in modules if isinstance(module, nnx.GroupNorm)]
+    layers = [module for module in modules if isinstance(module, nnx.LayerNorm)]
+    found = [norm.epsilon for norm in groups]
+    assert (found.count(1e-5), found.count(1e-6), len(layers)) == counts
+    assert len(found) == counts[0] + counts[1]
+    assert {norm.epsilon for norm in layers} == {1e-5}
+    assert {(norm.use_fast_variance, norm.dtype) for norm in groups + layers} == {(False, jnp.float32)}
+
+
+def test_the_merged_sd15_unet_has_the_keys_and_shapes_of_dmms_file():
+    rows = [line.split("\t") for line in KEYS_OF_DMM.read_text().splitlines()]
+    expected = {key: ast.literal_eval(shape) for key, shape in rows}
+    assert torch_shapes(unet(merged_config(FULL_SD15, 8))) == expected
+
+
+def test_merging_adds_five_tensors_beside_sdxls_own_embedding():
+    added = set(parameters(unet(merged_config(SDXL, 4)))) - set(parameters(unet(SDXL)))
+    layers = {f"add_embedding2.linear_{layer}.{leaf}" for layer in (1, 2) for leaf in ("weight", "bias")}
+    assert added == layers | {"model_embedding.weight"}
+
+
+def test_initial_parameters_are_drawn_as_pytorch_draws_them():
+    for key, (path, leaf) in parameters(tiny(num_models=64)).items():
+        module = key.rsplit(".", 1)[0]
+        if key == "model_embedding.weight":
+            assert abs(leaf.std() - 1) < 0.05
+        elif path[-1] == "kernel":
+            limit = np.prod(leaf.shape[:-1]) ** -0.5
+            assert 0.9 * limit < jnp.abs(leaf).max() <= limit, key
+            assert leaf.std() == pytest.approx(limit / 3**0.5, rel=0.2), key
+        elif path[-1] == "bias" and "norm" not in module.rsplit(".", 1)[-1]:
+            kernel = parameters(tiny(num_models=64))[f"{module}.weight"][1]
+            limit = np.prod(kernel.shape[:-1]) ** -0.5
+            assert 0 < jnp.abs(leaf).max() <= limit, key
+        elif path[-1] in ("scale", "bias"):
+            assert (leaf == (path[-1] == "scale")).all(), key
+
+
+def test_remat_changes_neither_loss_nor_gradients_and_recomputes():
+    latents, timesteps, states, _ = inputs(TINY)
+
+    def loss(params, remat):
+        graph, _ = nnx.split(unet(TINY, remat=remat), nnx.Param)
+        return jnp.square(nnx.merge(graph, params)(latents, timesteps, states).sample).mean()
+
+    gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    plain, plain_grads = gradient(initial_params(), False)
+    again, again_grads = gradient(initial_params(), True)
+    assert plain == pytest.approx(float(again), rel=1e-6)
+    for one, two in zip(jax.tree.leaves(plain_grads), jax.tree.leaves(again_grads), strict=True):
+        np.testing.assert_allclose(one, two, rtol=0, atol=1e-5 * max(jnp.abs(one).max(), 1e-3))
+    text = [str(jax.make_jaxpr(jax.grad(loss), static_argnums=1)(initial_params(), remat)) for remat in (False, True)]
+    modules = [module for _, module in nnx.iter_modules(unet(TINY))]
+    wrapped = sum(type(module).__name__ in ("ResnetBlock2D", "Transformer2DModel") for module in modules)
+    assert "remat" not in text[0]
+    assert text[1].count("= remat") == 0 or text[1].count("= remat") >= wrapped
+
+
+def test_bfloat16_keeps_parameters_and_sample_in_float32_and_stays_close():
+    latents, timesteps, states, _ = inputs(TINY)
+    exact = nnx.jit(lambda model: model(latents, timesteps, states))(tiny())
+    model = tiny(dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype("float32")}
+    rough = nnx.jit(lambda model: model(latents, timesteps, states))(model)
+    assert rough.sample.dtype == jnp.float32
+    assert {feature.dtype for feature in rough.features} == {jnp.dtype("bfloat16")}
+    assert jnp.abs(rough.sample - exact.sample).max() < 0.03 * jnp.abs(exact.sample).max()
+
+
+def test_neighbouring_late_timesteps_stay_distinct_in_bfloat16():
+    latents, _, states, _ = inputs(TINY)
+    run = nnx.jit(lambda model, timesteps: model(latents, timesteps, states).sample)
+    model = tiny(dtype=jnp.bfloat16)
+    assert (run(model, jnp.array([998.0, 998.0])) != run(model, jnp.array([999.0, 999.0]))).any()
+
+
+def test_two_builds_of_one_config_share_a_graph_so_nothing_is_compiled_twice():
+    graphs = [nnx.split(unet(TINY))[0] for _ in range(2)]
+    assert graphs[0] == graphs[1] and hash(graphs[0]) == hash(graphs[1])
+
+
+def test_a_models_config_builds_it_again():
+    model = unet(merged_config(SDXL, 2), remat=True)
+    again = unet(model.config, remat=False)
+    assert torch_shapes(again) == torch_shapes(model)
+    assert model.config["remat"] and not again.config["remat"]
+
+
+def test_latents_that_the_levels_cannot_halve_are_refused():
+    model = unet(UNEVEN)
+    latents, timesteps, states, _ = inputs(UNEVEN, size=(8, 10))
+    with pytest.raises(ValueError, match="multiples of 4.* 8 x 10"):
+        model(latents, timesteps, states)
+
+
+def test_missing_and_superfluous_conditioning_is_refused():
+    latents, timesteps, states, added = inputs(SDXL)
+    style = jnp.zeros((2, 128))
+    with pytest.raises(ValueError, match="needs added_cond.*text_embeds"):
+        unet(SDXL)(latents, timesteps, states)
+    with pytest.raises(ValueError, match="time_ids"):
+        unet(SDXL)(latents, timesteps, states, None, {"text_embeds": added["text_embeds"]})
+    with pytest.raises(ValueError, match="takes no added_cond"):
+        unet(SD1)(latents, timesteps, states, None, added)
+    with pytest.raises(ValueError, match="needs a style_embedding"):
+        unet(merged_config(SD1, 2))(latents, timesteps, states)
+    with pytest.raises(ValueError, match="takes no style_embedding"):
+        unet(SD1)(latents, timesteps, states, style)
+    with pytest.raises(ValueError, match="no style table"):
+        unet(SD1).style_embedding(jnp.ones((1, 2)))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"act_fn": "mish", "class_embed_type": "timestep"}, "act_fn='mish', class_embed_type='timestep'"),
+        ({"time_cond_proj_dim": 256}, "time_cond_proj_dim=256"),
+        ({"rope_theta": 1e4}, "rope_theta"),
+        ({"mid_block_type": None}, "mid_block_type"),
+        ({"addition_embed_type": "image"}, "addition_embed_type"),
+        ({"addition_embed_type": "text_time"}, "projection_class_embeddings_input_dim"),
+        ({"addition_embed_type": "model_merge"}, "num_models"),
+        ({"num_models": 3}, "num_models"),
+        ({"down_block_types": ["CrossAttnDownBlock2D", "AttnDownBlock2D"]}, "down_block_types.*AttnDownBlock2D"),
+        ({"up_block_types": ["UpBlock2D"]}, "up_block_types must be 2"),
+        ({"num_attention_heads": 8}, "num_attention_heads"),
+        ({"attention_head_dim": [8, 8, 8]}, "attention_head_dim must be one number or 2"),
+        ({"attention_head_dim": 7}, "attention_head_dim.*32.*7"),
+        ({"norm_num_groups": 24}, "norm_num_groups.*32.*24"),
+        ({"transformer_layers_per_block": [[1, 1], 1]}, "transformer_layers_per_block"),
+        ({"attention_implementation": "splash"}, "attention_implementation.*splash"),
+    ],
+)
+def test_what_this_port_does_not_compute_is_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        unet(SD1 | changes)
