@@ -12,3 +12,28 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 install_import_hook("dmm_jax", "beartype.beartype")
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A tiny world on disk and a config that trains on it, its cache prepared; copy the config before changing it."""
+    from dmm_jax.prepare import prepare_from_config
+    from tests import worlds
+
+    folder = tmp_path_factory.mktemp("tiny")
+    paths = worlds.write_world(folder)
+    config = worlds.tiny_config(paths, folder / "cache")
+    prepare_from_config(config)
+    return paths, config
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, tmp_path_factory):
+    """The workdir of a finished run on the tiny world."""
+    from dmm_jax import train
+
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    train.run(tiny[1].copy_and_resolve_references(), workdir)
+    return workdir

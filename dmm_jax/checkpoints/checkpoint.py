@@ -15,7 +15,7 @@ from dmm_jax.checkpoints.safetensors_io import TensorFile, raw_bytes
 
 
 class Tensors(Mapping):
-    """A state dict whose tensors lie in one or several files, under our keys; nothing is read before it is asked for."""
+    """A state dict whose tensors lie in one or several files, under our keys; each is read when it is asked for."""
 
     def __init__(self, places: Mapping[str, tuple[TensorFile, str]]):
         """Takes {key: (file, key in the file)}."""

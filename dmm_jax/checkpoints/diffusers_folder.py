@@ -71,7 +71,7 @@ def read_json(path: pathlib.Path) -> dict:
 
 def _style_names(path, config: Mapping, metadata: Mapping) -> tuple[str, ...]:
     number = config.get("num_models")
-    if not isinstance(number, int) or number < 1:
+    if type(number) is not int or number < 1:
         raise CheckpointError(f"{path}: unet/config.json has num_models={number!r}; expected the number of styles.")
     if STYLES_KEY not in metadata:
         return tuple(f"style_{row}" for row in range(number))

@@ -75,8 +75,7 @@ def from_torch(
     """
     names = spellings(tensors)
     shapes = torch_shapes(abstract)
-    found = {key: _shape(tensors, names[key]) for key in shapes if key in names}
-    report_differences(shapes, found, [original for key, original in names.items() if key not in shapes], where)
+    report_differences(shapes, tensors, where)
     params, infinite = {}, []
     for path, _ in flat(abstract):
         key = torch_key(path)
@@ -92,15 +91,29 @@ def from_torch(
     return params
 
 
-def report_differences(expected: Mapping, found: Mapping, unexpected: list[str], where: str) -> None:
+def differences(expected: Mapping, tensors: Mapping) -> dict[str, list[str]]:
+    """Returns the keys that are missing, unexpected and misshapen, as they are to be shown.
+
+    Args:
+      expected: {key: shape} of the network.
+      tensors: a state dict; only shapes are read.
+    """
+    names = spellings(tensors)
+    found = {key: _shape(tensors, names[key]) for key in expected if key in names}
+    return {
+        "missing": [key for key in expected if key not in found],
+        "unexpected": sorted(original for key, original in names.items() if key not in expected),
+        "misshapen": [
+            f"{key} (expected {expected[key]}, found {shape})"
+            for key, shape in found.items()
+            if not _same_shape(key, expected[key], shape)
+        ],
+    }
+
+
+def report_differences(expected: Mapping, tensors: Mapping, where: str) -> None:
     """Raises CheckpointError that lists all keys that are missing, unexpected or misshapen, if there are any."""
-    missing = [key for key in expected if key not in found]
-    misshapen = [
-        f"{key} (expected {expected[key]}, found {shape})"
-        for key, shape in found.items()
-        if not _same_shape(key, expected[key], shape)
-    ]
-    problems = {"missing": missing, "unexpected": sorted(unexpected), "misshapen": misshapen}
+    problems = differences(expected, tensors)
     lines = [f"  {len(keys)} {kind}: {listed(keys)}" for kind, keys in problems.items() if keys]
     if lines:
         raise CheckpointError(f"{where} does not fit the architecture:\n" + "\n".join(lines))

@@ -4,7 +4,6 @@ Opening reads headers and configs only; a network's tensors are memory-mapped vi
 """
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Mapping
 
@@ -20,7 +19,7 @@ __all__ = ["STYLES_KEY", "WEIGHTS", "Checkpoint", "Component", "abstract_params"
 CELL = 8  # Pixels along the side of a latent cell, in every VAE of these models.
 SCHEDULE_FLAGS = ("prediction_type", "rescale_betas_zero_snr")  # What a single file may say of its schedule.
 NO_OPEN_CLIP = (
-    "its text encoder is an OpenCLIP in the single-file layout, which is not read. Write it as a diffusers folder first: "
+    "its text encoder is an OpenCLIP in the single-file layout, which is not read. Write it as a diffusers folder: "
     "diffusers.StableDiffusionPipeline.from_single_file(path).save_pretrained(folder)."
 )
 

@@ -12,41 +12,17 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from dmm_jax import sharding
+from dmm_jax.checkpoints.compare import merge_obstacles
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.open import Checkpoint
 
-COMPARED = ("unet", "text_encoder")
-
 
 def check_mergeable(base: Checkpoint, teachers: Mapping[str, Checkpoint]) -> None:
-    """Raises CheckpointError that names every teacher which has not the base's architecture or prediction type."""
-    problems = []
-    if base.styles is not None:
-        problems.append(f"base {base.path} is a merged model already; give the stock checkpoint the teachers come from.")
-    for name, teacher in teachers.items():
-        if teacher.styles is not None:
-            problems.append(f"teacher {name!r} ({teacher.path}) is a merged model: export one of its styles and use that.")
-            continue
-        for component in COMPARED:
-            if teacher.has(component):
-                problems += _differing_shapes(component, base, teacher, f"teacher {name!r} ({teacher.path})")
-        if teacher.prediction_type != base.prediction_type:
-            problems.append(
-                f"teacher {name!r} ({teacher.path}) predicts {teacher.prediction_type}, the base {base.prediction_type}: "
-                "their errors cannot be compared. Use teachers of one prediction type."
-            )
+    """Raises CheckpointError that names everything in which a teacher does not fit the base."""
+    named = [(f"teacher {name!r} ({teacher.path})", teacher) for name, teacher in teachers.items()]
+    problems = merge_obstacles(base, named)
     if problems:
         raise CheckpointError("These checkpoints cannot be merged:\n" + "\n".join(f"  - {line}" for line in problems))
-
-
-def _differing_shapes(component, base, teacher, who, most=5):
-    ours, theirs = (checkpoint.shapes(component) for checkpoint in (base, teacher))
-    lines = [f"{key}: base {ours.get(key, 'absent')}, teacher {theirs.get(key, 'absent')}" for key in sorted(ours | theirs)
-             if ours.get(key) != theirs.get(key)]
-    if not lines:
-        return []
-    more = f", and {len(lines) - most} more" if len(lines) > most else ""
-    return [f"{who} differs from the base in {len(lines)} {component} tensors: " + "; ".join(lines[:most]) + more + "."]
 
 
 def put_teachers(base: Checkpoint, teachers: Sequence[Checkpoint], mesh: Mesh, dtype) -> tuple[dict, dict]:

@@ -36,7 +36,7 @@ def linear(in_features: int, out_features: int, *, use_bias: bool = True, dtype,
 def conv(
     in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, padding=None, dtype, rngs: nnx.Rngs
 ) -> nnx.Conv:
-    """Builds a square 2-D convolution; `padding`: ((top, bottom), (left, right)), by default kernel_size // 2 all round."""
+    """Builds a square 2-D convolution; `padding`: ((top, bottom), (left, right)), else kernel_size // 2 all round."""
     return nnx.Conv(
         in_channels,
         out_channels,

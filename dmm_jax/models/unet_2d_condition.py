@@ -244,13 +244,13 @@ def _check_conditioning(config: Mapping, style_embedding, added_cond) -> None:
     kind, given = config["addition_embed_type"], None if added_cond is None else sorted(added_cond)
     needed = ["text_embeds", "time_ids"] if kind in TEXT_TIME_TYPES else None
     if needed and given != needed:
-        raise ValueError(f"this UNet (addition_embed_type={kind!r}) needs added_cond with {needed}; got {given}.")
+        raise ValueError(f"a UNet of addition_embed_type={kind!r} needs added_cond with {needed}; got {given}.")
     if given is not None and not needed:
-        raise ValueError(f"this UNet (addition_embed_type={kind!r}) takes no added_cond, only SDXL's does; got {given}.")
+        raise ValueError(f"a UNet of addition_embed_type={kind!r} takes no added_cond, only SDXL's does; got {given}.")
     if style_embedding is None and kind in MERGED_TYPES:
-        raise ValueError("this merged UNet needs a style_embedding: pass unet.style_embedding(weights), a row per image.")
+        raise ValueError("a merged UNet needs a style_embedding: pass unet.style_embedding(weights), a row per image.")
     if style_embedding is not None and kind not in MERGED_TYPES:
-        raise ValueError(f"this UNet (addition_embed_type={kind!r}) takes no style_embedding: it has no style table.")
+        raise ValueError(f"a UNet of addition_embed_type={kind!r} takes no style_embedding: it has no style table.")
 
 
 def _check(config: Mapping) -> None:
@@ -278,7 +278,8 @@ def _level_problems(config) -> list[str]:
 
 def _width_problems(config) -> list[str]:
     widths, groups, problems = config["block_out_channels"], config["norm_num_groups"], []
-    for level, (width, heads) in enumerate(zip(widths, _per_level(config["attention_head_dim"], len(widths)), strict=True)):
+    all_heads = _per_level(config["attention_head_dim"], len(widths))
+    for level, (width, heads) in enumerate(zip(widths, all_heads, strict=True)):
         up = config["up_block_types"][len(widths) - 1 - level]
         attends = level == len(widths) - 1 or DOWN_TYPES[config["down_block_types"][level]] or UP_TYPES[up]
         if attends and width % heads:

@@ -1,10 +1,19 @@
 """A tiny Stable Diffusion 1 made and saved by stock diffusers: what every test of this folder is measured against."""
 
+import dataclasses
+import json
 import pathlib
 
+import numpy as np
 import pytest
 
+from dmm_jax.checkpoints import naming
+from dmm_jax.checkpoints.export import Recipe
+from dmm_jax.checkpoints.open import Checkpoint, Component, abstract_params, open_checkpoint
 from dmm_jax.demo import world
+from dmm_jax.models.unet_2d_condition import merged_config
+
+STYLES = ("anime", "photo", "ink")
 
 TEXT = {"vocab_size": 581, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 1}
 UNET = {
@@ -49,4 +58,25 @@ def folder(stock, tmp_path_factory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("stock") / "tiny"
     stock.save_pretrained(path)
     world.write_tokenizer(path / "tokenizer")
+    index = json.loads((path / "model_index.json").read_text())
+    (path / "model_index.json").write_text(json.dumps(index | {"tokenizer": ["transformers", "CLIPTokenizer"]}))
     return path
+
+
+@pytest.fixture(scope="session")
+def student(folder) -> Checkpoint:
+    """The same with three random styles: what a training run ends in."""
+    base = open_checkpoint(folder)
+    config = merged_config(base.unet_config, len(STYLES))
+    rng = np.random.default_rng(0)
+    shapes = naming.torch_shapes(abstract_params("unet", config))
+    tensors = {key: rng.normal(0, 0.1, shape).astype(np.float32) for key, shape in shapes.items()}
+    tensors |= dict(base.tensors("unet"))
+    components = {**base.components, "unet": Component(config, lambda: tensors)}
+    return dataclasses.replace(base, kind="workdir", components=components, styles=STYLES)
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    """What an export says of itself."""
+    return Recipe("tiny", ["a", "b"], {"options": {"num_steps": 3}, "parents": {"a": "ü"}})

@@ -61,9 +61,7 @@ def test_nearest_x2_repeats_each_cell():
 
 
 def test_a_bfloat16_block_keeps_its_input_dtype_and_norms_in_float32():
-    model = ResnetBlock2D(
-        16, 24, temb_channels=8, num_groups=8, epsilon=1e-5, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
-    )
+    model = ResnetBlock2D(16, 24, temb_channels=8, num_groups=8, epsilon=1e-5, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     hidden, temb = normal(1, 4, 4, 16).astype(jnp.bfloat16), normal(1, 8).astype(jnp.bfloat16)
     assert model(hidden, temb).dtype == jnp.bfloat16
     assert model.norm1(hidden).dtype == jnp.float32

@@ -1,0 +1,21 @@
+"""Stable Diffusion 1.5: eight teachers into one student, the paper's recipe (arXiv:2504.12364, A.3) on cached latents.
+
+    dmm-jax prepare --config=configs/sd15.py
+    dmm-jax train --config=configs/sd15.py --workdir=runs/sd15
+
+Hardware: one GPU with 80 GB or more. Not run yet at this size with real weights: no hours or numbers to expect.
+"""
+
+from dmm_jax import config as config_lib
+
+
+def get_config():
+    """Returns the config; set the paths to what you have."""
+    config = config_lib.get_config()
+    config.base = "checkpoints/stable-diffusion-v1-5"
+    config.teachers = tuple((f"style_{k}", f"checkpoints/teacher_{k}.safetensors") for k in range(8))
+    config.data.source = "data/images"
+    config.data.cache = "data/cache_512"
+    config.batch_size = 48
+    config.remat = False
+    return config

@@ -1,0 +1,169 @@
+"""What checkpoints hold, in which state they are, and whether they can be merged: the report behind `dmm-jax inspect`.
+
+Every tensor is read once or twice and none is kept, so that a checkpoint may be larger than memory.
+"""
+
+import collections
+import hashlib
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from dmm_jax.checkpoints import naming, single_file
+from dmm_jax.checkpoints.architecture import SD1, SD2, SDXL, architecture
+from dmm_jax.checkpoints.checkpoint import Checkpoint
+from dmm_jax.checkpoints.compare import base_obstacles, teacher_obstacles
+from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.inspect_text import render
+from dmm_jax.checkpoints.naming import listed, printable
+from dmm_jax.checkpoints.open import open_checkpoint
+
+__all__ = ["inspect", "render"]
+# The published sizes: words for ModelSpec's name, block_out_channels, cross_attention_dim.
+FULL_SIZES = {
+    "Stable Diffusion 1": (SD1, [320, 640, 1280, 1280], 768),
+    "Stable Diffusion 2": (SD2, [320, 640, 1280, 1280], 1024),
+    "Stable Diffusion XL": (SDXL, [320, 640, 1280], 2048),
+}
+SHORT_HASH = 10  # Hexadecimal digits of a file's SHA-256 by which hubs call it ("AutoV2").
+MEANINGS = {  # Of "config" and "unreadable", the error says it.
+    "missing": "the network cannot be built without them",
+    "unexpected": "they have no place in this architecture, and no tensor is dropped in silence",
+    "misshapen": "they do not fit the architecture",
+    "not finite": "they hold NaN or infinity, which every image would inherit",
+    "position_ids": "merging has damaged this buffer; positions are 0 to 76 here whatever it says",
+}
+HARMLESS = ("position_ids",)
+
+
+def inspect(paths: Sequence[pathlib.Path]) -> dict:
+    """Returns the report on checkpoints, fit for JSON; the first path is the base of a merge, the others its teachers.
+
+    Returns:
+      checkpoints: what was found in each; "error" says why one could not be opened.
+      mergeable: whether nothing stands in the way of a merge; of a single path, whether it is sound.
+      obstacles: a sentence for each thing that does.
+    """
+    found = [_opened(pathlib.Path(path)) for path in paths]
+    reports = [_report(path, checkpoint, error) for path, checkpoint, error in found]
+    obstacles = [line for report in reports for line in _own_obstacles(report)]
+    obstacles += _obstacles_between([checkpoint for _, checkpoint, _ in found], reports)
+    return {"checkpoints": reports, "mergeable": not obstacles, "obstacles": obstacles}
+
+
+def _opened(path):
+    try:
+        return path, open_checkpoint(path, allow_unsupported=True), ""
+    except (ValueError, OSError) as error:
+        return path, None, str(error)
+
+
+def _own_obstacles(report):
+    path, lines = report["path"], [report["error"]] if report["error"] else []
+    if report["unsupported"]:
+        lines.append(f"{path} cannot be used: {report['unsupported']}")
+    for damage in report["damage"]:
+        if damage["matters"]:
+            of = f": {listed(damage['tensors'])}" if damage["tensors"] else ""
+            lines.append(f"{path}, {damage['component']}, {damage['kind']}{of} ({damage['meaning']}).")
+    return lines
+
+
+def _obstacles_between(checkpoints: Sequence[Checkpoint | None], reports) -> list[str]:
+    if len(checkpoints) < 2 or checkpoints[0] is None:
+        return []
+    base, *teachers = checkpoints
+    lines = base_obstacles(base, f"{base.path} (the first path, so the base)")
+    buildable = [not any(damage["kind"] == "config" for damage in report["damage"]) for report in reports]
+    for teacher, good in zip(teachers, buildable[1:], strict=True):
+        if teacher is not None and good and buildable[0]:
+            lines += teacher_obstacles(base, str(teacher.path), teacher)
+    return lines
+
+
+def _report(path: pathlib.Path, checkpoint: Checkpoint | None, error: str) -> dict:
+    report = {
+        "path": str(path), "name": path.absolute().name, "error": error, "kind": None, "architecture": None,
+        "prediction_type": None, "styles": None, "tokenizer": False, "files": [], "hash": None, "components": {},
+        "ema_tensors": 0, "unused_tensors": 0, "unsupported": "", "damage": [],
+    }  # fmt: skip
+    files = [path] if path.is_file() else checkpoint.files if checkpoint else []
+    report["files"] = [_file(file, path) for file in files]
+    if path.is_file():
+        report["hash"] = report["files"][0]["sha256"][:SHORT_HASH]
+    if checkpoint is None:
+        return report
+    ema = [key for key in checkpoint.unused if key.startswith(single_file.EMA)]
+    for component in checkpoint.components:
+        report["components"][component], damage = _component(checkpoint, component)
+        report["damage"] += damage
+    return report | {
+        "kind": checkpoint.kind,
+        "architecture": family(checkpoint.unet_config) if checkpoint.has("unet") else None,
+        "prediction_type": checkpoint.prediction_type if checkpoint.has("unet") else None,
+        "styles": list(checkpoint.styles) if checkpoint.styles else None,
+        "tokenizer": checkpoint.tokenizer_folder is not None,
+        "ema_tensors": len(ema),
+        "unused_tensors": len(checkpoint.unused) - len(ema),
+        "unsupported": checkpoint.unsupported,
+    }
+
+
+def family(unet_config: Mapping) -> str:
+    """Returns a UNet's architecture in words: a family at its published size, or the widths of its levels."""
+    widths, text_width = unet_config.get("block_out_channels"), unet_config.get("cross_attention_dim")
+    size = (architecture(unet_config), widths, text_width)
+    published = [words for words, theirs in FULL_SIZES.items() if theirs == size]
+    return published[0] if published else f"UNet of block_out_channels {printable(str(widths))}"
+
+
+def _file(file: pathlib.Path, path: pathlib.Path) -> dict:
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    name = file.name if file == path else file.relative_to(path).as_posix()
+    return {"file": name, "bytes": file.stat().st_size, "sha256": digest}
+
+
+def _component(checkpoint, component) -> tuple[dict, list[dict]]:
+    """Returns what a network holds, and its damage."""
+    try:
+        tensors = checkpoint.tensors(component)
+    except (ValueError, OSError) as error:
+        return {}, [_damage(component, "unreadable", [], str(error))]
+    names = naming.spellings(tensors)
+    arrays = [tensors[name] for name in names.values()]
+    held = {
+        "parameters": sum(array.size for array in arrays),
+        "tensors": len(arrays),
+        "dtypes": dict(collections.Counter(str(array.dtype) for array in arrays).most_common()),
+        "digest": checkpoint.digest(component),
+    }
+    return held, _damages(checkpoint, component, tensors)
+
+
+def _damages(checkpoint, component, tensors):
+    found = {"not finite": [key for key in naming.spellings(tensors).values() if not naming.is_finite(tensors[key])]}
+    found["position_ids"] = [key for key in tensors if _last(key) == naming.IGNORED and not _counts(tensors[key])]
+    damages = []
+    try:
+        found = naming.differences(checkpoint.shapes(component), tensors) | found
+    except CheckpointError as error:
+        damages.append(_damage(component, "config", [], str(error)))
+    return damages + [_damage(component, kind, keys, MEANINGS[kind]) for kind, keys in found.items() if keys]
+
+
+def _last(key):
+    return key.rsplit(".", 1)[-1]
+
+
+def _counts(array: np.ndarray) -> bool:
+    """Tells whether a buffer of positions is what it was made as: whole numbers, 0, 1, 2 and so on."""
+    return array.dtype.kind in "iu" and np.array_equal(array.reshape(-1), np.arange(array.size))
+
+
+def _damage(component, kind, tensors, meaning):
+    shown = [printable(key, 300) for key in tensors]
+    return {
+        "component": component, "kind": kind, "tensors": shown, "matters": kind not in HARMLESS, "meaning": meaning,
+    }  # fmt: skip

@@ -1,0 +1,52 @@
+"""What a file says of itself, in its metadata, as text: ModelSpec 1.0.1, the styles' names, and the recipe."""
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+
+from dmm_jax.checkpoints.architecture import UNKNOWN
+from dmm_jax.checkpoints.checkpoint import Checkpoint
+from dmm_jax.checkpoints.diffusers_folder import STYLES_KEY
+from dmm_jax.checkpoints.safetensors_io import contents_sha256
+
+RECIPE_KEY = "dmm_jax.recipe"  # As JSON.
+CELL = 8  # Pixels along the side of a latent cell, in every VAE of these models.
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What is said about a file inside it."""
+
+    title: str
+    merged_from: Sequence[str]  # Names of the teachers.
+    details: Mapping | None  # The whole recipe; None leaves it out.
+
+
+def metadata(source: Checkpoint, recipe: Recipe, implementation: str, tensors: Mapping) -> dict[str, str]:
+    """Returns the metadata of a file that holds `tensors` of `source`.
+
+    Args:
+      implementation: "sgm" for single files, "diffusers" for folders.
+    """
+    said = {
+        "format": "pt",  # transformers and diffusers refuse a file that does not say it.
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.implementation": implementation,
+        "modelspec.title": recipe.title,
+        "modelspec.date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "modelspec.hash_sha256": "0x" + contents_sha256(tensors),
+    }
+    if source.has("unet"):
+        side = (source.unet_config.get("sample_size") or 64) * CELL
+        said["modelspec.architecture"] = source.architecture + ("/dmm" if source.styles else "")
+        said["modelspec.resolution"] = f"{side}x{side}"
+    if source.prediction_type != UNKNOWN:
+        said["modelspec.prediction_type"] = "v" if source.prediction_type == "v_prediction" else "epsilon"
+    if recipe.merged_from:
+        said["modelspec.merged_from"] = ", ".join(recipe.merged_from)
+    if source.styles:
+        said[STYLES_KEY] = json.dumps(list(source.styles))
+    if recipe.details is not None:
+        said[RECIPE_KEY] = json.dumps(recipe.details, sort_keys=True)
+    return said

@@ -1,0 +1,39 @@
+"""Laws of classifier-free guidance."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmm_jax.diffusion.guidance import guide
+
+SHAPE = (3, 2, 2, 4)
+
+
+@pytest.fixture
+def pair():
+    random = np.random.default_rng(0)
+    return tuple(jnp.asarray(random.standard_normal(SHAPE), jnp.float32) for _ in range(2))
+
+
+@pytest.mark.parametrize("one", [1, 1.0, np.float32([1.0, 1.0, 1.0])])
+def test_guidance_1_changes_nothing(pair, one):
+    np.testing.assert_array_equal(guide(*pair, one), pair[1])
+
+
+def test_guidance_0_is_unconditional(pair):
+    np.testing.assert_allclose(guide(*pair, 0.0), pair[0], rtol=0, atol=1e-6)
+
+
+def test_equal_predictions_are_left_alone(pair):
+    np.testing.assert_array_equal(guide(pair[0], pair[0], 7.5), pair[0])
+
+
+def test_each_image_has_its_own_scale(pair):
+    scales = jnp.asarray([0.5, 1.0, 7.5])
+    expected = np.asarray(pair[0]) + np.asarray(scales)[:, None, None, None] * np.asarray(pair[1] - pair[0])
+    np.testing.assert_allclose(guide(*pair, scales), expected, rtol=0, atol=3e-6)
+    np.testing.assert_array_equal(guide(*pair, scales)[2], guide(*pair, 7.5)[2])
+
+
+def test_bfloat16_predictions_are_guided_in_float32(pair):
+    assert guide(*(x.astype(jnp.bfloat16) for x in pair), 7.5).dtype == jnp.float32

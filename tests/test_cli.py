@@ -1,0 +1,116 @@
+"""The command line as a user meets it: exit codes, one clear message, nothing half-written."""
+
+import numpy as np
+import pytest
+
+from dmm_jax import cli
+from dmm_jax.checkpoints.safetensors_io import TensorFile, save
+
+CONFIG = """
+from tests.worlds import tiny_config
+import pathlib
+def get_config():
+    return tiny_config({{"base": pathlib.Path({base!r}), "left": pathlib.Path({left!r}), "right": pathlib.Path({right!r})}}, pathlib.Path({cache!r}))
+"""
+
+
+@pytest.fixture
+def config_file(tiny, tmp_path):
+    paths, config = tiny
+    path = tmp_path / "experiment.py"
+    path.write_text(CONFIG.format(**{name: str(paths[name]) for name in paths}, cache=config.data.cache))
+    return path
+
+
+def failing(capsys, *argv) -> str:
+    assert cli.main([str(one) for one in argv]) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+def test_no_verb_is_wrong_usage():
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([])
+    assert stopped.value.code == 2
+
+
+def test_a_missing_checkpoint_is_named(capsys, config_file, tmp_path):
+    said = failing(capsys, "train", f"--config={config_file}", f"--workdir={tmp_path / 'w'}", f"--config.base={tmp_path / 'none'}")
+    assert "none" in said and not (tmp_path / "w").exists()
+
+
+def test_a_truncated_teacher_is_named(capsys, config_file, tiny, tmp_path):
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(tiny[0]["left"].read_bytes()[:-100])
+    teachers = f"(('left', '{cut}'), ('right', '{tiny[0]['right']}'))"
+    said = failing(capsys, "train", f"--config={config_file}", f"--workdir={tmp_path / 'w'}", f"--config.teachers={teachers}")
+    assert "cut.safetensors" in said and "truncated" in said and not (tmp_path / "w").exists()
+
+
+def test_nan_weights_are_named_by_their_tensor(capsys, config_file, tiny, tmp_path):
+    tensors = {key: np.array(array) for key, array in TensorFile(tiny[0]["left"]).items()}
+    key = next(key for key in tensors if key.endswith("out.2.weight"))
+    tensors[key].flat[0] = np.nan
+    save(tmp_path / "nan.safetensors", tensors)
+    teachers = f"(('left', '{tmp_path / 'nan.safetensors'}'), ('right', '{tiny[0]['right']}'))"
+    said = failing(capsys, "train", f"--config={config_file}", f"--workdir={tmp_path / 'w'}", f"--config.teachers={teachers}")
+    assert "NaN" in said and "conv_out.weight" in said or key in said
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin"])
+def test_pickles_are_refused_with_how_to_convert(capsys, config_file, tiny, tmp_path, suffix):
+    pickle = tmp_path / f"model{suffix}"
+    pickle.write_bytes(b"\x80\x04K\x01.")
+    teachers = f"(('left', '{pickle}'), ('right', '{tiny[0]['right']}'))"
+    said = failing(capsys, "train", f"--config={config_file}", f"--workdir={tmp_path / 'w'}", f"--config.teachers={teachers}")
+    assert "pickle" in said and "save_file" in said
+
+
+def test_unknown_options_are_told(capsys, config_file, tmp_path):
+    said = failing(capsys, "train", f"--config={config_file}", f"--workdir={tmp_path / 'w'}", "--config.learning_rat=1")
+    assert "learning_rat" in said
+
+
+def test_inspect_prints_json_and_says_that_the_set_fits(capsys, tiny):
+    import json
+
+    assert cli.main(["inspect", *map(str, tiny[0].values()), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mergeable"] is True
+
+
+def test_a_non_empty_output_is_left_alone(capsys, trained, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    said = failing(capsys, "export", trained, tmp_path, "--format", "dmm")
+    assert "not empty" in said and [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_export_wants_a_style_where_one_is_folded_in_and_suggests_the_nearest(capsys, trained, tmp_path):
+    assert "give --style" in failing(capsys, "export", trained, tmp_path / "o", "--format", "diffusers")
+    assert "did you mean 'left'" in failing(capsys, "export", trained, tmp_path / "o", "--format", "diffusers", "--style", "lift")
+    assert "there are: dmm" in failing(capsys, "export", trained, tmp_path / "o", "--format", "onnx")
+    assert not (tmp_path / "o").exists()
+
+
+def test_export_and_sample_make_what_they_say(capsys, trained, tmp_path):
+    out = tmp_path / "out"
+    formats = "dmm,diffusers,single-file"
+    assert cli.main(["export", str(trained), str(out), "--format", formats, "--style", "left=0.5,right=0.5", "--dtype", "float32"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["diffusers", "dmm", "model.safetensors"]
+    (tmp_path / "prompts.txt").write_text("a large red circle\n\na small blue star\n")
+    base = ["--prompts", str(tmp_path / "prompts.txt"), "--steps", "2", "--batch-size", "4"]
+    assert cli.main(["sample", str(out / "dmm"), *base, "--style", "left", "--style", "left=0.5,right=0.5", "--out", str(tmp_path / "a")]) == 0
+    assert len(list((tmp_path / "a").glob("*_seed*.png"))) == 4 and (tmp_path / "a" / "grid.png").is_file()
+    single = ["sample", str(out / "model.safetensors"), *base, "--base", str(out / "diffusers"), "--out", str(tmp_path / "b")]
+    assert cli.main(single) == 0
+    pictures = [sorted((tmp_path / folder).glob("*_seed*.png")) for folder in ("a", "b")]
+    from PIL import Image
+
+    mixed, folded = (np.asarray(Image.open(path), np.int32) for path in (pictures[0][1], pictures[1][0]))
+    assert np.abs(mixed - folded).max() <= 1
+
+
+def test_missing_or_empty_prompts_are_told(capsys, trained, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n")
+    assert "no prompt file" in failing(capsys, "sample", trained, "--prompts", tmp_path / "none.txt", "--out", tmp_path / "o")
+    assert "holds no prompt" in failing(capsys, "sample", trained, "--prompts", tmp_path / "empty.txt", "--out", tmp_path / "o")

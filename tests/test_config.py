@@ -1,0 +1,70 @@
+"""The config: what it refuses, and that it survives a round trip."""
+
+import pytest
+
+from dmm_jax import config as config_lib
+
+
+def valid():
+    config = config_lib.get_config()
+    config.base, config.teachers, config.batch_size = "base", (("a", "x"), ("b", "y")), 8
+    return config
+
+
+def test_a_valid_config_passes():
+    config_lib.check(valid())
+
+
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("base", "", "base is empty"),
+        ("teachers", (), "at least one"),
+        ("teachers", (("a", "x"), ("a", "y")), "'a' twice"),
+        ("teachers", (("a=b", "x"), ("c", "y")), "a=b"),
+        ("batch_size", 7, "Use 6"),
+        ("num_steps", 0, "num_steps"),
+        ("learning_rate", -1.0, "learning_rate"),
+        ("prompt_dropout", 1.0, r"\[0, 1\)"),
+        ("dtype", "float8", "float32, bfloat16"),
+        ("feature_loss", "l1", "l2, cosine"),
+    ],
+)
+def test_each_wrong_option_is_named_with_what_to_do(name, value, said):
+    config = valid()
+    config[name] = value
+    with pytest.raises(ValueError, match=said):
+        config_lib.check(config)
+
+
+def test_all_problems_are_told_at_once():
+    config = valid()
+    config.base, config.num_steps = "", 0
+    with pytest.raises(ValueError, match="base is empty[^$]*num_steps"):
+        config_lib.check(config)
+
+
+def test_a_mesh_that_does_not_divide_the_teachers_is_refused():
+    config = valid()
+    config.mesh.teacher = 3
+    with pytest.raises(ValueError, match="must divide the 2 teachers"):
+        config_lib.check(config)
+
+
+def test_json_round_trip_is_exact():
+    config = valid()
+    config.samples.prompts = ("a", "b")
+    again = config_lib.from_json(config_lib.to_json(config))
+    assert config_lib.differences(config, again) == []
+    assert again.teachers == config.teachers and again.samples.prompts == ("a", "b")
+
+
+def test_differences_name_option_and_both_values():
+    changed = valid()
+    changed.mesh.fsdp = 2
+    assert config_lib.differences(valid(), changed) == ["mesh.fsdp: 1 -> 2"]
+
+
+def test_a_folder_without_config_is_no_workdir(tmp_path):
+    with pytest.raises(ValueError, match="no training workdir"):
+        config_lib.load(tmp_path)

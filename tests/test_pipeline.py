@@ -1,0 +1,86 @@
+"""The pipeline: styles, mixes, seeds, one compilation a shape."""
+
+import numpy as np
+import pytest
+
+from dmm_jax import pipeline as pipeline_lib
+from dmm_jax.pipeline import Pipeline, parse_style
+from tests import worlds
+
+PROMPTS = ["a large red circle", "a small blue star"]
+QUICK = {"num_inference_steps": 2, "guidance_scale": 2.0}
+
+
+@pytest.fixture(scope="module")
+def student(trained):
+    return Pipeline.from_pretrained(trained)
+
+
+def test_styles_are_the_teachers_in_order(student):
+    assert student.styles == worlds.NAMES
+
+
+def test_a_mix_of_one_style_is_that_style(student):
+    named = student(PROMPTS, styles="left", output="latents", **QUICK)
+    mixed = student(PROMPTS, styles=[{"left": 1.0, "right": 0.0}, "left"], output="latents", **QUICK)
+    assert np.array_equal(named, mixed)
+
+
+def test_images_of_one_batch_have_styles_of_their_own(student):
+    both = student([PROMPTS[0]] * 2, styles=["left", "right"], seeds=[5, 5], output="latents", **QUICK)
+    left = student([PROMPTS[0]] * 2, styles="left", seeds=[5, 5], output="latents", **QUICK)
+    assert np.array_equal(both[0], left[0])
+    assert not np.array_equal(both[1], left[1])
+
+
+def test_a_seed_draws_the_same_image_wherever_it_stands_in_the_batch(student):
+    forward = student(PROMPTS, styles="left", seeds=[1, 2], **QUICK)
+    backward = student(PROMPTS[::-1], styles="left", seeds=[2, 1], **QUICK)
+    assert np.array_equal(forward, backward[::-1])
+
+
+def test_guidance_of_one_is_no_guidance(student):
+    off = student(PROMPTS, styles="left", num_inference_steps=2, guidance_scale=1.0, output="latents")
+    beside = student(PROMPTS, styles="left", num_inference_steps=2, guidance_scale=[1.0, 3.0], output="latents")
+    assert np.abs(off[0] - beside[0]).max() < 1e-5 * np.abs(off).max()
+    assert np.abs(off[1] - beside[1]).max() > 1e-3 * np.abs(off).max()
+
+
+def test_new_prompts_styles_seeds_and_scales_compile_nothing(student):
+    student(PROMPTS, styles="left", **QUICK)
+    before = pipeline_lib._denoise._cache_size()
+    student(["a small green square", "x"], styles=["right", {"left": 0.5, "right": 0.5}], seeds=[8, 9],
+            num_inference_steps=2, guidance_scale=5.0, negative_prompts="blur", solver="euler")  # fmt: skip
+    assert pipeline_lib._denoise._cache_size() == before
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ({"styles": "lefd"}, "did you mean 'left'"),
+        ({"styles": None}, "it has: left, right"),
+        ({"styles": ["left"]}, "2 prompts"),
+        ({"styles": "left", "seeds": [1]}, "seeds has 1"),
+        ({"styles": "left", "height": 63}, "Use 56"),
+        ({"styles": "left", "solver": "eular"}, "did you mean 'euler'"),
+        ({"styles": "left", "latents": np.zeros((1, 8, 8, 4))}, "unit noise"),
+        ({"styles": "left", "output": "png"}, "'images' or 'latents'"),
+    ],
+)
+def test_what_does_not_fit_is_told(student, arguments, said):
+    with pytest.raises(ValueError, match=said):
+        student(PROMPTS, **QUICK, **arguments)
+
+
+def test_a_stock_checkpoint_takes_no_style(tiny):
+    stock = Pipeline.from_pretrained(tiny[0]["base"])
+    assert stock.styles == ()
+    with pytest.raises(ValueError, match="has no styles"):
+        stock(PROMPTS, styles="left", **QUICK)
+
+
+def test_styles_are_read_as_the_command_line_writes_them():
+    assert parse_style("anime") == "anime"
+    assert parse_style("anime=0.7, photo=0.3") == {"anime": 0.7, "photo": 0.3}
+    with pytest.raises(ValueError, match="NAME=WEIGHT"):
+        parse_style("anime=much")
