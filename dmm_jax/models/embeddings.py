@@ -21,8 +21,8 @@ def timestep_sinusoids(
     Float32 whatever the compute dtype: in bfloat16 only 507 of 1000 timesteps stay distinct.
     """
     half = width // 2
-    # A timestep of 999 makes 6e-5 of a frequency's last bit. So exponents are rounded as PyTorch rounds them, and powers
-    # taken on the host, since `exp` differs between devices: the frequencies are PyTorch's everywhere.
+    # A timestep of 999 makes 6e-5 of a frequency's last bit. So exponents are rounded as PyTorch rounds them, and
+    # powers taken on the host, since `exp` differs between devices: the frequencies are PyTorch's everywhere.
     exponents = np.float32(-math.log(MAX_PERIOD)) * np.arange(half, dtype=np.float32) / np.float32(half - freq_shift)
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = timesteps.astype(jnp.float32)[:, None] * frequencies[None, :]  # (B, D/2)

@@ -4,13 +4,16 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dmm_jax import config as config_lib
 from dmm_jax.checkpoints import export
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.safetensors_io import TensorFile, save
+from dmm_jax.checkpoints.states import StateStore
 
 COMPONENTS = ("unet", "vae", "text_encoder")
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -322,6 +325,37 @@ def test_what_is_not_there_or_no_checkpoint_is_refused(tmp_path):
         open_checkpoint(tmp_path / "gone")
     with pytest.raises(CheckpointError, match="model_index.json"):
         open_checkpoint(tmp_path)
+
+
+@pytest.fixture(params=["params", "ema"])
+def workdir(request, folder, student, tmp_path):
+    """A training run's folder whose newest state holds the student; with an average, the average is the student."""
+    config = config_lib.get_config()
+    config.base = str(folder)
+    config.teachers = tuple((name, str(folder)) for name in student.styles)
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "config.json").write_text(config_lib.to_json(config))
+    wanted = jax.tree.map(jnp.asarray, student.params("unet"))
+    state = {"params": wanted}
+    if request.param == "ema":
+        state = {"params": jax.tree.map(jnp.zeros_like, wanted), "ema": wanted}
+    with StateStore(path, every=1, kept=1) as store:
+        store.save(5, state, force=True)
+    return path
+
+
+def test_a_training_run_opens_as_its_student(workdir, student):
+    found = open_checkpoint(workdir)
+    assert found.kind == "workdir" and found.styles == student.styles and found.name == "run"
+    assert found.unet_config["num_models"] == 3 and found.tokenizer_folder == student.tokenizer_folder
+    assert_same_networks(found, student)
+
+
+def test_a_training_run_that_has_saved_nothing_is_refused(workdir):
+    shutil.rmtree(workdir / "checkpoints" / "5")
+    with pytest.raises(CheckpointError, match="no complete checkpoint yet"):
+        open_checkpoint(workdir).params("unet")
 
 
 @pytest.fixture

@@ -19,6 +19,23 @@ def abstract(build, *args, **kwargs):
     return nnx.eval_shape(lambda: build(*args, **kwargs, rngs=nnx.Rngs(0)))
 
 
+def draw(module, seed=0):
+    """Fills `module` with PyTorch's initial weights, in NumPy: a compiled draw of hundreds of tensors takes minutes."""
+    rng, flat = np.random.default_rng(seed), flatten_dict(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+    params = {path: jnp.asarray(_draw(rng, path, leaf.shape, flat), jnp.float32) for path, leaf in flat.items()}
+    nnx.update(module, unflatten_dict(params))
+    return module
+
+
+def _draw(rng, path, shape, flat):
+    if path[-1] == "embedding":
+        return rng.standard_normal(shape)
+    if (*path[:-1], "kernel") not in flat:
+        return np.full(shape, path[-1] == "scale")
+    limit = np.prod(flat[(*path[:-1], "kernel")].shape[:-1]) ** -0.5
+    return rng.uniform(-limit, limit, shape)
+
+
 def parameters(module):
     """Returns {PyTorch's key: (our path, our leaf)}."""
     flat = flatten_dict(nnx.to_pure_dict(nnx.state(module, nnx.Param)))

@@ -1,0 +1,147 @@
+"""Stock diffusers draws from what we export the latents that we draw from the student itself, and opens all of it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from dmm_jax.checkpoints import export, safetensors_io
+from dmm_jax.checkpoints.open import Component, open_checkpoint
+from dmm_jax.pipeline import Pipeline
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+MIX = {"anime": 0.7, "photo": 0.5, "ink": -0.2}
+PROMPTS, NEGATIVE = ["a large red circle", "a small blue star"], "green"
+STEPS, GUIDANCE = 10, 3.0
+TOLERANCE = 1e-4  # Of the latents' maximum, after ten steps of two float32 networks that each agree to 1e-5.
+MANY = 250  # Tensors: beyond the hash that is said in the metadata of the first file, amid its contents.
+
+
+@pytest.fixture(scope="module")
+def exports(student, tmp_path_factory):
+    """Every format in float32, each written by one call."""
+    out = tmp_path_factory.mktemp("exports")
+    weights, recipe = np.array(list(MIX.values()), np.float32), export.Recipe("tiny", list(MIX), None)
+    return {fmt: export.write(out, fmt, student, weights, "float32", recipe) for fmt in export.FORMATS}
+
+
+@pytest.fixture(scope="module")
+def noise():
+    return np.random.default_rng(3).standard_normal((2, 8, 8, 4), np.float32)
+
+
+@pytest.fixture(scope="module")
+def merged(exports):
+    """The merged model, as our own pipeline opens it."""
+    return Pipeline.from_pretrained(exports["dmm"])
+
+
+@pytest.fixture(scope="module")
+def ours(merged, noise):
+    """Latents of the merged model, the mix given when drawing."""
+    return draw(merged, noise, styles=MIX)
+
+
+def draw(pipeline, noise, **options):
+    settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "solver": "dpmpp_2m", "output": "latents"}
+    return pipeline(PROMPTS, NEGATIVE, latents=noise, **settings, **options)
+
+
+def opened_by_diffusers(exports, fmt):
+    options = {"local_files_only": True, "safety_checker": None}
+    if fmt == "diffusers":
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(exports[fmt], **options)
+    else:
+        config = str(exports["diffusers"])
+        pipe = diffusers.StableDiffusionPipeline.from_single_file(str(exports[fmt]), config=config, **options)
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def error(found, expected):
+    return np.abs(found - expected).max() / np.abs(expected).max()
+
+
+@pytest.mark.parametrize("fmt", ["diffusers", "single-file"])
+def test_diffusers_draws_from_an_export_what_we_draw_from_the_student(exports, ours, noise, fmt):
+    pipe = opened_by_diffusers(exports, fmt)
+    cells = pipe.vae_scale_factor
+    assert pipe.unet.config.sample_size == 8
+    theirs = pipe(
+        PROMPTS, negative_prompt=[NEGATIVE] * 2, latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),
+        num_inference_steps=STEPS, guidance_scale=GUIDANCE, height=8 * cells, width=8 * cells, output_type="latent",
+    ).images.numpy().transpose(0, 2, 3, 1)  # fmt: skip
+    assert error(theirs, ours) < TOLERANCE
+
+
+@pytest.mark.parametrize("fmt", ["diffusers", "single-file"])
+def test_a_folded_style_draws_what_the_style_draws(exports, ours, noise, folder, fmt):
+    stock = Pipeline.from_pretrained(exports[fmt], base=folder)
+    assert stock.styles == ()
+    assert error(draw(stock, noise), ours) < TOLERANCE
+
+
+def test_the_style_is_seen_in_the_latents(merged, ours, noise):
+    assert error(draw(merged, noise, styles="photo"), ours) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_diffusers_opens_the_half_precision_exports(student, recipe, tmp_path, dtype):
+    name = str(dtype).removeprefix("torch.")
+    weights = np.array(list(MIX.values()), np.float32)
+    paths = {fmt: export.write(tmp_path, fmt, student, weights, name, recipe) for fmt in ("diffusers", "single-file")}
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(
+        paths["diffusers"], torch_dtype=dtype, local_files_only=True, safety_checker=None
+    )
+    from_file = diffusers.StableDiffusionPipeline.from_single_file(
+        str(paths["single-file"]), config=str(paths["diffusers"]), torch_dtype=dtype, local_files_only=True,
+        safety_checker=None,
+    )  # fmt: skip
+    for network in ("unet", "vae", "text_encoder"):
+        first, second = (getattr(one, network).state_dict() for one in (pipe, from_file))
+        params = open_checkpoint(paths["diffusers"]).tensors(network)
+        assert {tensor.dtype for key, tensor in first.items() if "position_ids" not in key} == {dtype}
+        for key, tensor in first.items():
+            assert torch.equal(tensor, second[key])
+        assert len(params) == len([key for key in first if "position_ids" not in key])
+
+
+def test_the_schedulers_words_reach_diffusers(student, recipe, tmp_path):
+    schedule = student.scheduler_config | {"prediction_type": "v_prediction"}
+    source = dataclasses.replace(student, scheduler_config=schedule)
+    out = export.write(tmp_path, "diffusers", source, np.ones(3, np.float32), "float32", recipe)
+    scheduler = diffusers.PNDMScheduler.from_pretrained(out, subfolder="scheduler")
+    assert scheduler.config.prediction_type == "v_prediction"
+    np.testing.assert_allclose(scheduler.config.beta_end, 0.012)
+
+
+@pytest.mark.parametrize("fmt", export.FORMATS)
+def test_a_disk_that_fills_leaves_nothing_half_written(student, recipe, tmp_path, fmt, monkeypatch):
+    calls, raw_bytes = [], safetensors_io.raw_bytes
+
+    def full(array):
+        calls.append(array)
+        if len(calls) > MANY:
+            raise OSError(28, "No space left on device")
+        return raw_bytes(array)
+
+    monkeypatch.setattr(safetensors_io, "raw_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        export.write(tmp_path, fmt, student, np.ones(3, np.float32), "float32", recipe)
+    print("CALLS", len(calls))
+    assert len(calls) == MANY + 1 and list(tmp_path.iterdir()) == []
+
+
+def test_a_student_that_vanishes_while_being_written_leaves_nothing(student, recipe, tmp_path):
+    def gone():
+        raise OSError(5, "Input/output error")
+
+    components = {**student.components, "text_encoder": Component(student.text_config, gone)}
+    broken = dataclasses.replace(student, components=components)
+    for fmt in export.FORMATS:
+        with pytest.raises(OSError, match="Input/output"):
+            export.write(tmp_path, fmt, broken, np.ones(3, np.float32), "float32", recipe)
+    assert list(tmp_path.iterdir()) == []

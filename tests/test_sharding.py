@@ -1,0 +1,77 @@
+"""The mesh: what it refuses, and that every layout of one batch gives the same step."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from dmm_jax import sharding
+
+ROOT = pathlib.Path(__file__).parent.parent
+MESHES = [(1, 1, 1), (2, 2, 1), (2, 1, 2), (1, 1, 4)]
+PROGRAM = """
+import json, sys, functools
+import jax, jax.numpy as jnp, numpy as np
+from dmm_jax import sharding, train
+from dmm_jax.config import load, from_json
+from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.data.cache import LatentCache
+from dmm_jax.data.pipeline import batches
+from dmm_jax.distill import step as S, student, teachers
+from dmm_jax.tokenizer import Tokenizer
+config = from_json(open(sys.argv[1]).read())
+base = open_checkpoint(config.base)
+others = [open_checkpoint(path) for _, path in config.teachers]
+host = batches(LatentCache(config.data.cache), 0, 2, 8)[0]
+for t, d, f in json.loads(sys.argv[2]):
+    mesh = sharding.make_mesh(t, d, f, devices=jax.devices()[: t * d * f])
+    frozen, encoders = teachers.put_teachers(base, others, mesh, jnp.float32)
+    networks, student_config = train.define_networks(config, base, 2)
+    style = student.style_params(student_config, "paper", 0)
+    params = student.put_student([base.params("unet")], style, student_config, mesh)
+    objective = train.define_objective(config, base, Tokenizer.from_folder(base.tokenizer_folder))
+    specs = sharding.state_specs(params, mesh)
+    f = S.build_loss_and_grads(networks, objective, mesh, specs, dtype=jnp.float32, gradient_accumulation=1, seed=0)
+    grads, errors = jax.jit(f)(params, frozen, encoders, sharding.put(host, mesh, sharding.BATCH), jnp.int32(1))
+    leaves = [np.asarray(leaf).ravel() for leaf in jax.tree.leaves((grads, errors))]
+    sums = [float(leaf @ np.cos(np.arange(leaf.size))) for leaf in leaves]
+    print(json.dumps(sums), flush=True)
+"""
+
+
+def test_every_mesh_gives_the_same_gradients_and_errors(tiny, tmp_path):
+    from dmm_jax.config import to_json
+
+    (tmp_path / "config.json").write_text(to_json(tiny[1]))
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT)}
+    environment |= {"JAX_PLATFORMS": "cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "config.json"), json.dumps(MESHES)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, *others = (np.array(json.loads(line)) for line in done.stdout.splitlines())
+    assert len(others) == len(MESHES) - 1
+    scale = np.maximum(np.abs(first), np.abs(first).max() * 1e-3)
+    for mesh, sums in zip(MESHES[1:], others, strict=True):
+        assert np.abs((sums - first) / scale).max() < 1e-3, mesh
+        assert np.abs(sums - first).max() < 1e-5 * np.abs(first).max(), mesh
+
+
+def test_a_mesh_that_does_not_use_all_devices_is_refused():
+    with pytest.raises(ValueError, match="product is 1"):
+        sharding.make_mesh(2, 1, 1, devices=jax.devices()[:1])
+
+
+def test_large_parameters_are_sharded_along_the_largest_dimension_that_divides():
+    class Mesh:
+        shape = {"fsdp": 4}
+
+    assert sharding.parameter_spec((3, 3, 320, 1280), Mesh) == P(None, None, None, "fsdp")
+    assert sharding.parameter_spec((1280, 3), Mesh) == P("fsdp", None)
+    assert sharding.parameter_spec((1001, 3), Mesh) == P()  # Nothing divides.
+    assert sharding.parameter_spec((320,), Mesh) == P()  # Too small.
