@@ -1,4 +1,4 @@
-"""The command line: `dmm-jax VERB`. Reads arguments, calls one function, turns errors into one line and an exit code."""
+"""The command line: `dmm-jax VERB`. Arguments in, one function called, errors as one line and an exit code."""
 
 import argparse
 import json
@@ -34,7 +34,9 @@ def _message(error):
 
 def build_parser() -> argparse.ArgumentParser:
     """Describes every verb and its arguments."""
-    parser = argparse.ArgumentParser(prog="dmm-jax", description="Merge Stable Diffusion checkpoints by distillation, in JAX.")
+    parser = argparse.ArgumentParser(
+        prog="dmm-jax", description="Merge Stable Diffusion checkpoints by distillation, in JAX."
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     verb = _add(verbs, "demo", _demo, "the whole road on the embedded world, to report/index.html")
@@ -42,19 +44,27 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--config", default="", help="an experiment file; default: the one that fits two CPU cores")
 
     verb = _add(verbs, "inspect", _inspect, "what checkpoints hold, and whether they can be merged")
-    verb.add_argument("checkpoints", nargs="+", type=pathlib.Path, metavar="CKPT", help="diffusers folders or .safetensors files")
+    verb.add_argument(
+        "checkpoints", nargs="+", type=pathlib.Path, metavar="CKPT", help="diffusers folders or .safetensors files"
+    )
     verb.add_argument("--json", action="store_true", help="print one JSON object")
 
-    verb = _add(verbs, "prepare", _prepare, "images and captions to a cache of latents and token ids", takes_config=True)
+    verb = _add(
+        verbs, "prepare", _prepare, "images and captions to a cache of latents and token ids", takes_config=True
+    )
     verb.add_argument("--config", required=True, help="an experiment file, for example configs/sd15.py")
 
-    verb = _add(verbs, "train", _train, "distil the teachers into one student; goes on where it stopped", takes_config=True)
+    verb = _add(
+        verbs, "train", _train, "distil the teachers into one student; goes on where it stopped", takes_config=True
+    )
     verb.add_argument("--config", required=True, help="an experiment file; change an option by --config.NAME=VALUE")
     verb.add_argument("--workdir", required=True, type=pathlib.Path)
 
     verb = _add(verbs, "export", _export, "a trained student as PyTorch safetensors")
     verb.add_argument("workdir", type=pathlib.Path, metavar="WORKDIR")
-    verb.add_argument("out", type=pathlib.Path, metavar="OUT", help="a new or empty folder; each format gets a place in it")
+    verb.add_argument(
+        "out", type=pathlib.Path, metavar="OUT", help="a new or empty folder; each format gets a place in it"
+    )
     verb.add_argument("--format", required=True, help="comma list of dmm, diffusers, single-file")
     verb.add_argument("--style", default="", help='to fold in: NAME, or a mix such as "anime=0.7,photo=0.3"')
     verb.add_argument("--dtype", default="float16", choices=("float32", "float16", "bfloat16"))
@@ -63,11 +73,15 @@ def build_parser() -> argparse.ArgumentParser:
     verb = _add(verbs, "sample", _sample, "draw prompts in styles: PNGs, grid.png, index.html")
     verb.add_argument("model", metavar="MODEL", help="a workdir, a diffusers or DMM folder, or a single file")
     verb.add_argument("--prompts", required=True, type=pathlib.Path, help="a text file, one prompt a line")
-    verb.add_argument("--style", action="append", default=[], help="NAME or mix; repeat for a column each; default: all styles")
+    verb.add_argument(
+        "--style", action="append", default=[], help="NAME or mix; repeat for a column each; default: all styles"
+    )
     verb.add_argument("--out", required=True, type=pathlib.Path, help="a new or empty folder")
     verb.add_argument("--base", default=None, help="another checkpoint, for what a single file lacks (VAE, tokenizer)")
     verb.add_argument("--negative-prompt", default="")
-    verb.add_argument("--seed", type=int, default=0, help="of the first prompt; the next has seed + 1; equal across styles")
+    verb.add_argument(
+        "--seed", type=int, default=0, help="of the first prompt; the next has seed + 1; equal across styles"
+    )
     verb.add_argument("--steps", type=int, default=25)
     verb.add_argument("--guidance-scale", type=float, default=7.0)
     verb.add_argument("--solver", default="dpmpp_2m")
@@ -117,14 +131,20 @@ def _train(args):
 def _export(args):
     from dmm_jax.export import export_workdir
 
-    paths = export_workdir(args.workdir, args.out, args.format.split(","), args.style, args.dtype, recipe=not args.no_recipe)
+    paths = export_workdir(
+        args.workdir, args.out, args.format.split(","), args.style, args.dtype, recipe=not args.no_recipe
+    )
     print("\n".join(map(str, paths)))
 
 
 def _sample(args):
     from dmm_jax.sample import sample
 
-    print(sample(**{name: value for name, value in vars(args).items() if name not in ("verb", "run", "takes_config", "rest")}))
+    print(
+        sample(
+            **{name: value for name, value in vars(args).items() if name not in ("verb", "run", "takes_config", "rest")}
+        )
+    )
 
 
 def _evaluate(args):

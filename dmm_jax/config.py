@@ -157,7 +157,9 @@ def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) 
     """Lists what changed between two configs, one `name: old -> new` a line, sorted by name."""
     before, after = (_flat(json.loads(to_json(config))) for config in (old, new))
     names = sorted(before.keys() | after.keys())
-    return [f"{name}: {before.get(name)!r} -> {after.get(name)!r}" for name in names if before.get(name) != after.get(name)]
+    return [
+        f"{name}: {before.get(name)!r} -> {after.get(name)!r}" for name in names if before.get(name) != after.get(name)
+    ]
 
 
 def _flat(tree, prefix=""):
@@ -175,5 +177,7 @@ def load(path: str | pathlib.Path) -> ml_collections.ConfigDict:
     """
     path = pathlib.Path(path) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{path.parent} is no training workdir: {path.name} is missing. Give the --workdir of a `train` run.")
+        raise ValueError(
+            f"{path.parent} is no training workdir: {path.name} is missing. Give the --workdir of a `train` run."
+        )
     return from_json(path.read_text())

@@ -13,7 +13,12 @@ from dmm_jax.pipeline import parse_style, style_row
 
 
 def export_workdir(
-    workdir: pathlib.Path, out: pathlib.Path, formats: Sequence[str], style: str = "", dtype: str = "float16", recipe: bool = True
+    workdir: pathlib.Path,
+    out: pathlib.Path,
+    formats: Sequence[str],
+    style: str = "",
+    dtype: str = "float16",
+    recipe: bool = True,
 ) -> list[pathlib.Path]:
     """Writes `out/dmm/`, `out/diffusers/` and `out/model.safetensors`, as many of them as `formats` names.
 
@@ -32,11 +37,13 @@ def export_workdir(
     out = check_output(out)
     student = open_checkpoint(workdir)
     if student.styles is None:
-        raise ValueError(f"{workdir} holds a stock checkpoint; only a merged one is exported. Give the --workdir of a `train` run.")
+        raise ValueError(
+            f"{workdir} holds a stock checkpoint; only a merged one is exported. Give the --workdir of a `train` run."
+        )
     weights = None
     if any(fmt != "dmm" for fmt in formats):
         if not style:
-            raise ValueError(f"diffusers and single-file hold one style: give --style, a name or a mix of {', '.join(student.styles)}.")
+            raise ValueError(f"diffusers and single-file hold one style: give --style, of {', '.join(student.styles)}.")
         weights = style_row(parse_style(style), student.styles)
     said = describe(workdir, student, style)
     title = f"{student.name}: {style}" if style else student.name
@@ -44,7 +51,9 @@ def export_workdir(
     with whole_folder(out) as folder:
         for fmt in dict.fromkeys(formats):
             told = Recipe(title if fmt != "dmm" else student.name, list(student.styles), said if recipe else None)
-            written.append(write(folder, fmt, student, None if fmt == "dmm" else weights, dtype, told).relative_to(folder))
+            written.append(
+                write(folder, fmt, student, None if fmt == "dmm" else weights, dtype, told).relative_to(folder)
+            )
     return [out / path for path in written]
 
 
@@ -55,7 +64,9 @@ def describe(workdir: pathlib.Path, student, style: str) -> dict:
     config = config_lib.load(workdir)
     parents = {name: open_checkpoint(path) for name, path in (("base", config.base), *config.teachers)}
     return {
-        "parents": {name: {"file": parent.name, "unet_sha256": parent.digest("unet")} for name, parent in parents.items()},
+        "parents": {
+            name: {"file": parent.name, "unet_sha256": parent.digest("unet")} for name, parent in parents.items()
+        },
         "options": _options(config),
         "style": style,
     }

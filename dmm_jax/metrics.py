@@ -1,4 +1,4 @@
-"""What a run says while it runs: a line of metrics.jsonl always, a progress bar on a terminal, plain lines elsewhere."""
+"""What a run says while it runs: metrics.jsonl always, a progress bar on a terminal, plain lines elsewhere."""
 
 import json
 import math
@@ -37,7 +37,9 @@ class MetricsLog:
         """Marks the moment from which images/s is counted."""
         self._clock = (step, time.perf_counter())
 
-    def train(self, step: int, num_steps: int, batch_size: int, feature_loss_weight: float, metrics: Mapping, bar) -> None:
+    def train(
+        self, step: int, num_steps: int, batch_size: int, feature_loss_weight: float, metrics: Mapping, bar
+    ) -> None:
         """Writes the losses of one step, the speed since the last line, and the time left; waits for the device.
 
         Raises:
@@ -57,12 +59,14 @@ class MetricsLog:
         }
         self._write(line)
         left = time.strftime("%H:%M:%S", time.gmtime((num_steps - step) * step_time_s))
-        self._say(f"step {step}/{num_steps}  loss {line['loss']:.5f}  {line['images_per_s']:.1f} images/s  {left} left", bar)
+        self._say(
+            f"step {step}/{num_steps}  loss {line['loss']:.5f}  {line['images_per_s']:.1f} images/s  {left} left", bar
+        )
         bad = [name for name in self._names if not math.isfinite(line["score"][name] + line["feature"][name])]
         if bad or not math.isfinite(line["grad_norm"]):
             raise FloatingPointError(
-                f"step {step}: loss or gradient is not finite (styles: {', '.join(bad) or 'none, the gradient alone'}). "
-                "Resume from the last checkpoint with a lower learning_rate or more warmup_steps, or with dtype float32."
+                f"step {step}: not finite: {', '.join(bad) or 'the gradient alone'}. "
+                "Resume with a lower learning_rate or more warmup_steps, or with dtype float32."
             )
 
     def validation(self, step: int, losses: Mapping[str, Sequence[float]], bar) -> None:
@@ -97,7 +101,9 @@ def read(path: str | pathlib.Path) -> list[dict]:
             parsed.append(json.loads(line))
         except json.JSONDecodeError:
             if number != len(lines) - 1:
-                raise ValueError(f"{path}, line {number + 1} is no JSON: {line[:80]!r}. Move the file away to start a new one.") from None
+                raise ValueError(
+                    f"{path}, line {number + 1} is no JSON: {line[:80]!r}. Move the file away to start a new one."
+                ) from None
     return parsed
 
 
@@ -113,5 +119,7 @@ def _tensorboard(workdir):
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise ValueError("tensorboard=True needs the package tensorboardX: pip install tensorboardX, or set it to False.") from None
+        raise ValueError(
+            "tensorboard=True needs the package tensorboardX: pip install tensorboardX, or set it to False."
+        ) from None
     return SummaryWriter(str(workdir))

@@ -1,8 +1,8 @@
 """Prompts and styles to images: three compiled programs (text encoder, denoiser, decoder), one compilation a shape.
 
-Prompts, styles, seeds and the guidance scale are arguments of the programs: only height, width, batch size, the number of
-steps and the kind of solver make a new one. A batch may hold another mix of styles in every image at no extra cost, since
-a style enters as one vector beside the timestep embedding (DMM, arXiv:2504.12364, 4.5).
+Prompts, styles, seeds, the guidance scale and the solver's tables are arguments of the programs: only the shape of a
+batch and the number of evaluations make a new one. A batch may hold another mix of styles in every image, since a style
+enters as one vector beside the timestep embedding (DMM, arXiv:2504.12364, 4.5).
 """
 
 import dataclasses
@@ -77,7 +77,9 @@ class Pipeline:
         """
         checkpoint = open_checkpoint(path, base=base)
         names = tuple(checkpoint.styles or ())
-        return cls.of_student(checkpoint, checkpoint.unet_config, names, dtype=dtype).with_unet(checkpoint.params("unet"))
+        return cls.of_student(checkpoint, checkpoint.unet_config, names, dtype=dtype).with_unet(
+            checkpoint.params("unet")
+        )
 
     @classmethod
     def of_student(cls, base: Checkpoint, unet_config: Mapping, styles: Sequence[str], *, dtype: str) -> "Pipeline":
@@ -118,12 +120,14 @@ class Pipeline:
         """Turns names and mixes into rows of weights (B, N); None for a stock checkpoint.
 
         Raises:
-          ValueError: a name that is not there (the nearest is suggested), no style given, or a stock checkpoint is given one.
+          ValueError: a name that is not there (the nearest is suggested), none given, or one for a stock checkpoint.
         """
         if styles is None or isinstance(styles, (str, Mapping)):
             styles = [styles] * batch_size
         if len(styles) != batch_size:
-            raise ValueError(f"styles has {len(styles)} entries for {batch_size} prompts: give one for all, or one each.")
+            raise ValueError(
+                f"styles has {len(styles)} entries for {batch_size} prompts: give one for all, or one each."
+            )
         if not self.styles:
             if any(style is not None for style in styles):
                 raise ValueError("this checkpoint has no styles: it is a stock one. Leave styles out.")
@@ -162,7 +166,7 @@ class Pipeline:
         Args:
           prompts: B of them.
           negative_prompts: one for all, one each, or None for "".
-          styles: a name, a mix such as {"anime": 0.7, "photo": 0.3} (weights as given, rows are mixed before the MLP), or
+          styles: a name, a mix such as {"anime": 0.7, "photo": 0.3} (rows are mixed before the MLP), or
             one of these per prompt. Needed by a merged model; a stock one takes none.
           seeds: one per prompt (default 0, 1, ...): the same seed draws the same noise whatever batch it is in.
           latents: unit noise (B, h, w, C) instead of seeds.
@@ -179,7 +183,11 @@ class Pipeline:
             raise ValueError(f"output must be 'images' or 'latents'; got {output!r}.")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         batch_size = len(prompts)
-        negatives = [negative_prompts or ""] * batch_size if isinstance(negative_prompts, (str, type(None))) else negative_prompts
+        negatives = (
+            [negative_prompts or ""] * batch_size
+            if isinstance(negative_prompts, (str, type(None)))
+            else negative_prompts
+        )
         _check_length("negative_prompts", negatives, batch_size)
         weights = self.style_weights(styles, batch_size)
         seeds = list(range(batch_size)) if seeds is None else list(seeds)
@@ -188,7 +196,9 @@ class Pipeline:
         latents = self._noise(keys, latents, height, width)
         scales = np.broadcast_to(np.asarray(guidance_scale, np.float32), (batch_size,))
         guided = bool(np.any(scales != 1.0))
-        text, _ = self.encode_prompts([text for pair in zip(negatives, prompts, strict=True) for text in pair] if guided else prompts)
+        text, _ = self.encode_prompts(
+            [text for pair in zip(negatives, prompts, strict=True) for text in pair] if guided else prompts
+        )
         plan = solvers.plan(solver, self.schedule, num_inference_steps)
         drawn = _denoise(self.unet.graph, guided, self.unet.params, plan, latents, keys, text, weights, scales)
         return np.asarray(drawn if output == "latents" else self.decode(drawn))
@@ -199,7 +209,9 @@ class Pipeline:
         height, width = height or side, width or side
         for name, value in (("height", height), ("width", width)):
             if value % self.cells:
-                raise ValueError(f"{name} must be a multiple of {self.cells} pixels; got {value}. Use {value - value % self.cells}.")
+                raise ValueError(
+                    f"{name} must be a multiple of {self.cells} pixels; got {value}. Use {value - value % self.cells}."
+                )
         shape = (height // self.cells, width // self.cells, model.config["in_channels"])
         if latents is None:
             return _unit_noise(keys, shape)
@@ -243,7 +255,9 @@ def parse_style(text: str) -> Style:
         try:
             mix[name.strip()] = float(weight)
         except ValueError:
-            raise ValueError(f"style {text!r}: {part!r} is no NAME=WEIGHT. Write for example 'anime=0.7,photo=0.3'.") from None
+            raise ValueError(
+                f"style {text!r}: {part!r} is no NAME=WEIGHT. Write for example 'anime=0.7,photo=0.3'."
+            ) from None
     return mix
 
 
@@ -280,7 +294,7 @@ def _decode(graph, params, latents):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _denoise(graph, guided, params, plan, noise, keys, text, weights, guidance_scales):
-    """Runs the solver; with guidance each image's pair (negative, prompt) stays adjacent, so a sharded batch stays put."""
+    """Runs the solver; an image's pair (negative, prompt) stays adjacent, so that a sharded batch stays put."""
     unet = nnx.merge(graph, params)
     repeats = 2 if guided else 1
     style = None if weights is None else jnp.repeat(unet.style_embedding(weights), repeats, axis=0)

@@ -60,7 +60,7 @@ def open_source(config) -> ImageSource:
 
 
 def build_encoder(base: Checkpoint, dtype: str):
-    """Returns the VAE's scaling factor and `encode(images uint8 (B, H, W, 3), keys (B,)) -> unscaled latents (B, h, w, C)`."""
+    """Returns scaling factor and `encode(images uint8 (B, H, W, 3), keys (B,)) -> unscaled latents (B, h, w, C)`."""
     model = nnx.eval_shape(lambda: AutoencoderKL.from_config(base.vae_config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
     graph = nnx.split(model)[0]
 

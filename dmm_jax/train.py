@@ -88,7 +88,13 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
         objective = define_objective(config, base, tokenizer)
         specs = sharding.state_specs(state["params"], mesh)
         gradients = distill_step.build_loss_and_grads(
-            networks, objective, mesh, specs, dtype=dtype, gradient_accumulation=config.gradient_accumulation, seed=config.seed
+            networks,
+            objective,
+            mesh,
+            specs,
+            dtype=dtype,
+            gradient_accumulation=config.gradient_accumulation,
+            seed=config.seed,
         )
         step = jax.jit(distill_step.build_step(gradients, optimizer, config.ema_decay), donate_argnums=0)
         validate = build_validator(config, names, networks, objective, mesh, specs, validation_source)
@@ -97,7 +103,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
         iterator = data_pipeline.iterate(batches, start)
         batch = put_batch(next(iterator)) if start < config.num_steps else None
         bar = stack.enter_context(
-            tqdm(total=config.num_steps, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+            tqdm(
+                total=config.num_steps, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+            )
         )
         log.start_clock(start)
         for number in range(start + 1, config.num_steps + 1):
@@ -173,7 +181,7 @@ def define_objective(config, base, tokenizer) -> distill_step.Objective:
 
 
 def build_validator(config, names, networks, objective, mesh, specs, source):
-    """Returns `f(params, teachers, encoders) -> {style: loss per timestep bin}` on fixed latents, prompts, t and noise."""
+    """Returns `f(params, teachers, encoders) -> {style: loss per timestep bin}` on fixed latents, prompts, t, noise."""
     if not config.validation_size:
         return None
     inputs = validation_inputs(source, len(names), config.seed, len(objective.alphas_cumprod))
@@ -183,7 +191,10 @@ def build_validator(config, names, networks, objective, mesh, specs, source):
 
     def validate(params, teachers, encoders):
         rows = np.asarray(errors(params, teachers, encoders, on_mesh))
-        return {name: [float(np.mean(row[bins == b])) for b in np.unique(bins)] for name, row in zip(names, rows, strict=True)}
+        return {
+            name: [float(np.mean(row[bins == b])) for b in np.unique(bins)]
+            for name, row in zip(names, rows, strict=True)
+        }
 
     return validate
 
@@ -203,11 +214,13 @@ def validation_inputs(source, num_teachers: int, seed: int, num_timesteps: int) 
 
 
 def build_sampler(config, base, names, student_config, workdir):
-    """Returns `f(step, params)` that writes samples/step_N.png: prompts down, styles across; None when not asked for."""
+    """Returns `f(step, params)` that writes samples/step_N.png: prompts down, styles across; None if not asked for."""
     if not config.samples.every:
         return None
     if not config.samples.prompts:
-        raise ValueError("samples.every is set but samples.prompts is empty: list the prompts to draw, or set samples.every=0.")
+        raise ValueError(
+            "samples.every is set but samples.prompts is empty: list the prompts to draw, or set samples.every=0."
+        )
     from dmm_jax import images
     from dmm_jax.pipeline import Pipeline
 
@@ -217,7 +230,9 @@ def build_sampler(config, base, names, student_config, workdir):
 
     def draw(number, params):
         pictures = pipeline.with_unet(params)(prompts, styles=names * len(config.samples.prompts), **options)
-        grid = images.labelled_grid(pictures.reshape((-1, len(names)) + pictures.shape[1:]), list(config.samples.prompts), names)
+        grid = images.labelled_grid(
+            pictures.reshape((-1, len(names)) + pictures.shape[1:]), list(config.samples.prompts), names
+        )
         (workdir / "samples").mkdir(exist_ok=True)
         grid.save(workdir / "samples" / f"step_{number:07d}.png")
 
@@ -226,4 +241,6 @@ def build_sampler(config, base, names, student_config, workdir):
 
 def save_summary(workdir: pathlib.Path, values: dict) -> None:
     """Writes `summary.json`: what a finished run reached."""
-    (workdir / "summary.json").write_text(json.dumps(values | {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}))
+    (workdir / "summary.json").write_text(
+        json.dumps(values | {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+    )

@@ -10,7 +10,8 @@ CONFIG = """
 from tests.worlds import tiny_config
 import pathlib
 def get_config():
-    return tiny_config({{"base": pathlib.Path({base!r}), "left": pathlib.Path({left!r}), "right": pathlib.Path({right!r})}}, pathlib.Path({cache!r}))
+    paths = {{"base": {base!r}, "left": {left!r}, "right": {right!r}}}
+    return tiny_config({{name: pathlib.Path(path) for name, path in paths.items()}}, pathlib.Path({cache!r}))
 """
 
 
@@ -36,7 +37,9 @@ def test_no_verb_is_wrong_usage():
 
 
 def test_a_missing_checkpoint_is_named(capsys, config_file, tmp_path):
-    said = failing(capsys, "train", f"--config={config_file}", f"--workdir={tmp_path / 'w'}", f"--config.base={tmp_path / 'none'}")
+    said = failing(
+        capsys, "train", f"--config={config_file}", f"--workdir={tmp_path / 'w'}", f"--config.base={tmp_path / 'none'}"
+    )
     assert "none" in said and not (tmp_path / "w").exists()
 
 
@@ -44,7 +47,9 @@ def test_a_truncated_teacher_is_named(capsys, config_file, tiny, tmp_path):
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(tiny[0]["left"].read_bytes()[:-100])
     teachers = f"(('left', '{cut}'), ('right', '{tiny[0]['right']}'))"
-    said = failing(capsys, "train", f"--config={config_file}", f"--workdir={tmp_path / 'w'}", f"--config.teachers={teachers}")
+    said = failing(
+        capsys, "train", f"--config={config_file}", f"--workdir={tmp_path / 'w'}", f"--config.teachers={teachers}"
+    )
     assert "cut.safetensors" in said and "truncated" in said and not (tmp_path / "w").exists()
 
 
@@ -54,7 +59,9 @@ def test_nan_weights_are_named_by_their_tensor(capsys, config_file, tiny, tmp_pa
     tensors[key].flat[0] = np.nan
     save(tmp_path / "nan.safetensors", tensors)
     teachers = f"(('left', '{tmp_path / 'nan.safetensors'}'), ('right', '{tiny[0]['right']}'))"
-    said = failing(capsys, "train", f"--config={config_file}", f"--workdir={tmp_path / 'w'}", f"--config.teachers={teachers}")
+    said = failing(
+        capsys, "train", f"--config={config_file}", f"--workdir={tmp_path / 'w'}", f"--config.teachers={teachers}"
+    )
     assert "NaN" in said and "conv_out.weight" in said or key in said
 
 
@@ -63,7 +70,9 @@ def test_pickles_are_refused_with_how_to_convert(capsys, config_file, tiny, tmp_
     pickle = tmp_path / f"model{suffix}"
     pickle.write_bytes(b"\x80\x04K\x01.")
     teachers = f"(('left', '{pickle}'), ('right', '{tiny[0]['right']}'))"
-    said = failing(capsys, "train", f"--config={config_file}", f"--workdir={tmp_path / 'w'}", f"--config.teachers={teachers}")
+    said = failing(
+        capsys, "train", f"--config={config_file}", f"--workdir={tmp_path / 'w'}", f"--config.teachers={teachers}"
+    )
     assert "pickle" in said and "save_file" in said
 
 
@@ -87,7 +96,9 @@ def test_a_non_empty_output_is_left_alone(capsys, trained, tmp_path):
 
 def test_export_wants_a_style_where_one_is_folded_in_and_suggests_the_nearest(capsys, trained, tmp_path):
     assert "give --style" in failing(capsys, "export", trained, tmp_path / "o", "--format", "diffusers")
-    assert "did you mean 'left'" in failing(capsys, "export", trained, tmp_path / "o", "--format", "diffusers", "--style", "lift")
+    assert "did you mean 'left'" in failing(
+        capsys, "export", trained, tmp_path / "o", "--format", "diffusers", "--style", "lift"
+    )
     assert "there are: dmm" in failing(capsys, "export", trained, tmp_path / "o", "--format", "onnx")
     assert not (tmp_path / "o").exists()
 
@@ -95,13 +106,51 @@ def test_export_wants_a_style_where_one_is_folded_in_and_suggests_the_nearest(ca
 def test_export_and_sample_make_what_they_say(capsys, trained, tmp_path):
     out = tmp_path / "out"
     formats = "dmm,diffusers,single-file"
-    assert cli.main(["export", str(trained), str(out), "--format", formats, "--style", "left=0.5,right=0.5", "--dtype", "float32"]) == 0
+    assert (
+        cli.main(
+            [
+                "export",
+                str(trained),
+                str(out),
+                "--format",
+                formats,
+                "--style",
+                "left=0.5,right=0.5",
+                "--dtype",
+                "float32",
+            ]
+        )
+        == 0
+    )
     assert sorted(path.name for path in out.iterdir()) == ["diffusers", "dmm", "model.safetensors"]
     (tmp_path / "prompts.txt").write_text("a large red circle\n\na small blue star\n")
     base = ["--prompts", str(tmp_path / "prompts.txt"), "--steps", "2", "--batch-size", "4"]
-    assert cli.main(["sample", str(out / "dmm"), *base, "--style", "left", "--style", "left=0.5,right=0.5", "--out", str(tmp_path / "a")]) == 0
+    assert (
+        cli.main(
+            [
+                "sample",
+                str(out / "dmm"),
+                *base,
+                "--style",
+                "left",
+                "--style",
+                "left=0.5,right=0.5",
+                "--out",
+                str(tmp_path / "a"),
+            ]
+        )
+        == 0
+    )
     assert len(list((tmp_path / "a").glob("*_seed*.png"))) == 4 and (tmp_path / "a" / "grid.png").is_file()
-    single = ["sample", str(out / "model.safetensors"), *base, "--base", str(out / "diffusers"), "--out", str(tmp_path / "b")]
+    single = [
+        "sample",
+        str(out / "model.safetensors"),
+        *base,
+        "--base",
+        str(out / "diffusers"),
+        "--out",
+        str(tmp_path / "b"),
+    ]
     assert cli.main(single) == 0
     pictures = [sorted((tmp_path / folder).glob("*_seed*.png")) for folder in ("a", "b")]
     from PIL import Image
@@ -112,5 +161,9 @@ def test_export_and_sample_make_what_they_say(capsys, trained, tmp_path):
 
 def test_missing_or_empty_prompts_are_told(capsys, trained, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
-    assert "no prompt file" in failing(capsys, "sample", trained, "--prompts", tmp_path / "none.txt", "--out", tmp_path / "o")
-    assert "holds no prompt" in failing(capsys, "sample", trained, "--prompts", tmp_path / "empty.txt", "--out", tmp_path / "o")
+    assert "no prompt file" in failing(
+        capsys, "sample", trained, "--prompts", tmp_path / "none.txt", "--out", tmp_path / "o"
+    )
+    assert "holds no prompt" in failing(
+        capsys, "sample", trained, "--prompts", tmp_path / "empty.txt", "--out", tmp_path / "o"
+    )

@@ -22,7 +22,10 @@ def test_a_run_that_was_stopped_twice_equals_one_that_never_stopped_bit_for_bit(
         train.run(stopped_at(tiny[1], step), tmp_path / "run")
     whole, parts = (open_checkpoint(workdir).tensors("unet") for workdir in (trained, tmp_path / "run"))
     assert all(np.array_equal(whole[key], parts[key]) for key in whole)
-    lines = [[{k: v for k, v in line.items() if k != "images_per_s"} for line in read(d / "metrics.jsonl")] for d in (trained, tmp_path / "run")]
+    lines = [
+        [{k: v for k, v in line.items() if k != "images_per_s"} for line in read(d / "metrics.jsonl")]
+        for d in (trained, tmp_path / "run")
+    ]
     losses = [[(line["step"], line["loss"]) for line in one if "loss" in line] for one in lines]
     assert losses[0] == losses[1]
 
@@ -57,7 +60,9 @@ def test_other_styles_need_another_workdir(tiny, trained):
 def test_metrics_past_the_resumed_step_are_dropped(tmp_path):
     from dmm_jax.metrics import MetricsLog
 
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": k}) + "\n" for k in (1, 2, 3)) + '{"step": 4, "lo')
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": k}) + "\n" for k in (1, 2, 3)) + '{"step": 4, "lo'
+    )
     with MetricsLog(tmp_path, 2, ["a"]):
         pass
     assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == [1, 2]

@@ -30,16 +30,14 @@ def random_params(model, config, seed: int) -> dict:
 
 
 def write_world(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Writes the base as a folder, `left` as a single file (UNet alone), `right` as a folder with its own text encoder."""
+    """Writes the base as a folder, `left` as a single file (UNet alone), `right` as a folder with a text encoder."""
     world.write_tokenizer(folder / "tokenizer")
     text = TEXT_CONFIG | token_numbers(folder / "tokenizer") | {"num_hidden_layers": 1}
     recipe = Recipe("tiny", [], None)
 
     def checkpoint(tokenizer, **params):
         configs = {"unet": UNET, "vae": VAE, "text_encoder": text}
-        parts = {
-            name: Component(configs[name], lambda one=one: naming.to_torch(one)) for name, one in params.items()
-        }
+        parts = {name: Component(configs[name], lambda one=one: naming.to_torch(one)) for name, one in params.items()}
         return Checkpoint(folder, "diffusers", parts, dict(SCHEDULER_CONFIG), tokenizer, None)
 
     unets = [random_params(UNet2DConditionModel, UNET, seed) for seed in range(3)]

@@ -49,11 +49,15 @@ class StateStore:
         step = self.latest_step if step is None else step
         if step is None:
             raise CheckpointError(f"{self._manager.directory} holds no complete checkpoint yet.")
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), abstract)
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), abstract
+        )
         try:
             return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes))).state
         except (ValueError, KeyError, OSError) as error:
-            raise CheckpointError(f"checkpoint {self._manager.directory / str(step)} cannot be restored: {error}") from error
+            raise CheckpointError(
+                f"checkpoint {self._manager.directory / str(step)} cannot be restored: {error}"
+            ) from error
 
 
 def restore_student(workdir: str | pathlib.Path, abstract) -> dict:
@@ -73,4 +77,6 @@ def restore_student(workdir: str | pathlib.Path, abstract) -> dict:
         name = "ema" if "ema" in getattr(saved, "tree", saved) else "params"
         item = {name: jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract)}
         arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-        return reader.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True))[name]
+        return reader.restore(
+            path, args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
+        )[name]

@@ -39,7 +39,7 @@ def teacher_paths(folder: pathlib.Path = FOLDER) -> tuple[tuple[str, str], ...]:
 
 
 def save_world(folder: pathlib.Path, configs: Mapping, base: Mapping, teachers: Mapping, classifier: Mapping) -> None:
-    """Writes the base as a diffusers folder and each teacher in a form of its own, all in float16; the classifier in float32.
+    """Writes the base as a diffusers folder and each teacher in its own form, in float16; the classifier in float32.
 
     Args:
       configs: config.json of unet, vae and text_encoder, and the scheduler's.
@@ -49,9 +49,7 @@ def save_world(folder: pathlib.Path, configs: Mapping, base: Mapping, teachers: 
     tokenizer = folder / "tokenizer"
 
     def checkpoint(name, params, components, tokenizer_folder=None):
-        parts = {
-            part: Component(configs[part], lambda part=part: naming.to_torch(params[part])) for part in components
-        }
+        parts = {part: Component(configs[part], lambda part=part: naming.to_torch(params[part])) for part in components}
         return Checkpoint(pathlib.Path(name), "diffusers", parts, dict(configs["scheduler"]), tokenizer_folder, None)
 
     everything = checkpoint(BASE, base, ("unet", "vae", "text_encoder"), tokenizer)

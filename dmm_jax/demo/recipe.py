@@ -94,7 +94,9 @@ class Fit:
 
     def __init__(self, loss_fn: Callable, plan: "Plan", learning_rate: float, average: float = 0.999):
         self.plan = plan
-        self.optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.99), optax.add_decayed_weights(1e-4))
+        self.optimizer = optax.chain(
+            optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.99), optax.add_decayed_weights(1e-4)
+        )
 
         def step(state, data, number, num_steps, key):
             params, mean, opt_state = state
@@ -120,7 +122,10 @@ class Fit:
             state, loss = self.step(state, data, number, num_steps, key)
             number += 1
             if number in (1, 40) or number >= report:
-                print(f"{what}: step {number}/{num_steps} loss {float(loss):.5f} {time.perf_counter() - started:.1f} s", flush=True)
+                print(
+                    f"{what}: step {number}/{num_steps} loss {float(loss):.5f} {time.perf_counter() - started:.1f} s",
+                    flush=True,
+                )
                 if number == 1:
                     started = time.perf_counter()  # Compilation is not counted.
                 if number == 40 and self.plan.seconds:
@@ -131,7 +136,7 @@ class Fit:
 
 
 class OneHotEmbed(nnx.Embed):
-    """The same table, read by a product: the gradient of a look-up adds 39,000 rows, nearly all of them the padding's, one by one."""
+    """The same table, read by a product: a look-up's gradient adds 39,000 rows, mostly the padding's, one by one."""
 
     @classmethod
     def like(cls, table: nnx.Embed) -> "OneHotEmbed":
@@ -155,7 +160,7 @@ class Plan:
 
 
 def make_bank(seed: int, size: int, tokenizer: Tokenizer, style: str | None = None) -> dict:
-    """Draws scenes, styles (all of `style`, or of the whole family) and captions' token ids, and keeps them on the device."""
+    """Draws scenes, styles (all of `style`, or of the whole family) and captions' token ids, kept on the device."""
     rng = np.random.default_rng(seed)
     scenes, captions = world.sample_scenes(rng, size)
     styles = world.STYLES[style].repeat(size) if style else world.sample_styles(rng, size)
@@ -168,7 +173,7 @@ def render(data: Mapping, rows) -> jax.Array:
 
 
 def train_vae(bank: Mapping, plan: Plan, dtype) -> dict:
-    """Trains the VAE on pictures, their edges, and a faint Kullback-Leibler term; scales its latents to unit variance."""
+    """Trains the VAE on pictures, their edges, and a faint KL term; scales its latents to unit variance."""
     graph, params = params_of(AutoencoderKL.from_config(VAE_CONFIG, dtype=dtype, rngs=nnx.Rngs(1)))
 
     def loss_fn(params, data, rows, key):
@@ -258,14 +263,17 @@ PLANS = {
 
 
 def main() -> None:
-    """Trains the world and writes it in the formats found in the wild; what `raw/` holds already is not trained again."""
+    """Trains the world and writes it in the formats found in the wild; what `raw/` holds is not trained again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=pathlib.Path)
     parser.add_argument("--effort", type=float, default=1.0, help="times every number of steps; 1 is the shipped world")
     parser.add_argument("--bank-size", type=int, default=262_144)
     args = parser.parse_args()
     started = time.perf_counter()
-    plans = {name: dataclasses.replace(plan, num_steps=max(int(args.effort * plan.num_steps), 2)) for name, plan in PLANS.items()}
+    plans = {
+        name: dataclasses.replace(plan, num_steps=max(int(args.effort * plan.num_steps), 2))
+        for name, plan in PLANS.items()
+    }
     raw = functools.partial(once, args.out / "raw")
 
     world.write_tokenizer(args.out / "tokenizer")
@@ -284,8 +292,9 @@ def main() -> None:
     empty_ids = jnp.asarray(tokenizer([""])[0])
     with_text, without_text = (denoising_loss(graphs, empty_ids, train_text) for train_text in (True, False))
     base_fit = Fit(with_text, plans["base"], 2e-3, average=0.9995)
-    base = raw("base", lambda: base_fit({"unet": unet, "text_encoder": text}, add_latents(bank, vae, dtype), "base", seed=2))
-    del bank
+    base = raw(
+        "base", lambda: base_fit({"unet": unet, "text_encoder": text}, add_latents(bank, vae, dtype), "base", seed=2)
+    )
 
     tune, tune_with_text = (Fit(loss_fn, plans["teacher"], 5e-4) for loss_fn in (without_text, with_text))
 
@@ -323,7 +332,12 @@ def token_numbers(folder: pathlib.Path) -> dict:
     """Returns the text encoder's config fields that follow from a tokenizer."""
     vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     end = vocabulary["<|endoftext|>"]
-    return {"vocab_size": len(vocabulary), "bos_token_id": vocabulary["<|startoftext|>"], "eos_token_id": end, "pad_token_id": end}
+    return {
+        "vocab_size": len(vocabulary),
+        "bos_token_id": vocabulary["<|startoftext|>"],
+        "eos_token_id": end,
+        "pad_token_id": end,
+    }
 
 
 if __name__ == "__main__":

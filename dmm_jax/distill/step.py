@@ -148,7 +148,10 @@ def build_loss_and_grads(
         inputs = jax.vmap(partial(draw, objective, step_key))(sample_ids, batch)
         score, feature = sample_errors(networks, objective, whole, teachers, encoders, inputs, style_ids)
         loss = jnp.mean(score) + objective.feature_loss_weight * jnp.mean(feature)
-        return loss / (mesh.size * gradient_accumulation), {"score": jnp.mean(score, 1), "feature": jnp.mean(feature, 1)}
+        return loss / (mesh.size * gradient_accumulation), {
+            "score": jnp.mean(score, 1),
+            "feature": jnp.mean(feature, 1),
+        }
 
     def local(params, teachers, encoders, batch, step):
         style_ids, sample_ids = local_ids(mesh, *batch["input_ids"].shape[:2])
@@ -176,7 +179,9 @@ def _sum_over_micro_batches(grads_of, num_micro_batches, batch):
     """Sums `grads_of` over slices of (T, b, ...) leaves along b; every slice holds every teacher."""
     sliced = jax.tree.map(lambda leaf: _micro_batches(leaf, num_micro_batches), batch)
     first, rest = (jax.tree.map(lambda leaf, part=part: leaf[part], sliced) for part in (0, slice(1, None)))
-    added, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, grads_of(*part)), None), grads_of(*first), rest)
+    added, _ = jax.lax.scan(
+        lambda sums, part: (jax.tree.map(jnp.add, sums, grads_of(*part)), None), grads_of(*first), rest
+    )
     return added
 
 
@@ -202,7 +207,7 @@ def build_step(loss_and_grads: Callable, optimizer: optax.GradientTransformation
 
 
 def build_validation(networks: Networks, objective: Objective, mesh: Mesh, specs, *, dtype) -> Callable:
-    """Returns `f(params, teachers, encoders, inputs) -> score errors (N, V)` on inputs whose noise and timesteps are given."""
+    """Returns `f(params, teachers, encoders, inputs) -> score errors (N, V)`; inputs hold noise and timesteps."""
 
     def local(params, teachers, encoders, inputs):
         whole = jax.tree.map_with_path(partial(gather, dtype=dtype), params, specs)

@@ -31,7 +31,11 @@ def style_params(config: Mapping, style_init: str, seed: int) -> dict:
     def uniform(leaf, fan_in):  # PyTorch's initial weights and biases.
         return rng.uniform(-(fan_in**-0.5), fan_in**-0.5, leaf.shape).astype(np.float32)
 
-    params = {"model_embedding": {"embedding": rng.standard_normal(abstract["model_embedding"]["embedding"].shape, np.float32)}}
+    params = {
+        "model_embedding": {
+            "embedding": rng.standard_normal(abstract["model_embedding"]["embedding"].shape, np.float32)
+        }
+    }
     params[mlp] = {}
     for layer in ("linear_1", "linear_2"):
         leaves = abstract[mlp][layer]
@@ -43,7 +47,7 @@ def style_params(config: Mapping, style_init: str, seed: int) -> dict:
 
 
 def put_student(sources: Sequence[Mapping], style: Mapping, config: Mapping, mesh: Mesh):
-    """Places the student's float32 parameters: the mean of `sources` (the base alone, or the teachers) and the style rows."""
+    """Places the student's float32 parameters: the mean of `sources` (the base, or the teachers) and the style rows."""
     abstract = abstract_params(config)
     names = set(style)
 
@@ -75,7 +79,9 @@ def make_optimizer(config) -> optax.GradientTransformation:
     learning_rate = optax.join_schedules([warmup, rest], [config.warmup_steps]) if warmup else rest
     parts = [optax.clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []
     parts.append(
-        optax.adamw(learning_rate, b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps, weight_decay=config.weight_decay)
+        optax.adamw(
+            learning_rate, b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps, weight_decay=config.weight_decay
+        )
     )
     if config.style_learning_rate_scale != 1.0:
         parts.append(_scale_style(config.style_learning_rate_scale))

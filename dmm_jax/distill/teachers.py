@@ -29,7 +29,7 @@ def put_teachers(base: Checkpoint, teachers: Sequence[Checkpoint], mesh: Mesh, d
     """Loads what the step needs of the frozen networks.
 
     Returns:
-      teachers: {"unet": parameters with a leading teacher axis, "encoder": (N,) int32 row of `others`, -1 for the base's}.
+      teachers: {"unet": parameters (N, ...), "encoder": (N,) int32 row of `others`, -1 for the base's}.
       encoders: {"base": parameters, "others": parameters (K, ...) of the distinct other encoders, or None}.
     """
     unets = put_stacked([teacher.params("unet") for teacher in teachers], mesh, sharding.TEACHERS, dtype)
@@ -40,11 +40,14 @@ def put_teachers(base: Checkpoint, teachers: Sequence[Checkpoint], mesh: Mesh, d
         "others": put_stacked(others, mesh, sharding.COPY, dtype) if others else None,
     }
     rows = np.asarray(rows, np.int32)
-    return {"unet": unets, "encoder": sharding.make(rows.shape, np.int32, mesh, sharding.TEACHERS, rows.__getitem__)}, encoders
+    return {
+        "unet": unets,
+        "encoder": sharding.make(rows.shape, np.int32, mesh, sharding.TEACHERS, rows.__getitem__),
+    }, encoders
 
 
 def encoder_rows(base: Checkpoint, teachers: Sequence[Checkpoint]) -> tuple[list[int], list[Checkpoint]]:
-    """Finds which text encoders are equal, by content: a row per teacher (-1 is the base's), and one checkpoint per row."""
+    """Finds equal text encoders, by content: a row per teacher (-1 is the base's), and one checkpoint per row."""
     seen, rows, distinct = {base.digest("text_encoder"): -1}, [], []
     for teacher in teachers:
         digest = teacher.digest("text_encoder") if teacher.has("text_encoder") else base.digest("text_encoder")

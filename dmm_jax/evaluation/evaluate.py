@@ -13,7 +13,7 @@ import numpy as np
 
 from dmm_jax import config as config_lib
 from dmm_jax import metrics as metrics_lib
-from dmm_jax.checkpoints.open import Checkpoint, open_checkpoint
+from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.demo import world
 from dmm_jax.demo.layout import CLASSIFIER, FOLDER
 from dmm_jax.evaluation import fidelity
@@ -46,7 +46,7 @@ def evaluate(workdir: str | pathlib.Path, num_images: int = 0) -> pathlib.Path:
     config = config_lib.load(workdir)
     if config.data.source != SHAPES_WORLD:
         raise ValueError(
-            f"FD (shapes) is a distance of the embedded world's pictures; this run's data.source is {config.data.source!r}. "
+            f"FD (shapes) is a distance of the embedded world's pictures; data.source is {config.data.source!r}. "
             "Compare by eye with `dmm-jax sample`, teacher and student from the same seeds."
         )
     options = config.evaluation.to_dict()
@@ -122,7 +122,9 @@ class Models:
         teachers = list(self._teachers.values())
         encoders = [teacher if teacher.has("text_encoder") else self._base for teacher in teachers]
         unet = mean_params([teacher.params("unet") for teacher in teachers])
-        return self._stock.with_unet(unet).with_text_encoder(mean_params([one.params("text_encoder") for one in encoders]))
+        return self._stock.with_unet(unet).with_text_encoder(
+            mean_params([one.params("text_encoder") for one in encoders])
+        )
 
 
 def mean_params(networks: Sequence[Mapping]) -> dict:

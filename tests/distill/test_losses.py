@@ -12,7 +12,9 @@ KEYS = jax.random.split(jax.random.key(0), 4)
 
 def test_score_error_is_the_mean_square_per_sample():
     a, b = (jax.random.normal(key, (3, 4, 4, 2)) for key in KEYS[:2])
-    assert np.allclose(losses.score_error(a, b), [np.mean((np.asarray(x) - np.asarray(y)) ** 2) for x, y in zip(a, b, strict=True)])
+    assert np.allclose(
+        losses.score_error(a, b), [np.mean((np.asarray(x) - np.asarray(y)) ** 2) for x, y in zip(a, b, strict=True)]
+    )
 
 
 @pytest.mark.parametrize("kind", ["l2", "cosine"])

@@ -127,9 +127,7 @@ def test_every_output_is_that_of_transformers(scale, hidden_act, eos_token_id, w
 
     config = {**TINY, "hidden_act": hidden_act, "eos_token_id": eos_token_id}
     twin, tensors = torch_twin(config, scale, with_projection)
-    model = nnx.eval_shape(
-        lambda: CLIPTextModel.from_config(config, with_projection=with_projection, rngs=nnx.Rngs(0))
-    )
+    model = nnx.eval_shape(lambda: CLIPTextModel.from_config(config, with_projection=with_projection, rngs=nnx.Rngs(0)))
     assert set(parameters(model)) == set(tensors)
 
     ours = load(model, tensors)(jnp.asarray(IDS))
