@@ -12,7 +12,7 @@ import math
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("teacher", "data", "fsdp")
@@ -39,7 +39,7 @@ def make_mesh(teacher: int = 1, data: int = 0, fsdp: int = 1, devices=None) -> M
     return Mesh(np.asarray(devices).reshape(teacher, data, fsdp), AXES)
 
 
-def parameter_spec(shape: tuple[int, ...], mesh: Mesh) -> P:
+def parameter_spec(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """Shards the largest dimension that `fsdp` divides; small arrays are copied."""
     shards = mesh.shape["fsdp"]
     if shards > 1 and math.prod(shape) >= SMALLEST_SHARDED:

@@ -16,11 +16,17 @@ def get_config():
 
 
 @pytest.fixture
-def config_file(tiny, tmp_path):
-    paths, config = tiny
-    path = tmp_path / "experiment.py"
-    path.write_text(CONFIG.format(**{name: str(paths[name]) for name in paths}, cache=config.data.cache))
-    return path
+def experiment(tiny, tmp_path):
+    """Writes an experiment file; paths of the tiny world can be replaced by name."""
+
+    def write(**others):
+        paths, config = tiny
+        places = {name: str(others.get(name, path)) for name, path in paths.items()}
+        path = tmp_path / "experiment.py"
+        path.write_text(CONFIG.format(**places, cache=config.data.cache))
+        return [f"--config={path}", f"--workdir={tmp_path / 'work'}"]
+
+    return write
 
 
 def failing(capsys, *argv) -> str:
@@ -36,49 +42,48 @@ def test_no_verb_is_wrong_usage():
     assert stopped.value.code == 2
 
 
-def test_a_missing_checkpoint_is_named(capsys, config_file, tmp_path):
-    said = failing(
-        capsys, "train", f"--config={config_file}", f"--workdir={tmp_path / 'w'}", f"--config.base={tmp_path / 'none'}"
-    )
-    assert "none" in said and not (tmp_path / "w").exists()
+def test_a_missing_checkpoint_is_named(capsys, experiment, tmp_path):
+    said = failing(capsys, "train", *experiment(), f"--config.base={tmp_path / 'nothing_here'}")
+    assert "there is no checkpoint" in said and "nothing_here" in said and not (tmp_path / "work").exists()
 
 
-def test_a_truncated_teacher_is_named(capsys, config_file, tiny, tmp_path):
-    cut = tmp_path / "cut.safetensors"
-    cut.write_bytes(tiny[0]["left"].read_bytes()[:-100])
-    teachers = f"(('left', '{cut}'), ('right', '{tiny[0]['right']}'))"
-    said = failing(
-        capsys, "train", f"--config={config_file}", f"--workdir={tmp_path / 'w'}", f"--config.teachers={teachers}"
-    )
-    assert "cut.safetensors" in said and "truncated" in said and not (tmp_path / "w").exists()
+def test_a_truncated_teacher_is_named(capsys, experiment, tiny, tmp_path):
+    (tmp_path / "cut.safetensors").write_bytes(tiny[0]["left"].read_bytes()[:-100])
+    said = failing(capsys, "train", *experiment(left=tmp_path / "cut.safetensors"))
+    assert "cut.safetensors is no sound safetensors file" in said and not (tmp_path / "work").exists()
 
 
-def test_nan_weights_are_named_by_their_tensor(capsys, config_file, tiny, tmp_path):
+def test_nan_weights_are_named_by_their_tensor(capsys, experiment, tiny, tmp_path):
     tensors = {key: np.array(array) for key, array in TensorFile(tiny[0]["left"]).items()}
-    key = next(key for key in tensors if key.endswith("out.2.weight"))
-    tensors[key].flat[0] = np.nan
-    save(tmp_path / "nan.safetensors", tensors)
-    teachers = f"(('left', '{tmp_path / 'nan.safetensors'}'), ('right', '{tiny[0]['right']}'))"
-    said = failing(
-        capsys, "train", f"--config={config_file}", f"--workdir={tmp_path / 'w'}", f"--config.teachers={teachers}"
-    )
-    assert "NaN" in said and "conv_out.weight" in said or key in said
+    tensors["model.diffusion_model.out.2.weight"].flat[0] = np.nan
+    save(tmp_path / "bad.safetensors", tensors)
+    said = failing(capsys, "train", *experiment(left=tmp_path / "bad.safetensors"))
+    assert "NaN" in said and "conv_out.weight" in said
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin"])
-def test_pickles_are_refused_with_how_to_convert(capsys, config_file, tiny, tmp_path, suffix):
-    pickle = tmp_path / f"model{suffix}"
-    pickle.write_bytes(b"\x80\x04K\x01.")
-    teachers = f"(('left', '{pickle}'), ('right', '{tiny[0]['right']}'))"
-    said = failing(
-        capsys, "train", f"--config={config_file}", f"--workdir={tmp_path / 'w'}", f"--config.teachers={teachers}"
-    )
-    assert "pickle" in said and "save_file" in said
+def test_pickles_are_refused_with_how_to_convert(capsys, experiment, tmp_path, suffix):
+    (tmp_path / f"model{suffix}").write_bytes(b"\x80\x04K\x01.")
+    said = failing(capsys, "train", *experiment(left=tmp_path / f"model{suffix}"))
+    assert "runs code when it is opened" in said and "save_file" in said
 
 
-def test_unknown_options_are_told(capsys, config_file, tmp_path):
-    said = failing(capsys, "train", f"--config={config_file}", f"--workdir={tmp_path / 'w'}", "--config.learning_rat=1")
-    assert "learning_rat" in said
+def test_a_teacher_of_another_architecture_is_told_with_the_differing_shapes(capsys, experiment, tiny, tmp_path):
+    from tests import worlds
+
+    wide = worlds.random_params(worlds.UNet2DConditionModel, worlds.UNET | {"cross_attention_dim": 32}, 0)
+    unet = worlds.naming.to_torch(wide)
+    source = worlds.open_checkpoint(tiny[0]["base"])
+    part = worlds.Component(worlds.UNET | {"cross_attention_dim": 32}, lambda: unet)
+    other = worlds.Checkpoint(tmp_path, "diffusers", {"unet": part}, source.scheduler_config, None, None)
+    worlds.write_single_file(tmp_path / "wide.safetensors", other, "float32", worlds.Recipe("wide", [], None))
+    said = failing(capsys, "train", *experiment(left=tmp_path / "wide.safetensors"))
+    assert "cannot be merged" in said and "attn2.to_k" in said and "(32, 64)" in said and "(32, 32)" in said
+
+
+def test_unknown_options_are_told(capsys, experiment):
+    said = failing(capsys, "train", *experiment(), "--config.learning_rat=1")
+    assert "learning_rat" in said and "config.py" in said
 
 
 def test_inspect_prints_json_and_says_that_the_set_fits(capsys, tiny):

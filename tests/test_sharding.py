@@ -9,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from dmm_jax import sharding
@@ -68,10 +69,8 @@ def test_a_mesh_that_does_not_use_all_devices_is_refused():
 
 
 def test_large_parameters_are_sharded_along_the_largest_dimension_that_divides():
-    class Mesh:
-        shape = {"fsdp": 4}
-
-    assert sharding.parameter_spec((3, 3, 320, 1280), Mesh) == P(None, None, None, "fsdp")
-    assert sharding.parameter_spec((1280, 3), Mesh) == P("fsdp", None)
-    assert sharding.parameter_spec((1001, 3), Mesh) == P()  # Nothing divides.
-    assert sharding.parameter_spec((320,), Mesh) == P()  # Too small.
+    mesh = AbstractMesh((1, 1, 4), sharding.AXES)
+    assert sharding.parameter_spec((3, 3, 320, 1280), mesh) == P(None, None, None, "fsdp")
+    assert sharding.parameter_spec((1280, 3), mesh) == P("fsdp", None)
+    assert sharding.parameter_spec((1001, 3), mesh) == P()  # Nothing divides.
+    assert sharding.parameter_spec((320,), mesh) == P()  # Too small.

@@ -8,7 +8,7 @@ from flax import nnx
 from dmm_jax import config as config_lib
 from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.export import Recipe, write_folder, write_single_file
-from dmm_jax.checkpoints.open import Checkpoint, Component
+from dmm_jax.checkpoints.open import Checkpoint, Component, open_checkpoint
 from dmm_jax.demo import world
 from dmm_jax.demo.recipe import SCHEDULER_CONFIG, TEXT_CONFIG, VAE_CONFIG, token_numbers
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
@@ -21,6 +21,15 @@ UNET = {
     "cross_attention_dim": 64, "attention_head_dim": 8,
 }  # fmt: skip
 VAE = VAE_CONFIG | {"block_out_channels": [32] * 4}
+__all__ = [
+    "Checkpoint",
+    "Component",
+    "Recipe",
+    "UNet2DConditionModel",
+    "naming",
+    "open_checkpoint",
+    "write_single_file",
+]
 NAMES = ("left", "right")
 
 

@@ -18,7 +18,7 @@ def score_error(student: Float[Array, "B h w C"], teacher: Float[Array, "B h w C
 
 
 def feature_error(
-    student: Sequence[Float[Array, "B ?h ?w ?C"]], teacher: Sequence[Float[Array, "B ?h ?w ?C"]], kind: str = "l2"
+    student: Sequence[Float[Array, "B _ _ _"]], teacher: Sequence[Float[Array, "B _ _ _"]], kind: str = "l2"
 ) -> Float[Array, " B"]:
     """Returns the mean over blocks of the error of their outputs, in float32 (eq. 10).
 

@@ -46,7 +46,20 @@ VAES = {
     "SD": {"block_out_channels": [32, 64, 96, 96], "layers_per_block": 2, "latent_channels": 4},
     "shallow": {"block_out_channels": [32], "layers_per_block": 1, "latent_channels": 4},
 }
-FULL_SIZE = {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768}
+PUBLISHED = {  # name: (its sizes, how many tensors it has)
+    "SD 1": ({"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768}, 686),
+    "SD 2": (
+        {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20]},
+        686,
+    ),
+    "SD XL": (
+        {
+            "block_out_channels": [320, 640, 1280], "cross_attention_dim": 2048, "attention_head_dim": [5, 10, 20],
+            "transformer_layers_per_block": [1, 2, 10], "projection_class_embeddings_input_dim": 2816,
+        },
+        1680,
+    ),
+}  # fmt: skip
 
 
 def vae(config):
@@ -98,13 +111,18 @@ def test_the_unets_shapes_alone_tell_its_config(name):
     assert {field: found[field] for field in config} == config
 
 
-def test_full_size_unets_are_recognised_by_the_rule_for_tiny_ones():
-    config = UNETS["SD 1"] | COMMON | FULL_SIZE
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_full_size_unets_are_recognised_by_the_rule_for_tiny_ones(name):
+    utils = pytest.importorskip("diffusers.loaders.single_file_utils")
+    sizes, num_tensors = PUBLISHED[name]
+    config = UNETS[name] | COMMON | sizes
     shapes = shapes_of("unet", config)
-    assert len(shapes) == 686
-    found = single_file.unet_config(in_single_file("unet", config, shapes), "X")
+    assert len(shapes) == num_tensors
+    ldm = in_single_file("unet", config, shapes)
+    found = single_file.unet_config(ldm, "X")
     assert {field: found[field] for field in config} == config
     assert shapes_of("unet", found) == shapes
+    assert utils.convert_ldm_unet_checkpoint({single_file.UNET + key: ldm[key] for key in ldm}, config) == shapes
 
 
 @pytest.mark.parametrize("name", VAES)
@@ -125,6 +143,19 @@ def test_the_text_encoders_shapes_alone_tell_its_config(prefix):
     found = single_file.text_config({prefix + key.removeprefix("text_model."): shapes[key] for key in shapes}, "X")
     assert {field: found[field] for field in config} == config
     assert found["eos_token_id"] == 98  # The last row, as in every CLIP.
+
+
+@pytest.mark.parametrize(
+    "name, downsamplers, upsamplers",
+    [("SD 1", ["3.0", "6.0", "9.0"], ["2.1", "5.2", "8.2"]), ("SD XL", ["3.0", "6.0"], ["2.2", "5.2"])],
+)
+def test_resampling_lies_behind_the_attention_where_there_is_one(name, downsamplers, upsamplers):
+    # diffusers' converter looks in both slots, ComfyUI and A1111 in the right one alone.
+    config = UNETS[name] | COMMON
+    keys = in_single_file("unet", config, shapes_of("unet", config))
+    assert [key for key in keys if ".op.weight" in key] == [f"input_blocks.{at}.op.weight" for at in downsamplers]
+    convs = [key for key in keys if key.startswith("output_blocks") and key.endswith(".conv.weight")]
+    assert convs == [f"output_blocks.{at}.conv.weight" for at in upsamplers]
 
 
 def test_dmms_own_keys_keep_their_names_and_sdxls_are_renamed():

@@ -15,8 +15,9 @@ diffusers = pytest.importorskip("diffusers")
 MIX = {"anime": 0.7, "photo": 0.5, "ink": -0.2}
 PROMPTS, NEGATIVE = ["a large red circle", "a small blue star"], "green"
 STEPS, GUIDANCE = 10, 3.0
-TOLERANCE = 1e-4  # Of the latents' maximum, after ten steps of two float32 networks that each agree to 1e-5.
-MANY = 250  # Tensors: beyond the hash that is said in the metadata of the first file, amid its contents.
+TOLERANCE = 1e-5  # Of the latents' maximum.
+# Tensors after which the disk is full: amid the second network of a folder, amid a single file, past all hashing.
+ENOUGH = {"dmm": 460, "diffusers": 460, "single-file": 500}
 
 
 @pytest.fixture(scope="module")
@@ -77,15 +78,14 @@ def test_diffusers_draws_from_an_export_what_we_draw_from_the_student(exports, o
     assert error(theirs, ours) < TOLERANCE
 
 
-@pytest.mark.parametrize("fmt", ["diffusers", "single-file"])
-def test_a_folded_style_draws_what_the_style_draws(exports, ours, noise, folder, fmt):
-    stock = Pipeline.from_pretrained(exports[fmt], base=folder)
+def test_a_folded_style_draws_what_the_style_draws(exports, ours, noise):
+    stock = Pipeline.from_pretrained(exports["diffusers"])
     assert stock.styles == ()
     assert error(draw(stock, noise), ours) < TOLERANCE
 
 
 def test_the_style_is_seen_in_the_latents(merged, ours, noise):
-    assert error(draw(merged, noise, styles="photo"), ours) > 10 * TOLERANCE
+    assert error(draw(merged, noise, styles="photo"), ours) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -124,15 +124,14 @@ def test_a_disk_that_fills_leaves_nothing_half_written(student, recipe, tmp_path
 
     def full(array):
         calls.append(array)
-        if len(calls) > MANY:
+        if len(calls) > ENOUGH[fmt]:
             raise OSError(28, "No space left on device")
         return raw_bytes(array)
 
     monkeypatch.setattr(safetensors_io, "raw_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         export.write(tmp_path, fmt, student, np.ones(3, np.float32), "float32", recipe)
-    print("CALLS", len(calls))
-    assert len(calls) == MANY + 1 and list(tmp_path.iterdir()) == []
+    assert len(calls) == ENOUGH[fmt] + 1 and list(tmp_path.iterdir()) == []
 
 
 def test_a_student_that_vanishes_while_being_written_leaves_nothing(student, recipe, tmp_path):

@@ -60,7 +60,7 @@ def test_teachers_on_the_mesh_equal_teachers_alone(run):
     _, both = jax.jit(run["build"](gradient_accumulation=1))(*run["args"])
     for row in range(2):
         alone = {
-            "unet": jax.tree.map(lambda leaf, row=row: leaf[[row, row]], frozen["unet"]),
+            "unet": jax.tree.map(lambda leaf, row=row: leaf[jnp.array([row, row])], frozen["unet"]),
             "encoder": frozen["encoder"][jnp.array([row, row])],
         }
         _, errors = jax.jit(run["build"](gradient_accumulation=1))(params, alone, encoders, batch, step)
