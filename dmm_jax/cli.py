@@ -165,9 +165,10 @@ def read_config(path: str, overrides: Sequence[str] = ()):
     if not pathlib.Path(path.partition(":")[0]).is_file():
         raise ValueError(f"there is no config file {path}. The experiments are in configs/.")
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
+    arguments = ["dmm-jax", f"--config={path}", *overrides]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
     try:
-        left = values(["dmm-jax", f"--config={path}", *overrides])
+        left = values(arguments)
     except (flags.Error, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{' '.join(overrides) or path}: {error} The options are in dmm_jax/config.py.") from error
     if left[1:]:
