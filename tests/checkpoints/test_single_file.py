@@ -49,7 +49,11 @@ VAES = {
 PUBLISHED = {  # name: (its sizes, how many tensors it has)
     "SD 1": ({"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768}, 686),
     "SD 2": (
-        {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20]},
+        {
+            "block_out_channels": [320, 640, 1280, 1280],
+            "cross_attention_dim": 1024,
+            "attention_head_dim": [5, 10, 20, 20],
+        },
         686,
     ),
     "SD XL": (
