@@ -1,6 +1,9 @@
 """`dmm-jax prepare`: what a config's images and captions become, once, before training: latents and token ids."""
 
+import contextlib
 import functools
+import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -52,11 +55,29 @@ def open_source(config) -> ImageSource:
     if not config.data.source:
         raise ValueError(f"data.source is empty: set a folder of images and captions, or {SHAPES_WORLD!r}.")
     if config.data.source == SHAPES_WORLD:
-        return ShapesSource(config.data.num_examples, seed=config.seed)
+        return _built_shapes(config)
     source = FolderSource(config.data.source, config.data.resolution)
     if config.data.num_examples:
         source.rows = source.rows[: config.data.num_examples]
     return source
+
+
+def _built_shapes(config) -> ImageSource:
+    """Draws the embedded world into a TFDS data set beside the cache, once per number of examples and seed."""
+    import tensorflow_datasets as tfds
+
+    from dmm_jax.data.builders import BuiltSource, ShapesWorld
+
+    count, seed = config.data.num_examples, config.seed
+    drawn = ShapesSource(count, seed=seed)  # Refuses a wrong number before anything is written.
+    tfds.disable_progress_bar()
+    folder = pathlib.Path(f"{config.data.cache}.images") / f"{count}_{seed}"
+    builder = ShapesWorld(count=count, seed=seed, data_dir=str(folder))
+    with contextlib.redirect_stdout(sys.stderr):
+        builder.download_and_prepare()
+    built = BuiltSource(builder.data_path)
+    built.digest = drawn.digest
+    return built
 
 
 def build_encoder(base: Checkpoint, dtype: str):

@@ -21,6 +21,11 @@ UNSEEN = {
     "unet": ("attention_head_dim", "norm_num_groups", "norm_eps", "flip_sin_to_cos", "freq_shift"),
     "text_encoder": ("num_attention_heads", "hidden_act", "layer_norm_eps"),
 }
+# Of a scheduler_config.json; the others say how to draw, and a teacher does not.
+NOISE_FIELDS = (
+    "_class_name", "_use_default_values", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule",
+    "trained_betas", "prediction_type", "rescale_betas_zero_snr",
+)  # fmt: skip
 MOST_LISTED = 5
 
 
@@ -129,4 +134,5 @@ def _noise_levels(base, checkpoint):
     if checkpoint.kind == "single-file":  # It tells no more than this flag, and only where somebody set it.
         zero_snr = config.get("rescale_betas_zero_snr", False)
         config = base.scheduler_config | ({"rescale_betas_zero_snr": True} if zero_snr else {})
-    return NoiseSchedule.from_config(config).alphas_cumprod
+    told = {name: value for name, value in config.items() if name in NOISE_FIELDS}
+    return NoiseSchedule.from_config(told).alphas_cumprod

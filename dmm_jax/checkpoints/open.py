@@ -141,7 +141,10 @@ def _single_component(path, file: TensorFile, component: str, held: Mapping[str,
             return Tensors({key: (file, name) for key, name in held.items()})
         keys = naming.torch_shapes(abstract_params(component, config))
         ours = {single_file.KEYS[component](key, config): key for key in keys}
-        return Tensors({ours.get(key, key): (file, name) for key, name in held.items()})
+        taken = {ours[key] for key in held if key in ours}
+        # A tensor that stands under diffusers' name as well keeps its name here, so that it is reported, not preferred.
+        places = {ours.get(key, name if key in taken else key): (file, name) for key, name in held.items()}
+        return Tensors(places)
 
     return Component(config, load)
 

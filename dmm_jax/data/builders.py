@@ -80,6 +80,7 @@ class BuiltSource:
         """Opens the version folder, such as `.../shapes_world/1.0.0`."""
         self._builder = tfds.builder_from_directory(str(folder))
         self._data = self._builder.as_data_source(split=split)
+        self.digest = ""  # Of what was built; whoever built it may know.
 
     def __len__(self) -> int:
         return len(self._data)

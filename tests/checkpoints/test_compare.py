@@ -78,8 +78,9 @@ def test_a_scheduler_that_cannot_be_read_is_named(base):
 
 
 def test_how_a_scheduler_steps_is_no_obstacle(base):
-    other = scheduled(base, _class_name="DDIMScheduler", steps_offset=0, timestep_spacing="trailing", clip_sample=False)
+    other = scheduled(base, _class_name="DDIMScheduler", steps_offset=0, timestep_spacing="trailing", clip_sample=True)
     assert teacher_obstacles(base, "X", other) == []
+    assert teacher_obstacles(base, "X", scheduled(base, final_sigmas_type="sigma_min", thresholding=True)) == []
 
 
 def test_a_single_file_is_held_to_the_noise_levels_only_where_it_says_them(base):

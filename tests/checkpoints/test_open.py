@@ -221,6 +221,13 @@ def test_an_unknown_key_below_a_network_is_an_error(single):
         open_checkpoint(single).params("unet")
 
 
+def test_a_tensor_under_two_names_is_an_error_and_neither_is_preferred(single):
+    twin = "model.diffusion_model.conv_in.bias"  # As diffusers calls input_blocks.0.0.bias.
+    rewrite(single, lambda tensors: tensors.update({twin: np.ones(32, np.float32)}))
+    with pytest.raises(CheckpointError, match=f"1 unexpected: {twin}"):
+        open_checkpoint(single).params("unet")
+
+
 @pytest.mark.parametrize("prefix, lost", [("first_stage_model.", "vae"), ("cond_stage_model.", "text_encoder")])
 def test_a_network_may_be_missing_and_the_base_has_it(single, folder, prefix, lost):
     rewrite(single, lambda tensors: [tensors.pop(key) for key in list(tensors) if key.startswith(prefix)])

@@ -147,6 +147,12 @@ def unet(config, **options):
     return abstract(functools.partial(UNet2DConditionModel.from_config, config), **options)
 
 
+@functools.cache
+def full(name):
+    """Returns a full-size network, shapes only."""
+    return unet(FULL[name])
+
+
 def tiny(num_models=None, **options):
     """Returns TINY with initial parameters."""
     return draw(unet(TINY if num_models is None else merged_config(TINY, num_models), **options))
@@ -245,7 +251,7 @@ def test_the_full_sd15_unet_is_that_of_diffusers():
     twin = torch_unet(FULL_SD15, 1.7)
     arguments = inputs(FULL_SD15, batch=1, size=(8, 8))
     sample, features = torch_forward(twin, *arguments)
-    model = load(unet(FULL_SD15), twin)
+    model = load(full("SD1.5"), twin)
     del twin
     graph, params = nnx.split(model, nnx.Param)
     ours = jax.jit(lambda params: nnx.merge(graph, params)(*arguments[:3]))(params)
@@ -307,14 +313,14 @@ def test_an_images_style_changes_no_other_image():
     [("SD1.5", 686, 859_520_964), ("SD2.1", 686, 865_910_724), ("SDXL", 1680, 2_567_463_684)],
 )
 def test_the_full_unets_have_their_tensors_and_parameters(name, num_keys, num_values):
-    found = parameters(unet(FULL[name]))
+    found = parameters(full(name))
     assert len(found) == num_keys
     assert sum(leaf.size for _, leaf in found.values()) == num_values
 
 
 @pytest.mark.parametrize("name, counts", [("SD1.5", (45, 16, 48)), ("SD2.1", (45, 16, 48)), ("SDXL", (35, 11, 210))])
 def test_every_norm_has_its_epsilon(name, counts):
-    modules = [module for _, module in nnx.iter_modules(unet(FULL[name]))]
+    modules = [module for _, module in nnx.iter_modules(full(name))]
     groups = [module for module in modules if isinstance(module, nnx.GroupNorm)]
     layers = [module for module in modules if isinstance(module, nnx.LayerNorm)]
     found = [norm.epsilon for norm in groups]
