@@ -75,9 +75,9 @@ class UNet2DConditionModel(nnx.Module):
         norm_num_groups: int = 32,
         norm_eps: float = 1e-5,
         cross_attention_dim: int = 1280,
-        transformer_layers_per_block: int | Sequence[int] = 1,
+        transformer_layers_per_block: int | Sequence[int | Sequence[int]] = 1,
         attention_head_dim: int | Sequence[int] = 8,
-        num_attention_heads: None = None,
+        num_attention_heads: int | Sequence[int] | None = None,
         use_linear_projection: bool = False,
         addition_embed_type: str | None = None,
         addition_time_embed_dim: int | None = None,
@@ -101,8 +101,8 @@ class UNet2DConditionModel(nnx.Module):
         Raises:
           ValueError: a field that does not fit the others.
         """
-        not_config = ("self", "rngs", "dtype", "__class__")
-        self.config = layers.Config({name: value for name, value in locals().items() if name not in not_config})
+        given, not_config = dict(locals()), ("self", "rngs", "dtype", "__class__")
+        self.config = layers.Config({name: value for name, value in given.items() if name not in not_config})
         _check(self.config)
         self.dtype = jnp.dtype(dtype)
         self.num_models = num_models
@@ -228,7 +228,7 @@ class UNet2DConditionModel(nnx.Module):
         return temb
 
 
-def _per_level(value, levels: int) -> list[int]:
+def _per_level(value, levels: int) -> list:
     return [value] * levels if isinstance(value, int) else list(value)
 
 
