@@ -75,7 +75,7 @@ def _built_shapes(config) -> ImageSource:
     builder = ShapesWorld(count=count, seed=seed, data_dir=str(folder))
     with contextlib.redirect_stdout(sys.stderr):
         builder.download_and_prepare()
-    built = BuiltSource(builder.data_path)
+    built = BuiltSource(str(builder.data_path))
     built.digest = drawn.digest
     return built
 

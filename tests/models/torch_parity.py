@@ -9,6 +9,8 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from dmm_jax.checkpoints.abstract import abstract_model
+
 SCALES = (1.7, 0.3)  # Times PyTorch's initial weights: a wrong GELU shows at the first, a wrong epsilon at the second.
 TOLERANCE = 1e-5  # Of the output's maximum.
 LAST = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
@@ -16,7 +18,7 @@ LAST = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "b
 
 def abstract(build, *args, **kwargs):
     """Builds a module whose parameters are shapes only; tests fill it with `load`."""
-    return nnx.eval_shape(lambda: build(*args, **kwargs, rngs=nnx.Rngs(0)))
+    return abstract_model(lambda rngs: build(*args, **kwargs, rngs=rngs))
 
 
 def draw(module, seed=0):
