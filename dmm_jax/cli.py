@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--style", default="", help='to fold in: NAME, or a mix such as "anime=0.7,photo=0.3"')
     verb.add_argument("--dtype", default="float16", choices=("float32", "float16", "bfloat16"))
     verb.add_argument("--no-recipe", action="store_true", help="leave the recipe out of the files' metadata")
+    verb.add_argument("--verify", action="store_true", help="compare with stock diffusers; needs the [torch] extra")
 
     verb = _add(verbs, "sample", _sample, "draw prompts in styles: PNGs, grid.png, index.html")
     verb.add_argument("model", metavar="MODEL", help="a workdir, a diffusers or DMM folder, or a single file")
@@ -132,7 +133,13 @@ def _export(args):
     from dmm_jax.export import export_workdir
 
     paths = export_workdir(
-        args.workdir, args.out, args.format.split(","), args.style, args.dtype, recipe=not args.no_recipe
+        args.workdir,
+        args.out,
+        args.format.split(","),
+        args.style,
+        args.dtype,
+        recipe=not args.no_recipe,
+        verify=args.verify,
     )
     print("\n".join(map(str, paths)))
 

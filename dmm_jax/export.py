@@ -19,21 +19,26 @@ def export_workdir(
     style: str = "",
     dtype: str = "float16",
     recipe: bool = True,
+    verify: bool = False,
 ) -> list[pathlib.Path]:
     """Writes `out/dmm/`, `out/diffusers/` and `out/model.safetensors`, as many of them as `formats` names.
 
     Args:
       style: the name or mix ("anime=0.7,photo=0.3") that is folded into the stock formats.
       recipe: also write the whole recipe, with hashes of all parents, into the files' metadata.
+      verify: open what was written in stock diffusers, and compare; prints the errors. Needs the `[torch]` extra.
 
     Raises:
       ValueError: a format, style or dtype that there is not, an output that is not empty; nothing is written then.
+        Or what was written does not agree with diffusers; it is left for a look.
     """
     unknown = [fmt for fmt in formats if fmt not in FORMATS]
     if unknown or not formats:
         raise ValueError(f"there is no format {', '.join(unknown) or '(none given)'}; there are: {', '.join(FORMATS)}.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
+    if verify and "single-file" in formats and "diffusers" not in formats:
+        raise ValueError("--verify reads a single file beside a diffusers folder: add diffusers to --format.")
     out = check_output(out)
     student = open_checkpoint(workdir)
     if student.styles is None:
@@ -47,14 +52,25 @@ def export_workdir(
         weights = style_row(parse_style(style), student.styles)
     said = describe(workdir, student, style)
     title = f"{student.name}: {style}" if style else student.name
-    written = []
+    written = {}
     with whole_folder(out) as folder:
         for fmt in dict.fromkeys(formats):
             told = Recipe(title if fmt != "dmm" else student.name, list(student.styles), said if recipe else None)
-            written.append(
-                write(folder, fmt, student, None if fmt == "dmm" else weights, dtype, told).relative_to(folder)
-            )
-    return [out / path for path in written]
+            path = write(folder, fmt, student, None if fmt == "dmm" else weights, dtype, told)
+            written[fmt] = out / path.relative_to(folder)
+    if verify:
+        _verify(student, written, dtype)
+    return list(written.values())
+
+
+def _verify(student, written, dtype):
+    from dmm_jax import verify as verify_lib
+
+    if "dmm" in written:
+        verify_lib.reads_back(student, written["dmm"], dtype)
+        print(f"{written['dmm']}: reads back bit for bit")
+    for agreement in verify_lib.verify({fmt: path for fmt, path in written.items() if fmt != "dmm"}):
+        print(agreement)
 
 
 def describe(workdir: pathlib.Path, student, style: str) -> dict:

@@ -1,0 +1,31 @@
+"""The configurations that Stable Diffusion's networks were published with, for work that has no file to read them from.
+
+What a checkpoint's own files say always comes first.
+"""
+
+from dmm_jax.checkpoints.architecture import SD1, scheduler_config
+
+_VAE = {
+    "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4, "sample_size": 512,
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32, "act_fn": "silu",
+    "scaling_factor": 0.18215,
+}  # fmt: skip
+_CLIP_L = {
+    "model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "vocab_size": 49408, "hidden_size": 768,
+    "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 768, "bos_token_id": 49406,
+    "eos_token_id": 49407, "pad_token_id": 1,
+}  # fmt: skip
+_SD15_UNET = {
+    "_class_name": "UNet2DConditionModel", "sample_size": 64, "in_channels": 4, "out_channels": 4,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2, "cross_attention_dim": 768,
+    "attention_head_dim": 8, "norm_num_groups": 32,
+}  # fmt: skip
+
+# {name: {component: config.json}}, with the schedule beside the networks.
+CONFIGS = {
+    "sd15": {"unet": _SD15_UNET, "vae": _VAE, "text_encoder": _CLIP_L, "scheduler": scheduler_config(SD1)},
+}
