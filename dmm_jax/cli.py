@@ -94,6 +94,17 @@ def build_parser() -> argparse.ArgumentParser:
     verb = _add(verbs, "evaluate", _evaluate, "fidelity, the style matrix, FD (shapes): metrics.json and a report")
     verb.add_argument("workdir", type=pathlib.Path, metavar="WORKDIR")
     verb.add_argument("--n", type=int, default=0, help="images per style and teacher")
+
+    verb = _add(
+        verbs, "bench", _bench, "images/s and TFLOP/s on random data, beside the device's peak", takes_config=True
+    )
+    verb.add_argument("job", choices=("train", "sample"))
+    verb.add_argument("--config", default="", help="an experiment file; default: batch 48, eight teachers")
+    verb.add_argument("--size", default="sd15", help="of the networks: sd15, or tiny")
+    verb.add_argument("--num-steps", type=int, default=10, help="timed steps; the median counts")
+    verb.add_argument("--batch-size", type=int, default=16, help="images at once, for sample; train has the config's")
+    verb.add_argument("--against", choices=("torch",), help="also run the PyTorch peer here; needs the [torch] extra")
+    verb.add_argument("--json", action="store_true", help="print one JSON object a line")
     return parser
 
 
@@ -158,6 +169,16 @@ def _evaluate(args):
     from dmm_jax.evaluation.evaluate import evaluate
 
     print(evaluate(args.workdir, num_images=args.n))
+
+
+def _bench(args):
+    from dmm_jax import bench
+
+    config = read_config(args.config or bench.__file__, args.rest)
+    batch_size = config.batch_size if args.job == "train" else args.batch_size
+    others = bench.peer(args.job, args.size, batch_size, args.num_steps) if args.against else []
+    lines = bench.with_ratios(bench.bench(args.job, config, args.size, args.num_steps, args.batch_size), others)
+    print("\n".join(map(json.dumps, others + lines)) if args.json else bench.table(others + lines))
 
 
 def read_config(path: str, overrides: Sequence[str] = ()):

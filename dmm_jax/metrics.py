@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
+import jax
 import numpy as np
 
 
@@ -56,7 +57,7 @@ class MetricsLog:
             "feature": dict(zip(self._names, metrics["feature"].tolist(), strict=True)),
             "grad_norm": float(metrics["grad_norm"]),
             "images_per_s": batch_size / step_time_s,
-        }
+        } | peak_memory()
         self._write(line)
         left = time.strftime("%H:%M:%S", time.gmtime((num_steps - step) * step_time_s))
         self._say(
@@ -89,6 +90,12 @@ class MetricsLog:
             print(text, file=sys.stderr, flush=True)
         else:
             bar.set_postfix_str(text.split("  ", 1)[1])
+
+
+def peak_memory() -> dict[str, float]:
+    """Returns {"peak_memory_gb"} of the first local device since the program began; nothing where it is not told."""
+    told = jax.local_devices()[0].memory_stats() or {}
+    return {name: told[key] / 2**30 for name, key in (("peak_memory_gb", "peak_bytes_in_use"),) if key in told}
 
 
 def read(path: str | pathlib.Path) -> list[dict]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.open import Checkpoint, open_checkpoint
 from dmm_jax.diffusion import guidance, solvers
 from dmm_jax.diffusion.schedule import NoiseSchedule
@@ -87,13 +88,13 @@ class Pipeline:
         dtype = jnp.dtype(dtype)
         attention = "cudnn" if jax.default_backend() == "gpu" and dtype == jnp.bfloat16 else "xla"
         builders = {
-            "unet": lambda: UNet2DConditionModel.from_config(
-                unet_config, dtype=dtype, rngs=nnx.Rngs(0), attention_implementation=attention
+            "unet": lambda rngs: UNet2DConditionModel.from_config(
+                unet_config, dtype=dtype, rngs=rngs, attention_implementation=attention
             ),
-            "vae": lambda: AutoencoderKL.from_config(base.vae_config, dtype=dtype, rngs=nnx.Rngs(0)),
-            "text_encoder": lambda: CLIPTextModel.from_config(base.text_config, dtype=dtype, rngs=nnx.Rngs(0)),
+            "vae": lambda rngs: AutoencoderKL.from_config(base.vae_config, dtype=dtype, rngs=rngs),
+            "text_encoder": lambda rngs: CLIPTextModel.from_config(base.text_config, dtype=dtype, rngs=rngs),
         }
-        graphs = {name: nnx.split(nnx.eval_shape(build))[0] for name, build in builders.items()}
+        graphs = {name: nnx.split(abstract_model(build))[0] for name, build in builders.items()}
         frozen = {name: Network(graphs[name], in_memory(base.params(name), dtype)) for name in ("vae", "text_encoder")}
         return cls(
             unet=Network(graphs["unet"], {}),

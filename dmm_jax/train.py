@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from dmm_jax import config as config_lib
 from dmm_jax import sharding
+from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.states import StateStore
 from dmm_jax.data import pipeline as data_pipeline
@@ -159,7 +160,7 @@ def define_networks(config, base, num_styles: int) -> tuple[distill_step.Network
     student_config = merged_config(base.unet_config, num_styles)
 
     def graph(model, described, **options):
-        return nnx.split(nnx.eval_shape(lambda: model.from_config(described, rngs=nnx.Rngs(0), **options)))[0]
+        return nnx.split(abstract_model(lambda rngs: model.from_config(described, rngs=rngs, **options)))[0]
 
     networks = distill_step.Networks(
         student=graph(UNet2DConditionModel, student_config, remat=config.remat, **unet),

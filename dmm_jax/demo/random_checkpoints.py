@@ -26,9 +26,11 @@ from dmm_jax.demo import world
 from dmm_jax.demo.recipe import token_numbers
 
 DTYPE = "float16"
-_SMALL = {  # The same structure at a width for tests.
+_SMALL = {  # The same structure, for tests.
     "unet": {
-        "block_out_channels": [32, 64, 64, 64],
+        "block_out_channels": [32, 64],
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
         "layers_per_block": 1,
         "cross_attention_dim": 64,
         "sample_size": 8,

@@ -10,22 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 
 from dmm_jax import sharding
-from dmm_jax.models.unet_2d_condition import UNet2DConditionModel, style_mlp_name
-
-
-def abstract_params(config: Mapping):
-    """Returns the student's parameters as shapes; nothing is allocated."""
-    model = nnx.eval_shape(lambda: UNet2DConditionModel.from_config(config, rngs=nnx.Rngs(0)))
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+from dmm_jax.checkpoints.abstract import abstract_params
+from dmm_jax.models.unet_2d_condition import style_mlp_name
 
 
 def style_params(config: Mapping, style_init: str, seed: int) -> dict:
     """Draws the style table, N(0, 1), and its MLP as host arrays; "zero" clears the MLP's last layer."""
-    abstract, mlp = abstract_params(config), style_mlp_name(config)
+    abstract, mlp = abstract_params("unet", config), style_mlp_name(config)
     rng = np.random.default_rng(seed)
 
     def uniform(leaf, fan_in):  # PyTorch's initial weights and biases.
@@ -48,7 +42,7 @@ def style_params(config: Mapping, style_init: str, seed: int) -> dict:
 
 def put_student(sources: Sequence[Mapping], style: Mapping, config: Mapping, mesh: Mesh):
     """Places the student's float32 parameters: the mean of `sources` (the base, or the teachers) and the style rows."""
-    abstract = abstract_params(config)
+    abstract = abstract_params("unet", config)
     names = set(style)
 
     def one(path, leaf):

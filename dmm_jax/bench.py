@@ -1,0 +1,332 @@
+"""`dmm-jax bench`: medians of timed steps on random data, beside this device's own matrix peak and, if asked, PyTorch.
+
+The networks have the published sizes and random weights, made on the device: speed does not depend on what they say.
+"""
+
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import nnx
+
+from dmm_jax import config as config_lib
+from dmm_jax import flops, sharding, train
+from dmm_jax.checkpoints.abstract import abstract_model, abstract_params
+from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
+from dmm_jax.demo import world
+from dmm_jax.demo.random_checkpoints import SIZES
+from dmm_jax.diffusion.schedule import NoiseSchedule
+from dmm_jax.distill import step as distill_step
+from dmm_jax.distill import student as student_lib
+from dmm_jax.metrics import peak_memory
+from dmm_jax.models.autoencoder_kl import AutoencoderKL
+from dmm_jax.models.clip_text import CLIPTextModel
+from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
+from dmm_jax.pipeline import Network, Pipeline
+from dmm_jax.tokenizer import Tokenizer
+
+JOBS = ("train", "sample")
+WARMUP = 3  # Calls before the timed ones.
+PEAK_SIZE = 8192  # Rows and columns of the square product that measures the matrix peak.
+SAMPLING = {"num_inference_steps": 25, "guidance_scale": 7.0, "solver": "dpmpp_2m_karras"}
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the config that `bench` runs unless another is given: the paper's batch, eight teachers."""
+    config = config_lib.get_config()
+    config.base = "random"
+    config.teachers = tuple((f"style_{k}", "random") for k in range(8))
+    return config
+
+
+def bench(job: str, config, size: str = "sd15", num_steps: int = 10, batch_size: int = 16) -> list[dict]:
+    """Runs one job and returns what was measured, an entry a line.
+
+    Args:
+      size: of the networks: a name in `SIZES`.
+      num_steps: that are timed.
+      batch_size: images at once, for sampling; training has the config's.
+    """
+    peak = matmul_peak()
+    lines = (
+        bench_train(config, size, num_steps) if job == "train" else bench_sample(config, size, num_steps, batch_size)
+    )
+    device = jax.devices()[0]
+    about = {"device": device.device_kind, "num_devices": jax.device_count(), "jax": jax.__version__, "size": size}
+    per_device = {"matmul_peak_tflop_per_s": peak}
+    return [
+        line | per_device | {"share_of_peak": line["tflop_per_s"] / peak / jax.device_count()} | about for line in lines
+    ]
+
+
+def bench_train(config, size: str, num_steps: int) -> list[dict]:
+    """Times the training step as `train` compiles it, on a batch that lies on the device."""
+    config_lib.check(config)
+    base, names = described(size), [name for name, _ in config.teachers]
+    mesh = sharding.make_mesh(**config.mesh)
+    dtype = jnp.dtype(config.dtype)
+    networks, student_config = train.define_networks(config, base, len(names))
+    objective = train.define_objective(config, base, lambda texts: np.zeros((len(texts), 77), np.int32))
+
+    params = random_params(abstract_params("unet", student_config), mesh, fsdp=True)
+    teachers = {
+        "unet": random_params(base.abstract("unet"), mesh, dtype, copies=len(names)),
+        "encoder": sharding.put(np.full(len(names), -1, np.int32), mesh, sharding.TEACHERS),
+    }
+    encoders = {"base": random_params(base.abstract("text_encoder"), mesh, dtype), "others": None}
+    optimizer = student_lib.make_optimizer(config)
+    state = student_lib.make_state(params, optimizer, mesh, config.ema_decay)
+    specs = sharding.state_specs(params, mesh)
+    del params
+    batch = sharding.put(random_batch(config, base), mesh, sharding.BATCH)
+
+    gradients = distill_step.build_loss_and_grads(
+        networks, objective, mesh, specs, dtype=dtype, gradient_accumulation=config.gradient_accumulation, seed=0
+    )
+    step = jax.jit(distill_step.build_step(gradients, optimizer, config.ema_decay), donate_argnums=0)
+    started = time.perf_counter()
+    compiled = step.lower(state, teachers, encoders, batch).compile()
+    compile_s = time.perf_counter() - started
+    host_s = []
+
+    def once():
+        nonlocal state
+        started = time.perf_counter()
+        state, metrics = compiled(state, teachers, encoders, batch)
+        host_s.append(time.perf_counter() - started)
+        return metrics["grad_norm"]
+
+    step_s = median_s(once, num_steps)
+    tflop = config.batch_size * train_tflop(base, student_config)
+    return [
+        {
+            "job": "train",
+            "images_per_s": config.batch_size / step_s,
+            "tflop_per_s": tflop / step_s,
+            "step_s": step_s,
+            "host_ms": 1e3 * statistics.median(host_s),
+            "compile_s": compile_s,
+            "planned_memory_gb": planned_memory_gb(compiled),
+            "batch": config.batch_size,
+            "teachers": len(names),
+            "mesh": dict(mesh.shape),
+        }
+        | peak_memory()
+    ]
+
+
+def bench_sample(config, size: str, num_steps: int, batch_size: int) -> list[dict]:
+    """Times whole samples, prompt to pixels: all images in one style, then every image in a mix of its own."""
+    names = [name for name, _ in config.teachers]
+    pipeline = random_pipeline(size, config)
+    prompts = ["a large red circle"] * batch_size
+    rng = np.random.default_rng(0)
+    mixes = [dict(zip(names, rng.dirichlet(np.ones(len(names))).tolist(), strict=True)) for _ in prompts]
+    tflop = batch_size * sample_tflop(described(size))
+    lines = []
+    for job, styles in (("sample", names[0]), ("sample, a mix per image", mixes)):
+        started = time.perf_counter()
+        pipeline(prompts, styles=styles, **SAMPLING)
+        first_s = time.perf_counter() - started
+        sample_s = median_s(lambda styles=styles: pipeline(prompts, styles=styles, **SAMPLING), max(num_steps // 2, 1))
+        lines.append(
+            {
+                "job": job,
+                "images_per_s": batch_size / sample_s,
+                "tflop_per_s": tflop / sample_s,
+                "step_s": sample_s,
+                "compile_s": max(first_s - sample_s, 0.0),
+                "batch": batch_size,
+            }
+            | peak_memory()
+        )
+    return lines
+
+
+def described(size: str) -> Checkpoint:
+    """Returns a checkpoint of a published size that has configs and no tensors."""
+    configs = SIZES[size]
+    parts = {name: Component(configs[name], dict) for name in ("unet", "vae", "text_encoder")}
+    return Checkpoint(pathlib.Path(size), "diffusers", parts, dict(configs["scheduler"]), None, None)
+
+
+def random_params(abstract, mesh, dtype=jnp.float32, *, fsdp: bool = False, copies: int = 0):
+    """Fills parameters of these shapes with normal numbers of PyTorch's initial scale, on the mesh, in one program.
+
+    Args:
+      dtype: of the kernels; the rest is float32, as in training.
+      fsdp: place them as the student; otherwise whole on every device.
+      copies: stack so many along a first axis over `teacher`; 0: no such axis.
+    """
+    lead = (copies,) if copies else ()
+    longest = max(leaf.size for leaf in jax.tree.leaves(abstract))
+
+    def spec(leaf):
+        return sharding.TEACHERS if copies else sharding.parameter_spec(leaf.shape, mesh) if fsdp else sharding.COPY
+
+    def make():
+        noise = jax.random.normal(jax.random.key(0), (longest,))  # Every leaf takes a piece of the same noise.
+
+        def one(path, leaf):
+            fan_in = max(leaf.size // leaf.shape[-1], 1)
+            values = noise[: leaf.size].reshape(leaf.shape) * (3 * fan_in) ** -0.5
+            values = values + (path[-1].key == "scale")
+            return jnp.broadcast_to(values, lead + leaf.shape).astype(
+                dtype if path[-1].key == "kernel" else jnp.float32
+            )
+
+        return jax.tree.map_with_path(one, abstract)
+
+    return jax.jit(make, out_shardings=sharding.placed(mesh, jax.tree.map(spec, abstract)))()
+
+
+def random_batch(config, base: Checkpoint) -> dict[str, np.ndarray]:
+    """Returns a batch as the latent cache gives it: leaves (N, B/N, ...)."""
+    rng = np.random.default_rng(0)
+    num_teachers, side = len(config.teachers), base.unet_config["sample_size"]
+    lead = (num_teachers, config.batch_size // num_teachers)
+    return {
+        "latents": rng.standard_normal((*lead, side, side, 4), np.float32).astype(np.float16),
+        "input_ids": rng.integers(0, 1000, (*lead, 77), dtype=np.int32),
+    }
+
+
+def random_pipeline(size: str, config) -> Pipeline:
+    """Builds a sampling pipeline around a merged UNet of random weights."""
+    base, mesh = described(size), sharding.make_mesh(data=jax.device_count())
+    names = [name for name, _ in config.teachers]
+    student_config = train.merged_config(base.unet_config, len(names))
+    dtype = jnp.dtype(config.dtype)
+    attention = train.attention_implementation(config)
+
+    def network(model, described_by, **options):
+        graph = nnx.split(
+            abstract_model(lambda rngs: model.from_config(described_by, dtype=dtype, rngs=rngs, **options))
+        )[0]
+        component = {UNet2DConditionModel: "unet", AutoencoderKL: "vae", CLIPTextModel: "text_encoder"}[model]
+        return Network(graph, random_params(abstract_params(component, described_by), mesh, dtype))
+
+    with tempfile.TemporaryDirectory() as folder:
+        world.write_tokenizer(pathlib.Path(folder) / "tokenizer")
+        tokenizer = Tokenizer.from_folder(pathlib.Path(folder) / "tokenizer")
+    return Pipeline(
+        unet=network(UNet2DConditionModel, student_config, attention_implementation=attention),
+        vae=network(AutoencoderKL, base.vae_config),
+        text_encoder=network(CLIPTextModel, base.text_config),
+        tokenizer=tokenizer,
+        schedule=NoiseSchedule.from_config(base.scheduler_config),
+        styles=tuple(names),
+        source=base,
+    )
+
+
+def train_tflop(base: Checkpoint, student_config: Mapping) -> float:
+    """Counts the TFLOP per image of a step: student forward and backward (twice the forward), one teacher's forward.
+
+    Recomputation is not counted: it is a way of computing, not a part of the work. Nor are text encoders.
+    """
+    return 3 * unet_tflop(student_config) + unet_tflop(base.unet_config)
+
+
+def sample_tflop(base: Checkpoint) -> float:
+    """Counts the TFLOP per sampled image: the UNet twice a step for guidance, and the decoder."""
+    decode = _network_flops(AutoencoderKL, "vae", base.vae_config, _latents(base.unet_config), method="decode")
+    return 2 * SAMPLING["num_inference_steps"] * unet_tflop(base.unet_config) + decode
+
+
+def unet_tflop(config: Mapping) -> float:
+    """Counts the TFLOP of a UNet's forward pass for one image."""
+    states = jax.ShapeDtypeStruct((1, 77, config["cross_attention_dim"]), jnp.float32)
+    inputs = [_latents(config), jax.ShapeDtypeStruct((1,), jnp.int32), states]
+    if config.get("num_models"):
+        inputs.append(jax.ShapeDtypeStruct((1, 4 * config["block_out_channels"][0]), jnp.float32))
+    return _network_flops(UNet2DConditionModel, "unet", config, *inputs)
+
+
+def _latents(config):
+    return jax.ShapeDtypeStruct((1, config["sample_size"], config["sample_size"], 4), jnp.float32)
+
+
+def _network_flops(model, component, config, *inputs, method="__call__") -> float:
+    graph = nnx.split(abstract_model(lambda rngs: model.from_config(config, rngs=rngs)))[0]
+
+    def forward(params, *inputs):
+        return jax.tree.leaves(getattr(nnx.merge(graph, params), method)(*inputs))
+
+    return flops.count(forward, abstract_params(component, config), *inputs) / 1e12
+
+
+def matmul_peak() -> float:
+    """Measures the TFLOP/s of a large bfloat16 matrix product on random data (on a CPU, of a small one)."""
+    size = PEAK_SIZE if jax.default_backend() != "cpu" else 1024
+    repeats = 8
+
+    @jax.jit
+    def product(a, b):
+        return jax.lax.fori_loop(0, repeats, lambda _, c: ((c @ b) * (size**-0.5)).astype(c.dtype), a)
+
+    a, b = (jax.random.normal(jax.random.key(seed), (size, size), jnp.bfloat16) for seed in range(2))
+    return 2 * size**3 * repeats / median_s(lambda: product(a, b), 10) / 1e12
+
+
+def median_s(call: Callable, repeats: int) -> float:
+    """Returns the median seconds of a call whose result is waited for, after warm-up."""
+    times = []
+    for number in range(WARMUP + repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(call())
+        if number >= WARMUP:
+            times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def planned_memory_gb(compiled) -> float:
+    """Returns what the compiled program needs on a device: arguments, results that are not aliased, temporaries."""
+    plan = compiled.memory_analysis()
+    kinds = (plan.argument_size_in_bytes, plan.output_size_in_bytes, plan.temp_size_in_bytes)
+    return (sum(kinds) - plan.alias_size_in_bytes) / 2**30
+
+
+def peer(job: str, size: str, batch_size: int, num_steps: int) -> list[dict]:
+    """Runs PyTorch's side of the same job on this machine, in a process of its own, and returns its lines.
+
+    Raises:
+      ValueError: torch or diffusers is not installed, or the peer failed; quotes the end of what it said.
+    """
+    command = [sys.executable, "-m", "dmm_jax.bench_peer", job, size, str(batch_size), str(num_steps)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"the PyTorch peer failed (it needs the [torch] extra): {done.stderr.strip()[-500:]}")
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def with_ratios(lines: list[dict], others: list[dict]) -> list[dict]:
+    """Adds to each of our lines how many times the peer's images/s it reaches, for each of the peer's lines."""
+    return [
+        line | {"ratio": {other["job"]: line["images_per_s"] / other["images_per_s"] for other in others}}
+        for line in lines
+    ]
+
+
+def table(lines: list[dict]) -> str:
+    """Lays measured lines out for people."""
+    columns = ("job", "batch", "images_per_s", "tflop_per_s", "share_of_peak", "step_s", "peak_memory_gb", "compile_s")
+    rows = [columns] + [tuple(_cell(line.get(column)) for column in columns) for line in lines]
+    widths = [max(len(row[k]) for row in rows) for k in range(len(columns))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    for line in lines:
+        text += [f"{line['job']}: {ratio:.2f} x {name}" for name, ratio in line.get("ratio", {}).items()]
+    return "\n".join(text)
+
+
+def _cell(value) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,44 @@
+"""Floating-point operations of a JAX function: those of its matrix products and convolutions, 2 per multiply-add.
+
+Counted on the traced program, before any compiler: what the mathematics needs, on every backend alike.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+from jax.extend import core
+
+
+def count(function: Callable, *args) -> float:
+    """Returns the operations of one call; `args` may be shapes (jax.ShapeDtypeStruct)."""
+    return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _of_jaxpr(jaxpr) -> float:
+    return sum((_of_equation(equation) for equation in jaxpr.eqns), 0.0)
+
+
+def _of_equation(equation) -> float:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        left = equation.invars[0].aval.shape
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        kernel, spec = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec
+        per_output = math.prod(kernel) / kernel[spec[0]]  # Taps times input channels of a group.
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * per_output
+    inner = [_of_jaxpr(jaxpr) for jaxpr in _inner_jaxprs(params)]
+    if name == "cond":
+        return max(inner)
+    return sum(inner, 0.0) * params.get("length", 1)
+
+
+def _inner_jaxprs(params):
+    for value in params.values():
+        for one in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(one, core.ClosedJaxpr):
+                yield one.jaxpr
+            elif isinstance(one, core.Jaxpr):
+                yield one

@@ -1,0 +1,57 @@
+"""`bench` measures what it says it measures; speeds themselves are never tested."""
+
+import json
+
+import pytest
+
+from dmm_jax import bench, cli
+
+CONTRACT = {
+    "job", "images_per_s", "tflop_per_s", "matmul_peak_tflop_per_s", "compile_s", "batch", "step_s", "share_of_peak",
+}  # fmt: skip
+
+
+def config(**changes):
+    values = bench.get_config()
+    values.teachers = values.teachers[:2]
+    values.batch_size, values.dtype = 4, "float32"
+    values.update(changes)
+    return values
+
+
+def test_a_line_of_training_holds_the_contract_and_agrees_with_itself():
+    (line,) = bench.bench("train", config(), "tiny", num_steps=1)
+    assert line.keys() >= CONTRACT
+    assert line["images_per_s"] == pytest.approx(4 / line["step_s"])
+    base = bench.described("tiny")
+    merged = bench.train.merged_config(base.unet_config, 2)
+    assert line["tflop_per_s"] == pytest.approx(line["images_per_s"] * bench.train_tflop(base, merged))
+    assert line["share_of_peak"] == pytest.approx(line["tflop_per_s"] / line["matmul_peak_tflop_per_s"])
+
+
+def test_sampling_is_timed_in_one_style_and_in_a_mix_per_image_by_one_program():
+    one, mixed = bench.bench_sample(config(), "tiny", num_steps=1, batch_size=2)
+    assert one.keys() | {"matmul_peak_tflop_per_s", "share_of_peak"} >= CONTRACT
+    assert mixed["compile_s"] < one["compile_s"] / 2  # Nothing but the first call's program.
+
+
+def test_ratios_are_to_each_line_of_the_peer():
+    ours, theirs = [{"images_per_s": 30.0}], [{"job": "a", "images_per_s": 10.0}, {"job": "b", "images_per_s": 60.0}]
+    assert bench.with_ratios(ours, theirs)[0]["ratio"] == {"a": 3.0, "b": 0.5}
+
+
+def test_the_verb_prints_one_object_a_line(monkeypatch, capsys):
+    lines = [{"job": "train", "images_per_s": 2.0, "tflop_per_s": 1.0}]
+    monkeypatch.setattr(bench, "bench", lambda *_: lines)
+    monkeypatch.setattr(bench, "peer", lambda *_: [{"job": "other", "images_per_s": 1.0}])
+    assert cli.main(["bench", "train", "--json", "--against", "torch", "--config.batch_size=16"]) == 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["job"] for line in printed] == ["other", "train"] and printed[1]["ratio"] == {"other": 2.0}
+    assert cli.main(["bench", "train"]) == 0
+    assert "images_per_s" in capsys.readouterr().out
+
+
+def test_a_peer_that_fails_is_an_error_with_its_last_words(monkeypatch, capsys):
+    monkeypatch.setattr(bench.sys, "executable", "/bin/false")
+    assert cli.main(["bench", "sample", "--against", "torch"]) == 1
+    assert "[torch] extra" in capsys.readouterr().err
