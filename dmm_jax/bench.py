@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from dmm_jax import config as config_lib
-from dmm_jax import flops, sharding, train
+from dmm_jax import bench_profile, flops, sharding, train
 from dmm_jax.checkpoints.abstract import abstract_model, abstract_params
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
 from dmm_jax.demo import world
@@ -48,17 +48,22 @@ def get_config() -> ml_collections.ConfigDict:
     return config
 
 
-def bench(job: str, config, size: str = "sd15", num_steps: int = 10, batch_size: int = 16) -> list[dict]:
+def bench(
+    job: str, config, size: str = "sd15", num_steps: int = 10, batch_size: int = 16, profile: str = ""
+) -> list[dict]:
     """Runs one job and returns what was measured, an entry a line.
 
     Args:
       size: of the networks: a name in `SIZES`.
       num_steps: that are timed.
+      profile: a folder for a trace of two more calls; their kernels, summed by name, are printed on stderr.
       batch_size: images at once, for sampling; training has the config's.
     """
     peak = matmul_peak()
     lines = (
-        bench_train(config, size, num_steps) if job == "train" else bench_sample(config, size, num_steps, batch_size)
+        bench_train(config, size, num_steps, profile)
+        if job == "train"
+        else bench_sample(config, size, num_steps, batch_size, profile)
     )
     device = jax.devices()[0]
     about = {"device": device.device_kind, "num_devices": jax.device_count(), "jax": jax.__version__, "size": size}
@@ -68,7 +73,7 @@ def bench(job: str, config, size: str = "sd15", num_steps: int = 10, batch_size:
     ]
 
 
-def bench_train(config, size: str, num_steps: int) -> list[dict]:
+def bench_train(config, size: str, num_steps: int, profile: str = "") -> list[dict]:
     """Times the training step as `train` compiles it, on a batch that lies on the device."""
     config_lib.check(config)
     base, names = described(size), [name for name, _ in config.teachers]
@@ -106,6 +111,7 @@ def bench_train(config, size: str, num_steps: int) -> list[dict]:
         return metrics["grad_norm"]
 
     step_s = median_s(once, num_steps)
+    _print_profile(once, profile)
     tflop = config.batch_size * train_tflop(base, student_config)
     return [
         {
@@ -124,7 +130,7 @@ def bench_train(config, size: str, num_steps: int) -> list[dict]:
     ]
 
 
-def bench_sample(config, size: str, num_steps: int, batch_size: int) -> list[dict]:
+def bench_sample(config, size: str, num_steps: int, batch_size: int, profile: str = "") -> list[dict]:
     """Times whole samples, prompt to pixels: all images in one style, then every image in a mix of its own."""
     names = [name for name, _ in config.teachers]
     pipeline = random_pipeline(size, config)
@@ -149,7 +155,13 @@ def bench_sample(config, size: str, num_steps: int, batch_size: int) -> list[dic
             }
             | peak_memory()
         )
+    _print_profile(lambda: pipeline(prompts, styles=mixes, **SAMPLING), profile)
     return lines
+
+
+def _print_profile(call, folder):
+    if folder:
+        print(bench_profile.table(bench_profile.profile(call, folder)), file=sys.stderr)
 
 
 def described(size: str) -> Checkpoint:

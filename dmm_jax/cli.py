@@ -104,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--num-steps", type=int, default=10, help="timed steps; the median counts")
     verb.add_argument("--batch-size", type=int, default=16, help="images at once, for sample; train has the config's")
     verb.add_argument("--against", choices=("torch",), help="also run the PyTorch peer here; needs the [torch] extra")
+    verb.add_argument("--profile", default="", help="a folder for a trace; its kernels are summed up on stderr")
     verb.add_argument("--json", action="store_true", help="print one JSON object a line")
     return parser
 
@@ -177,7 +178,8 @@ def _bench(args):
     config = read_config(args.config or bench.__file__, args.rest)
     batch_size = config.batch_size if args.job == "train" else args.batch_size
     others = bench.peer(args.job, args.size, batch_size, args.num_steps) if args.against else []
-    lines = bench.with_ratios(bench.bench(args.job, config, args.size, args.num_steps, args.batch_size), others)
+    measured = bench.bench(args.job, config, args.size, args.num_steps, args.batch_size, args.profile)
+    lines = bench.with_ratios(measured, others)
     print("\n".join(map(json.dumps, others + lines)) if args.json else bench.table(others + lines))
 
 
