@@ -18,8 +18,8 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from dmm_jax import config as config_lib
 from dmm_jax import bench_profile, flops, sharding, train
+from dmm_jax import config as config_lib
 from dmm_jax.checkpoints.abstract import abstract_model, abstract_params
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
 from dmm_jax.demo import world
