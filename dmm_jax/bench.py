@@ -97,9 +97,9 @@ def bench_train(config, size: str, num_steps: int, profile: str = "") -> list[di
     gradients = distill_step.build_loss_and_grads(
         networks, objective, mesh, specs, dtype=dtype, gradient_accumulation=config.gradient_accumulation, seed=0
     )
-    step = jax.jit(distill_step.build_step(gradients, optimizer, config.ema_decay), donate_argnums=0)
+    step = distill_step.build_step(gradients, optimizer, config.ema_decay)
     started = time.perf_counter()
-    compiled = step.lower(state, teachers, encoders, batch).compile()
+    compiled, teachers = distill_step.compile_step(step, state, teachers, encoders, batch)
     compile_s = time.perf_counter() - started
     host_s = []
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -204,6 +205,23 @@ def build_step(loss_and_grads: Callable, optimizer: optax.GradientTransformation
         return new, errors | {"grad_norm": optax.global_norm(grads)}
 
     return step
+
+
+def compile_step(step: Callable, state, teachers, encoders, batch) -> tuple[jax.stages.Compiled, dict]:
+    """Compiles a step, and lays the teachers out in memory as the program wants to read them.
+
+    Convolutions on GPUs read their kernels with the output channel first: without this, every step would turn the
+    kernels of all teachers over.
+
+    Returns:
+      The program, which gives `state` up, and the teachers to call it with; those that were given are given up too.
+    """
+    formats = jax.tree.map(lambda leaf: Format(Layout.AUTO, leaf.sharding), teachers)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), teachers)
+    jitted = jax.jit(step, donate_argnums=0, in_shardings=(None, formats, None, None))
+    compiled = jitted.lower(state, shapes, encoders, batch).compile()
+    wanted = compiled.input_formats[0][1]
+    return compiled, jax.tree.map(lambda leaf, kept: jax.device_put(leaf, kept, donate=True), teachers, wanted)
 
 
 def build_validation(networks: Networks, objective: Objective, mesh: Mesh, specs, *, dtype) -> Callable:

@@ -1,5 +1,7 @@
 """Multi-head attention, the gated feed-forward layer, and the transformer block made of them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -9,8 +11,9 @@ from jaxtyping import Array, Float
 from dmm_jax.models import layers
 
 IMPLEMENTATIONS = ("xla", "cudnn")
-FUSED_FROM_TOKENS = 256  # Fewer queries or keys, and XLA's plain products are as quick as cuDNN's fused kernel.
-FUSED_HEAD_SIZES = 128  # At most, on GPUs before Hopper; larger heads come at few tokens only.
+FUSED_FROM_QUERIES = 256  # Fewer, and XLA's plain products are as quick as cuDNN's fused kernel.
+KEYS_MULTIPLE = 16  # Of what the fused kernel takes in its backward pass; a prompt's 77 keys are padded and masked.
+FUSED_HEAD_SIZE, FUSED_HEAD_SIZE_HOPPER = 128, 256  # At most.
 
 
 def attention(
@@ -24,15 +27,33 @@ def attention(
     Args:
       implementation: "xla", or "cudnn" for the fused kernel wherever it takes the shapes (16-bit, NVIDIA only).
     """
-    fused = implementation == "cudnn" and _cudnn_takes(query, key)
-    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn" if fused else "xla")
+    if implementation == "cudnn" and _cudnn_takes(query):
+        return _cudnn(query, key, value)
+    return jax.nn.dot_product_attention(query, key, value, implementation="xla")
 
 
-def _cudnn_takes(query, key) -> bool:
-    many = min(query.shape[1], key.shape[1]) >= FUSED_FROM_TOKENS
+def _cudnn_takes(query) -> bool:
     head_size = query.shape[-1]
-    fits = head_size <= FUSED_HEAD_SIZES and head_size % 8 == 0
-    return many and fits and query.dtype in (jnp.bfloat16, jnp.float16)
+    fits = head_size <= _largest_fused_head() and head_size % 8 == 0
+    return query.shape[1] >= FUSED_FROM_QUERIES and fits and query.dtype in (jnp.bfloat16, jnp.float16)
+
+
+@functools.cache
+def _largest_fused_head() -> int:
+    hopper = float(getattr(jax.devices()[0], "compute_capability", None) or 0.0) >= 9.0
+    return FUSED_HEAD_SIZE_HOPPER if hopper else FUSED_HEAD_SIZE
+
+
+def _cudnn(query, key, value):
+    (batch_size, num_queries), num_keys = query.shape[:2], key.shape[1]
+    missing, lengths = -num_keys % KEYS_MULTIPLE, {}
+    if missing:
+        key, value = (jnp.pad(states, ((0, 0), (0, missing), (0, 0), (0, 0))) for states in (key, value))
+        lengths = {
+            "query_seq_lengths": jnp.full(batch_size, num_queries, jnp.int32),
+            "key_value_seq_lengths": jnp.full(batch_size, num_keys, jnp.int32),
+        }
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn", **lengths)
 
 
 class Attention(nnx.Module):
@@ -68,8 +89,13 @@ class GEGLU(nnx.Module):
 
     def __call__(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L F"]:
         """Returns value times GELU(gate)."""
-        value, gate = jnp.split(self.proj(hidden), 2, axis=-1)
-        return value * jax.nn.gelu(gate, approximate=False)
+        return _gated(self.proj(hidden))
+
+
+@jax.checkpoint  # Keeps the projection alone for the backward pass, not the gate, its GELU and that one's slope too.
+def _gated(projected):
+    value, gate = jnp.split(projected, 2, axis=-1)
+    return value * jax.nn.gelu(gate, approximate=False)
 
 
 class FeedForward(nnx.Module):
@@ -100,6 +126,6 @@ class BasicTransformerBlock(nnx.Module):
 
     def __call__(self, hidden: Float[Array, "B L D"], states: Float[Array, "B S C"]) -> Float[Array, "B L D"]:
         """Returns the residual stream, in the dtype of `hidden`."""
-        hidden = hidden + self.attn1(self.norm1(hidden).astype(hidden.dtype))
-        hidden = hidden + self.attn2(self.norm2(hidden).astype(hidden.dtype), states)
-        return hidden + self.ff(self.norm3(hidden).astype(hidden.dtype))
+        hidden = hidden + self.attn1(layers.normed(self.norm1, hidden))
+        hidden = hidden + self.attn2(layers.normed(self.norm2, hidden), states)
+        return hidden + self.ff(layers.normed(self.norm3, hidden))

@@ -49,7 +49,7 @@ class Attention(nnx.Module):
 
     def __call__(self, hidden: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
         """Returns hidden plus what its cells gather from each other."""
-        cells = rearrange(self.group_norm(hidden).astype(hidden.dtype), "B h w C -> B (h w) C")
+        cells = rearrange(layers.normed(self.group_norm, hidden), "B h w C -> B (h w) C")
         heads = (project(cells)[:, :, None] for project in (self.to_q, self.to_k, self.to_v))  # (B, L, 1, C) each
         return hidden + self.to_out[0](attention(*heads)[:, :, 0]).reshape(hidden.shape)
 
@@ -143,7 +143,7 @@ class Encoder(nnx.Module):
         hidden = self.conv_in(images)
         for block in (*self.down_blocks, self.mid_block):
             hidden = block(hidden)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(hidden)).astype(hidden.dtype))
+        return self.conv_out(layers.normed(self.conv_norm_out, hidden, jax.nn.silu))
 
 
 class Decoder(nnx.Module):
@@ -168,7 +168,7 @@ class Decoder(nnx.Module):
         hidden = self.conv_in(latents)
         for block in (self.mid_block, *self.up_blocks):
             hidden = block(hidden)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(hidden)).astype(hidden.dtype))
+        return self.conv_out(layers.normed(self.conv_norm_out, hidden, jax.nn.silu))
 
 
 class AutoencoderKL(nnx.Module):

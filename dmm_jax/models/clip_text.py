@@ -118,8 +118,8 @@ class CLIPEncoderLayer(nnx.Module):
 
     def __call__(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """Returns the residual stream after attention and MLP; the norms are float32."""
-        hidden = hidden + self.self_attn(self.layer_norm1(hidden).astype(hidden.dtype))
-        return hidden + self.mlp(self.layer_norm2(hidden).astype(hidden.dtype))
+        hidden = hidden + self.self_attn(layers.normed(self.layer_norm1, hidden))
+        return hidden + self.mlp(layers.normed(self.layer_norm2, hidden))
 
 
 class CLIPEncoder(nnx.Module):

@@ -4,7 +4,7 @@ Norms compute and return float32; whoever calls one casts back. Parameters are f
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,25 @@ def layer_norm(features: int, *, epsilon: float = 1e-5, rngs: nnx.Rngs) -> nnx.L
     return nnx.LayerNorm(
         features, epsilon=epsilon, use_fast_variance=False, dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs
     )
+
+
+def normed(
+    norm: nnx.Module, hidden: jax.Array, activation: Callable[[jax.Array], jax.Array] | None = None
+) -> jax.Array:
+    """Returns a norm's output, behind an activation, in the dtype of `hidden`.
+
+    The float32 values in between are computed again in the backward pass: writing and reading them, at 20 bytes a
+    number, took a fifth of a training step.
+    """
+
+    graph, params = nnx.split(norm)
+
+    @jax.checkpoint
+    def compute(params, hidden):
+        output = nnx.merge(graph, params)(hidden)
+        return (output if activation is None else activation(output)).astype(hidden.dtype)
+
+    return compute(params, hidden)
 
 
 class Identity(nnx.Module):

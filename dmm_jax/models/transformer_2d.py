@@ -44,7 +44,7 @@ class Transformer2DModel(nnx.Module):
     def __call__(self, hidden: Float[Array, "B h w C"], states: Float[Array, "B S D"]) -> Float[Array, "B h w C"]:
         """Returns hidden plus what the blocks made of it and of `states`."""
         # A dense layer on (h, w, C) is the 1x1 convolution and the flattened projection alike.
-        cells = self.proj_in(self.norm(hidden).astype(hidden.dtype))
+        cells = self.proj_in(layers.normed(self.norm, hidden))
         tokens = rearrange(cells, "B h w C -> B (h w) C")
         for block in self.transformer_blocks:
             tokens = block(tokens, states)

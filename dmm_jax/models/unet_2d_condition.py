@@ -210,7 +210,7 @@ class UNet2DConditionModel(nnx.Module):
             taken = [skips.pop() for _ in block.resnets]
             hidden = block(hidden, taken, temb, states)
             features.append(hidden)
-        hidden = jax.nn.silu(self.conv_norm_out(hidden)).astype(self.dtype)
+        hidden = layers.normed(self.conv_norm_out, hidden, jax.nn.silu)
         return UNetOutput(self.conv_out(hidden).astype(jnp.float32), tuple(features))
 
     def _time_embedding(self, timesteps, style_embedding, added_cond) -> Float[Array, "B E"]:

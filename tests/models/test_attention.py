@@ -45,7 +45,8 @@ def test_logits_and_softmax_are_float32_for_bfloat16_inputs():
         ("xla", "bfloat16", 256, 256, 40, "xla"),
         ("cudnn", "float32", 256, 256, 40, "xla"),
         ("cudnn", "bfloat16", 255, 255, 40, "xla"),
-        ("cudnn", "bfloat16", 4096, 77, 40, "xla"),
+        ("cudnn", "bfloat16", 4096, 77, 40, "cudnn"),
+        ("cudnn", "bfloat16", 64, 77, 40, "xla"),
         ("cudnn", "bfloat16", 256, 256, 160, "xla"),
         ("cudnn", "bfloat16", 256, 256, 36, "xla"),
     ],
@@ -55,7 +56,7 @@ def test_the_fused_kernel_runs_only_where_asked_for_and_fitting(
 ):
     chosen = []
 
-    def record(query, key, value, implementation):
+    def record(query, key, value, implementation, **lengths):
         chosen.append(implementation)
         return query
 
@@ -64,6 +65,21 @@ def test_the_fused_kernel_runs_only_where_asked_for_and_fitting(
     key = jax.ShapeDtypeStruct((1, keys, 2, head_size), dtype)
     jax.eval_shape(lambda query, key: attention(query, key, key, implementation), query, key)
     assert chosen == [expected]
+
+
+def test_keys_that_the_fused_kernel_wants_padded_weigh_nothing(monkeypatch):
+    asked, plain = [], jax.nn.dot_product_attention
+
+    def fused(query, key, value, implementation, **lengths):
+        asked.append((implementation, key.shape[1]))
+        return plain(query, key, value, implementation="xla", **lengths)
+
+    query, key, value = query_key_value(dtype=jnp.bfloat16, shape=(2, 256, 3, 8))
+    key, value = key[:, :77], value[:, :77]
+    expected = attention(query, key, value)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
+    np.testing.assert_array_equal(attention(query, key, value, "cudnn"), expected)
+    assert asked == [("cudnn", 80)]
 
 
 @pytest.mark.parametrize("scale", SCALES)
