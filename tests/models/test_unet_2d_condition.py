@@ -368,7 +368,8 @@ def test_remat_wraps_each_resnet_and_transformer_and_changes_neither_loss_nor_gr
         np.testing.assert_allclose(one, two, rtol=0, atol=1e-5 * max(jnp.abs(one).max(), 1e-3))
     programs = [str(jax.make_jaxpr(loss, static_argnums=1)(params, remat)) for remat in (False, True)]
     found = [len(re.findall(r"\b(?:checkpoint|remat\w*)\[", program)) for program in programs]  # JAX's names for it.
-    assert found == [0, 5 + 4]  # Resnets: one down, two mid, two up; a transformer beside all but the last of mid.
+    # Around those of the norms and gates. Resnets: one down, two mid, two up; a transformer beside all but mid's last.
+    assert found[1] - found[0] == 5 + 4
 
 
 def test_bfloat16_keeps_parameters_and_sample_in_float32_and_stays_close():
