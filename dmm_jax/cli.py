@@ -59,6 +59,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--config", required=True, help="an experiment file; change an option by --config.NAME=VALUE")
     verb.add_argument("--workdir", required=True, type=pathlib.Path)
+    several = verb.add_argument_group("one of several processes")
+    several.add_argument("--distributed", action="store_true", help="ask the cluster (Cloud TPU, GKE, Slurm, Open MPI)")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where there is no cluster to ask")
+    several.add_argument("--num-processes", type=int, metavar="N")
+    several.add_argument("--process-id", type=int, metavar="K", help="0 to N - 1")
 
     verb = _add(verbs, "export", _export, "a trained student as PyTorch safetensors")
     verb.add_argument("workdir", type=pathlib.Path, metavar="WORKDIR")
@@ -136,9 +141,11 @@ def _prepare(args):
 
 
 def _train(args):
+    from dmm_jax import processes
     from dmm_jax.train import run
 
-    run(read_config(args.config, args.rest), args.workdir)
+    with processes.joined(args.distributed, args.coordinator, args.num_processes, args.process_id):
+        run(read_config(args.config, args.rest), args.workdir)
 
 
 def _export(args):

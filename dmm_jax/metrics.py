@@ -12,25 +12,41 @@ import numpy as np
 
 
 class MetricsLog:
-    """`metrics.jsonl` of a workdir. Lines past the step that a run resumes at are dropped: they will come again."""
+    """`metrics.jsonl` of a workdir. Lines past the step that a run resumes at are dropped: they will come again.
 
-    def __init__(self, workdir: str | pathlib.Path, start: int, names: Sequence[str], *, tensorboard: bool = False):
+    Of several processes one writes; the others read the same numbers and stop where it stops.
+    """
+
+    def __init__(
+        self,
+        workdir: str | pathlib.Path,
+        start: int,
+        names: Sequence[str],
+        *,
+        tensorboard: bool = False,
+        writes: bool = True,
+    ):
         self.path = pathlib.Path(workdir) / "metrics.jsonl"
-        kept = [line for line in read(self.path) if line["step"] <= start]
-        temporary = self.path.with_suffix(".part")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(self.path)
-        self._file = self.path.open("a")
         self._names = list(names)
-        self._writer = _tensorboard(workdir) if tensorboard else None
+        self._writes = writes
+        self._writer = _tensorboard(workdir) if tensorboard and writes else None
+        self._file = self._opened(start) if writes else None
         self._clock = None
         self.last: dict = {}
 
     def __enter__(self):
         return self
 
+    def _opened(self, start):
+        kept = [line for line in read(self.path) if line["step"] <= start]
+        temporary = self.path.with_suffix(".part")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(self.path)
+        return self.path.open("a")
+
     def __exit__(self, *_):
-        self._file.close()
+        if self._file:
+            self._file.close()
         if self._writer:
             self._writer.close()
 
@@ -79,6 +95,8 @@ class MetricsLog:
 
     def _write(self, line):
         self.last = self.last | line
+        if not self._writes:
+            return
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         if self._writer:
@@ -86,6 +104,8 @@ class MetricsLog:
                 self._writer.add_scalar(name, value, line["step"])
 
     def _say(self, text, bar):
+        if not self._writes:
+            return
         if bar is None or bar.disable:
             print(text, file=sys.stderr, flush=True)
         else:

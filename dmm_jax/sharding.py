@@ -59,12 +59,37 @@ def placed(mesh: Mesh, specs):
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, P))
 
 
+def batch_share(mesh: Mesh, num_teachers: int, per_teacher: int, process_index: int | None = None):
+    """Returns the rows (teachers) and columns of a batch [N, B/N, ...] that lie on one process's devices.
+
+    Raises:
+      ValueError: they are no rectangle, so a sample would be read by two processes.
+    """
+    process_index = jax.process_index() if process_index is None else process_index
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(mesh.shape["teacher"], -1)
+    ours = owners == process_index  # (slices of teachers, slices of columns)
+    slices = np.flatnonzero(ours.any(1)), np.flatnonzero(ours.any(0))
+    if not ours[np.ix_(*slices)].all():
+        raise ValueError(
+            f"mesh teacher={mesh.shape['teacher']} x data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} gives "
+            f"process {process_index} devices that are no rectangle of teachers x columns. "
+            f"Choose data x fsdp as a multiple or a divisor of the {ours.sum()} devices of a process."
+        )
+    sizes = num_teachers // owners.shape[0], per_teacher // owners.shape[1]
+    return tuple((places[:, None] * size + np.arange(size)).ravel() for places, size in zip(slices, sizes, strict=True))
+
+
 def put(tree, mesh: Mesh, spec: P):
-    """Hands arrays of this process to the mesh, every leaf at `spec`."""
+    """Hands each process's own part to the mesh (of a batch: what `batch_share` names), every leaf at `spec`."""
     sharding = NamedSharding(mesh, spec)
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), tree)
+
+
+def put_whole(tree, mesh: Mesh, spec: P):
+    """Hands host arrays that every process holds to the mesh, every leaf at `spec`."""
+    return jax.tree.map(lambda leaf: make(leaf.shape, leaf.dtype, mesh, spec, leaf.__getitem__), tree)
 
 
 def make(shape: tuple[int, ...], dtype, mesh: Mesh, spec: P, read) -> jax.Array:

@@ -2,20 +2,19 @@
 
 import contextlib
 import functools
-import json
 import pathlib
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from dmm_jax import config as config_lib
-from dmm_jax import sharding
+from dmm_jax import processes, sharding
 from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.states import StateStore
@@ -47,6 +46,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
       FloatingPointError: the loss is no longer finite.
     """
     config_lib.check(config)
+    processes.check_joined()
     workdir = pathlib.Path(workdir)
     names = [name for name, _ in config.teachers]
 
@@ -77,12 +77,15 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
         start = store.latest_step or 0
         if start:
             state = store.restore(state)
-            print(f"Resuming at step {start} of {config.num_steps}.", file=sys.stderr)
-        log = stack.enter_context(MetricsLog(workdir, start, names, tensorboard=config.tensorboard))
+            say(f"Resuming at step {start} of {config.num_steps}.")
+        log = stack.enter_context(
+            MetricsLog(workdir, start, names, tensorboard=config.tensorboard, writes=processes.is_first())
+        )
 
         # Data: batch k is a pure function of (seed, k).
         train_source, validation_source = cache.split(config.validation_size)
-        batches = data_pipeline.batches(train_source, config.seed, len(names), config.batch_size)
+        share = sharding.batch_share(mesh, len(names), config.batch_size // len(names))
+        batches = data_pipeline.batches(train_source, config.seed, len(names), config.batch_size, share)
         put_batch = functools.partial(sharding.put, mesh=mesh, spec=sharding.BATCH)
 
         # One compiled program a step; another for the validation set.
@@ -97,15 +100,23 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
             gradient_accumulation=config.gradient_accumulation,
             seed=config.seed,
         )
-        step = jax.jit(distill_step.build_step(gradients, optimizer, config.ema_decay), donate_argnums=0)
+        step = jax.jit(
+            distill_step.build_step(gradients, optimizer, config.ema_decay),
+            donate_argnums=0,
+            out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(mesh, sharding.COPY)),
+        )
         validate = build_validator(config, names, networks, objective, mesh, specs, validation_source)
-        draw_samples = build_sampler(config, base, names, student_config, workdir)
+        draw_samples = build_sampler(config, base, names, student_config, mesh, workdir)
 
         iterator = data_pipeline.iterate(batches, start)
         batch = put_batch(next(iterator)) if start < config.num_steps else None
         bar = stack.enter_context(
             tqdm(
-                total=config.num_steps, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+                total=config.num_steps,
+                initial=start,
+                unit="step",
+                disable=not (sys.stderr.isatty() and processes.is_first()),
+                dynamic_ncols=True,
             )
         )
         log.start_clock(start)
@@ -141,9 +152,23 @@ def open_workdir(workdir: pathlib.Path, config) -> None:
                 f"{', '.join(name for name, _ in config.teachers)}. Use another --workdir."
             )
         for line in config_lib.differences(old, config):
-            print(f"Config changed since this run was last started: {line}", file=sys.stderr)
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(config_lib.to_json(config))
+            say(f"Config changed since this run was last started: {line}")
+    processes.wait_for_all("config.json read")
+    if processes.is_first():
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(config_lib.to_json(config))
+    processes.wait_for_all("config.json written")
+    if not path.is_file():
+        raise ValueError(
+            f"process {jax.process_index()} does not see {path}, which process 0 wrote. "
+            "Give a --workdir on a file system that all hosts share."
+        )
+
+
+def say(line: str) -> None:
+    """Prints a line on stderr, once for all processes."""
+    if processes.is_first():
+        print(line, file=sys.stderr, flush=True)
 
 
 def attention_implementation(config) -> str:
@@ -187,8 +212,11 @@ def build_validator(config, names, networks, objective, mesh, specs, source):
         return None
     inputs = validation_inputs(source, len(names), config.seed, len(objective.alphas_cumprod))
     bins = inputs["timesteps"][0] * NUM_TIMESTEP_BINS // len(objective.alphas_cumprod)
-    on_mesh = sharding.put(inputs, mesh, sharding.BATCH)
-    errors = jax.jit(distill_step.build_validation(networks, objective, mesh, specs, dtype=jnp.dtype(config.dtype)))
+    on_mesh = sharding.put_whole(inputs, mesh, sharding.BATCH)
+    errors = jax.jit(
+        distill_step.build_validation(networks, objective, mesh, specs, dtype=jnp.dtype(config.dtype)),
+        out_shardings=NamedSharding(mesh, sharding.COPY),
+    )
 
     def validate(params, teachers, encoders):
         rows = np.asarray(errors(params, teachers, encoders, on_mesh))
@@ -214,7 +242,7 @@ def validation_inputs(source, num_teachers: int, seed: int, num_timesteps: int) 
     return {name: np.repeat(leaf[None], num_teachers, 0) for name, leaf in one.items()}
 
 
-def build_sampler(config, base, names, student_config, workdir):
+def build_sampler(config, base, names, student_config, mesh, workdir):
     """Returns `f(step, params)` that writes samples/step_N.png: prompts down, styles across; None if not asked for."""
     if not config.samples.every:
         return None
@@ -223,14 +251,20 @@ def build_sampler(config, base, names, student_config, workdir):
             "samples.every is set but samples.prompts is empty: list the prompts to draw, or set samples.every=0."
         )
     from dmm_jax import images
-    from dmm_jax.pipeline import Pipeline
+    from dmm_jax.pipeline import Pipeline, in_memory
 
-    pipeline = Pipeline.of_student(base, student_config, names, dtype=config.dtype)
+    dtype = jnp.dtype(config.dtype)
+    whole = jax.jit(lambda params: in_memory(params, dtype), out_shardings=NamedSharding(mesh, sharding.COPY))
+    first = processes.is_first()
+    pipeline = Pipeline.of_student(base, student_config, names, dtype=config.dtype) if first else None
     prompts = [prompt for prompt in config.samples.prompts for _ in names]
     options = {key: config.samples[key] for key in ("num_inference_steps", "guidance_scale", "solver")}
 
     def draw(number, params):
-        pictures = pipeline.with_unet(params)(prompts, styles=names * len(config.samples.prompts), **options)
+        here = jax.tree.map(lambda leaf: leaf.addressable_data(0), whole(params))  # Every process takes part.
+        if not first:
+            return
+        pictures = pipeline.with_unet(here)(prompts, styles=names * len(config.samples.prompts), **options)
         grid = images.labelled_grid(
             pictures.reshape((-1, len(names)) + pictures.shape[1:]), list(config.samples.prompts), names
         )
@@ -238,10 +272,3 @@ def build_sampler(config, base, names, student_config, workdir):
         grid.save(workdir / "samples" / f"step_{number:07d}.png")
 
     return draw
-
-
-def save_summary(workdir: pathlib.Path, values: dict) -> None:
-    """Writes `summary.json`: what a finished run reached."""
-    (workdir / "summary.json").write_text(
-        json.dumps(values | {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
-    )
