@@ -144,8 +144,11 @@ def _train(args):
     from dmm_jax import processes
     from dmm_jax.train import run
 
-    with processes.joined(args.distributed, args.coordinator, args.num_processes, args.process_id):
-        run(read_config(args.config, args.rest), args.workdir)
+    try:
+        with processes.joined(args.distributed, args.coordinator, args.num_processes, args.process_id):
+            run(read_config(args.config, args.rest), args.workdir)
+    except processes.Preempted as stopped:
+        print(f"dmm-jax train: {stopped} Run it again to go on.", file=sys.stderr)
 
 
 def _export(args):

@@ -1,7 +1,6 @@
 """What a run says while it runs: metrics.jsonl always, a progress bar on a terminal, plain lines elsewhere."""
 
 import json
-import math
 import pathlib
 import sys
 import time
@@ -57,11 +56,7 @@ class MetricsLog:
     def train(
         self, step: int, num_steps: int, batch_size: int, feature_loss_weight: float, metrics: Mapping, bar
     ) -> None:
-        """Writes the losses of one step, the speed since the last line, and the time left; waits for the device.
-
-        Raises:
-          FloatingPointError: the loss is no longer finite; names the styles.
-        """
+        """Writes the losses of one step, the speed since the last line, and the time left; waits for the device."""
         metrics = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
         since, then = self._clock
         self.start_clock(step)
@@ -72,19 +67,15 @@ class MetricsLog:
             "score": dict(zip(self._names, metrics["score"].tolist(), strict=True)),
             "feature": dict(zip(self._names, metrics["feature"].tolist(), strict=True)),
             "grad_norm": float(metrics["grad_norm"]),
+            "skipped_steps": int(metrics["skipped_steps"]),
+            "skipped_in_a_row": int(metrics["skipped_in_a_row"]),
             "images_per_s": batch_size / step_time_s,
         } | peak_memory()
         self._write(line)
         left = time.strftime("%H:%M:%S", time.gmtime((num_steps - step) * step_time_s))
-        self._say(
-            f"step {step}/{num_steps}  loss {line['loss']:.5f}  {line['images_per_s']:.1f} images/s  {left} left", bar
-        )
-        bad = [name for name in self._names if not math.isfinite(line["score"][name] + line["feature"][name])]
-        if bad or not math.isfinite(line["grad_norm"]):
-            raise FloatingPointError(
-                f"step {step}: not finite: {', '.join(bad) or 'the gradient alone'}. "
-                "Resume with a lower learning_rate or more warmup_steps, or with dtype float32."
-            )
+        skipped = f"  {line['skipped_steps']} steps skipped" * bool(line["skipped_steps"])
+        speed = f"{line['images_per_s']:.1f} images/s"
+        self._say(f"step {step}/{num_steps}  loss {line['loss']:.5f}  {speed}  {left} left{skipped}", bar)
 
     def validation(self, step: int, losses: Mapping[str, Sequence[float]], bar) -> None:
         """Writes the validation loss of each style, per timestep bin from low noise to high."""

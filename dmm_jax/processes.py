@@ -7,15 +7,21 @@ its heartbeat, fail too instead of hanging.
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 from jax.experimental import multihost_utils
 
 HEARTBEAT_TIMEOUT_S = 30  # A process not heard of for so long is dead, and ends the run.
 SAID_PLAINLY = (ValueError, OSError, FloatingPointError, KeyboardInterrupt)  # The rest needs its traceback.
+
+
+class Preempted(Exception):
+    """The run was asked to stop (SIGTERM), and saved what it had."""
 
 
 @contextlib.contextmanager
@@ -49,6 +55,9 @@ def joined(
         ) from error
     try:
         yield
+    except (Preempted, FloatingPointError):  # All stop so, at the same step.
+        jax.distributed.shutdown()
+        raise
     except BaseException as error:
         _end(error)
     jax.distributed.shutdown()
@@ -81,3 +90,24 @@ def wait_for_all(where: str) -> None:
     """Returns when every process has come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[int], bool]]:
+    """Yields `asked(step)`, called by every process at every step: whether to stop after it, all of them alike.
+
+    SIGTERM asks: clouds send it before they take a machine away. Under jax.distributed its preemption service hears the
+    signal in any process and lets all agree on a step; alone, a handler of our own does.
+    """
+    if jax.distributed.is_initialized():
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # Python gives signals to the main thread alone.
+        yield lambda step: False
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield lambda step: asked.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -32,9 +32,11 @@ def make_mesh(teacher: int = 1, data: int = 0, fsdp: int = 1, devices=None) -> M
     devices = jax.devices() if devices is None else devices
     data = data or max(len(devices) // (teacher * fsdp), 1)
     if teacher * data * fsdp != len(devices):
+        nearest = max(size for size in range(1, teacher + 1) if len(devices) % size == 0 and teacher % size == 0)
         raise ValueError(
             f"mesh teacher={teacher} x data={data} x fsdp={fsdp} wants {teacher * data * fsdp} devices; "
-            f"there are {len(devices)}. Set config.mesh so that the product is {len(devices)}."
+            f"there are {len(devices)}. Set config.mesh so that the product is {len(devices)}, for example "
+            f"teacher={nearest}, data={len(devices) // nearest}, fsdp=1."
         )
     return Mesh(np.asarray(devices).reshape(teacher, data, fsdp), AXES)
 

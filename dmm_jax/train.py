@@ -1,9 +1,12 @@
 """The training run: mesh, data, networks, state, restore, loop. Read `run` from top to bottom."""
 
+import collections
 import contextlib
 import functools
+import math
 import pathlib
 import sys
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +32,7 @@ from dmm_jax.models.clip_text import CLIPTextModel
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel, merged_config
 from dmm_jax.tokenizer import Tokenizer
 
+MAX_STEPS_AHEAD = 2  # Dispatched but not done: keeps the device busy, and lets a run stop soon after it is asked to.
 NUM_TIMESTEP_BINS = 4  # Of the validation loss: 0-249, 250-499, 500-749, 750-999.
 
 
@@ -43,10 +47,13 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
 
     Raises:
       ValueError: the config, the checkpoints or the cache cannot be used; says which and what to do.
-      FloatingPointError: the loss is no longer finite.
+      FloatingPointError: too many steps in a row had no finite gradient; says which style, and what to try.
+      Preempted: SIGTERM came; the step that was reached is saved.
     """
     config_lib.check(config)
     processes.check_joined()
+    mesh = sharding.make_mesh(**config.mesh)
+    config_lib.check_mesh(config, mesh.shape)
     workdir = pathlib.Path(workdir)
     names = [name for name, _ in config.teachers]
 
@@ -57,7 +64,6 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
     tokenizer = Tokenizer.from_folder(base.tokenizer_folder)
     cache = LatentCache(config.data.cache)
     cache.check(vae=base.digest("vae"), num_examples=config.validation_size + config.batch_size)
-    mesh = sharding.make_mesh(**config.mesh)
     open_workdir(workdir, config)
 
     # Networks: frozen ones on the mesh in the compute dtype, the student in float32.
@@ -72,11 +78,13 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
     optimizer = student_lib.make_optimizer(config)
     state = student_lib.make_state(params, optimizer, mesh, config.ema_decay)
     del params
+    failure, stopping = None, False
     with contextlib.ExitStack() as stack:
-        store = stack.enter_context(StateStore(workdir, every=config.checkpoint_every, kept=config.checkpoints_kept))
-        start = store.latest_step or 0
+        asked_to_stop = stack.enter_context(processes.stop_requests())
+        kept = {"kept": config.checkpoints_kept, "kept_every": config.checkpoints_kept_every}
+        store = stack.enter_context(StateStore(workdir, **kept))
+        start, state = store.resume(state)
         if start:
-            state = store.restore(state)
             say(f"Resuming at step {start} of {config.num_steps}.")
         log = stack.enter_context(
             MetricsLog(workdir, start, names, tensorboard=config.tensorboard, writes=processes.is_first())
@@ -119,22 +127,52 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
                 dynamic_ncols=True,
             )
         )
+        running = collections.deque()
         log.start_clock(start)
         for number in range(start + 1, config.num_steps + 1):
             state, metrics = step(state, frozen, encoders, batch)
             if number < config.num_steps:
                 batch = put_batch(next(iterator))  # While the device works.
-            last = number == config.num_steps
+            running.append(metrics)
+            if len(running) > MAX_STEPS_AHEAD:
+                jax.block_until_ready(running.popleft())
+            stopping = asked_to_stop(number)
+            last = stopping or number == config.num_steps
             if last or _due(number, config.log_every):
                 log.train(number, config.num_steps, config.batch_size, objective.feature_loss_weight, metrics, bar)
-            if validate and (last or _due(number, config.validation_every)):
+                if log.last["skipped_in_a_row"] >= config.max_skipped_in_a_row:
+                    failure = diagnosis(log.last, config)
+                    break
+            if validate and not stopping and (last or _due(number, config.validation_every)):
                 log.validation(number, validate(state["params"], frozen, encoders), bar)
-            if draw_samples and (last or _due(number, config.samples.every)):
+            if draw_samples and not stopping and (last or _due(number, config.samples.every)):
                 draw_samples(number, state.get("ema", state["params"]))
-            if config.checkpoint_every or last:
-                store.save(number, state, force=last)
+            if last or _due(number, config.checkpoint_every):
+                store.save(number, state)
             bar.update()
+            if stopping:
+                break
+    if failure:
+        raise FloatingPointError(failure)
+    if stopping:
+        raise processes.Preempted(f"stopped by SIGTERM after step {number} of {config.num_steps}, which is saved.")
     return log.last
+
+
+def diagnosis(line: Mapping, config) -> str:
+    """Says of a run's last logged step why it cannot go on, and what to try."""
+    bad = [name for name in line["score"] if not math.isfinite(line["score"][name] + line["feature"][name])]
+    what = f"the loss of {', '.join(bad)} is" if bad else "every loss is finite, the gradient is"
+    learning_rate = student_lib.learning_rate_schedule(config)(line["step"] - line["skipped_steps"])
+    tries = "a lower learning_rate, more warmup_steps or a smaller max_grad_norm"
+    return (
+        f"step {line['step']}: {line['skipped_in_a_row']} steps in a row had no finite gradient and were skipped "
+        f"({line['skipped_steps']} in all): {what} not finite (learning rate {float(learning_rate):.3g}, gradient norm "
+        f"{line['grad_norm']}). "
+        + ("Look at its checkpoint with `dmm-jax inspect`. " if 0 < len(bad) < len(line["score"]) else "")
+        + f"The weights are still those before the first of them. Resume from the last checkpoint with {tries}"
+        + (", or with dtype float32." if config.dtype != "float32" else ".")
+    )
 
 
 def _due(number, every):
