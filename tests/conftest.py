@@ -13,7 +13,8 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # What one test has compiled is loaded by the next: most tests that train compile the same step.
-jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="dmm_jax_compiled_"))
+compiled = tempfile.TemporaryDirectory(prefix="dmm_jax_compiled_")
+jax.config.update("jax_compilation_cache_dir", compiled.name)
 
 install_import_hook("dmm_jax", "beartype.beartype")
 

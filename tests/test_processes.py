@@ -8,11 +8,14 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dmm_jax import config as config_lib
 from dmm_jax import processes
+from dmm_jax.checkpoints.states import StateStore
 from dmm_jax.metrics import read
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -90,26 +93,98 @@ def numbers(value):
     return [number for one in value for number in numbers(one)] if isinstance(value, list) else [value]
 
 
-def test_two_processes_have_the_losses_and_validation_of_one_on_the_same_mesh(world):
-    two, one = world.folder / "two", world.folder / "one"
-    children = world.start_two(f"--workdir={two}", "--config.num_steps=3")
+@pytest.fixture(scope="module")
+def stopped(world):
+    """The workdir of a run in two processes that SIGTERM to one of them stopped after step 3 or later; their codes."""
+    children = world.start_two(f"--workdir={world.folder / 'two'}", "--config.num_steps=100000")
+    wait_for(lambda: "validation loss" in world.said("process_0"), children)
+    children[1].send_signal(signal.SIGTERM)
     codes = [child.wait(BOUND_S) for child in children]
-    assert codes == [0, 0], world.said("process_0")[-2000:] + world.said("process_1")[-2000:]
-    alone = world.start("alone", f"--workdir={one}", "--config.num_steps=3", num_devices=8)
+    return world.folder / "two", codes, [world.said(f"process_{k}") for k in range(2)]
+
+
+def test_two_processes_have_the_losses_and_validation_of_one_on_the_same_mesh(world, stopped):
+    alone = world.start("alone", f"--workdir={world.folder / 'one'}", "--config.num_steps=3", num_devices=8)
     assert alone.wait(BOUND_S) == 0, world.said("alone")[-2000:]
-    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
-    assert "step 3/3" in world.said("process_0") and "step" not in world.said("process_1").replace("[Gloo]", "")
+    wanted = losses(world.folder / "one")
+    np.testing.assert_allclose(losses(stopped[0])[: len(wanted)], wanted, rtol=1e-5)
 
 
-def test_when_a_process_is_killed_the_other_ends_with_a_message(world):
-    children = world.start_two(f"--workdir={world.folder / 'killed'}", "--config.num_steps=100000")
-    wait_for(lambda: "step 3/" in world.said("process_0"), children)
+def test_sigterm_to_one_of_two_processes_stops_both_at_one_saved_step(stopped):
+    workdir, codes, said = stopped
+    assert codes == [0, 0], "".join(said)[-3000:]
+    step = read(workdir / "metrics.jsonl")[-1]["step"]
+    assert f"stopped by SIGTERM after step {step} of 100000" in said[0]
+    assert (workdir / "checkpoints" / str(step)).is_dir()
+
+
+def test_process_0_alone_speaks(stopped):
+    assert "step 3/" in stopped[2][0] and "loss" not in stopped[2][1]
+
+
+def test_when_a_process_is_killed_the_other_ends_with_a_message(world, stopped):
+    step = read(stopped[0] / "metrics.jsonl")[-1]["step"]
+    children = world.start_two(f"--workdir={stopped[0]}", "--config.num_steps=100000")
+    wait_for(lambda: f"step {step + 3}/" in world.said("process_0"), children)
+    assert f"Resuming at step {step} " in world.said("process_0")
     children[1].send_signal(signal.SIGKILL)
     started = time.monotonic()
     assert children[0].wait(BOUND_S) not in (0, None)
     assert time.monotonic() - started < 2 * processes.HEARTBEAT_TIMEOUT_S
     said = world.said("process_0")
     assert "process 0 of 2 failed" in said or "another task died" in said
+
+
+CHECKPOINTS = """
+import sys
+import jax
+import numpy as np
+from dmm_jax import processes, sharding
+from dmm_jax.checkpoints.states import StateStore
+from tests.test_processes import random_state
+
+with processes.joined(False, sys.argv[2], 2, int(sys.argv[3])):
+    mesh = sharding.make_mesh(2, 1, 4)
+    def put(state):
+        return jax.tree.map(lambda leaf: sharding.make(leaf.shape, leaf.dtype, mesh,
+            sharding.parameter_spec(leaf.shape, mesh), leaf.__getitem__), state)
+    with StateStore(sys.argv[1]) as store:
+        step, state = store.resume(put(random_state(0)))
+        for found, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(random_state(step)), strict=True):
+            assert all(np.array_equal(part.data, wanted[part.index]) for part in found.addressable_shards)
+        print("resumed at", step, [tuple(part.index) for part in state["kernel"].addressable_shards][:2])
+        store.save(6, put(random_state(6)))
+"""
+
+
+def random_state(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {"kernel": rng.standard_normal((64, 64), np.float32), "bias": rng.standard_normal(64).astype(np.float32)}
+
+
+def test_states_are_equal_on_other_meshes_and_in_more_or_fewer_processes_and_all_pass_over_a_damaged_one(tmp_path):
+    with StateStore(tmp_path) as store:
+        for step in (2, 4):
+            store.save(step, jax.tree.map(jnp.asarray, random_state(step)))
+    for path in (tmp_path / "checkpoints" / "4" / "state").rglob("d/*"):
+        path.unlink()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHECKPOINTS, str(tmp_path), address, str(k)],
+            env=environment(4, tmp_path / "compiled"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for k in range(2)
+    ]  # fmt: skip
+    said = [child.communicate(timeout=BOUND_S) for child in children]
+    assert [child.returncode for child in children] == [0, 0], "".join(err for _, err in said)[-3000:]
+    assert all("resumed at 2" in out for out, _ in said) and "4 is damaged" in said[0][1]
+    with StateStore(tmp_path) as store:
+        step, state = store.resume(jax.tree.map(jnp.zeros_like, random_state(0)))
+    assert step == 6
+    assert all(np.array_equal(state[name], wanted) for name, wanted in random_state(6).items())
 
 
 def test_half_of_the_arguments_are_refused():

@@ -41,12 +41,12 @@ class StateStore:
 
     @property
     def steps(self) -> list[int]:
-        """The complete steps, oldest first."""
+        """The steps saved, or being saved, oldest first."""
         return sorted(self._manager.all_steps())
 
     @property
     def latest_step(self) -> int | None:
-        """The newest complete step, or None."""
+        """The last of `steps`, or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, state) -> None:
@@ -110,8 +110,9 @@ class StateStore:
 def _damage(folder: pathlib.Path) -> str | None:
     """Reads all that is stored, this process its share, and tells what cannot be read; None if everything can."""
     try:
-        for path in (folder / "_CHECKPOINT_METADATA", folder / "state" / "_METADATA"):
-            json.loads(path.read_text())
+        needed = [folder / "_CHECKPOINT_METADATA", folder / "state" / "_METADATA"]
+        for path in [*needed, *(folder / "state" / "array_metadatas").glob("*")]:
+            _check_json(path)
         store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{folder / 'state'}/"}).result()
         keys = sorted(store.list().result())
         if not keys:
@@ -123,6 +124,13 @@ def _damage(folder: pathlib.Path) -> str | None:
     except (ValueError, OSError) as error:  # tensorstore's errors are ValueErrors.
         return str(error).splitlines()[0][:300]
     return None
+
+
+def _check_json(path):
+    try:
+        json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
 
 
 def _agreed(damage: str | None) -> str | None:

@@ -348,7 +348,7 @@ def workdir(request, folder, student, tmp_path):
     if request.param == "ema":
         state = {"params": jax.tree.map(jnp.zeros_like, wanted), "ema": wanted}
     with StateStore(path, kept=1) as store:
-        store.save(5, state, force=True)
+        store.save(5, state)
     return path
 
 
