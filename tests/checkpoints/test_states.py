@@ -135,7 +135,7 @@ def save_for_ever(folder, report):
 
 
 def test_kill_9_at_any_moment_loses_no_finished_save(tmp_path):
-    """DMM_JAX_KILLS=50, on two CPU cores: 38 of 50 kills came in the middle of a save; 473 saves finished, none lost."""
+    """DMM_JAX_KILLS=50, two CPU cores: 38 of 50 kills came in the middle of a save; 473 saves finished, none lost."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dmm_jax.checkpoints.states"])
     rng = random.Random(0)
