@@ -194,13 +194,15 @@ def _bench(args):
 
 
 def read_config(path: str, overrides: Sequence[str] = ()):
-    """Runs an experiment file's `get_config()` and applies `--config.NAME=VALUE`.
+    """Runs an experiment file's `get_config()` and applies `--config.NAME=VALUE`; tuples take one flag an entry, too.
 
     Raises:
       ValueError: there is no such file, or an option has no such name or takes no such value.
     """
     from absl import flags
     from ml_collections import config_flags
+
+    from dmm_jax import config as config_lib
 
     if not pathlib.Path(path.partition(":")[0]).is_file():
         raise ValueError(f"there is no config file {path}. The experiments are in configs/.")
@@ -213,6 +215,7 @@ def read_config(path: str, overrides: Sequence[str] = ()):
         raise ValueError(f"{' '.join(overrides) or path}: {error} The options are in dmm_jax/config.py.") from error
     if left[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(left[1:])}. Options are set as --config.NAME=VALUE.")
+    values.config.teachers = config_lib.as_teachers(values.config.teachers)
     return values.config
 
 

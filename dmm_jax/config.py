@@ -5,7 +5,7 @@ Defaults are the recipe of DMM (arXiv:2504.12364, A.3) where it states one.
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import ml_collections
 
@@ -90,6 +90,22 @@ def get_config() -> ml_collections.ConfigDict:
     config.evaluation.guidance_scale = 7.0
     config.evaluation.solver = "dpmpp_2m"
     return config
+
+
+def as_teachers(values: Sequence) -> tuple[tuple[str, str], ...]:
+    """Reads ((name, path), ...) or ("name=path", ...), as a command line gives them.
+
+    Raises:
+      ValueError: an entry is neither.
+    """
+    pairs = [tuple(value.split("=", 1)) if isinstance(value, str) else tuple(value) for value in values]
+    for pair, value in zip(pairs, values, strict=True):
+        if len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
+            raise ValueError(
+                f"teachers holds {value!r}, which is no style name with a path. Give --config.teachers=NAME=PATH once "
+                "for each teacher, or all at once: --config.teachers=\"(('NAME', 'PATH'), ('NAME', 'PATH'))\"."
+            )
+    return tuple(pairs)
 
 
 def check(config: ml_collections.ConfigDict) -> None:
