@@ -180,6 +180,8 @@ def _problems(config):
     choices |= {"dtype": DTYPES, "attention": ATTENTION, "learning_rate_schedule": LEARNING_RATE_SCHEDULES}
     for name, allowed in choices.items():
         yield config[name] not in allowed and f"{name} must be one of {', '.join(allowed)}; got {config[name]!r}."
+    if config.samples.every and not config.samples.prompts:
+        yield "samples.every is set but samples.prompts is empty: list the prompts to draw, or set samples.every=0."
     sharded = config.mesh.teacher
     if sharded < 1 or num_teachers % sharded:
         yield f"mesh.teacher must divide the {num_teachers} teachers; got {sharded}. Use a divisor, or 1."

@@ -284,10 +284,6 @@ def build_sampler(config, base, names, student_config, mesh, workdir):
     """Returns `f(step, params)` that writes samples/step_N.png: prompts down, styles across; None if not asked for."""
     if not config.samples.every:
         return None
-    if not config.samples.prompts:
-        raise ValueError(
-            "samples.every is set but samples.prompts is empty: list the prompts to draw, or set samples.every=0."
-        )
     from dmm_jax import images
     from dmm_jax.pipeline import Pipeline, in_memory
 

@@ -24,6 +24,8 @@ def test_a_valid_config_passes():
         ("teachers", (("a=b", "x"), ("c", "y")), "a=b"),
         ("batch_size", 7, "Use 6"),
         ("num_steps", 0, "num_steps"),
+        ("max_skipped_in_a_row", 0, "max_skipped_in_a_row must be at least 1"),
+        ("checkpoints_kept_every", -1, "checkpoints_kept_every must not be negative"),
         ("learning_rate", -1.0, "learning_rate"),
         ("prompt_dropout", 1.0, r"\[0, 1\)"),
         ("dtype", "float8", "float32, bfloat16"),
@@ -34,6 +36,13 @@ def test_each_wrong_option_is_named_with_what_to_do(name, value, said):
     config = valid()
     config[name] = value
     with pytest.raises(ValueError, match=said):
+        config_lib.check(config)
+
+
+def test_sample_grids_need_prompts():
+    config = valid()
+    config.samples.every = 2
+    with pytest.raises(ValueError, match="samples.prompts is empty"):
         config_lib.check(config)
 
 

@@ -173,10 +173,3 @@ def test_average_and_samples_do_not_change_the_student(trained, with_ema_and_sam
         for folder in (trained, with_ema_and_samples)
     ]
     assert losses[0] == losses[1]
-
-
-def test_sample_grids_without_prompts_are_refused(tiny, tmp_path):
-    config = tiny[1].copy_and_resolve_references()
-    config.samples.every = 2
-    with pytest.raises(ValueError, match="samples.prompts is empty"):
-        train.run(config, tmp_path / "run")
