@@ -107,20 +107,24 @@ class StateStore:
             raise CheckpointError(f"{self._folder(step)} cannot be restored: {error}") from error
 
 
-def _damage(folder: pathlib.Path) -> str | None:
-    """Reads all that is stored, this process its share, and tells what cannot be read; None if everything can."""
+def _damage(folder: pathlib.Path, parts: tuple[bytes, ...] = ()) -> str | None:
+    """Reads what is stored (of `parts` the first that is there), this process its share; tells what cannot be read."""
     try:
         needed = [folder / "_CHECKPOINT_METADATA", folder / "state" / "_METADATA"]
         for path in [*needed, *(folder / "state" / "array_metadatas").glob("*")]:
             _check_json(path)
         store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{folder / 'state'}/"}).result()
         keys = sorted(store.list().result())
+        for part in parts:
+            keys = [key for key in keys if key.startswith(part)] or keys
         if not keys:
             return "it holds no arrays"
         keys = keys[jax.process_index() :: jax.process_count()]
         for first in range(0, len(keys), READ_AT_ONCE):
-            for reading in [store.read(key) for key in keys[first : first + READ_AT_ONCE]]:
-                reading.result()
+            some = keys[first : first + READ_AT_ONCE]
+            for key, reading in zip(some, [store.read(key) for key in some], strict=True):
+                if not reading.result().value:  # So a value reads whose file is gone.
+                    return f"{key.decode()} is gone"
     except (ValueError, OSError) as error:  # tensorstore's errors are ValueErrors.
         return str(error).splitlines()[0][:300]
     return None
@@ -152,7 +156,7 @@ def restore_student(workdir: str | pathlib.Path, abstract) -> dict:
         steps = sorted(manager.all_steps())
     if not steps:
         raise CheckpointError(f"{folder} holds no complete checkpoint yet: train until the first one is saved.")
-    while len(steps) > 1 and (damage := _damage(folder / str(steps[-1]))):
+    while len(steps) > 1 and (damage := _damage(folder / str(steps[-1]), (b"ema.", b"params."))):
         print(f"{folder / str(steps.pop())} is damaged ({damage}): reading step {steps[-1]}.", file=sys.stderr)
     path = folder / str(steps[-1]) / "state"
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
