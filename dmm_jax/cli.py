@@ -59,6 +59,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--config", required=True, help="an experiment file; change an option by --config.NAME=VALUE")
     verb.add_argument("--workdir", required=True, type=pathlib.Path)
+    several = verb.add_argument_group("one of several processes")
+    several.add_argument("--distributed", action="store_true", help="ask the cluster (Cloud TPU, GKE, Slurm, Open MPI)")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where there is no cluster to ask")
+    several.add_argument("--num-processes", type=int, metavar="N")
+    several.add_argument("--process-id", type=int, metavar="K", help="0 to N - 1")
 
     verb = _add(verbs, "export", _export, "a trained student as PyTorch safetensors")
     verb.add_argument("workdir", type=pathlib.Path, metavar="WORKDIR")
@@ -136,9 +141,14 @@ def _prepare(args):
 
 
 def _train(args):
+    from dmm_jax import processes
     from dmm_jax.train import run
 
-    run(read_config(args.config, args.rest), args.workdir)
+    try:
+        with processes.joined(args.distributed, args.coordinator, args.num_processes, args.process_id):
+            run(read_config(args.config, args.rest), args.workdir)
+    except processes.Preempted as stopped:
+        print(f"dmm-jax train: {stopped} Run it again to go on.", file=sys.stderr)
 
 
 def _export(args):
@@ -184,13 +194,15 @@ def _bench(args):
 
 
 def read_config(path: str, overrides: Sequence[str] = ()):
-    """Runs an experiment file's `get_config()` and applies `--config.NAME=VALUE`.
+    """Runs an experiment file's `get_config()` and applies `--config.NAME=VALUE`; tuples take one flag an entry, too.
 
     Raises:
       ValueError: there is no such file, or an option has no such name or takes no such value.
     """
     from absl import flags
     from ml_collections import config_flags
+
+    from dmm_jax import config as config_lib
 
     if not pathlib.Path(path.partition(":")[0]).is_file():
         raise ValueError(f"there is no config file {path}. The experiments are in configs/.")
@@ -203,6 +215,7 @@ def read_config(path: str, overrides: Sequence[str] = ()):
         raise ValueError(f"{' '.join(overrides) or path}: {error} The options are in dmm_jax/config.py.") from error
     if left[1:]:
         raise ValueError(f"unexpected arguments: {' '.join(left[1:])}. Options are set as --config.NAME=VALUE.")
+    values.config.teachers = config_lib.as_teachers(values.config.teachers)
     return values.config
 
 

@@ -5,7 +5,7 @@ Defaults are the recipe of DMM (arXiv:2504.12364, A.3) where it states one.
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import ml_collections
 
@@ -49,6 +49,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.adam_eps = 1e-8
     config.weight_decay = 0.01
     config.max_grad_norm = 1.0  # Clips the global norm; 0 = off.
+    config.max_skipped_in_a_row = 10  # A step whose gradient is not finite changes nothing; after so many, stop.
 
     # How it is computed.
     config.dtype = "bfloat16"  # Of the networks' arithmetic; parameters, losses, norms and softmax are float32.
@@ -69,7 +70,8 @@ def get_config() -> ml_collections.ConfigDict:
     # What is written along the way. 0 = never.
     config.log_every = 50  # Steps between lines of metrics.jsonl.
     config.checkpoint_every = 1000
-    config.checkpoints_kept = 2
+    config.checkpoints_kept = 2  # The last so many; 0 = all.
+    config.checkpoints_kept_every = 0  # Besides those, every checkpoint whose step is a multiple of this.
     config.validation_every = 1000
     config.validation_size = 16  # Images per teacher in the fixed validation set.
     config.tensorboard = False  # Writes event files too; needs the tensorboardX package.
@@ -90,11 +92,56 @@ def get_config() -> ml_collections.ConfigDict:
     return config
 
 
+def as_teachers(values: Sequence) -> tuple[tuple[str, str], ...]:
+    """Reads ((name, path), ...) or ("name=path", ...), as a command line gives them.
+
+    Raises:
+      ValueError: an entry is neither.
+    """
+    pairs = [tuple(value.split("=", 1)) if isinstance(value, str) else tuple(value) for value in values]
+    for pair, value in zip(pairs, values, strict=True):
+        if len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
+            raise ValueError(
+                f"teachers holds {value!r}, which is no style name with a path. Give --config.teachers=NAME=PATH once "
+                "for each teacher, or all at once: --config.teachers=\"(('NAME', 'PATH'), ('NAME', 'PATH'))\"."
+            )
+    return tuple(pairs)
+
+
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError that names every option out of range, what was expected, and what to set."""
     problems = [problem for problem in _problems(config) if problem]
     if problems:
         raise ValueError("The config cannot be run:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def check_mesh(config: ml_collections.ConfigDict, mesh_shape: Mapping[str, int]) -> None:
+    """Raises ValueError when the images do not divide among the devices; names the numbers that would.
+
+    Args:
+      mesh_shape: devices along teacher, data and fsdp, known once the devices are.
+    """
+    columns = mesh_shape["data"] * mesh_shape["fsdp"]
+    unit = len(config.teachers) * config.gradient_accumulation * columns
+    where = f"mesh.data x mesh.fsdp = {mesh_shape['data']} x {mesh_shape['fsdp']} = {columns} devices a teacher"
+    problems = []
+    if config.batch_size % unit:
+        problems.append(
+            f"batch_size {config.batch_size} cannot be divided: {len(config.teachers)} teachers x "
+            f"gradient_accumulation {config.gradient_accumulation} on {where} want a multiple of {unit}. "
+            f"Use {_nearest(config.batch_size, unit)}, or fewer devices a teacher."
+        )
+    if config.validation_size % columns:
+        problems.append(
+            f"validation_size {config.validation_size} cannot be divided: {where} want a multiple of {columns}. "
+            f"Use {_nearest(config.validation_size, columns)}."
+        )
+    if problems:
+        raise ValueError("The config does not fit the devices:\n" + "\n".join(f"  - {line}" for line in problems))
+
+
+def _nearest(value: int, unit: int) -> int:
+    return max((value + unit // 2) // unit, 1) * unit
 
 
 def _problems(config):
@@ -114,9 +161,18 @@ def _problems(config):
             f"batch_size must be a positive multiple of teachers x gradient_accumulation = {parts}; "
             f"got {config.batch_size}. Use {fit}."
         )
-    for name in ("num_steps", "gradient_accumulation"):
+    for name in ("num_steps", "gradient_accumulation", "max_skipped_in_a_row"):
         yield config[name] < 1 and f"{name} must be at least 1; got {config[name]}."
-    for name in ("learning_rate", "weight_decay", "max_grad_norm", "feature_loss_weight", "warmup_steps"):
+    for name in (
+        "learning_rate",
+        "weight_decay",
+        "max_grad_norm",
+        "feature_loss_weight",
+        "warmup_steps",
+        "checkpoint_every",
+        "checkpoints_kept",
+        "checkpoints_kept_every",
+    ):
         yield config[name] < 0 and f"{name} must not be negative; got {config[name]}."
     for name in ("prompt_dropout", "ema_decay"):
         yield not 0 <= config[name] < 1 and f"{name} must lie in [0, 1); got {config[name]}."
@@ -124,6 +180,8 @@ def _problems(config):
     choices |= {"dtype": DTYPES, "attention": ATTENTION, "learning_rate_schedule": LEARNING_RATE_SCHEDULES}
     for name, allowed in choices.items():
         yield config[name] not in allowed and f"{name} must be one of {', '.join(allowed)}; got {config[name]!r}."
+    if config.samples.every and not config.samples.prompts:
+        yield "samples.every is set but samples.prompts is empty: list the prompts to draw, or set samples.every=0."
     sharded = config.mesh.teacher
     if sharded < 1 or num_teachers % sharded:
         yield f"mesh.teacher must divide the {num_teachers} teachers; got {sharded}. Use a divisor, or 1."

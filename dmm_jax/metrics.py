@@ -1,7 +1,6 @@
 """What a run says while it runs: metrics.jsonl always, a progress bar on a terminal, plain lines elsewhere."""
 
 import json
-import math
 import pathlib
 import sys
 import time
@@ -12,25 +11,41 @@ import numpy as np
 
 
 class MetricsLog:
-    """`metrics.jsonl` of a workdir. Lines past the step that a run resumes at are dropped: they will come again."""
+    """`metrics.jsonl` of a workdir. Lines past the step that a run resumes at are dropped: they will come again.
 
-    def __init__(self, workdir: str | pathlib.Path, start: int, names: Sequence[str], *, tensorboard: bool = False):
+    Of several processes one writes; the others read the same numbers and stop where it stops.
+    """
+
+    def __init__(
+        self,
+        workdir: str | pathlib.Path,
+        start: int,
+        names: Sequence[str],
+        *,
+        tensorboard: bool = False,
+        writes: bool = True,
+    ):
         self.path = pathlib.Path(workdir) / "metrics.jsonl"
-        kept = [line for line in read(self.path) if line["step"] <= start]
-        temporary = self.path.with_suffix(".part")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(self.path)
-        self._file = self.path.open("a")
         self._names = list(names)
-        self._writer = _tensorboard(workdir) if tensorboard else None
+        self._writes = writes
+        self._writer = _tensorboard(workdir) if tensorboard and writes else None
+        self._file = self._opened(start) if writes else None
         self._clock = None
         self.last: dict = {}
 
     def __enter__(self):
         return self
 
+    def _opened(self, start):
+        kept = [line for line in read(self.path) if line["step"] <= start]
+        temporary = self.path.with_suffix(".part")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(self.path)
+        return self.path.open("a")
+
     def __exit__(self, *_):
-        self._file.close()
+        if self._file:
+            self._file.close()
         if self._writer:
             self._writer.close()
 
@@ -41,11 +56,7 @@ class MetricsLog:
     def train(
         self, step: int, num_steps: int, batch_size: int, feature_loss_weight: float, metrics: Mapping, bar
     ) -> None:
-        """Writes the losses of one step, the speed since the last line, and the time left; waits for the device.
-
-        Raises:
-          FloatingPointError: the loss is no longer finite; names the styles.
-        """
+        """Writes the losses of one step, the speed since the last line, and the time left; waits for the device."""
         metrics = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
         since, then = self._clock
         self.start_clock(step)
@@ -56,19 +67,15 @@ class MetricsLog:
             "score": dict(zip(self._names, metrics["score"].tolist(), strict=True)),
             "feature": dict(zip(self._names, metrics["feature"].tolist(), strict=True)),
             "grad_norm": float(metrics["grad_norm"]),
+            "skipped_steps": int(metrics["skipped_steps"]),
+            "skipped_in_a_row": int(metrics["skipped_in_a_row"]),
             "images_per_s": batch_size / step_time_s,
         } | peak_memory()
         self._write(line)
         left = time.strftime("%H:%M:%S", time.gmtime((num_steps - step) * step_time_s))
-        self._say(
-            f"step {step}/{num_steps}  loss {line['loss']:.5f}  {line['images_per_s']:.1f} images/s  {left} left", bar
-        )
-        bad = [name for name in self._names if not math.isfinite(line["score"][name] + line["feature"][name])]
-        if bad or not math.isfinite(line["grad_norm"]):
-            raise FloatingPointError(
-                f"step {step}: not finite: {', '.join(bad) or 'the gradient alone'}. "
-                "Resume with a lower learning_rate or more warmup_steps, or with dtype float32."
-            )
+        skipped = f"  {line['skipped_steps']} steps skipped" * bool(line["skipped_steps"])
+        speed = f"{line['images_per_s']:.1f} images/s"
+        self._say(f"step {step}/{num_steps}  loss {line['loss']:.5f}  {speed}  {left} left{skipped}", bar)
 
     def validation(self, step: int, losses: Mapping[str, Sequence[float]], bar) -> None:
         """Writes the validation loss of each style, per timestep bin from low noise to high."""
@@ -79,6 +86,8 @@ class MetricsLog:
 
     def _write(self, line):
         self.last = self.last | line
+        if not self._writes:
+            return
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         if self._writer:
@@ -86,6 +95,8 @@ class MetricsLog:
                 self._writer.add_scalar(name, value, line["step"])
 
     def _say(self, text, bar):
+        if not self._writes:
+            return
         if bar is None or bar.disable:
             print(text, file=sys.stderr, flush=True)
         else:

@@ -32,9 +32,11 @@ def make_mesh(teacher: int = 1, data: int = 0, fsdp: int = 1, devices=None) -> M
     devices = jax.devices() if devices is None else devices
     data = data or max(len(devices) // (teacher * fsdp), 1)
     if teacher * data * fsdp != len(devices):
+        nearest = max(size for size in range(1, teacher + 1) if len(devices) % size == 0 and teacher % size == 0)
         raise ValueError(
             f"mesh teacher={teacher} x data={data} x fsdp={fsdp} wants {teacher * data * fsdp} devices; "
-            f"there are {len(devices)}. Set config.mesh so that the product is {len(devices)}."
+            f"there are {len(devices)}. Set config.mesh so that the product is {len(devices)}, for example "
+            f"teacher={nearest}, data={len(devices) // nearest}, fsdp=1."
         )
     return Mesh(np.asarray(devices).reshape(teacher, data, fsdp), AXES)
 
@@ -59,12 +61,37 @@ def placed(mesh: Mesh, specs):
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, P))
 
 
+def batch_share(mesh: Mesh, num_teachers: int, per_teacher: int, process_index: int | None = None):
+    """Returns the rows (teachers) and columns of a batch [N, B/N, ...] that lie on one process's devices.
+
+    Raises:
+      ValueError: they are no rectangle, so a sample would be read by two processes.
+    """
+    process_index = jax.process_index() if process_index is None else process_index
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(mesh.shape["teacher"], -1)
+    ours = owners == process_index  # (slices of teachers, slices of columns)
+    slices = np.flatnonzero(ours.any(1)), np.flatnonzero(ours.any(0))
+    if not ours[np.ix_(*slices)].all():
+        raise ValueError(
+            f"mesh teacher={mesh.shape['teacher']} x data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} gives "
+            f"process {process_index} devices that are no rectangle of teachers x columns. "
+            f"Choose data x fsdp as a multiple or a divisor of the {ours.sum()} devices of a process."
+        )
+    sizes = num_teachers // owners.shape[0], per_teacher // owners.shape[1]
+    return tuple((places[:, None] * size + np.arange(size)).ravel() for places, size in zip(slices, sizes, strict=True))
+
+
 def put(tree, mesh: Mesh, spec: P):
-    """Hands arrays of this process to the mesh, every leaf at `spec`."""
+    """Hands each process's own part to the mesh (of a batch: what `batch_share` names), every leaf at `spec`."""
     sharding = NamedSharding(mesh, spec)
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), tree)
+
+
+def put_whole(tree, mesh: Mesh, spec: P):
+    """Hands host arrays that every process holds to the mesh, every leaf at `spec`."""
+    return jax.tree.map(lambda leaf: make(leaf.shape, leaf.dtype, mesh, spec, leaf.__getitem__), tree)
 
 
 def make(shape: tuple[int, ...], dtype, mesh: Mesh, spec: P, read) -> jax.Array:

@@ -1,21 +1,23 @@
 """The training run: mesh, data, networks, state, restore, loop. Read `run` from top to bottom."""
 
+import collections
 import contextlib
 import functools
-import json
+import math
 import pathlib
 import sys
-import time
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from dmm_jax import config as config_lib
-from dmm_jax import sharding
+from dmm_jax import processes, sharding
 from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.states import StateStore
@@ -30,6 +32,7 @@ from dmm_jax.models.clip_text import CLIPTextModel
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel, merged_config
 from dmm_jax.tokenizer import Tokenizer
 
+MAX_STEPS_AHEAD = 2  # Dispatched but not done: keeps the device busy, and lets a run stop soon after it is asked to.
 NUM_TIMESTEP_BINS = 4  # Of the validation loss: 0-249, 250-499, 500-749, 750-999.
 
 
@@ -44,9 +47,13 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
 
     Raises:
       ValueError: the config, the checkpoints or the cache cannot be used; says which and what to do.
-      FloatingPointError: the loss is no longer finite.
+      FloatingPointError: too many steps in a row had no finite gradient; says which style, and what to try.
+      Preempted: SIGTERM came; the step that was reached is saved.
     """
     config_lib.check(config)
+    processes.check_joined()
+    mesh = sharding.make_mesh(**config.mesh)
+    config_lib.check_mesh(config, mesh.shape)
     workdir = pathlib.Path(workdir)
     names = [name for name, _ in config.teachers]
 
@@ -57,7 +64,6 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
     tokenizer = Tokenizer.from_folder(base.tokenizer_folder)
     cache = LatentCache(config.data.cache)
     cache.check(vae=base.digest("vae"), num_examples=config.validation_size + config.batch_size)
-    mesh = sharding.make_mesh(**config.mesh)
     open_workdir(workdir, config)
 
     # Networks: frozen ones on the mesh in the compute dtype, the student in float32.
@@ -72,17 +78,22 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
     optimizer = student_lib.make_optimizer(config)
     state = student_lib.make_state(params, optimizer, mesh, config.ema_decay)
     del params
+    failure, stopping = None, False
     with contextlib.ExitStack() as stack:
-        store = stack.enter_context(StateStore(workdir, every=config.checkpoint_every, kept=config.checkpoints_kept))
-        start = store.latest_step or 0
+        asked_to_stop = stack.enter_context(processes.stop_requests())
+        kept = {"kept": config.checkpoints_kept, "kept_every": config.checkpoints_kept_every}
+        store = stack.enter_context(StateStore(workdir, **kept))
+        start, state = store.resume(state)
         if start:
-            state = store.restore(state)
-            print(f"Resuming at step {start} of {config.num_steps}.", file=sys.stderr)
-        log = stack.enter_context(MetricsLog(workdir, start, names, tensorboard=config.tensorboard))
+            say(f"Resuming at step {start} of {config.num_steps}.")
+        log = stack.enter_context(
+            MetricsLog(workdir, start, names, tensorboard=config.tensorboard, writes=processes.is_first())
+        )
 
         # Data: batch k is a pure function of (seed, k).
         train_source, validation_source = cache.split(config.validation_size)
-        batches = data_pipeline.batches(train_source, config.seed, len(names), config.batch_size)
+        share = sharding.batch_share(mesh, len(names), config.batch_size // len(names))
+        batches = data_pipeline.batches(train_source, config.seed, len(names), config.batch_size, share)
         put_batch = functools.partial(sharding.put, mesh=mesh, spec=sharding.BATCH)
 
         # One compiled program a step; another for the validation set.
@@ -97,33 +108,71 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
             gradient_accumulation=config.gradient_accumulation,
             seed=config.seed,
         )
-        step = jax.jit(distill_step.build_step(gradients, optimizer, config.ema_decay), donate_argnums=0)
+        step = jax.jit(
+            distill_step.build_step(gradients, optimizer, config.ema_decay),
+            donate_argnums=0,
+            out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(mesh, sharding.COPY)),
+        )
         validate = build_validator(config, names, networks, objective, mesh, specs, validation_source)
-        draw_samples = build_sampler(config, base, names, student_config, workdir)
+        draw_samples = build_sampler(config, base, names, student_config, mesh, workdir)
 
         iterator = data_pipeline.iterate(batches, start)
         batch = put_batch(next(iterator)) if start < config.num_steps else None
         bar = stack.enter_context(
             tqdm(
-                total=config.num_steps, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+                total=config.num_steps,
+                initial=start,
+                unit="step",
+                disable=not (sys.stderr.isatty() and processes.is_first()),
+                dynamic_ncols=True,
             )
         )
+        running = collections.deque()
         log.start_clock(start)
         for number in range(start + 1, config.num_steps + 1):
             state, metrics = step(state, frozen, encoders, batch)
             if number < config.num_steps:
                 batch = put_batch(next(iterator))  # While the device works.
-            last = number == config.num_steps
+            running.append(metrics)
+            if len(running) > MAX_STEPS_AHEAD:
+                jax.block_until_ready(running.popleft())
+            stopping = asked_to_stop(number)
+            last = stopping or number == config.num_steps
             if last or _due(number, config.log_every):
                 log.train(number, config.num_steps, config.batch_size, objective.feature_loss_weight, metrics, bar)
-            if validate and (last or _due(number, config.validation_every)):
+                if log.last["skipped_in_a_row"] >= config.max_skipped_in_a_row:
+                    failure = diagnosis(log.last, config)
+                    break
+            if validate and not stopping and (last or _due(number, config.validation_every)):
                 log.validation(number, validate(state["params"], frozen, encoders), bar)
-            if draw_samples and (last or _due(number, config.samples.every)):
+            if draw_samples and not stopping and (last or _due(number, config.samples.every)):
                 draw_samples(number, state.get("ema", state["params"]))
-            if config.checkpoint_every or last:
-                store.save(number, state, force=last)
+            if last or _due(number, config.checkpoint_every):
+                store.save(number, state)
             bar.update()
+            if stopping:
+                break
+    if failure:
+        raise FloatingPointError(failure)
+    if stopping:
+        raise processes.Preempted(f"stopped by SIGTERM after step {number} of {config.num_steps}, which is saved.")
     return log.last
+
+
+def diagnosis(line: Mapping, config) -> str:
+    """Says of a run's last logged step why it cannot go on, and what to try."""
+    bad = [name for name in line["score"] if not math.isfinite(line["score"][name] + line["feature"][name])]
+    what = f"the loss of {', '.join(bad)} is" if bad else "every loss is finite, the gradient is"
+    learning_rate = student_lib.learning_rate_schedule(config)(line["step"] - line["skipped_steps"])
+    tries = "a lower learning_rate, more warmup_steps or a smaller max_grad_norm"
+    return (
+        f"step {line['step']}: {line['skipped_in_a_row']} steps in a row had no finite gradient and were skipped "
+        f"({line['skipped_steps']} in all): {what} not finite (learning rate {float(learning_rate):.3g}, gradient norm "
+        f"{line['grad_norm']}). "
+        + ("Look at its checkpoint with `dmm-jax inspect`. " if 0 < len(bad) < len(line["score"]) else "")
+        + f"The weights are still those before the first of them. Resume from the last checkpoint with {tries}"
+        + (", or with dtype float32." if config.dtype != "float32" else ".")
+    )
 
 
 def _due(number, every):
@@ -141,9 +190,23 @@ def open_workdir(workdir: pathlib.Path, config) -> None:
                 f"{', '.join(name for name, _ in config.teachers)}. Use another --workdir."
             )
         for line in config_lib.differences(old, config):
-            print(f"Config changed since this run was last started: {line}", file=sys.stderr)
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(config_lib.to_json(config))
+            say(f"Config changed since this run was last started: {line}")
+    processes.wait_for_all("config.json read")
+    if processes.is_first():
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(config_lib.to_json(config))
+    processes.wait_for_all("config.json written")
+    if not path.is_file():
+        raise ValueError(
+            f"process {jax.process_index()} does not see {path}, which process 0 wrote. "
+            "Give a --workdir on a file system that all hosts share."
+        )
+
+
+def say(line: str) -> None:
+    """Prints a line on stderr, once for all processes."""
+    if processes.is_first():
+        print(line, file=sys.stderr, flush=True)
 
 
 def attention_implementation(config) -> str:
@@ -187,8 +250,11 @@ def build_validator(config, names, networks, objective, mesh, specs, source):
         return None
     inputs = validation_inputs(source, len(names), config.seed, len(objective.alphas_cumprod))
     bins = inputs["timesteps"][0] * NUM_TIMESTEP_BINS // len(objective.alphas_cumprod)
-    on_mesh = sharding.put(inputs, mesh, sharding.BATCH)
-    errors = jax.jit(distill_step.build_validation(networks, objective, mesh, specs, dtype=jnp.dtype(config.dtype)))
+    on_mesh = sharding.put_whole(inputs, mesh, sharding.BATCH)
+    errors = jax.jit(
+        distill_step.build_validation(networks, objective, mesh, specs, dtype=jnp.dtype(config.dtype)),
+        out_shardings=NamedSharding(mesh, sharding.COPY),
+    )
 
     def validate(params, teachers, encoders):
         rows = np.asarray(errors(params, teachers, encoders, on_mesh))
@@ -214,23 +280,25 @@ def validation_inputs(source, num_teachers: int, seed: int, num_timesteps: int) 
     return {name: np.repeat(leaf[None], num_teachers, 0) for name, leaf in one.items()}
 
 
-def build_sampler(config, base, names, student_config, workdir):
+def build_sampler(config, base, names, student_config, mesh, workdir):
     """Returns `f(step, params)` that writes samples/step_N.png: prompts down, styles across; None if not asked for."""
     if not config.samples.every:
         return None
-    if not config.samples.prompts:
-        raise ValueError(
-            "samples.every is set but samples.prompts is empty: list the prompts to draw, or set samples.every=0."
-        )
     from dmm_jax import images
-    from dmm_jax.pipeline import Pipeline
+    from dmm_jax.pipeline import Pipeline, in_memory
 
-    pipeline = Pipeline.of_student(base, student_config, names, dtype=config.dtype)
+    dtype = jnp.dtype(config.dtype)
+    whole = jax.jit(lambda params: in_memory(params, dtype), out_shardings=NamedSharding(mesh, sharding.COPY))
+    first = processes.is_first()
+    pipeline = Pipeline.of_student(base, student_config, names, dtype=config.dtype) if first else None
     prompts = [prompt for prompt in config.samples.prompts for _ in names]
     options = {key: config.samples[key] for key in ("num_inference_steps", "guidance_scale", "solver")}
 
     def draw(number, params):
-        pictures = pipeline.with_unet(params)(prompts, styles=names * len(config.samples.prompts), **options)
+        here = jax.tree.map(lambda leaf: leaf.addressable_data(0), whole(params))  # Every process takes part.
+        if not first:
+            return
+        pictures = pipeline.with_unet(here)(prompts, styles=names * len(config.samples.prompts), **options)
         grid = images.labelled_grid(
             pictures.reshape((-1, len(names)) + pictures.shape[1:]), list(config.samples.prompts), names
         )
@@ -238,10 +306,3 @@ def build_sampler(config, base, names, student_config, workdir):
         grid.save(workdir / "samples" / f"step_{number:07d}.png")
 
     return draw
-
-
-def save_summary(workdir: pathlib.Path, values: dict) -> None:
-    """Writes `summary.json`: what a finished run reached."""
-    (workdir / "summary.json").write_text(
-        json.dumps(values | {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
-    )

@@ -1,6 +1,7 @@
 """Test settings: CPU, exact float32 products, and run-time checks of every annotated shape."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +11,10 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# What one test has compiled is loaded by the next: most tests that train compile the same step.
+compiled = tempfile.TemporaryDirectory(prefix="dmm_jax_compiled_")
+jax.config.update("jax_compilation_cache_dir", compiled.name)
 
 install_import_hook("dmm_jax", "beartype.beartype")
 

@@ -86,6 +86,30 @@ def test_unknown_options_are_told(capsys, experiment):
     assert "learning_rat" in said and "config.py" in said
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--config.teachers=(('new', 'a/x'), ('newer', 'y.safetensors'))"],
+        ["--config.teachers=[['new', 'a/x'], ['newer', 'y.safetensors']]"],
+        ["--config.teachers=new=a/x", "--config.teachers=newer=y.safetensors"],
+    ],
+)
+def test_teachers_can_be_given_on_the_command_line(experiment, given):
+    from dmm_jax import config as config_lib
+
+    path = experiment()[0].removeprefix("--config=")
+    config = cli.read_config(path, given)
+    assert config.teachers == (("new", "a/x"), ("newer", "y.safetensors"))
+    assert config_lib.from_json(config_lib.to_json(config)).teachers == config.teachers
+    assert cli.read_config(path, ["--config.teachers=new=a/x=y"]).teachers == (("new", "a/x=y"),)
+
+
+@pytest.mark.parametrize("given", ["('new', 'a/x')", "new", "(('new',),)", "(('new', 1),)", "=x", "new="])
+def test_teachers_that_are_no_names_with_paths_are_told_how_to_be_given(capsys, experiment, given):
+    said = failing(capsys, "train", *experiment(), f"--config.teachers={given}")
+    assert "--config.teachers=NAME=PATH once" in said
+
+
 def test_inspect_prints_json_and_says_that_the_set_fits(capsys, tiny):
     import json
 

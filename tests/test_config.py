@@ -24,6 +24,8 @@ def test_a_valid_config_passes():
         ("teachers", (("a=b", "x"), ("c", "y")), "a=b"),
         ("batch_size", 7, "Use 6"),
         ("num_steps", 0, "num_steps"),
+        ("max_skipped_in_a_row", 0, "max_skipped_in_a_row must be at least 1"),
+        ("checkpoints_kept_every", -1, "checkpoints_kept_every must not be negative"),
         ("learning_rate", -1.0, "learning_rate"),
         ("prompt_dropout", 1.0, r"\[0, 1\)"),
         ("dtype", "float8", "float32, bfloat16"),
@@ -34,6 +36,13 @@ def test_each_wrong_option_is_named_with_what_to_do(name, value, said):
     config = valid()
     config[name] = value
     with pytest.raises(ValueError, match=said):
+        config_lib.check(config)
+
+
+def test_sample_grids_need_prompts():
+    config = valid()
+    config.samples.every = 2
+    with pytest.raises(ValueError, match="samples.prompts is empty"):
         config_lib.check(config)
 
 
@@ -49,6 +58,32 @@ def test_a_mesh_that_does_not_divide_the_teachers_is_refused():
     config.mesh.teacher = 3
     with pytest.raises(ValueError, match="must divide the 2 teachers"):
         config_lib.check(config)
+
+
+@pytest.mark.parametrize(
+    "batch_size, accumulation, shape, multiple, nearest",
+    [(8, 1, (1, 8, 1), 16, 16), (40, 1, (2, 4, 2), 16, 48), (24, 2, (1, 2, 2), 16, 32), (2, 1, (1, 1, 4), 8, 8)],
+)
+def test_a_batch_that_the_devices_do_not_divide_is_told_with_one_that_works(
+    batch_size, accumulation, shape, multiple, nearest
+):
+    config = valid()
+    config.batch_size, config.gradient_accumulation = batch_size, accumulation
+    config_lib.check(config)
+    mesh_shape = dict(zip(("teacher", "data", "fsdp"), shape, strict=True))
+    with pytest.raises(ValueError, match=f"batch_size {batch_size} .* multiple of {multiple}. Use {nearest}"):
+        config_lib.check_mesh(config, mesh_shape)
+    config.batch_size = nearest
+    config_lib.check_mesh(config, mesh_shape)
+
+
+def test_a_validation_set_that_the_devices_do_not_divide_is_told():
+    config = valid()
+    config.validation_size = 3
+    with pytest.raises(ValueError, match="validation_size 3 .* multiple of 4. Use 4"):
+        config_lib.check_mesh(config, {"teacher": 1, "data": 2, "fsdp": 2})
+    config.validation_size = 0
+    config_lib.check_mesh(config, {"teacher": 1, "data": 2, "fsdp": 2})
 
 
 def test_json_round_trip_is_exact():

@@ -9,13 +9,15 @@ import sys
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from dmm_jax import sharding
 
 ROOT = pathlib.Path(__file__).parent.parent
-MESHES = [(1, 1, 1), (2, 2, 1), (2, 1, 2), (1, 1, 4)]
+MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (4, 2, 1), (1, 1, 8)]
+# Fake devices, and quick compilation: the code's speed does not matter here.
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 PROGRAM = """
 import json, sys, functools
 import jax, jax.numpy as jnp, numpy as np
@@ -29,11 +31,11 @@ from dmm_jax.tokenizer import Tokenizer
 config = from_json(open(sys.argv[1]).read())
 base = open_checkpoint(config.base)
 others = [open_checkpoint(path) for _, path in config.teachers]
-host = batches(LatentCache(config.data.cache), 0, 2, 8)[0]
+host = batches(LatentCache(config.data.cache), 0, 8, 64)[0]
 for t, d, f in json.loads(sys.argv[2]):
     mesh = sharding.make_mesh(t, d, f, devices=jax.devices()[: t * d * f])
     frozen, encoders = teachers.put_teachers(base, others, mesh, jnp.float32)
-    networks, student_config = train.define_networks(config, base, 2)
+    networks, student_config = train.define_networks(config, base, 8)
     style = student.style_params(student_config, "paper", 0)
     params = student.put_student([base.params("unet")], style, student_config, mesh)
     objective = train.define_objective(config, base, Tokenizer.from_folder(base.tokenizer_folder))
@@ -49,8 +51,10 @@ for t, d, f in json.loads(sys.argv[2]):
 def test_every_mesh_gives_the_same_gradients_and_errors(tiny, tmp_path):
     from dmm_jax.config import to_json
 
-    (tmp_path / "config.json").write_text(to_json(tiny[1]))
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT)}
+    config = tiny[1].copy_and_resolve_references()
+    config.teachers = tuple((f"{name}_{k}", path) for k in range(4) for name, path in config.teachers)
+    (tmp_path / "config.json").write_text(to_json(config))
+    environment = os.environ | {"XLA_FLAGS": FLAGS, "PYTHONPATH": str(ROOT)}
     environment |= {"JAX_PLATFORMS": "cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "config.json"), json.dumps(MESHES)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
@@ -64,7 +68,7 @@ def test_every_mesh_gives_the_same_gradients_and_errors(tiny, tmp_path):
 
 
 def test_a_mesh_that_does_not_use_all_devices_is_refused():
-    with pytest.raises(ValueError, match="product is 1"):
+    with pytest.raises(ValueError, match="wants 2 devices; there are 1.*product is 1, for example teacher=1, data=1"):
         sharding.make_mesh(2, 1, 1, devices=jax.devices()[:1])
 
 
@@ -74,3 +78,42 @@ def test_large_parameters_are_sharded_along_the_largest_dimension_that_divides()
     assert sharding.parameter_spec((1280, 3), mesh) == P("fsdp", None)
     assert sharding.parameter_spec((1001, 3), mesh) == P()  # Nothing divides.
     assert sharding.parameter_spec((320,), mesh) == P()  # Too small.
+
+
+class Device:
+    """All that a mesh asks of a device."""
+
+    platform = device_kind = "cpu"
+
+    def __init__(self, number, process_index):
+        self.id, self.process_index = number, process_index
+
+
+def mesh_of(owners):
+    """Returns a mesh whose devices (teacher, data, fsdp) belong to the processes `owners`."""
+    devices = [Device(number, owner) for number, owner in enumerate(np.ravel(owners).tolist())]
+    return Mesh(np.array(devices, object).reshape(np.shape(owners)), sharding.AXES)
+
+
+@pytest.mark.parametrize(
+    "owners",
+    [
+        [[[0, 0], [0, 0]], [[1, 1], [1, 1]]],  # Teachers divided among processes.
+        [[[0, 0], [1, 1]], [[0, 0], [1, 1]]],  # Columns divided.
+        [[[0, 0], [1, 1]], [[2, 2], [3, 3]]],  # Both.
+        [[[0, 1], [0, 1]], [[2, 3], [2, 3]]],  # Columns in turns, as the tiles of a TPU slice lie.
+    ],
+)
+def test_the_shares_of_the_processes_cover_a_batch_once(owners):
+    mesh, covered = mesh_of(owners), np.zeros((4, 8), int)
+    for process in np.unique(owners).tolist():
+        rows, columns = sharding.batch_share(mesh, 4, 8, process)
+        covered[np.ix_(rows, columns)] += 1
+        slices = np.repeat(np.repeat(np.reshape(owners, (2, 4)), 2, 0), 2, 1)
+        assert (slices[np.ix_(rows, columns)] == process).all()
+    assert (covered == 1).all()
+
+
+def test_devices_of_a_process_that_are_no_rectangle_are_refused():
+    with pytest.raises(ValueError, match="process 0 devices that are no rectangle.*3 devices"):
+        sharding.batch_share(mesh_of([[[0], [0]], [[0], [1]], [[1], [1]]]), 3, 4, 0)

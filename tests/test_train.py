@@ -1,13 +1,21 @@
 """The run: resumed equals uninterrupted, twice in a row; what is written; what is refused."""
 
 import json
+import os
+import signal
+import threading
+import time
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from PIL import Image
 
-from dmm_jax import train
+from dmm_jax import images, processes, train
 from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.states import StateStore
 from dmm_jax.metrics import read
+from dmm_jax.pipeline import Pipeline
 from tests import worlds
 
 
@@ -66,3 +74,102 @@ def test_metrics_past_the_resumed_step_are_dropped(tmp_path):
     with MetricsLog(tmp_path, 2, ["a"]):
         pass
     assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_sigterm_saves_the_step_that_was_reached_and_the_next_run_goes_on_bit_for_bit(tiny, trained, tmp_path, capsys):
+    config = tiny[1].copy_and_resolve_references()
+    config.checkpoint_every = config.validation_every = 0
+    workdir, step = tmp_path / "run", None
+
+    def stop():
+        while not any("loss" in line for line in read(workdir / "metrics.jsonl")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    config.num_steps = 100_000
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(processes.Preempted, match="stopped by SIGTERM after step"):
+        train.run(config, workdir)
+    with StateStore(workdir) as store:
+        step = store.latest_step
+    assert step == read(workdir / "metrics.jsonl")[-1]["step"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    config.num_steps = step + 2
+    train.run(config, workdir)
+    train.run(config, tmp_path / "whole")
+    whole, parts = (open_checkpoint(folder).tensors("unet") for folder in (tmp_path / "whole", workdir))
+    assert all(np.array_equal(whole[key], parts[key]) for key in whole)
+
+
+def test_a_run_without_finite_gradients_stops_with_a_diagnosis_and_keeps_its_last_good_weights(tiny, tmp_path, capsys):
+    config = tiny[1].copy_and_resolve_references()
+    config.learning_rate, config.warmup_steps, config.max_grad_norm = 1e25, 0, 0.0
+    config.num_steps, config.checkpoint_every, config.max_skipped_in_a_row = 50, 2, 3
+    with pytest.raises(FloatingPointError) as stopped:
+        train.run(config, tmp_path)
+    said = str(stopped.value)
+    assert "step 4: 3 steps in a row" in said and "the loss of left, right is not finite" in said
+    assert "learning rate 1e+25" in said and "lower learning_rate" in said and "dmm-jax inspect" not in said
+    lines = read(tmp_path / "metrics.jsonl")
+    assert [line["skipped_steps"] for line in lines if "loss" in line] == [0, 1, 2, 3]
+    kept = open_checkpoint(tmp_path).tensors("unet")
+    assert all(np.isfinite(kept[key]).all() for key in kept)
+
+
+def test_the_diagnosis_names_the_one_style_that_is_at_fault(tiny):
+    line = {"step": 9, "skipped_steps": 4, "skipped_in_a_row": 3, "grad_norm": float("nan")}
+    line |= {"score": {"left": 0.1, "right": float("inf")}, "feature": {"left": 0.1, "right": 0.1}}
+    said = train.diagnosis(line, tiny[1])
+    assert "the loss of right is not finite" in said and "dmm-jax inspect" in said and "float32" not in said
+
+
+@pytest.fixture(scope="module")
+def with_ema_and_samples(tiny, tmp_path_factory):
+    """The workdir of a run that keeps an average and draws samples every second step."""
+    config = tiny[1].copy_and_resolve_references()
+    config.num_steps, config.ema_decay, config.validation_every = 3, 0.5, 0
+    config.checkpoint_every, config.checkpoints_kept = 1, 0
+    config.samples.every, config.samples.prompts, config.samples.num_inference_steps = 2, ("a star", "a square"), 2
+    workdir = tmp_path_factory.mktemp("samples")
+    train.run(config, workdir)
+    return workdir
+
+
+def test_the_average_is_the_closed_form_of_the_steps_before(tiny, with_ema_and_samples):
+    states = [restored(with_ema_and_samples, step) for step in (1, 2, 3)]
+    start = open_checkpoint(tiny[0]["base"]).params("unet")["conv_in"]["kernel"]
+    kernels = [start, *(state["params"]["conv_in"]["kernel"] for state in states)]
+    weights = [0.5**3, 0.5**3, 0.5**2, 0.5]  # d^n of the start, (1 - d) d^(n - k) of step k.
+    wanted = sum(weight * np.asarray(kernel) for weight, kernel in zip(weights, kernels, strict=True))
+    np.testing.assert_allclose(states[-1]["ema"]["conv_in"]["kernel"], wanted, rtol=1e-5, atol=1e-8)
+    assert np.abs(wanted - kernels[-1]).max() > 1e-5
+
+
+def restored(workdir, step):
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+        return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
+
+
+def test_exports_read_the_average(with_ema_and_samples):
+    kernel = open_checkpoint(with_ema_and_samples).params("unet")["conv_in"]["kernel"]
+    assert np.array_equal(kernel, restored(with_ema_and_samples, 3)["ema"]["conv_in"]["kernel"])
+
+
+def test_sample_grids_show_the_average_prompts_down_styles_across(with_ema_and_samples):
+    files = sorted(path.name for path in (with_ema_and_samples / "samples").iterdir())
+    assert files == ["step_0000002.png", "step_0000003.png"]
+    pipeline = Pipeline.from_pretrained(with_ema_and_samples)
+    prompts = [prompt for prompt in ("a star", "a square") for _ in worlds.NAMES]
+    pictures = pipeline(prompts, styles=list(worlds.NAMES) * 2, num_inference_steps=2, solver="dpmpp_2m")
+    grid = images.labelled_grid(pictures.reshape(2, 2, *pictures.shape[1:]), ["a star", "a square"], worlds.NAMES)
+    with Image.open(with_ema_and_samples / "samples" / "step_0000003.png") as drawn:
+        assert drawn.size == grid.size
+        assert np.abs(np.asarray(drawn.convert("RGB"), int) - np.asarray(grid.convert("RGB"), int)).max() <= 1
+
+
+def test_average_and_samples_do_not_change_the_student(trained, with_ema_and_samples):
+    losses = [
+        [line["loss"] for line in read(folder / "metrics.jsonl") if "loss" in line][:3]
+        for folder in (trained, with_ema_and_samples)
+    ]
+    assert losses[0] == losses[1]

@@ -10,7 +10,7 @@ MAX_STEPS = 2**31
 
 
 class Batch(TypedDict):
-    """One step's examples of this process: N teachers, B/N examples for each."""
+    """One step's examples, or the rows and columns of them that this process reads."""
 
     latents: np.ndarray  # float32 (N, B/N, h, w, C), scaled
     input_ids: np.ndarray  # int32 (N, B/N, L)
@@ -21,31 +21,26 @@ def batches(
     seed: int,
     num_teachers: int,
     batch_size: int,
-    *,
-    process_index: int = 0,
-    process_count: int = 1,
-    teacher_processes: int = 1,
+    share: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> grain.MapDataset:
     """Returns the batches of all steps: `dataset[k]` is a `Batch`, and `iterate` reads them ahead.
 
     The examples come in an endless row of epochs, each shuffled anew. Batch k of the whole run takes the next
-    `batch_size` of them, teacher by teacher, so it does not depend on the number of processes. Process p holds the
-    block of it that lies on its devices when the mesh has the processes in order, teachers first.
+    `batch_size` of them, teacher by teacher, so it does not depend on the number of processes.
 
     Args:
         source: `LatentCache` or `CacheSlice`.
         batch_size: examples a step over all teachers and processes.
-        teacher_processes: into how many process groups the teachers are divided; each group divides the examples.
+        share: the rows and columns of the batch [N, B/N] that this process reads; None: all.
 
     Raises:
-        ValueError: teachers or examples do not divide evenly.
+        ValueError: the source is empty, or teachers do not divide the examples.
     """
-    _check(source, num_teachers, batch_size, process_index, process_count, teacher_processes)
+    _check(source, num_teachers, batch_size)
     stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    per_teacher = np.arange(batch_size).reshape(num_teachers, -1)
-    group, member = divmod(process_index, process_count // teacher_processes)
-    teachers = np.split(per_teacher, teacher_processes, axis=0)[group]
-    places = np.split(teachers, process_count // teacher_processes, axis=1)[member]
+    places = np.arange(batch_size).reshape(num_teachers, -1)
+    if share is not None:
+        places = places[np.ix_(*share)]
     return grain.MapDataset.range(MAX_STEPS).map(_Gather(stream, places, batch_size))
 
 
@@ -74,24 +69,13 @@ class _Gather:
         return rows.reshape(*self.places.shape, *rows.shape[1:])  # (N, B/N, ...)
 
 
-def _check(source, num_teachers, batch_size, process_index, process_count, teacher_processes) -> None:
+def _check(source, num_teachers, batch_size) -> None:
     if len(source) == 0:
         raise ValueError("the source of examples is empty. Prepare a cache with more images.")
-    if min(num_teachers, batch_size, process_count, teacher_processes) < 1:
+    if min(num_teachers, batch_size) < 1:
+        raise ValueError(f"expected positive numbers of teachers and examples; got {num_teachers=}, {batch_size=}.")
+    if batch_size % num_teachers:
         raise ValueError(
-            f"expected positive numbers of teachers, examples and processes; got num_teachers={num_teachers}, "
-            f"batch_size={batch_size}, process_count={process_count}, teacher_processes={teacher_processes}."
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index must lie in 0 to {process_count - 1}; got {process_index}.")
-    if process_count % teacher_processes or num_teachers % teacher_processes:
-        raise ValueError(
-            f"teacher_processes must divide the {process_count} processes and the {num_teachers} teachers; "
-            f"got {teacher_processes}. Use 1."
-        )
-    parts = num_teachers * (process_count // teacher_processes)
-    if batch_size % parts:
-        raise ValueError(
-            f"batch_size must be a multiple of {parts} ({num_teachers} teachers, {process_count // teacher_processes} "
-            f"processes a teacher); got {batch_size}. Use {max(batch_size - batch_size % parts, parts)}."
+            f"batch_size must be a multiple of the {num_teachers} teachers; got {batch_size}. "
+            f"Use {max(batch_size - batch_size % num_teachers, num_teachers)}."
         )

@@ -193,16 +193,28 @@ def _micro_batches(leaf, num_micro_batches):
 
 
 def build_step(loss_and_grads: Callable, optimizer: optax.GradientTransformation, ema_decay: float) -> Callable:
-    """Returns `step(state, teachers, encoders, batch) -> (state, metrics)`: one update, ready to be compiled."""
+    """Returns `step(state, teachers, encoders, batch) -> (state, metrics)`: one update, ready to be compiled.
+
+    Where the gradient or a loss is not finite, params, moments and average stay as they are: the step is counted as
+    skipped, and nothing else happens.
+    """
 
     def step(state, teachers, encoders, batch):
         grads, errors = loss_and_grads(state["params"], teachers, encoders, batch, state["step"])
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        new = {"step": state["step"] + 1, "params": params, "opt_state": opt_state}
+        new = {"params": params, "opt_state": opt_state}
         if ema_decay:
             new["ema"] = optax.incremental_update(params, state["ema"], 1.0 - ema_decay)
-        return new, errors | {"grad_norm": optax.global_norm(grads)}
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(errors["score"] + errors["feature"]).all()
+        new = jax.tree.map(partial(jnp.where, finite), new, {name: state[name] for name in new})
+        counters = {
+            "step": state["step"] + 1,
+            "skipped_steps": state["skipped_steps"] + ~finite,
+            "skipped_in_a_row": jnp.where(finite, 0, state["skipped_in_a_row"] + 1),
+        }
+        return new | counters, errors | {"grad_norm": grad_norm} | {k: v for k, v in counters.items() if k != "step"}
 
     return step
 

@@ -64,17 +64,25 @@ def _at(tree, keys):
     return tree
 
 
-def make_optimizer(config) -> optax.GradientTransformation:
-    """Returns AdamW behind a global-norm clip, with a linear warm-up and then a constant or cosine learning rate."""
+def learning_rate_schedule(config) -> optax.Schedule:
+    """Returns the learning rate by update: a linear warm-up, then a constant or a cosine."""
     warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps) if config.warmup_steps else None
     rest = optax.constant_schedule(config.learning_rate)
     if config.learning_rate_schedule == "cosine":
         rest = optax.cosine_decay_schedule(config.learning_rate, max(config.num_steps - config.warmup_steps, 1))
-    learning_rate = optax.join_schedules([warmup, rest], [config.warmup_steps]) if warmup else rest
+    return optax.join_schedules([warmup, rest], [config.warmup_steps]) if warmup else rest
+
+
+def make_optimizer(config) -> optax.GradientTransformation:
+    """Returns AdamW behind a global-norm clip, at `learning_rate_schedule`."""
     parts = [optax.clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []
     parts.append(
         optax.adamw(
-            learning_rate, b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps, weight_decay=config.weight_decay
+            learning_rate_schedule(config),
+            b1=config.adam_b1,
+            b2=config.adam_b2,
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
         )
     )
     if config.style_learning_rate_scale != 1.0:
@@ -97,12 +105,11 @@ def _scale_style(scale):
 
 
 def make_state(params, optimizer: optax.GradientTransformation, mesh: Mesh, ema_decay: float) -> dict:
-    """Returns the training state around the student: step, params, moments, and the average when it is kept."""
+    """Returns the training state around the student: counters, params, moments, and the average when it is kept."""
     specs = state_specs(params, optimizer, mesh, ema_decay)
 
     def init(params):
-        state = {"step": jnp.int32(0), "params": params, "opt_state": optimizer.init(params)}
-        return state | ({"ema": jax.tree.map(jnp.copy, params)} if ema_decay else {})
+        return _fresh(params, optimizer, ema_decay)
 
     return jax.jit(init, out_shardings=sharding.placed(mesh, specs))(params)
 
@@ -111,7 +118,12 @@ def state_specs(params, optimizer: optax.GradientTransformation, mesh: Mesh, ema
     """Returns where each leaf of the training state lives; moments and average follow their parameter."""
 
     def shapes(params):
-        state = {"step": jnp.int32(0), "params": params, "opt_state": optimizer.init(params)}
-        return state | ({"ema": params} if ema_decay else {})
+        return _fresh(params, optimizer, ema_decay)
 
     return sharding.state_specs(jax.eval_shape(shapes, params), mesh)
+
+
+def _fresh(params, optimizer, ema_decay):
+    counters = {name: jnp.int32(0) for name in ("step", "skipped_steps", "skipped_in_a_row")}
+    state = counters | {"params": params, "opt_state": optimizer.init(params)}
+    return state | ({"ema": jax.tree.map(jnp.copy, params)} if ema_decay else {})

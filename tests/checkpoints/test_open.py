@@ -347,8 +347,8 @@ def workdir(request, folder, student, tmp_path):
     state = {"params": wanted}
     if request.param == "ema":
         state = {"params": jax.tree.map(jnp.zeros_like, wanted), "ema": wanted}
-    with StateStore(path, every=1, kept=1) as store:
-        store.save(5, state, force=True)
+    with StateStore(path, kept=1) as store:
+        store.save(5, state)
     return path
 
 

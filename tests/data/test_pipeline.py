@@ -1,4 +1,4 @@
-"""Laws of the batches: pure in (seed, step), every example once an epoch, the same for any number of processes."""
+"""Laws of the batches: pure in (seed, step), every example once an epoch, shares cut from one batch."""
 
 import numpy as np
 import pytest
@@ -60,29 +60,17 @@ def test_iterating_from_a_step_equals_looking_up(start):
         np.testing.assert_array_equal(_numbers(next(iterator)), _numbers(data[k]))
 
 
-@pytest.mark.parametrize("process_count, teacher_processes", [(2, 1), (2, 2), (4, 2), (4, 4), (3, 1)])
-def test_processes_cut_one_and_the_same_batch_into_blocks(process_count, teacher_processes):
-    whole = pipeline.batches(Numbers(100), 5, 4, 48)
-    parts = [
-        pipeline.batches(
-            Numbers(100), 5, 4, 48, process_index=p, process_count=process_count, teacher_processes=teacher_processes
-        )
-        for p in range(process_count)
-    ]
+def test_a_share_is_its_rows_and_columns_of_the_whole_batch():
+    share = (np.array([1, 3]), np.array([0, 4, 5]))
+    whole, part = (pipeline.batches(Numbers(100), 5, 4, 48, one) for one in (None, share))
     for k in (0, 3):
-        blocks = np.array([_numbers(part[k]) for part in parts])
-        rows = np.split(blocks, teacher_processes)
-        joined = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
-        np.testing.assert_array_equal(joined, _numbers(whole[k]))
+        np.testing.assert_array_equal(_numbers(part[k]), _numbers(whole[k])[np.ix_(*share)])
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"batch_size": 10}, "multiple of 4.*Use 8"),
-        ({"batch_size": 12, "process_count": 2}, "multiple of 8"),
-        ({"process_index": 1}, "process_index"),
-        ({"process_count": 3, "teacher_processes": 2}, "teacher_processes"),
+        ({"batch_size": 10}, "multiple of the 4.*Use 8"),
         ({"num_teachers": 0}, "positive"),
         ({"source": Numbers(0)}, "empty"),
     ],

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dmm_jax import config as config_lib
 from dmm_jax import sharding, train
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.data.cache import LatentCache
@@ -90,3 +91,47 @@ def test_encoders_equal_to_the_base_are_shared(run):
     rows, distinct = teachers.encoder_rows(run["base"], run["others"])
     assert rows == [-1, 0]  # The first teacher has none of its own; the second's differs.
     assert [one.name for one in distinct] == ["right"]
+
+
+def steps_with(grad_at, numbers):
+    """Runs updates on a toy whose gradient at step k is `grad_at(k)`; returns the state after each of `numbers`."""
+    config = config_lib.get_config()
+    config.learning_rate, config.warmup_steps = 0.1, 2
+    optimizer = student.make_optimizer(config)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    state = student.make_state({"w": jnp.arange(3.0)}, optimizer, mesh, ema_decay=0.5)
+
+    def loss_and_grads(params, teachers, encoders, batch, step):
+        errors = {"score": jnp.ones(2), "feature": jnp.where(batch == 7, jnp.inf, jnp.ones(2))}
+        return {"w": params["w"] * grad_at(batch)}, errors
+
+    step = jax.jit(distill_step.build_step(loss_and_grads, optimizer, ema_decay=0.5))
+    states, logged = [], []
+    for number in numbers:
+        state, metrics = step(state, None, None, jnp.float32(number))
+        states.append(state)
+        logged.append(metrics)
+    return states, logged
+
+
+@pytest.mark.parametrize("bad", [4.0, 7.0])  # A gradient, or a loss alone, that is not finite.
+def test_a_step_without_finite_gradient_or_loss_changes_nothing_and_is_counted(bad):
+    def grad_at(number):
+        return jnp.where(number == 4.0, jnp.nan, number)
+
+    states, logged = steps_with(grad_at, [1.0, bad, bad, 2.0, bad, 3.0])
+    without, _ = steps_with(grad_at, [1.0, 2.0, 3.0])
+    for name in ("params", "opt_state", "ema"):
+        for found, wanted in zip(jax.tree.leaves(states[-1][name]), jax.tree.leaves(without[-1][name]), strict=True):
+            assert np.array_equal(found, wanted)
+    assert [int(state["step"]) for state in states] == [1, 2, 3, 4, 5, 6]
+    assert [int(metrics["skipped_steps"]) for metrics in logged] == [0, 1, 2, 2, 3, 3]
+    assert [int(metrics["skipped_in_a_row"]) for metrics in logged] == [0, 1, 2, 0, 1, 0]
+
+
+def test_the_average_is_its_closed_form():
+    states, _ = steps_with(lambda number: number, [1.0, 2.0, 3.0])
+    ways = [jnp.arange(3.0), *(state["params"]["w"] for state in states)]
+    wanted = sum(weight * way for weight, way in zip([0.125, 0.125, 0.25, 0.5], ways, strict=True))
+    np.testing.assert_allclose(states[-1]["ema"]["w"], wanted, rtol=1e-6)
+    assert np.abs(wanted - ways[-1]).max() > 1e-3

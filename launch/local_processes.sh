@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# One training run in N processes of this machine, for example one for each GPU.
+# usage: launch/local_processes.sh [--dry-run] N --config=configs/X.py --workdir=DIR [TRAIN ARGUMENTS]
+# PORT (default 9310) is where process 0 listens; SIGTERM to this script reaches all processes.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+dry_run=${1:-}
+[ "$dry_run" != --dry-run ] || shift
+processes=${1:?"usage: launch/local_processes.sh [--dry-run] N --config=... --workdir=..."}
+shift
+children=()
+trap 'kill -TERM "${children[@]}" 2>/dev/null' TERM INT
+for ((process = 0; process < processes; process++)); do
+  command=(.venv/bin/dmm-jax train "$@" --coordinator "localhost:${PORT:-9310}"
+    --num-processes "$processes" --process-id "$process")
+  if [ "$dry_run" = --dry-run ]; then
+    printf '%q ' "${command[@]}"
+    echo "&"
+  else
+    "${command[@]}" &
+    children+=($!)
+  fi
+done
+status=0
+for child in "${children[@]}"; do
+  while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # A signal ends a wait early.
+  wait "$child" || status=$?
+done
+exit "$status"

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# One training run on Slurm, one process for each GPU; two minutes before the time limit it is told to save and end.
+# usage: launch/slurm.sh [--dry-run] NODES GPUS_PER_NODE --config=configs/X.py --workdir=DIR [TRAIN ARGUMENTS]
+# SBATCH_ARGUMENTS holds more for sbatch (partition, account, time). Submitted several times, the jobs run in turn.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+dry_run=${1:-}
+[ "$dry_run" != --dry-run ] || shift
+usage="usage: launch/slurm.sh [--dry-run] NODES GPUS_PER_NODE --config=... --workdir=..."
+nodes=${1:?"$usage"}
+gpus=${2:?"$usage"}
+shift 2
+read -ra more <<< "${SBATCH_ARGUMENTS:-}"
+printf -v train '%q ' .venv/bin/dmm-jax train --distributed "$@"
+command=(sbatch --job-name=dmm-jax --dependency=singleton --nodes="$nodes" --ntasks-per-node="$gpus"
+  --gpus-per-node="$gpus" --signal=TERM@120 --output=slurm-%j.log "${more[@]}" --wrap="srun --kill-on-bad-exit=1 $train")
+if [ "$dry_run" = --dry-run ]; then
+  printf '%q ' "${command[@]}"
+  echo
+else
+  "${command[@]}"
+fi

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# One training run on a Cloud TPU slice that is asked for as a queued resource. docs/pods.md tells the whole way.
+# usage: launch/tpu_pod.sh [--dry-run] VERB [ARGUMENTS]
+#   create [GCLOUD ARGUMENTS]   ask for the slice, for example with --spot
+#   state                       what has become of the request
+#   install                     copy this folder to every host, install it, mount the shared folder at /mnt/runs
+#   train [TRAIN ARGUMENTS]     start `dmm-jax train --distributed` on every host; it goes on when you leave
+#   log                         the last lines of every host
+#   stop                        SIGTERM to every host: the step that was reached is saved
+#   delete                      give the slice back
+# TPU_NAME, ZONE, ACCELERATOR_TYPE (v5litepod-16), RUNTIME_VERSION (v2-alpha-tpuv5-lite) and SHARED (SERVER:/SHARE, NFS)
+# are environment variables.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+dry_run=${1:-}
+[ "$dry_run" != --dry-run ] || shift
+verb=${1:?"usage: launch/tpu_pod.sh [--dry-run] create|state|install|train|log|stop|delete"}
+shift
+name=${TPU_NAME:?"set TPU_NAME"}
+place=(--zone "${ZONE:?"set ZONE"}")
+
+run() {
+  if [ "$dry_run" = --dry-run ]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+on_every_host() {
+  run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all --command="$1"
+}
+
+case $verb in
+  create)
+    run gcloud compute tpus queued-resources create "$name" --node-id="$name" "${place[@]}" \
+      --accelerator-type="${ACCELERATOR_TYPE:?"set ACCELERATOR_TYPE"}" \
+      --runtime-version="${RUNTIME_VERSION:?"set RUNTIME_VERSION"}" "$@"
+    ;;
+  state) run gcloud compute tpus queued-resources describe "$name" "${place[@]}" --format="value(state.state)" ;;
+  install)
+    run git archive --format=tar.gz --output=/tmp/dmm_jax.tar.gz HEAD
+    run gcloud compute tpus tpu-vm scp /tmp/dmm_jax.tar.gz "$name": "${place[@]}" --worker=all
+    on_every_host "mkdir -p dmm_jax && tar -xzf dmm_jax.tar.gz -C dmm_jax && cd dmm_jax && python3 -m venv .venv && \
+.venv/bin/pip install --quiet '.[tpu]'"
+    on_every_host "sudo apt-get install --yes nfs-common && sudo mkdir -p /mnt/runs && \
+sudo mount -t nfs ${SHARED:?"set SHARED"} /mnt/runs && sudo chmod a+rwx /mnt/runs"
+    ;;
+  train)
+    printf -v train '%q ' .venv/bin/dmm-jax train --distributed "$@"
+    on_every_host "cd dmm_jax; nohup $train > train.log 2>&1 < /dev/null & echo \$! > train.pid"
+    ;;
+  log) on_every_host "tail -n 20 dmm_jax/train.log" ;;
+  stop) on_every_host "kill -TERM \$(cat dmm_jax/train.pid)" ;;
+  delete) run gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force ;;
+  *)
+    echo "tpu_pod.sh: there is no verb $verb: create, state, install, train, log, stop, delete" >&2
+    exit 2
+    ;;
+esac

@@ -1,0 +1,135 @@
+"""The launchers: shellcheck finds nothing, and a dry run prints exactly the commands that would run."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+LAUNCH = pathlib.Path(__file__).parent.parent.parent / "launch"
+CLOUD = {"TPU_NAME": "pod", "ZONE": "us-west4-a", "ACCELERATOR_TYPE": "v5litepod-16"}
+CLOUD |= {"RUNTIME_VERSION": "v2-alpha-tpuv5-lite", "SHARED": "10.0.0.2:/runs"}
+CLOUD |= {"CLUSTER": "one", "PROJECT": "mine", "TPU_TYPE": "v5litepod-16", "NAME": "first"}
+TRAIN = ["--config=configs/sd15.py", "--workdir=/mnt/runs/my run"]
+QUOTED = r"--config=configs/sd15.py --workdir=/mnt/runs/my\ run"
+
+
+def dry_run(script, *arguments, environment=CLOUD):
+    """Returns the commands, as words, that a launcher says it would run."""
+    path = {"PATH": "/usr/bin:/bin"}  # No gcloud, xpk or sbatch: a dry run needs none.
+    command = ["bash", str(LAUNCH / script), "--dry-run", *arguments]
+    done = subprocess.run(command, env=path | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    unquote = f"python3() {{ {sys.executable} -c 'import json, sys; print(json.dumps(sys.argv[1:]))' \"$@\"; }}\n"
+    lines = "\n".join(f"python3 {line.removesuffix('&')}" for line in done.stdout.splitlines())
+    words = subprocess.run(["bash", "-c", unquote + lines], capture_output=True, text=True, check=True).stdout
+    return [json.loads(line) for line in words.splitlines()]
+
+
+def test_shellcheck_finds_nothing():
+    shellcheck = shutil.which("shellcheck", path=pathlib.Path(sys.executable).parent)
+    assert shellcheck, "install launch/requirements-test.txt"
+    done = subprocess.run([shellcheck, *map(str, sorted(LAUNCH.glob("*.sh")))], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_local_processes_starts_each_with_its_number():
+    commands = dry_run("local_processes.sh", "2", *TRAIN, environment={"PORT": "1234"})
+    several = ["--coordinator", "localhost:1234", "--num-processes", "2", "--process-id"]
+    assert commands == [[".venv/bin/dmm-jax", "train", *TRAIN, *several, str(k)] for k in range(2)]
+
+
+def test_slurm_submits_one_task_for_each_gpu_that_is_told_before_its_time_is_over():
+    (command,) = dry_run("slurm.sh", "2", "8", *TRAIN, environment={"SBATCH_ARGUMENTS": "--time=1:00:00 --account=a"})
+    assert command == [
+        "sbatch", "--job-name=dmm-jax", "--dependency=singleton", "--nodes=2", "--ntasks-per-node=8",
+        "--gpus-per-node=8", "--signal=TERM@120", "--output=slurm-%j.log", "--time=1:00:00", "--account=a",
+        f"--wrap=srun --kill-on-bad-exit=1 .venv/bin/dmm-jax train --distributed {QUOTED} ",
+    ]  # fmt: skip
+
+
+def ssh(command):
+    return ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod", "--zone", "us-west4-a", "--worker=all",
+            f"--command={command}"]  # fmt: skip
+
+
+def test_tpu_pod_creates_a_queued_resource():
+    (command,) = dry_run("tpu_pod.sh", "create", "--spot")
+    assert command == [
+        "gcloud", "compute", "tpus", "queued-resources", "create", "pod", "--node-id=pod", "--zone", "us-west4-a",
+        "--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite", "--spot",
+    ]  # fmt: skip
+
+
+def test_tpu_pod_installs_trains_logs_stops_and_deletes_on_every_host():
+    archive, copy, install, mount = dry_run("tpu_pod.sh", "install")
+    assert archive[:2] == ["git", "archive"] and copy[:5] == ["gcloud", "compute", "tpus", "tpu-vm", "scp"]
+    assert "pip install --quiet '.[tpu]'" in install[-1] and "mount -t nfs 10.0.0.2:/runs /mnt/runs" in mount[-1]
+    run = f"nohup .venv/bin/dmm-jax train --distributed {QUOTED}  > train.log 2>&1 < /dev/null"
+    assert dry_run("tpu_pod.sh", "train", *TRAIN) == [ssh(f"cd dmm_jax; {run} & echo $! > train.pid")]
+    assert dry_run("tpu_pod.sh", "log") == [ssh("tail -n 20 dmm_jax/train.log")]
+    assert dry_run("tpu_pod.sh", "stop") == [ssh("kill -TERM $(cat dmm_jax/train.pid)")]
+    queued = ["gcloud", "compute", "tpus", "queued-resources"]
+    assert dry_run("tpu_pod.sh", "state") == [
+        [*queued, "describe", "pod", "--zone", "us-west4-a", "--format=value(state.state)"]
+    ]
+    assert dry_run("tpu_pod.sh", "delete") == [[*queued, "delete", "pod", "--zone", "us-west4-a", "--force"]]
+
+
+def test_gke_xpk_makes_a_cluster_and_runs_on_it():
+    place = ["--cluster=one", "--zone=us-west4-a", "--project=mine"]
+    assert dry_run("gke_xpk.sh", "create", "--spot") == [
+        ["xpk", "cluster", "create", *place, "--tpu-type=v5litepod-16", "--num-slices=1", "--spot"]
+    ]
+    assert dry_run("gke_xpk.sh", "train", *TRAIN) == [
+        ["xpk", "workload", "create", *place, "--workload=first", "--tpu-type=v5litepod-16", "--num-slices=1",
+         "--max-restarts=50", "--base-docker-image=python:3.12", "--script-dir=.",
+         f"--command=pip install --quiet '.[tpu]' && exec dmm-jax train --distributed {QUOTED} "]
+    ]  # fmt: skip
+    assert dry_run("gke_xpk.sh", "state") == [["xpk", "workload", "list", *place]]
+    assert dry_run("gke_xpk.sh", "stop") == [["xpk", "workload", "delete", *place, "--workload=first"]]
+    assert dry_run("gke_xpk.sh", "delete") == [["xpk", "cluster", "delete", *place]]
+
+
+@pytest.mark.parametrize("script", ["tpu_pod.sh", "gke_xpk.sh"])
+def test_a_missing_variable_or_an_unknown_verb_is_told(script):
+    command = ["bash", str(LAUNCH / script), "--dry-run", "fly"]
+    bare = subprocess.run(command, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    assert bare.returncode == 1 and "set " in bare.stderr
+    done = subprocess.run(command, env={"PATH": "/usr/bin:/bin"} | CLOUD, capture_output=True, text=True)
+    assert done.returncode == 2 and "there is no verb fly: create" in done.stderr
+
+
+@pytest.fixture
+def stub(tmp_path):
+    """A copy of the launcher beside a `dmm-jax` that waits for SIGTERM, or ends with the code it is given."""
+    (tmp_path / "launch").mkdir()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(LAUNCH / "local_processes.sh", tmp_path / "launch")
+    program = tmp_path / ".venv" / "bin" / "dmm-jax"
+    program.write_text(
+        '#!/usr/bin/env bash\n[ "$2" = wait ] || exit "$2"\ntrap \'sleep 0.3; touch "saved_${!#}"; exit 0\' TERM\n'
+        'touch "up_${!#}"\nwhile true; do sleep 0.05; done\n'
+    )
+    program.chmod(0o755)
+    return tmp_path
+
+
+def test_local_processes_hands_sigterm_on_and_waits_until_all_have_saved(stub):
+    child = subprocess.Popen(["bash", str(stub / "launch" / "local_processes.sh"), "2", "wait"])
+    deadline = time.monotonic() + 20
+    while not all((stub / f"up_{k}").exists() for k in range(2)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(child.pid, signal.SIGTERM)
+    assert child.wait(20) == 0
+    assert all((stub / f"saved_{k}").exists() for k in range(2))
+
+
+def test_local_processes_fails_when_a_process_fails(stub):
+    assert subprocess.run(["bash", str(stub / "launch" / "local_processes.sh"), "2", "3"]).returncode == 3

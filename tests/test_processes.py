@@ -1,0 +1,203 @@
+"""Two real processes: one run on the mesh of both, the same losses as one process, and no hang when one is lost."""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmm_jax import config as config_lib
+from dmm_jax import processes
+from dmm_jax.checkpoints.states import StateStore
+from dmm_jax.metrics import read
+
+ROOT = pathlib.Path(__file__).parent.parent
+MESH = [f"--config.mesh.{axis}=2" for axis in ("teacher", "data", "fsdp")]
+BOUND_S = 100  # Nothing here may take longer; the lost process is noticed at once or by its heartbeat.
+
+
+def environment(num_devices: int, cache: pathlib.Path) -> dict[str, str]:
+    """Fake devices; quick compilation, kept for the next run."""
+    flags = f"--xla_force_host_platform_device_count={num_devices} --xla_backend_optimization_level=0"
+    return os.environ | {
+        "XLA_FLAGS": flags,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+class World:
+    """The tiny world as an experiment file, and runs on it."""
+
+    def __init__(self, folder: pathlib.Path, config):
+        self.folder = folder
+        text = config_lib.to_json(config)
+        (folder / "experiment.py").write_text(
+            f"from dmm_jax import config\n\ndef get_config():\n    return config.from_json({text!r})\n"
+        )
+
+    def start(self, name: str, *arguments: str, num_devices: int = 4) -> subprocess.Popen:
+        """Starts `dmm-jax train`; what it says goes to NAME.err."""
+        command = [sys.executable, "-m", "dmm_jax.cli", "train", f"--config={self.folder / 'experiment.py'}"]
+        with open(self.folder / f"{name}.err", "w") as said:
+            return subprocess.Popen(
+                [*command, *MESH, *arguments], env=environment(num_devices, self.folder / "compiled"), stderr=said
+            )
+
+    def start_two(self, *arguments: str) -> list[subprocess.Popen]:
+        """Starts the two processes of one run."""
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        several = [f"--coordinator=localhost:{port}", "--num-processes=2"]
+        return [self.start(f"process_{k}", *arguments, *several, f"--process-id={k}") for k in range(2)]
+
+    def said(self, name: str) -> str:
+        return (self.folder / f"{name}.err").read_text()
+
+
+def wait_for(condition, children) -> None:
+    """Waits until `condition()`; fails if a child ends before, or after the bound."""
+    deadline = time.monotonic() + BOUND_S
+    while not condition():
+        assert time.monotonic() < deadline, "took too long"
+        assert all(child.poll() is None for child in children), "ended too early"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def world(tiny, tmp_path_factory):
+    return World(tmp_path_factory.mktemp("processes"), tiny[1])
+
+
+def losses(workdir):
+    """Returns what a run logged, as one row of numbers."""
+    lines = [{k: v for k, v in line.items() if k != "images_per_s"} for line in read(workdir / "metrics.jsonl")]
+    assert lines
+    return [number for line in lines for number in numbers(line)]
+
+
+def numbers(value):
+    if isinstance(value, dict):
+        return [number for key in sorted(value) for number in numbers(value[key])]
+    return [number for one in value for number in numbers(one)] if isinstance(value, list) else [value]
+
+
+@pytest.fixture(scope="module")
+def stopped(world):
+    """The workdir of a run in two processes that SIGTERM to one of them stopped after step 3 or later; their codes."""
+    children = world.start_two(f"--workdir={world.folder / 'two'}", "--config.num_steps=100000")
+    wait_for(lambda: "validation loss" in world.said("process_0"), children)
+    children[1].send_signal(signal.SIGTERM)
+    codes = [child.wait(BOUND_S) for child in children]
+    return world.folder / "two", codes, [world.said(f"process_{k}") for k in range(2)]
+
+
+def test_two_processes_have_the_losses_and_validation_of_one_on_the_same_mesh(world, stopped):
+    alone = world.start("alone", f"--workdir={world.folder / 'one'}", "--config.num_steps=3", num_devices=8)
+    assert alone.wait(BOUND_S) == 0, world.said("alone")[-2000:]
+    wanted = losses(world.folder / "one")
+    np.testing.assert_allclose(losses(stopped[0])[: len(wanted)], wanted, rtol=1e-5)
+
+
+def test_sigterm_to_one_of_two_processes_stops_both_at_one_saved_step(stopped):
+    workdir, codes, said = stopped
+    assert codes == [0, 0], "".join(said)[-3000:]
+    step = read(workdir / "metrics.jsonl")[-1]["step"]
+    assert f"stopped by SIGTERM after step {step} of 100000" in said[0]
+    assert (workdir / "checkpoints" / str(step)).is_dir()
+
+
+def test_process_0_alone_speaks(stopped):
+    assert "step 3/" in stopped[2][0] and "loss" not in stopped[2][1]
+
+
+def test_when_a_process_is_killed_the_other_ends_with_a_message(world, stopped):
+    step = read(stopped[0] / "metrics.jsonl")[-1]["step"]
+    children = world.start_two(f"--workdir={stopped[0]}", "--config.num_steps=100000")
+    wait_for(lambda: f"step {step + 3}/" in world.said("process_0"), children)
+    assert f"Resuming at step {step} " in world.said("process_0")
+    children[1].send_signal(signal.SIGKILL)
+    started = time.monotonic()
+    assert children[0].wait(BOUND_S) not in (0, None)
+    assert time.monotonic() - started < 2 * processes.HEARTBEAT_TIMEOUT_S
+    said = world.said("process_0")
+    assert "process 0 of 2 failed" in said or "another task died" in said
+
+
+CHECKPOINTS = """
+import sys
+import jax
+import numpy as np
+from dmm_jax import processes, sharding
+from dmm_jax.checkpoints.states import StateStore
+from tests.test_processes import random_state
+
+with processes.joined(False, sys.argv[2], 2, int(sys.argv[3])):
+    mesh = sharding.make_mesh(2, 1, 4)
+    def put(state):
+        return jax.tree.map(lambda leaf: sharding.make(leaf.shape, leaf.dtype, mesh,
+            sharding.parameter_spec(leaf.shape, mesh), leaf.__getitem__), state)
+    with StateStore(sys.argv[1]) as store:
+        step, state = store.resume(put(random_state(0)))
+        for found, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(random_state(step)), strict=True):
+            assert all(np.array_equal(part.data, wanted[part.index]) for part in found.addressable_shards)
+        print("resumed at", step, [tuple(part.index) for part in state["kernel"].addressable_shards][:2])
+        store.save(6, put(random_state(6)))
+"""
+
+
+def random_state(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {"kernel": rng.standard_normal((64, 64), np.float32), "bias": rng.standard_normal(64).astype(np.float32)}
+
+
+def test_states_are_equal_on_other_meshes_and_in_more_or_fewer_processes_and_all_pass_over_a_damaged_one(tmp_path):
+    with StateStore(tmp_path) as store:
+        for step in (2, 4):
+            store.save(step, jax.tree.map(jnp.asarray, random_state(step)))
+    for path in (tmp_path / "checkpoints" / "4" / "state").rglob("d/*"):
+        path.unlink()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHECKPOINTS, str(tmp_path), address, str(k)],
+            env=environment(4, tmp_path / "compiled"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for k in range(2)
+    ]  # fmt: skip
+    said = [child.communicate(timeout=BOUND_S) for child in children]
+    assert [child.returncode for child in children] == [0, 0], "".join(err for _, err in said)[-3000:]
+    assert all("resumed at 2" in out for out, _ in said) and "4 is damaged" in said[0][1]
+    with StateStore(tmp_path) as store:
+        step, state = store.resume(jax.tree.map(jnp.zeros_like, random_state(0)))
+    assert step == 6
+    assert all(np.array_equal(state[name], wanted) for name, wanted in random_state(6).items())
+
+
+def test_half_of_the_arguments_are_refused():
+    with pytest.raises(ValueError, match="give all three"), processes.joined(False, "localhost:1", None, 0):
+        pass
+
+
+def test_no_cluster_to_ask_is_told(world):
+    child = world.start("nowhere", f"--workdir={world.folder / 'nowhere'}", "--distributed")
+    assert child.wait(BOUND_S) == 1 and "--coordinator HOST:PORT" in world.said("nowhere")
+
+
+def test_one_process_alone_joins_nothing():
+    with processes.joined(False):
+        processes.wait_for_all("here")
+    assert processes.is_first()
