@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--out", required=True, type=pathlib.Path, help="a new or empty folder")
     verb.add_argument("--base", default=None, help="another checkpoint, for what a single file lacks (VAE, tokenizer)")
-    verb.add_argument("--negative-prompt", default="")
+    verb.add_argument("--negative-prompt", default=None, help="default: none, which for SDXL is not the same as ''")
     verb.add_argument(
         "--seed", type=int, default=0, help="of the first prompt; the next has seed + 1; equal across styles"
     )

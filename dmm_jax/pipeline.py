@@ -1,4 +1,4 @@
-"""Prompts and styles to images: three compiled programs (text encoder, denoiser, decoder), one compilation a shape.
+"""Prompts and styles to images: three compiled programs (text encoders, denoiser, decoder), one compilation a shape.
 
 Prompts, styles, seeds, the guidance scale and the solver's tables are arguments of the programs: only the shape of a
 batch and the number of evaluations make a new one. A batch may hold another mix of styles in every image, since a style
@@ -16,15 +16,18 @@ import numpy as np
 from flax import nnx
 
 from dmm_jax.checkpoints.abstract import abstract_model
+from dmm_jax.checkpoints.compare import whole_obstacles
+from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.open import Checkpoint, open_checkpoint
 from dmm_jax.diffusion import guidance, solvers
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
-from dmm_jax.models.clip_text import CLIPTextModel
+from dmm_jax.models.text_encoders import TextConditioning, TextEncoders
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
-from dmm_jax.tokenizer import Tokenizer
+from dmm_jax.tokenizer import Tokenizers
 
 Style = str | Mapping[str, float] | None
+Pixels = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +52,12 @@ class Network:
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """A checkpoint that draws. See `from_pretrained`; `unet`, `vae` and `text_encoder` can be called on their own."""
+    """A checkpoint that draws. See `from_pretrained`; `unet`, `vae` and `text_encoders` can be called on their own."""
 
     unet: Network
     vae: Network
-    text_encoder: Network
-    tokenizer: Tokenizer
+    text_encoders: Network  # Of the checkpoint: one, or SDXL's two.
+    tokenizers: Tokenizers
     schedule: NoiseSchedule
     styles: tuple[str, ...]  # Names in row order; empty for a stock checkpoint.
     source: Checkpoint
@@ -84,7 +87,15 @@ class Pipeline:
 
     @classmethod
     def of_student(cls, base: Checkpoint, unet_config: Mapping, styles: Sequence[str], *, dtype: str) -> "Pipeline":
-        """Builds a pipeline from `base`'s VAE, text encoder and tokenizer around a UNet that `with_unet` will bring."""
+        """Builds a pipeline from `base`'s VAE, text encoders and tokenizers, for a UNet that `with_unet` will bring.
+
+        Raises:
+          CheckpointError: the base is incomplete, its text encoders do not fit its UNet, or nobody says what it
+            predicts.
+        """
+        problems = whole_obstacles(str(base.path), base)
+        if problems:
+            raise CheckpointError(" ".join(problems))
         dtype = jnp.dtype(dtype)
         attention = "cudnn" if jax.default_backend() == "gpu" and dtype == jnp.bfloat16 else "xla"
         builders = {
@@ -92,26 +103,27 @@ class Pipeline:
                 unet_config, dtype=dtype, rngs=rngs, attention_implementation=attention
             ),
             "vae": lambda rngs: AutoencoderKL.from_config(base.vae_config, dtype=dtype, rngs=rngs),
-            "text_encoder": lambda rngs: CLIPTextModel.from_config(base.text_config, dtype=dtype, rngs=rngs),
+            "text_encoders": lambda rngs: TextEncoders(base.text_configs, dtype=dtype, rngs=rngs),
         }
         graphs = {name: nnx.split(abstract_model(build))[0] for name, build in builders.items()}
-        frozen = {name: Network(graphs[name], in_memory(base.params(name), dtype)) for name in ("vae", "text_encoder")}
+        frozen = {"vae": base.params("vae"), "text_encoders": base.text_params()}
         return cls(
             unet=Network(graphs["unet"], {}),
-            tokenizer=Tokenizer.from_folder(base.tokenizer_folder),
+            tokenizers=Tokenizers.from_folders(base.tokenizer_folders),
             schedule=NoiseSchedule.from_config(base.scheduler_config),
             styles=tuple(styles),
             source=base,
-            **frozen,
+            **{name: Network(graphs[name], in_memory(params, dtype)) for name, params in frozen.items()},
         )
 
     def with_unet(self, params: Mapping) -> "Pipeline":
         """Returns the same pipeline around other UNet parameters; nothing is compiled again."""
         return dataclasses.replace(self, unet=Network(self.unet.graph, in_memory(params, self._dtype)))
 
-    def with_text_encoder(self, params: Mapping) -> "Pipeline":
-        """Returns the same pipeline behind another text encoder; nothing is compiled again."""
-        return dataclasses.replace(self, text_encoder=Network(self.text_encoder.graph, in_memory(params, self._dtype)))
+    def with_text_encoders(self, params: Mapping) -> "Pipeline":
+        """Returns the same pipeline behind other text encoders (by name); nothing is compiled again."""
+        encoders = Network(self.text_encoders.graph, in_memory(params, self._dtype))
+        return dataclasses.replace(self, text_encoders=encoders)
 
     @property
     def _dtype(self):
@@ -135,9 +147,12 @@ class Pipeline:
             return None
         return np.stack([style_row(style, self.styles) for style in styles])
 
-    def encode_prompts(self, prompts: Sequence[str]):
-        """Returns encoder_hidden_states (B, 77, D) float32 and pooled states, None for Stable Diffusion 1 and 2."""
-        return _encode(self.text_encoder.graph, self.text_encoder.params, self.tokenizer(prompts)), None
+    def encode_prompts(self, prompts: Sequence[str | None]) -> TextConditioning:
+        """Returns encoder_hidden_states (B, 77, D) and pooled (B, P), float32; pooled is None but for SDXL.
+
+        A prompt that is None is no prompt: "" for Stable Diffusion 1 and 2, zeros for XL.
+        """
+        return _encode(self.text_encoders.graph, self.text_encoders.params, self.tokenizers(prompts))
 
     def decode(self, latents):
         """Decodes scaled latents (B, h, w, 4) to uint8 images (B, H, W, 3)."""
@@ -151,7 +166,7 @@ class Pipeline:
     def __call__(
         self,
         prompts: Sequence[str],
-        negative_prompts: Sequence[str] | str | None = None,
+        negative_prompts: Sequence[str | None] | str | None = None,
         styles: Style | Sequence[Style] = None,
         seeds: Sequence[int] | None = None,
         latents=None,
@@ -161,12 +176,15 @@ class Pipeline:
         guidance_scale: float | Sequence[float] = 7.0,
         solver: str = "dpmpp_2m",
         output: str = "images",
+        original_size: Pixels | None = None,
+        crops_coords_top_left: Pixels = (0, 0),
+        target_size: Pixels | None = None,
     ) -> np.ndarray:
         """Draws one image per prompt.
 
         Args:
           prompts: B of them.
-          negative_prompts: one for all, one each, or None for "".
+          negative_prompts: one for all, one each, or None for none: "", and zeros for Stable Diffusion XL.
           styles: a name, a mix such as {"anime": 0.7, "photo": 0.3} (rows are mixed before the MLP), or
             one of these per prompt. Needed by a merged model; a stock one takes none.
           seeds: one per prompt (default 0, 1, ...): the same seed draws the same noise whatever batch it is in.
@@ -176,6 +194,9 @@ class Pipeline:
           guidance_scale: one, or one each; 1.0 is off (arXiv:2207.12598).
           solver: a name in `dmm_jax.diffusion.solvers.SOLVERS`.
           output: "images", uint8 (B, H, W, 3), or "latents", float32 scaled latents (B, h, w, C).
+          original_size, crops_coords_top_left, target_size: what Stable Diffusion XL is told of the picture, (height,
+            width) or (top, left) in pixels (arXiv:2307.01952, 2.2); the sizes are (height, width) if left out. Other
+            models are not told.
 
         Raises:
           ValueError: any of these does not fit; says what to give.
@@ -185,35 +206,35 @@ class Pipeline:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         batch_size = len(prompts)
         negatives = (
-            [negative_prompts or ""] * batch_size
-            if isinstance(negative_prompts, (str, type(None)))
-            else negative_prompts
+            [negative_prompts] * batch_size if isinstance(negative_prompts, (str, type(None))) else negative_prompts
         )
         _check_length("negative_prompts", negatives, batch_size)
         weights = self.style_weights(styles, batch_size)
         seeds = list(range(batch_size)) if seeds is None else list(seeds)
         _check_length("seeds", seeds, batch_size)
         keys = jax.vmap(jax.random.key)(jnp.asarray([seed % 2**32 for seed in seeds], jnp.uint32))
+        side = self.unet.merged().config["sample_size"] * self.cells
+        height, width = height or side, width or side
         latents = self._noise(keys, latents, height, width)
         scales = np.broadcast_to(np.asarray(guidance_scale, np.float32), (batch_size,))
         guided = bool(np.any(scales != 1.0))
-        text, _ = self.encode_prompts(
+        text = self.encode_prompts(
             [text for pair in zip(negatives, prompts, strict=True) for text in pair] if guided else prompts
         )
+        told = (*(original_size or (height, width)), *crops_coords_top_left, *(target_size or (height, width)))
+        added = text.added_cond(np.tile(np.array(told, np.float32), (len(text.encoder_hidden_states), 1)))
         plan = solvers.plan(solver, self.schedule, num_inference_steps)
-        drawn = _denoise(self.unet.graph, guided, self.unet.params, plan, latents, keys, text, weights, scales)
+        states = text.encoder_hidden_states
+        drawn = _denoise(self.unet.graph, guided, self.unet.params, plan, latents, keys, states, added, weights, scales)
         return np.asarray(drawn if output == "latents" else self.decode(drawn))
 
     def _noise(self, keys, latents, height, width):
-        model = self.unet.merged()
-        side = model.config["sample_size"] * self.cells
-        height, width = height or side, width or side
         for name, value in (("height", height), ("width", width)):
             if value % self.cells:
                 raise ValueError(
                     f"{name} must be a multiple of {self.cells} pixels; got {value}. Use {value - value % self.cells}."
                 )
-        shape = (height // self.cells, width // self.cells, model.config["in_channels"])
+        shape = (height // self.cells, width // self.cells, self.unet.merged().config["in_channels"])
         if latents is None:
             return _unit_noise(keys, shape)
         latents = jnp.asarray(latents, jnp.float32)
@@ -283,7 +304,7 @@ def _unit_noise(keys, shape):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(graph, params, input_ids):
-    return nnx.merge(graph, params)(input_ids).last_hidden_state.astype(jnp.float32)
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.merge(graph, params)(input_ids))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -294,7 +315,7 @@ def _decode(graph, params, latents):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _denoise(graph, guided, params, plan, noise, keys, text, weights, guidance_scales):
+def _denoise(graph, guided, params, plan, noise, keys, text, added, weights, guidance_scales):
     """Runs the solver; an image's pair (negative, prompt) stays adjacent, so that a sharded batch stays put."""
     unet = nnx.merge(graph, params)
     repeats = 2 if guided else 1
@@ -303,7 +324,7 @@ def _denoise(graph, guided, params, plan, noise, keys, text, weights, guidance_s
     def denoise(latents, timestep):
         latents = jnp.repeat(latents, repeats, axis=0)
         timesteps = jnp.broadcast_to(timestep, latents.shape[:1])
-        prediction = unet(latents, timesteps, text, style_embedding=style).sample
+        prediction = unet(latents, timesteps, text, style_embedding=style, added_cond=added).sample
         return guidance.guide(prediction[0::2], prediction[1::2], guidance_scales) if guided else prediction
 
     return solvers.sample(plan, denoise, noise, keys)

@@ -11,11 +11,11 @@ from flax import nnx
 
 from dmm_jax.checkpoints.open import Checkpoint, open_checkpoint
 from dmm_jax.data.cache import LatentCache
-from dmm_jax.data.prepare import folder_digest, prepare
+from dmm_jax.data.prepare import prepare
 from dmm_jax.data.sources import FolderSource, ImageSource, ShapesSource
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.pipeline import in_memory
-from dmm_jax.tokenizer import Tokenizer
+from dmm_jax.tokenizer import Tokenizers
 
 SHAPES_WORLD = "shapes_world"
 IMAGES_AT_ONCE = 32
@@ -31,17 +31,18 @@ def prepare_from_config(config) -> LatentCache:
         raise ValueError("data.cache is empty: set the folder that the latent cache is written to.")
     source = open_source(config)
     base = open_checkpoint(config.base)
+    tokenizers = Tokenizers.from_folders(base.tokenizer_folders)
     scaling_factor, encode = build_encoder(base, config.dtype)
     return prepare(
         source,
         encode,
-        Tokenizer.from_folder(base.tokenizer_folder),
+        tokenizers,
         config.data.cache,
         min(IMAGES_AT_ONCE, len(source)),
         resolution=config.data.resolution,
         scaling_factor=scaling_factor,
         vae=base.digest("vae"),
-        tokenizer=folder_digest(base.tokenizer_folder),
+        tokenizer=tokenizers.digest,
         seed=config.seed,
     )
 
@@ -56,7 +57,7 @@ def open_source(config) -> ImageSource:
         raise ValueError(f"data.source is empty: set a folder of images and captions, or {SHAPES_WORLD!r}.")
     if config.data.source == SHAPES_WORLD:
         return _built_shapes(config)
-    source = FolderSource(config.data.source, config.data.resolution)
+    source = FolderSource(config.data.source)
     if config.data.num_examples:
         source.rows = source.rows[: config.data.num_examples]
     return source

@@ -18,7 +18,7 @@ def sample(
     style: Sequence[str],
     out: pathlib.Path,
     base: str | None,
-    negative_prompt: str,
+    negative_prompt: str | None,
     seed: int,
     steps: int,
     guidance_scale: float,
@@ -56,7 +56,7 @@ def sample(
     parameters = [
         images.Parameters(
             prompt=prompt,
-            negative_prompt=negative_prompt,
+            negative_prompt=negative_prompt or "",
             seed=number,
             steps=steps,
             solver=solver,

@@ -1,5 +1,6 @@
 """Prompts to token ids: CLIP's byte-level BPE, read from a checkpoint's own files (arXiv:2103.00020, section 2.4)."""
 
+import hashlib
 import json
 import os
 import warnings
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 DEFAULT_MAX_LENGTH = 77
+NO_PROMPT = -1  # The id that fills the row of a prompt that is not there.
 _UNSET_LENGTH = 10**6  # transformers says 1e30 where a config names no length.
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -69,8 +71,8 @@ class Tokenizer:
         """The number of ids, special ones included: a text encoder needs as many rows."""
         return len(self._tokenizer)
 
-    def __call__(self, prompts: Sequence[str]) -> Int[np.ndarray, "B L"]:
-        """Returns int32 ids: start, the prompt, end, padding.
+    def __call__(self, prompts: Sequence[str | None]) -> Int[np.ndarray, "B L"]:
+        """Returns int32 ids: start, the prompt, end, padding; None is "".
 
         A prompt that is too long is cut at the end, with a warning that quotes the lost text.
 
@@ -81,7 +83,7 @@ class Tokenizer:
             raise ValueError(f"prompts must be a sequence of strings; got one string. Use [{prompts[:40]!r}].")
         rows = np.full((len(prompts), self.max_length), self.pad_id, np.int32)
         for row, prompt in zip(rows, prompts, strict=True):
-            ids = self._ids(prompt)
+            ids = self._ids(prompt or "")
             row[: len(ids)] = ids
         return rows
 
@@ -106,6 +108,43 @@ class Tokenizer:
         self._tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt, for all others.
         special = {name: getattr(self._tokenizer, name) for name in _TOKENS}
         (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2), encoding="utf-8")
+
+
+class Tokenizers:
+    """The tokenizers of a checkpoint's text encoders, one or SDXL's two, as one: their rows of ids side by side."""
+
+    def __init__(self, tokenizers: Sequence[Tokenizer], digest: str = ""):
+        """Joins tokenizers; see `from_folders`."""
+        self.tokenizers, self.digest = tuple(tokenizers), digest
+
+    @classmethod
+    def from_folders(cls, folders: Sequence[str | Path]) -> "Tokenizers":
+        """Reads `tokenizer`, and `tokenizer_2` where there is one.
+
+        `digest` is a hash of vocabularies, merges and padding: what decides on the ids of a prompt.
+
+        Raises:
+          ValueError: there is no folder, or one cannot be read.
+        """
+        if not folders:
+            raise ValueError("the checkpoint has no tokenizer folder; a single file has none: give its base as `base`.")
+        tokenizers, digest = [Tokenizer.from_folder(folder) for folder in folders], hashlib.sha256()
+        for folder, tokenizer in zip(folders, tokenizers, strict=True):
+            contents = [(Path(folder) / name).read_bytes() for name in ("vocab.json", "merges.txt")]
+            lengths = " ".join(str(len(content)) for content in contents)
+            digest.update(f"{lengths} pad {tokenizer.pad_id} length {tokenizer.max_length} ".encode())
+            digest.update(b"".join(contents))
+        return cls(tokenizers, digest.hexdigest())
+
+    def __call__(self, prompts: Sequence[str | None]) -> Int[np.ndarray, "B EL"]:
+        """Returns int32 ids, each tokenizer's row behind the other's.
+
+        None is no prompt: "" for one tokenizer, a row of -1 for two, which stands for zeros (`models.text_encoders`).
+        """
+        ids = np.concatenate([tokenizer(prompts) for tokenizer in self.tokenizers], axis=1)
+        if len(self.tokenizers) > 1:
+            ids[[prompt is None for prompt in prompts]] = NO_PROMPT
+        return ids
 
 
 def _clip_tokenizer_class():

@@ -28,9 +28,9 @@ from dmm_jax.distill import step as distill_step
 from dmm_jax.distill import student as student_lib
 from dmm_jax.distill import teachers as teachers_lib
 from dmm_jax.metrics import MetricsLog
-from dmm_jax.models.clip_text import CLIPTextModel
+from dmm_jax.models.text_encoders import TextEncoders
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel, merged_config
-from dmm_jax.tokenizer import Tokenizer
+from dmm_jax.tokenizer import Tokenizers
 
 MAX_STEPS_AHEAD = 2  # Dispatched but not done: keeps the device busy, and lets a run stop soon after it is asked to.
 NUM_TIMESTEP_BINS = 4  # Of the validation loss: 0-249, 250-499, 500-749, 750-999.
@@ -61,9 +61,10 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
     base = open_checkpoint(config.base)
     teachers = {name: open_checkpoint(path) for name, path in config.teachers}
     teachers_lib.check_mergeable(base, teachers)
-    tokenizer = Tokenizer.from_folder(base.tokenizer_folder)
+    tokenizer = Tokenizers.from_folders(base.tokenizer_folders)
     cache = LatentCache(config.data.cache)
-    cache.check(vae=base.digest("vae"), num_examples=config.validation_size + config.batch_size)
+    wanted = {"vae": base.digest("vae"), "tokenizer": tokenizer.digest}
+    cache.check(**wanted, num_examples=config.validation_size + config.batch_size)
     open_workdir(workdir, config)
 
     # Networks: frozen ones on the mesh in the compute dtype, the student in float32.
@@ -228,7 +229,9 @@ def define_networks(config, base, num_styles: int) -> tuple[distill_step.Network
     networks = distill_step.Networks(
         student=graph(UNet2DConditionModel, student_config, remat=config.remat, **unet),
         teacher=graph(UNet2DConditionModel, base.unet_config, **unet),
-        text_encoder=graph(CLIPTextModel, base.text_config, dtype=dtype),
+        text_encoders=nnx.split(nnx.eval_shape(lambda: TextEncoders(base.text_configs, dtype=dtype, rngs=nnx.Rngs(0))))[
+            0
+        ],
     )
     return networks, student_config
 
@@ -240,7 +243,7 @@ def define_objective(config, base, tokenizer) -> distill_step.Objective:
         feature_loss_weight=config.feature_loss_weight,
         feature_loss=config.feature_loss,
         prompt_dropout=config.prompt_dropout,
-        empty_ids=tuple(tokenizer([""])[0].tolist()),
+        empty_ids=tuple(map(tuple, np.unique(tokenizer(["", None]), axis=0).tolist())),
     )
 
 
@@ -274,6 +277,7 @@ def validation_inputs(source, num_teachers: int, seed: int, num_timesteps: int) 
     one = {
         "latents": latents,
         "input_ids": np.stack([example["input_ids"] for example in examples]).astype(np.int32),
+        "time_ids": np.stack([example["time_ids"] for example in examples]).astype(np.int32),
         "noise": rng.standard_normal(latents.shape, np.float32),
         "timesteps": ((np.arange(len(examples)) + 0.5) * num_timesteps / len(examples)).astype(np.int32),
     }

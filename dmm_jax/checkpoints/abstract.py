@@ -8,10 +8,10 @@ import jax
 from flax import nnx
 
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
-from dmm_jax.models.clip_text import CLIPTextModel
+from dmm_jax.models.text_encoders import CLASSES
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
 
-COMPONENTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+COMPONENTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, **CLASSES}
 
 
 class OneKey(nnx.Rngs):

@@ -7,9 +7,9 @@ from dmm_jax.checkpoints.errors import CheckpointError
 SD1, SD2, SDXL = "stable-diffusion-v1", "stable-diffusion-v2", "stable-diffusion-xl-v1-base"  # ModelSpec's names.
 MERGED = ("model_merge", "model_merge_xl")  # The `addition_embed_type` of a UNet with a style table.
 UNKNOWN = "unknown"  # A prediction type that no tensor tells; whoever needs it raises.
-NO_SDXL = (
-    "it is a Stable Diffusion XL, whose second text encoder and pooled conditioning are not supported yet. "
-    "Use checkpoints of Stable Diffusion 1 or 2."
+NO_REFINER = (
+    "it is the refiner of Stable Diffusion XL, which finishes what another model began and cannot be merged with "
+    "others. Use the base model."
 )
 INPAINTING_CHANNELS = 9
 _BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -22,6 +22,7 @@ _SCHEDULERS = {
     | _BETAS
     | {"steps_offset": 1, "prediction_type": "epsilon"},
 }
+_TEXT_ENCODERS = {SD1: ("text_encoder",), SD2: ("text_encoder",), SDXL: ("text_encoder", "text_encoder_2")}
 _VAE_SCALES = {SD1: 0.18215, SD2: 0.18215, SDXL: 0.13025}
 
 
@@ -35,6 +36,16 @@ def architecture(unet_config: Mapping) -> str:
 def scheduler_config(family: str) -> dict:
     """Returns the scheduler_config.json that a family's checkpoints are published with."""
     return dict(_SCHEDULERS[family])
+
+
+def text_encoders(family: str) -> tuple[str, ...]:
+    """Returns the names of a family's text encoders, in the order in which their states are joined."""
+    return _TEXT_ENCODERS[family]
+
+
+def components(family: str) -> tuple[str, ...]:
+    """Returns the names of the networks that a whole checkpoint of a family holds."""
+    return ("unet", "vae", *text_encoders(family))
 
 
 def vae_scale(family: str) -> float:

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,26 +15,48 @@ from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.safetensors_io import TensorFile, raw_bytes
 
 
+class Place(NamedTuple):
+    """Where a tensor lies: all of one in a file, or a third of its rows (OpenCLIP stacks q, k and v), or transposed."""
+
+    file: TensorFile
+    name: str
+    third: int | None = None
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape, found without reading it."""
+        shape = self.file.shape(self.name)
+        if self.third is not None and shape and shape[0] % 3 == 0:  # Else it is misshapen, and is to be told as it is.
+            shape = (shape[0] // 3, *shape[1:])
+        return shape[::-1] if self.transposed else shape
+
+    def read(self) -> np.ndarray:
+        """Returns the tensor: a view of the memory-mapped file."""
+        array = self.file[self.name]
+        if self.third is not None:
+            rows = len(array) // 3
+            array = array[self.third * rows : (self.third + 1) * rows]
+        return array.T if self.transposed else array
+
+
 class Tensors(Mapping):
     """A state dict whose tensors lie in one or several files, under our keys; each is read when it is asked for."""
 
-    def __init__(self, places: Mapping[str, tuple[TensorFile, str]]):
-        """Takes {key: (file, key in the file)}."""
+    def __init__(self, places: Mapping[str, Place]):
+        """Takes {key: where it lies}."""
         self._places = dict(places)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Returns a tensor's shape without reading it."""
-        file, name = self._places[key]
-        return file.shape(name)
+        return self._places[key].shape
 
     def dtype(self, key: str) -> np.dtype:
         """Returns a tensor's dtype without reading it."""
-        file, name = self._places[key]
-        return file.dtype(name)
+        return self._places[key].file.dtype(self._places[key].name)
 
     def __getitem__(self, key: str) -> np.ndarray:
-        file, name = self._places[key]
-        return file[name]
+        return self._places[key].read()
 
     def __iter__(self):
         return iter(self._places)
@@ -68,6 +91,8 @@ class Checkpoint:
     unused: Sequence[str] = ()  # Keys of the file that belong to none of the networks.
     unsupported: str = ""  # Why nothing but `inspect` can use this checkpoint.
     files: Sequence[pathlib.Path] = ()  # That hold the tensors.
+    tokenizer_2_folder: pathlib.Path | None = None  # Of the second text encoder.
+    borrowed: Sequence[str] = ()  # Networks that it lacks and its base lent.
 
     @property
     def name(self) -> str:
@@ -83,6 +108,17 @@ class Checkpoint:
     def prediction_type(self) -> str:
         """What the UNet predicts: "epsilon", "v_prediction", or "unknown" where a single file does not say it."""
         return self.scheduler_config.get("prediction_type", "epsilon")
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """The names of the text encoders that this family has, whether they are there or not."""
+        return architecture.text_encoders(self.architecture)
+
+    @property
+    def tokenizer_folders(self) -> tuple[pathlib.Path, ...]:
+        """The folders of the tokenizers, one per text encoder; those that are there."""
+        folders = (self.tokenizer_folder, self.tokenizer_2_folder)
+        return tuple(folder for folder in folders if folder is not None)
 
     def has(self, component: str) -> bool:
         """Tells whether a network is there."""
@@ -102,7 +138,11 @@ class Checkpoint:
 
     unet_config = property(lambda self: self.config("unet"))
     vae_config = property(lambda self: self.config("vae"))
-    text_config = property(lambda self: self.config("text_encoder"))
+
+    @property
+    def text_configs(self) -> dict[str, dict]:
+        """The text encoders' config.json, by name."""
+        return {name: self.config(name) for name in self.text_encoders}
 
     def tensors(self, component: str) -> Mapping:
         """Returns a network's tensors under diffusers' keys, as they are stored."""
@@ -133,6 +173,18 @@ class Checkpoint:
         """
         where = f"{component} of {self.path}"
         return naming.from_torch(self.abstract(component), self.tensors(component), dtype, where)
+
+    def text_params(self, base: "Checkpoint | None" = None) -> dict:
+        """Returns the text encoders' parameters by name; those that are not there are `base`'s."""
+        return {name: self.lent(name, base).params(name) for name in self.text_encoders}
+
+    def text_digest(self, base: "Checkpoint | None" = None) -> str:
+        """Returns a hash of the text encoders' contents; of those that are not there, of `base`'s."""
+        return " ".join(self.lent(name, base).digest(name) for name in self.text_encoders)
+
+    def lent(self, component: str, base: "Checkpoint | None") -> "Checkpoint":
+        """Returns the checkpoint that a network comes from: this one, or `base` where it is not here."""
+        return self if self.has(component) or base is None else base
 
     @functools.cache  # noqa: B019  (one entry a network; a checkpoint lives as long as the program)
     def digest(self, component: str) -> str:

@@ -10,16 +10,17 @@ from collections.abc import Sequence
 import numpy as np
 
 from dmm_jax.checkpoints.abstract import COMPONENTS
-from dmm_jax.checkpoints.architecture import UNKNOWN
+from dmm_jax.checkpoints.architecture import UNKNOWN, components
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.naming import printable
 from dmm_jax.diffusion.schedule import NoiseSchedule
+from dmm_jax.models.text_encoders import CLASSES, NUM_TIME_IDS
 
-COMPARED = ("unet", "text_encoder")  # Of a teacher; its VAE is never used.
+COMPARED = ("unet", *CLASSES)  # Of a teacher; its VAE is never used.
 # Fields that change what a network computes and leave no trace in its tensors' shapes.
 UNSEEN = {
     "unet": ("attention_head_dim", "norm_num_groups", "norm_eps", "flip_sin_to_cos", "freq_shift"),
-    "text_encoder": ("num_attention_heads", "hidden_act", "layer_norm_eps"),
+    **dict.fromkeys(CLASSES, ("num_attention_heads", "hidden_act", "layer_norm_eps")),
 }
 # Of a scheduler_config.json; the others say how to draw, and a teacher does not.
 NOISE_FIELDS = (
@@ -44,11 +45,33 @@ def base_obstacles(base: Checkpoint, who: str) -> list[str]:
     """Returns what keeps a checkpoint from being the base of a merge; `who` is how to call it in a sentence."""
     if base.styles is not None:
         return [f"{who} is a merged model already; give the stock checkpoint that the teachers come from."]
-    lacks = [component for component in COMPONENTS if not base.has(component)]
-    lacks += [] if base.tokenizer_folder is not None else ["tokenizer"]
+    return whole_obstacles(who, base)
+
+
+def whole_obstacles(who: str, checkpoint: Checkpoint) -> list[str]:
+    """Returns what keeps a checkpoint from drawing by itself; `who` is how to call it in a sentence."""
+    if not checkpoint.has("unet"):
+        return [f"{who} holds no unet. Give the whole checkpoint."]
+    lacks = [component for component in components(checkpoint.architecture) if not checkpoint.has(component)]
+    lacks += ["tokenizer", "tokenizer_2"][len(checkpoint.tokenizer_folders) : len(checkpoint.text_encoders)]
     if lacks:
         return [f"{who} holds no {', '.join(lacks)}; give a diffusers folder that has them as the base."]
-    return _prediction_obstacles(who, base)
+    return _conditioning_obstacles(who, checkpoint) + _prediction_obstacles(who, checkpoint)
+
+
+def _conditioning_obstacles(who, checkpoint):
+    """Returns in what the text encoders of a checkpoint do not give what its UNet is conditioned on."""
+    unet, encoders = checkpoint.unet_config, list(checkpoint.text_configs.values())
+    found = {"cross_attention_dim": sum(encoder.get("hidden_size", 512) for encoder in encoders)}
+    if len(encoders) > 1:
+        times = NUM_TIME_IDS * (unet.get("addition_time_embed_dim") or 0)
+        found["projection_class_embeddings_input_dim"] = encoders[-1].get("projection_dim", 512) + times
+    return [
+        f"{who} has a UNet of {name} {unet.get(name)}, but its text encoders give {width}: they do not belong "
+        "together. Give the text encoders of this model's family."
+        for name, width in found.items()
+        if unet.get(name, width) != width
+    ]
 
 
 def teacher_obstacles(base: Checkpoint, who: str, teacher: Checkpoint) -> list[str]:

@@ -7,12 +7,15 @@ from collections.abc import Mapping
 
 from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.abstract import COMPONENTS
-from dmm_jax.checkpoints.architecture import MERGED, NO_SDXL, SDXL, architecture, check_plain, scheduler_config
-from dmm_jax.checkpoints.checkpoint import Checkpoint, Component, Tensors
+from dmm_jax.checkpoints.architecture import MERGED, architecture, check_plain, scheduler_config
+from dmm_jax.checkpoints.checkpoint import Checkpoint, Component, Place, Tensors
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.safetensors_io import PICKLES, TensorFile, refuse_pickle
 
-WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
+    "text_encoder_2": "model",
+}  # fmt: skip
 STYLES_KEY = "dmm_jax.styles"  # In a file's metadata: the names of the style table's rows, as JSON.
 MAX_JSON_BYTES = 50_000_000
 
@@ -29,7 +32,7 @@ def open_folder(path: pathlib.Path) -> Checkpoint:
         folder = path / component
         if (folder / "config.json").is_file():
             found = weight_files(folder, WEIGHTS[component])
-            places = {key: (file, key) for file in found for key in file}
+            places = {key: Place(file, key) for file in found for key in file}
             components[component] = Component(read_json(folder / "config.json"), functools.partial(Tensors, places))
             metadata |= found[0].metadata if component == "unet" else {}
             files += [file.path for file in found]
@@ -40,15 +43,14 @@ def open_folder(path: pathlib.Path) -> Checkpoint:
     family = architecture(unet)
     merged = unet.get("addition_embed_type") in MERGED
     scheduler = path / "scheduler" / "scheduler_config.json"
-    tokenizer = path / "tokenizer"
+    tokenizers = {name: path / name.removesuffix("_folder") for name in ("tokenizer_folder", "tokenizer_2_folder")}
     return Checkpoint(
         path=path,
         kind="dmm" if merged or index.get("_class_name") == "StableDiffusionDMMPipeline" else "diffusers",
         components=components,
         scheduler_config=read_json(scheduler) if scheduler.is_file() else scheduler_config(family),
-        tokenizer_folder=tokenizer if (tokenizer / "vocab.json").is_file() else None,
+        **{name: folder if (folder / "vocab.json").is_file() else None for name, folder in tokenizers.items()},
         styles=_style_names(path, unet, metadata) if merged else None,
-        unsupported=NO_SDXL if family == SDXL else "",
         files=tuple(files),
     )
 

@@ -17,12 +17,14 @@ import numpy as np
 from jaxtyping import Float
 
 from dmm_jax.checkpoints import naming, single_file
-from dmm_jax.checkpoints.architecture import MERGED, SD1
+from dmm_jax.checkpoints.architecture import MERGED, SD1, SD2, SDXL, text_encoders
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
 from dmm_jax.checkpoints.diffusers_folder import WEIGHTS
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.modelspec import Recipe, metadata
-from dmm_jax.checkpoints.safetensors_io import save
+from dmm_jax.checkpoints.open_clip import to_open_clip
+from dmm_jax.checkpoints.safetensors_io import save, save_parts
+from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.models.unet_2d_condition import style_mlp_name
 
 FORMATS = ("dmm", "diffusers", "single-file")
@@ -34,17 +36,41 @@ TOKENIZER_FILES = (
 DIFFUSERS_VERSION = "0.24.0"  # The one that DMM's own code was written for; newer ones read its folders too.
 OUR_OPTIONS = ("attention_implementation", "remat")
 BIAS = "time_embedding.linear_2.bias"  # Where a fixed style goes.
-ABSENT = {"safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None]}
 CLASSES = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
     "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
 }
 DMM_CLASS = "DMMUNet2DConditionModel"
+# model_index.json of both pipelines, and what stock Stable Diffusion 1 and 2, DMM's own and XL's add to it.
+ABSENT = {"feature_extractor": [None, None], "image_encoder": [None, None]}
+UNCHECKED = {"safety_checker": [None, None], "requires_safety_checker": False}
+PIPELINES = {
+    SD1: {"_class_name": "StableDiffusionPipeline"} | UNCHECKED,
+    SD2: {"_class_name": "StableDiffusionPipeline"} | UNCHECKED,
+    SDXL: {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True},
+}
+DMM_PIPELINE = "StableDiffusionDMMPipeline"  # There is none for XL: its folder has a stock pipeline and DMM's UNet.
+# Where the text encoders of each family lie in a single file.
+TEXT_PREFIXES = {
+    SD1: {"text_encoder": single_file.CLIP_L},
+    SD2: {"text_encoder": single_file.OPEN_CLIP_H},
+    SDXL: {"text_encoder": single_file.XL_CLIP_L, "text_encoder_2": single_file.XL_OPEN_CLIP},
+}
+# Bytes of a file; larger networks are written in parts. Stable Diffusion XL's UNet in float16 is one file below it,
+# as it was published, in float32 it is two.
+MAX_SHARD_SIZE = 5 * 2**30
 
 
 def write(
-    out: pathlib.Path, fmt: str, student: Checkpoint, weights: np.ndarray | None, dtype: str, recipe: Recipe
+    out: pathlib.Path,
+    fmt: str,
+    student: Checkpoint,
+    weights: np.ndarray | None,
+    dtype: str,
+    recipe: Recipe,
+    max_shard_size: int = MAX_SHARD_SIZE,
 ) -> pathlib.Path:
     """Writes one format below `out` and returns its path.
 
@@ -53,15 +79,16 @@ def write(
       student: a merged checkpoint with all its networks.
       weights: of the styles (N,), to fold in; None for "dmm", which keeps them all.
       dtype: of every tensor: float32, float16 or bfloat16.
+      max_shard_size: bytes of a file in a folder; larger networks are written in parts under an index.
 
     Raises:
       CheckpointError: the student is damaged, does not fit `dtype`, or has no place in this format.
     """
     if fmt == "dmm":
-        return write_folder(out / "dmm", student, dtype, recipe)
+        return write_folder(out / "dmm", student, dtype, recipe, max_shard_size)
     stock = fold(student, weights)
     if fmt == "diffusers":
-        return write_folder(out / "diffusers", stock, dtype, recipe)
+        return write_folder(out / "diffusers", stock, dtype, recipe, max_shard_size)
     return write_single_file(out / "model.safetensors", stock, dtype, recipe)
 
 
@@ -101,23 +128,26 @@ def style_vector(
     return linear("linear_2", hidden / (1.0 + np.exp(-hidden)))
 
 
-def write_folder(out: pathlib.Path, source: Checkpoint, dtype: str, recipe: Recipe) -> pathlib.Path:
+def write_folder(
+    out: pathlib.Path, source: Checkpoint, dtype: str, recipe: Recipe, max_shard_size: int = MAX_SHARD_SIZE
+) -> pathlib.Path:
     """Writes a diffusers folder: stock, or DMM's (its class, its config, its five more keys) where there are styles.
 
-    It is built beside `out` and renamed, so that it is there whole or not at all.
+    Networks of more than `max_shard_size` bytes are written in parts under an index. The folder is built beside `out`
+    and renamed, so that it is there whole or not at all.
 
     Raises:
       CheckpointError: a network is damaged or does not fit `dtype`, or `out` is there and not empty.
     """
     _refuse_unsupported(source)
-    scheduler = {"_class_name": "PNDMScheduler", "_diffusers_version": DIFFUSERS_VERSION} | source.scheduler_config
+    scheduler = _scheduler_config(source)
     with _whole_folder(out) as folder:
         for component in source.components:
-            _write_network(folder / component, component, source, dtype, recipe)
+            _write_network(folder / component, component, source, dtype, recipe, max_shard_size)
         (folder / "scheduler").mkdir()
         _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-        if source.tokenizer_folder is not None:
-            copy_tokenizer(source.tokenizer_folder, folder / "tokenizer")
+        for name, tokenizer in _tokenizers(source).items():
+            copy_tokenizer(tokenizer, folder / name)
         _write_json(folder / "model_index.json", _model_index(source, scheduler["_class_name"]))
     return out
 
@@ -136,27 +166,39 @@ def _whole_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _write_network(folder, component, source, dtype, recipe):
+def _scheduler_config(source):
+    config = {"_class_name": "PNDMScheduler", "_diffusers_version": DIFFUSERS_VERSION} | source.scheduler_config
+    if not config.get("rescale_betas_zero_snr"):
+        return config
+    return NoiseSchedule.from_config(config).to_config()  # PNDM, for one, would ignore it: another class takes over.
+
+
+def _tokenizers(source):
+    return dict(zip(("tokenizer", "tokenizer_2"), source.tokenizer_folders, strict=False))
+
+
+def _write_network(folder, component, source, dtype, recipe, max_shard_size):
     folder.mkdir()
     config = {name: value for name, value in source.config(component).items() if name not in OUR_OPTIONS}
     _write_json(folder / "config.json", stock_unet_config(config) if component == "unet" else config)
     tensors = state_dict(source, component, dtype)
     said = metadata(source, recipe, "diffusers", tensors) if component == "unet" else {"format": "pt"}
-    save(folder / f"{WEIGHTS[component]}.safetensors", tensors, said)
+    save_parts(folder, WEIGHTS[component], tensors, said, max_shard_size)
 
 
 def _model_index(source, scheduler_class):
-    merged = source.styles is not None
+    merged, family, tokenizers = source.styles is not None, source.architecture, _tokenizers(source)
     classes = CLASSES | ({"unet": ["modeling.dmm_unet", DMM_CLASS]} if merged else {})
-    return {
-        "_class_name": "StableDiffusionDMMPipeline" if merged else "StableDiffusionPipeline",
+    names, numbers = text_encoders(family), ("tokenizer", "tokenizer_2")[: len(text_encoders(family))]
+    index = {
+        **PIPELINES[family],
         "_diffusers_version": DIFFUSERS_VERSION,
         "scheduler": ["diffusers", scheduler_class],
-        "tokenizer": ["transformers", "CLIPTokenizer"] if source.tokenizer_folder is not None else [None, None],
-        "requires_safety_checker": False,
-        **{name: pair if source.has(name) else [None, None] for name, pair in classes.items()},
+        **{name: ["transformers", "CLIPTokenizer"] if name in tokenizers else [None, None] for name in numbers},
+        **{name: classes[name] if source.has(name) else [None, None] for name in ("unet", "vae", *names)},
         **ABSENT,
     }
+    return index | ({"_class_name": DMM_PIPELINE} if merged and family != SDXL else {})
 
 
 def stock_unet_config(config: Mapping) -> dict:
@@ -173,29 +215,36 @@ def stock_unet_config(config: Mapping) -> dict:
 
 
 def write_single_file(out: pathlib.Path, source: Checkpoint, dtype: str, recipe: Recipe) -> pathlib.Path:
-    """Writes Stable Diffusion 1's single-file layout: UNet, VAE and text encoder under LDM's names.
+    """Writes a single file: UNet, VAE and text encoders under the names of LDM, or of SGM for Stable Diffusion XL.
 
     Raises:
-      CheckpointError: a network is damaged or does not fit `dtype`, the family is another one, or `out` is there.
+      CheckpointError: a network is damaged or does not fit `dtype`, or `out` is there.
     """
     _refuse_unsupported(source)
     if out.exists():
         raise CheckpointError(f"{out} is there; nothing is overwritten. Give another name.")
-    if source.has("unet") and source.architecture != SD1:
-        raise CheckpointError(
-            f"{source.path} is a {source.architecture}; single files are written for {SD1} alone. Export diffusers."
-        )
+    family = source.architecture if source.has("unet") else SD1
     tensors = {}
     for component in source.components:
-        config, prefix = source.config(component), single_file.PREFIXES[component][0]
-        for key, array in state_dict(source, component, dtype).items():
-            key = single_file.KEYS[component](key, config)
-            # LDM's VAE holds the attention's dense layers as 1x1 convolutions.
-            conv = component == "vae" and ".attn_1." in key and array.ndim == 2
-            tensors[prefix + key] = array[:, :, None, None] if conv else array
+        tensors |= _in_single_file(component, source.config(component), state_dict(source, component, dtype), family)
     tensors |= _schedule_flags(source)
     save(out, tensors, metadata(source, recipe, "sgm", tensors))
     return out
+
+
+def _in_single_file(component, config, tensors, family):
+    """Returns a network's tensors under the single file's keys."""
+    if component in TEXT_PREFIXES[family]:
+        prefix = TEXT_PREFIXES[family][component]
+        laid = to_open_clip(tensors) if prefix in single_file.OPEN_CLIP else tensors
+        return {prefix + key: array for key, array in laid.items()}
+    prefix, laid = single_file.PREFIXES[component][0], {}
+    for key, array in tensors.items():
+        key = single_file.KEYS[component](key, config)
+        # LDM's VAE holds the attention's dense layers as 1x1 convolutions.
+        conv = component == "vae" and ".attn_1." in key and array.ndim == 2
+        laid[prefix + key] = array[:, :, None, None] if conv else array
+    return laid
 
 
 def _schedule_flags(source):

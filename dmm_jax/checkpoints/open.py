@@ -9,19 +9,16 @@ from collections.abc import Mapping
 
 from dmm_jax.checkpoints import architecture, naming, single_file
 from dmm_jax.checkpoints.abstract import COMPONENTS, abstract_params
-from dmm_jax.checkpoints.checkpoint import Checkpoint, Component, Tensors
+from dmm_jax.checkpoints.checkpoint import Checkpoint, Component, Place, Tensors
 from dmm_jax.checkpoints.diffusers_folder import STYLES_KEY, WEIGHTS, open_folder
 from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.open_clip import drop_unused_layer, open_clip_key
 from dmm_jax.checkpoints.safetensors_io import TensorFile
 from dmm_jax.models.unet_2d_condition import merged_config
 
 __all__ = ["STYLES_KEY", "WEIGHTS", "Checkpoint", "Component", "abstract_params", "open_checkpoint"]
 CELL = 8  # Pixels along the side of a latent cell, in every VAE of these models.
 SCHEDULE_FLAGS = ("prediction_type", "rescale_betas_zero_snr")  # What a single file may say of its schedule.
-NO_OPEN_CLIP = (
-    "its text encoder is an OpenCLIP in the single-file layout, which is not read. Write it as a diffusers folder: "
-    "diffusers.StableDiffusionPipeline.from_single_file(path).save_pretrained(folder)."
-)
 
 
 def open_checkpoint(
@@ -69,7 +66,9 @@ def _completed(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
         checkpoint,
         components=components,
         tokenizer_folder=checkpoint.tokenizer_folder or base.tokenizer_folder,
+        tokenizer_2_folder=checkpoint.tokenizer_2_folder or base.tokenizer_2_folder,
         scheduler_config=scheduler,
+        borrowed=tuple(name for name in components if not checkpoint.has(name)),
     )
 
 
@@ -95,7 +94,7 @@ def _open_single_file(path: pathlib.Path) -> Checkpoint:
         tokenizer_folder=None,
         styles=None,
         unused=tuple(key for key in file if key not in used),
-        unsupported=_unsupported(file, family),
+        unsupported=architecture.NO_REFINER if any(key.startswith(single_file.REFINER) for key in file) else "",
         files=(path,),
     )
 
@@ -105,17 +104,13 @@ def _held(component, file) -> dict[str, str]:
     prefix = single_file.prefix_of(component, file)
     if prefix is None:
         return {}
-    held = {key.removeprefix(prefix): key for key in file if key.startswith(prefix)}
-    if component == "text_encoder":
-        parts = single_file.TEXT_PARTS
-        held = {key: name for key, name in held.items() if key.removeprefix("text_model.").partition(".")[0] in parts}
-    return held
-
-
-def _unsupported(file, family) -> str:
-    if family == architecture.SDXL:
-        return architecture.NO_SDXL
-    return NO_OPEN_CLIP if any(key.startswith(single_file.OPEN_CLIP) for key in file) else ""
+    keys = [key.removeprefix(prefix) for key in file if key.startswith(prefix)]
+    if component not in single_file.KEYS:
+        parts = single_file.OPEN_CLIP_PARTS if prefix in single_file.OPEN_CLIP else single_file.CLIP_PARTS
+        keys = [key for key in keys if key.removeprefix("text_model.").partition(".")[0] in parts]
+    if prefix == single_file.OPEN_CLIP_H:
+        keys = drop_unused_layer(keys)
+    return {key: prefix + key for key in keys}
 
 
 def _schedule(file: TensorFile, family: str) -> dict:
@@ -132,21 +127,35 @@ def _schedule(file: TensorFile, family: str) -> dict:
 
 
 def _single_component(path, file: TensorFile, component: str, held: Mapping[str, str]) -> Component:
-    config = single_file.CONFIGS[component]({key: file.shape(name) for key, name in held.items()}, str(path))
+    prefix = single_file.prefix_of(component, file)
+    config = single_file.config(component, {key: file.shape(name) for key, name in held.items()}, prefix, str(path))
     if component == "unet":
         config |= _sample_size(file.metadata)
 
     def load():
-        if component == "text_encoder":
-            return Tensors({key: (file, name) for key, name in held.items()})
-        keys = naming.torch_shapes(abstract_params(component, config))
-        ours = {single_file.KEYS[component](key, config): key for key in keys}
-        taken = {ours[key] for key in held if key in ours}
-        # A tensor that stands under diffusers' name as well keeps its name here, so that it is reported, not preferred.
-        places = {ours.get(key, name if key in taken else key): (file, name) for key, name in held.items()}
-        return Tensors(places)
+        if prefix in single_file.OPEN_CLIP:
+            return Tensors(_open_clip_places(component, file, held, config))
+        keys = _renamed(component, held, config) if component in single_file.KEYS else held
+        return Tensors({key: Place(file, name) for key, name in keys.items()})
 
     return Component(config, load)
+
+
+def _renamed(component, held, config) -> dict[str, str]:
+    """Returns {our key: key in the file}; tensors that have no place keep the file's."""
+    keys = naming.torch_shapes(abstract_params(component, config))
+    ours = {single_file.KEYS[component](key, config): key for key in keys}
+    taken = {ours[key] for key in held if key in ours}
+    # A tensor that stands under diffusers' name as well keeps its name here, so that it is reported, not preferred.
+    return {ours.get(key, name if key in taken else key): name for key, name in held.items()}
+
+
+def _open_clip_places(component, file, held, config) -> dict[str, Place]:
+    """Finds a text encoder's tensors in OpenCLIP's layout; those that have no place keep the file's keys."""
+    found = {key: open_clip_key(key) for key in naming.torch_shapes(abstract_params(component, config))}
+    places = {key: Place(file, held[at.name], at.third, at.transposed) for key, at in found.items() if at.name in held}
+    known = {at.name for at in found.values()}
+    return places | {name: Place(file, name) for key, name in held.items() if key not in known}
 
 
 def _sample_size(metadata: Mapping[str, str]) -> dict:
@@ -169,4 +178,5 @@ def _open_workdir(path: pathlib.Path) -> Checkpoint:
         return naming.to_torch(restore_student(path, abstract_params("unet", unet)))
 
     components = {**base.components, "unet": Component(unet, load)}
-    return Checkpoint(path, "workdir", components, base.scheduler_config, base.tokenizer_folder, names)
+    tokenizers = {"tokenizer_folder": base.tokenizer_folder, "tokenizer_2_folder": base.tokenizer_2_folder}
+    return Checkpoint(path, "workdir", components, base.scheduler_config, styles=names, **tokenizers)

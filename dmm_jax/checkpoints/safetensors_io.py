@@ -181,6 +181,34 @@ def raw_bytes(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
 
 
+def save_parts(
+    folder: pathlib.Path, stem: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], max_bytes: int
+) -> None:
+    """Writes `stem.safetensors`, or where that is more than `max_bytes` parts of it and an index, as hubs name them.
+
+    Raises:
+      ValueError: as `save`.
+    """
+    parts, sizes = [[]], [0]
+    for key in sorted(tensors):
+        size = tensors[key].nbytes
+        if parts[-1] and sizes[-1] + size > max_bytes:
+            parts.append([])
+            sizes.append(0)
+        parts[-1].append(key)
+        sizes[-1] += size
+    if len(parts) == 1:
+        save(folder / f"{stem}.safetensors", tensors, metadata)
+        return
+    weight_map = {}
+    for number, keys in enumerate(parts, start=1):
+        name = f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors"
+        save(folder / name, {key: tensors[key] for key in keys}, metadata)
+        weight_map |= dict.fromkeys(keys, name)
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
 def save(
     path: str | pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:

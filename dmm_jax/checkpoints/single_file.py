@@ -10,11 +10,21 @@ from collections.abc import Iterable, Mapping
 from dmm_jax.checkpoints.architecture import check_plain
 from dmm_jax.checkpoints.errors import CheckpointError
 
-UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
-PREFIXES = {"unet": (UNET,), "vae": (VAE, "vae."), "text_encoder": (TEXT,)}
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+CLIP_L, OPEN_CLIP_H = "cond_stage_model.transformer.", "cond_stage_model.model."  # Of Stable Diffusion 1 and 2.
+XL_CLIP_L, XL_OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+REFINER = "conditioner.embedders.0.model."  # The one text encoder of Stable Diffusion XL's refiner.
+PREFIXES = {
+    "unet": (UNET,),
+    "vae": (VAE, "vae."),
+    "text_encoder": (CLIP_L, OPEN_CLIP_H, XL_CLIP_L),
+    "text_encoder_2": (XL_OPEN_CLIP,),
+}
+OPEN_CLIP = (OPEN_CLIP_H, XL_OPEN_CLIP)  # Text encoders in OpenCLIP's own layout; the others lie in transformers'.
 EMA = "model_ema."  # Averages kept for training; like everybody else we read the weights themselves.
-OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.")  # Of Stable Diffusion 2 and XL.
-TEXT_PARTS = ("embeddings", "encoder", "final_layer_norm")  # Others (text_projection, logit_scale) condition nothing.
+# Of a text encoder; what else lies there (logit_scale, position_ids) conditions nothing.
+CLIP_PARTS = ("embeddings", "encoder", "final_layer_norm")
+OPEN_CLIP_PARTS = ("transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection")
 HEAD_SIZE = 64  # Of every CLIP, and of every UNet that projects by dense layers (SD2, SDXL).
 SD1_HEADS = 8  # Of every UNet that projects by 1x1 convolutions.
 NORM_GROUPS = 32
@@ -99,13 +109,7 @@ def _shortcut(name):
     return "nin_shortcut" if name == "conv_shortcut" else name
 
 
-def text_key(key: str, config: Mapping) -> str:
-    """Returns where a text encoder's tensor lies in a Stable Diffusion 1 single file: under the same name."""
-    del config
-    return key
-
-
-KEYS = {"unet": unet_key, "vae": vae_key, "text_encoder": text_key}
+KEYS = {"unet": unet_key, "vae": vae_key}
 
 
 def prefix_of(component: str, keys: Iterable[str]) -> str | None:
@@ -198,31 +202,49 @@ def vae_config(shapes: Mapping[str, tuple[int, ...]], where: str) -> dict:
         raise _unknown("VAE", error, where) from None
 
 
-def text_config(shapes: Mapping[str, tuple[int, ...]], where: str) -> dict:
-    """Reads a CLIP text encoder's config off its keys and shapes; raises CheckpointError where it cannot."""
+def text_config(shapes: Mapping[str, tuple[int, ...]], where: str, *, open_clip: bool = False) -> dict:
+    """Reads a text encoder's config off its keys and shapes; raises CheckpointError where it cannot.
+
+    Args:
+      shapes: by the keys of its layout, prefix not included.
+      open_clip: the layout is OpenCLIP's, whose encoders have another activation, and perhaps a projection.
+    """
     shapes = {key.removeprefix("text_model."): shape for key, shape in shapes.items()}
+    projection = shapes.get("text_projection")
+    layers = r"transformer\.resblocks\.(\d+)\." if open_clip else r"encoder\.layers\.(\d+)\."
+    tokens, positions, hidden = (
+        ("token_embedding.weight", "positional_embedding", "transformer.resblocks.0.mlp.c_fc.weight")
+        if open_clip
+        else ("embeddings.token_embedding.weight", "embeddings.position_embedding.weight",
+              "encoder.layers.0.mlp.fc1.weight")
+    )  # fmt: skip
     try:
-        vocab_size, width = shapes["embeddings.token_embedding.weight"]
+        vocab_size, width = shapes[tokens]
         return {
-            "architectures": ["CLIPTextModel"],
+            "architectures": ["CLIPTextModelWithProjection" if projection else "CLIPTextModel"],
             "model_type": "clip_text_model",
             "vocab_size": vocab_size,
             "hidden_size": width,
-            "intermediate_size": shapes["encoder.layers.0.mlp.fc1.weight"][0],
-            "num_hidden_layers": 1 + max(_numbers(shapes, r"encoder\.layers\.(\d+)\.")),
+            "projection_dim": projection[1] if projection else width,
+            "intermediate_size": shapes[hidden][0],
+            "num_hidden_layers": 1 + max(_numbers(shapes, layers)),
             "num_attention_heads": width // HEAD_SIZE,
-            "max_position_embeddings": shapes["embeddings.position_embedding.weight"][0],
-            "hidden_act": "quick_gelu",
+            "max_position_embeddings": shapes[positions][0],
+            "hidden_act": "gelu" if open_clip else "quick_gelu",
             "layer_norm_eps": 1e-5,
             "bos_token_id": vocab_size - 2,
             "eos_token_id": vocab_size - 1,
-            "pad_token_id": vocab_size - 1,
+            "pad_token_id": 0 if open_clip else vocab_size - 1,
         }
     except (KeyError, IndexError, ValueError) as error:
         raise _unknown("text encoder", error, where) from None
 
 
-CONFIGS = {"unet": unet_config, "vae": vae_config, "text_encoder": text_config}
+def config(component: str, shapes: Mapping[str, tuple[int, ...]], prefix: str, where: str) -> dict:
+    """Reads a component's config off its keys and shapes (prefix removed); raises CheckpointError where it cannot."""
+    if component in KEYS:
+        return {"unet": unet_config, "vae": vae_config}[component](shapes, where)
+    return text_config(shapes, where, open_clip=prefix in OPEN_CLIP)
 
 
 def _numbers(keys, pattern):

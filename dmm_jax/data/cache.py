@@ -1,6 +1,8 @@
 """The latent cache: scaled float16 latents and uint16 token ids in array_record files under one cache.json.
 
-A record is latents (C order), token ids, and the int64 id of the image in its source, little endian, nothing between.
+A record is latents (C order), token ids, the image's frame, and the int64 id of the image in its source, little endian,
+nothing between. The frame is what Stable Diffusion XL is told of an image: the height and width that it came with, and
+top and left of the square that was cut from it once it was scaled; all pixels, int32.
 """
 
 import dataclasses
@@ -13,8 +15,9 @@ from typing import Any, TypedDict
 import numpy as np
 from array_record.python import array_record_data_source
 
-FORMAT = "dmm_jax latent cache 1"
-LATENTS, TOKENS, _ID = np.dtype("<f2"), np.dtype("<u2"), np.dtype("<i8")
+FORMAT = "dmm_jax latent cache 2"
+LATENTS, TOKENS, FRAME, _ID = np.dtype("<f2"), np.dtype("<u2"), np.dtype("<i4"), np.dtype("<i8")
+FRAME_BYTES = 4 * FRAME.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +29,7 @@ class CacheHeader:
     resolution: int  # Pixels of a side, after scaling the short side and cropping the centre.
     scaling_factor: float  # The latents are posterior samples times this.
     latent_shape: tuple[int, ...]  # (h, w, C)
-    num_tokens: int  # Per prompt.
+    num_tokens: int  # Per prompt, of all tokenizers.
     source: str = ""  # Hash of the images' source.
     seed: int = 0  # Of the posterior samples.
     dtype: str = "float16"
@@ -37,7 +40,8 @@ class CacheHeader:
     @property
     def record_bytes(self) -> int:
         """Returns the bytes of every record."""
-        return LATENTS.itemsize * math.prod(self.latent_shape) + TOKENS.itemsize * self.num_tokens + _ID.itemsize
+        latents, tokens = LATENTS.itemsize * math.prod(self.latent_shape), TOKENS.itemsize * self.num_tokens
+        return latents + tokens + FRAME_BYTES + _ID.itemsize
 
     def differences(self, **expected: Any) -> list[str]:
         """Names each expected field that this header does not have."""
@@ -53,6 +57,7 @@ class CachedExample(TypedDict):
 
     latents: np.ndarray  # float16 (h, w, C), scaled
     input_ids: np.ndarray  # int32 (num_tokens,)
+    time_ids: np.ndarray  # int32 (6,): original height and width, top and left of the crop, target height and width
     id: int
 
 
@@ -83,9 +88,10 @@ def read_header(folder: pathlib.Path) -> tuple[CacheHeader, dict[str, Any]]:
         raise ValueError(f"{path} is not the header of a latent cache ({error}). Run `dmm-jax prepare`.") from error
 
 
-def encode_record(latents: np.ndarray, input_ids: np.ndarray, image_id: int) -> bytes:
+def encode_record(latents: np.ndarray, input_ids: np.ndarray, frame: np.ndarray, image_id: int) -> bytes:
     """Packs one example into the bytes of its record."""
-    return latents.astype(LATENTS).tobytes() + input_ids.astype(TOKENS).tobytes() + _ID.type(image_id).tobytes()
+    parts = (latents.astype(LATENTS), input_ids.astype(TOKENS), frame.astype(FRAME), _ID.type(image_id))
+    return b"".join(part.tobytes() for part in parts)
 
 
 def decode_record(header: CacheHeader, record: bytes) -> CachedExample:
@@ -94,7 +100,13 @@ def decode_record(header: CacheHeader, record: bytes) -> CachedExample:
     tokens_at = num_latents * LATENTS.itemsize
     latents = np.frombuffer(record, LATENTS, num_latents).reshape(header.latent_shape)
     input_ids = np.frombuffer(record, TOKENS, header.num_tokens, tokens_at).astype(np.int32)
-    return {"latents": latents, "input_ids": input_ids, "id": int(np.frombuffer(record[-_ID.itemsize :], _ID)[0])}
+    frame = np.frombuffer(record, FRAME, 4, tokens_at + TOKENS.itemsize * header.num_tokens)
+    return {
+        "latents": latents,
+        "input_ids": input_ids,
+        "time_ids": np.array([*frame, header.resolution, header.resolution], np.int32),
+        "id": int(np.frombuffer(record[-_ID.itemsize :], _ID)[0]),
+    }
 
 
 class LatentCache:

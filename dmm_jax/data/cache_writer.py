@@ -60,10 +60,14 @@ class CacheWriter:
         self,
         latents: Float[np.ndarray, "B h w C"],
         input_ids: Int[np.ndarray, "B L"],
+        frames: Int[np.ndarray, "B 4"],
         ids: Sequence[int],
         next_index: int,
     ) -> None:
         """Writes a batch of scaled latents; `next_index` is where the source goes on after it.
+
+        Args:
+            frames: each image's height and width before it was scaled, and top and left of the square after.
 
         Raises:
             ValueError: shapes, token ids or values that the cache cannot hold (NaN, beyond float16).
@@ -72,8 +76,8 @@ class CacheWriter:
         if self._shard is None:
             name = f"latents-{len(self._shards):05d}.array_record"
             self._shard = array_record_module.ArrayRecordWriter(str(self.partial / name), "group_size:1,uncompressed")
-        for row, tokens, image_id in zip(latents, input_ids, ids, strict=True):
-            self._shard.write(encode_record(row, tokens, image_id))
+        for example in zip(latents, input_ids, frames, ids, strict=True):
+            self._shard.write(encode_record(*example))
         self._in_shard += len(latents)
         self.next_index = next_index
         if self._in_shard >= self.shard_size:

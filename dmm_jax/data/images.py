@@ -33,15 +33,20 @@ def load_rgb(path: pathlib.Path) -> Image.Image:
     return upright.convert("RGB")
 
 
+def crop_of(height: int, width: int, resolution: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns (height, width) of an image scaled by its short side, and (top, left) of the square at its centre."""
+    scale = resolution / min(width, height)
+    height, width = (max(resolution, round(side * scale)) for side in (height, width))
+    return (height, width), ((height - resolution) // 2, (width - resolution) // 2)
+
+
 def fit_square(image: Image.Image | UInt8[np.ndarray, "H W 3"], resolution: int) -> UInt8[np.ndarray, "R R 3"]:
     """Scales the short side to `resolution` pixels and crops the centre; a fitting image is returned as it is."""
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     width, height = image.size
     if (width, height) != (resolution, resolution):
-        scale = resolution / min(width, height)
-        width, height = (max(resolution, round(side * scale)) for side in (width, height))
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-        left, top = (width - resolution) // 2, (height - resolution) // 2
+        scaled, (top, left) = crop_of(height, width, resolution)
+        image = image.resize(scaled[::-1], Image.Resampling.LANCZOS)
         image = image.crop((left, top, left + resolution, top + resolution))
     return np.asarray(image, np.uint8)

@@ -14,6 +14,7 @@ class Batch(TypedDict):
 
     latents: np.ndarray  # float32 (N, B/N, h, w, C), scaled
     input_ids: np.ndarray  # int32 (N, B/N, L)
+    time_ids: np.ndarray  # int32 (N, B/N, 6), for Stable Diffusion XL; see `data.cache.CachedExample`
 
 
 def batches(
@@ -62,6 +63,7 @@ class _Gather:
         return {
             "latents": self._stack(examples, "latents", np.float32),
             "input_ids": self._stack(examples, "input_ids", np.int32),
+            "time_ids": self._stack(examples, "time_ids", np.int32),
         }
 
     def _stack(self, examples: list, name: str, dtype: type) -> np.ndarray:

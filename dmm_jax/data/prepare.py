@@ -1,6 +1,5 @@
 """Encodes images and captions once, into the latent cache that training reads."""
 
-import hashlib
 import pathlib
 import sys
 import warnings
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from dmm_jax.data.cache import CacheHeader, LatentCache
 from dmm_jax.data.cache_writer import CacheWriter
-from dmm_jax.data.images import UnreadableImage, fit_square
+from dmm_jax.data.images import UnreadableImage, crop_of, fit_square
 from dmm_jax.data.sources import Example, ImageSource
 
 
@@ -44,7 +43,7 @@ def prepare(
         resolution: pixels of a side; other images are scaled by their short side and cropped at the centre.
         scaling_factor: the VAE's; what is stored is latents times this.
         vae: hash of the VAE's contents.
-        tokenizer: hash of the tokenizer's files (`folder_digest`).
+        tokenizer: hash of the tokenizers (`Tokenizers.digest`).
         shard_size: records a file, and about how many are lost when work breaks off.
         progress: show a bar; None: when a terminal reads along.
 
@@ -64,8 +63,8 @@ def prepare(
         with bar:
             for examples, next_index in _groups(image_source, writer, batch_size, resolution, num_threads):
                 latents = encode_examples(examples, encode, batch_size, seed) * np.float32(scaling_factor)
-                captions, ids = ([example[name] for example in examples] for name in ("caption", "id"))
-                writer.add(latents, np.asarray(tokenize(captions)), ids, next_index)
+                captions, ids, frames = ([example[name] for example in examples] for name in ("caption", "id", "frame"))
+                writer.add(latents, np.asarray(tokenize(captions)), np.array(frames, np.int32), ids, next_index)
                 bar.update(next_index - bar.n)
         return writer.finish()
     finally:
@@ -79,15 +78,6 @@ def encode_examples(examples: Sequence[Example], encode: Callable, batch_size: i
     ids = np.array([examples[row]["id"] for row in rows], np.uint32)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), ids)
     return np.asarray(encode(images, keys), np.float32)[: len(examples)]
-
-
-def folder_digest(folder: str | pathlib.Path, names: Sequence[str] = ("vocab.json", "merges.txt")) -> str:
-    """Returns the sha256 of some files' contents; by default those that make a tokenizer."""
-    digest = hashlib.sha256()
-    for name in names:
-        contents = (pathlib.Path(folder) / name).read_bytes()
-        digest.update(f"{name} {len(contents)} ".encode() + contents)
-    return digest.hexdigest()
 
 
 def _shapes(encode, tokenize, batch_size: int, resolution: int) -> dict:
@@ -120,7 +110,7 @@ def _groups(
 
 
 class _Load:
-    """Reads and fits one image; a failure is handed on, not raised in a reader's thread."""
+    """Reads and fits one image, its frame noted; a failure is handed on, not raised in a reader's thread."""
 
     def __init__(self, source: ImageSource, resolution: int):
         self.source, self.resolution = source, resolution
@@ -130,4 +120,6 @@ class _Load:
             example = self.source[int(index)]
         except UnreadableImage as error:
             return error
-        return {**example, "image": fit_square(example["image"], self.resolution)}
+        height, width = example["image"].shape[:2]
+        frame = (height, width, *crop_of(height, width, self.resolution)[1])
+        return {**example, "image": fit_square(example["image"], self.resolution), "frame": frame}

@@ -13,9 +13,10 @@ _WORD_END = "</w>"
 Merge = tuple[str, str]
 
 
-def write_tokenizer(folder: str | Path) -> None:
+def write_tokenizer(folder: str | Path, pad_token: str = END) -> None:
     """Writes vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json as CLIP's tokenizers have them.
 
+    CLIP pads with its end token; the tokenizers of OpenCLIP's encoders (Stable Diffusion 2, XL's second) with "!".
     Ids: 256 bytes, 256 bytes that end a word, the merges in order, then the start and the end token.
     """
     folder = Path(folder)
@@ -25,7 +26,7 @@ def write_tokenizer(folder: str | Path) -> None:
     tokens = [*symbols, *(symbol + _WORD_END for symbol in symbols), *(a + b for a, b in merges), START, END]
     _write(folder / "vocab.json", json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
     _write(folder / "merges.txt", "\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges)]) + "\n")
-    special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
+    special = {"bos_token": START, "eos_token": END, "pad_token": pad_token, "unk_token": END}
     config = {**special, "model_max_length": MAX_LENGTH, "do_lower_case": True, "add_prefix_space": False,
               "errors": "replace", "tokenizer_class": "CLIPTokenizer"}  # fmt: skip
     _write(folder / "tokenizer_config.json", json.dumps(config, indent=2))

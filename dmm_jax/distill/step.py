@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from dmm_jax import sharding
 from dmm_jax.diffusion import schedule as noise_schedule
 from dmm_jax.distill import losses
+from dmm_jax.models.text_encoders import TextConditioning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Networks:
 
     student: nnx.GraphDef
     teacher: nnx.GraphDef
-    text_encoder: nnx.GraphDef
+    text_encoders: nnx.GraphDef  # Of one checkpoint: one, or SDXL's two.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Objective:
     feature_loss_weight: float
     feature_loss: str
     prompt_dropout: float
-    empty_ids: tuple[int, ...]  # Token ids of "".
+    empty_ids: tuple[tuple[int, ...], ...]  # Rows that stand for no prompt, equally often: "", and SDXL's zeros.
 
 
 def draw(objective: Objective, step_key: jax.Array, sample_ids: jax.Array, batch: dict) -> dict:
@@ -53,10 +54,13 @@ def draw(objective: Objective, step_key: jax.Array, sample_ids: jax.Array, batch
         for_noise, for_time, for_drop = jax.random.split(jax.random.fold_in(step_key, sample_id), 3)
         noise = jax.random.normal(for_noise, batch["latents"].shape[1:])
         timestep = jax.random.randint(for_time, (), 0, len(objective.alphas_cumprod))
-        return noise, timestep, jax.random.uniform(for_drop) < objective.prompt_dropout
+        return noise, timestep, jax.random.uniform(for_drop)
 
-    noise, timesteps, dropped = jax.vmap(one)(sample_ids)
-    input_ids = jnp.where(dropped[:, None], jnp.asarray(objective.empty_ids), batch["input_ids"])
+    noise, timesteps, drawn = jax.vmap(one)(sample_ids)
+    empty = jnp.asarray(objective.empty_ids)  # (R, L)
+    row = jnp.floor(drawn / max(objective.prompt_dropout, 1e-9) * len(empty))  # Past the last: the prompt is kept.
+    empty = empty[jnp.clip(row, 0, len(empty) - 1).astype(jnp.int32)]
+    input_ids = jnp.where((drawn < objective.prompt_dropout)[:, None], empty, batch["input_ids"])
     return batch | {"noise": noise, "timesteps": timesteps, "input_ids": input_ids}
 
 
@@ -65,9 +69,9 @@ def sample_errors(networks: Networks, objective: Objective, student, teachers, e
 
     Args:
       student: its parameters, whole.
-      teachers: {"unet": parameters (T, ...), "encoder": (T,) int, -1 for the base's text encoder}.
+      teachers: {"unet": parameters (T, ...), "encoder": (T,) int, -1 for the base's text encoders}.
       encoders: {"base": parameters, "others": parameters (K, ...) or None}.
-      inputs: leaves (T, b, ...): latents, noise, timesteps, input_ids.
+      inputs: leaves (T, b, ...): latents, noise, timesteps, input_ids; and SDXL's time_ids.
       style_ids: (T,) rows of the style table.
     """
     flat = jax.tree.map(lambda leaf: leaf.reshape((-1,) + leaf.shape[2:]), inputs)
@@ -79,26 +83,29 @@ def sample_errors(networks: Networks, objective: Objective, student, teachers, e
     def split(leaf):
         return leaf.reshape((num_teachers, per_teacher) + leaf.shape[1:])
 
+    time_ids = inputs.get("time_ids")
     with_features = objective.feature_loss_weight > 0
 
     def ask(_, teacher):
-        unet, encoder, noisy, timesteps, input_ids, text = teacher
+        unet, encoder, noisy, timesteps, input_ids, text, time_ids = teacher
         if encoders["others"] is not None:
             text = jax.lax.cond(
                 encoder < 0,
                 lambda: text,
                 lambda: encode(networks, jax.tree.map(lambda leaf: leaf[encoder], encoders["others"]), input_ids),
             )
-        output = nnx.merge(networks.teacher, unet)(noisy, timesteps, text)
+        added = text.added_cond(time_ids)
+        output = nnx.merge(networks.teacher, unet)(noisy, timesteps, text.encoder_hidden_states, added_cond=added)
         return None, (output.sample, output.features if with_features else ())
 
-    given = (split(noisy), inputs["timesteps"], inputs["input_ids"], split(text))
+    given = (split(noisy), inputs["timesteps"], inputs["input_ids"], jax.tree.map(split, text), time_ids)
     _, targets = jax.lax.scan(ask, None, (teachers["unet"], teachers["encoder"], *given))
     targets = jax.lax.stop_gradient(jax.tree.map(lambda leaf: leaf.reshape((-1,) + leaf.shape[2:]), targets))
 
     model = nnx.merge(networks.student, student)
     rows = jax.nn.one_hot(jnp.repeat(style_ids, per_teacher), model.num_models)
-    output = model(noisy, flat["timesteps"], text, style_embedding=model.style_embedding(rows))
+    styled = {"style_embedding": model.style_embedding(rows), "added_cond": text.added_cond(flat.get("time_ids"))}
+    output = model(noisy, flat["timesteps"], text.encoder_hidden_states, **styled)
     score = losses.score_error(output.sample, targets[0])
     feature = jnp.zeros_like(score)
     if with_features:
@@ -106,9 +113,9 @@ def sample_errors(networks: Networks, objective: Objective, student, teachers, e
     return split(score), split(feature)
 
 
-def encode(networks: Networks, text_encoder, input_ids) -> jax.Array:
-    """Runs a text encoder: token ids (B, L) to its last hidden state (B, L, D)."""
-    return jax.lax.stop_gradient(nnx.merge(networks.text_encoder, text_encoder)(input_ids).last_hidden_state)
+def encode(networks: Networks, text_encoders, input_ids) -> TextConditioning:
+    """Runs a checkpoint's text encoders: token ids (B, L) to what conditions its UNet."""
+    return jax.lax.stop_gradient(nnx.merge(networks.text_encoders, text_encoders)(input_ids))
 
 
 def gather(path, param: jax.Array, spec: P, dtype) -> jax.Array:

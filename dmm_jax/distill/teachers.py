@@ -34,9 +34,9 @@ def put_teachers(base: Checkpoint, teachers: Sequence[Checkpoint], mesh: Mesh, d
     """
     unets = put_stacked([teacher.params("unet") for teacher in teachers], mesh, sharding.TEACHERS, dtype)
     rows, distinct = encoder_rows(base, teachers)
-    others = [teacher.params("text_encoder") for teacher in distinct]
+    others = [teacher.text_params(base) for teacher in distinct]
     encoders = {
-        "base": put_params(base.params("text_encoder"), mesh, dtype),
+        "base": put_params(base.text_params(), mesh, dtype),
         "others": put_stacked(others, mesh, sharding.COPY, dtype) if others else None,
     }
     rows = np.asarray(rows, np.int32)
@@ -47,10 +47,13 @@ def put_teachers(base: Checkpoint, teachers: Sequence[Checkpoint], mesh: Mesh, d
 
 
 def encoder_rows(base: Checkpoint, teachers: Sequence[Checkpoint]) -> tuple[list[int], list[Checkpoint]]:
-    """Finds equal text encoders, by content: a row per teacher (-1 is the base's), and one checkpoint per row."""
-    seen, rows, distinct = {base.digest("text_encoder"): -1}, [], []
+    """Finds equal text encoders, by content: a row per teacher (-1 is the base's), and one checkpoint per row.
+
+    A teacher's are the one or two of its family; those that it lacks are the base's.
+    """
+    seen, rows, distinct = {base.text_digest(): -1}, [], []
     for teacher in teachers:
-        digest = teacher.digest("text_encoder") if teacher.has("text_encoder") else base.digest("text_encoder")
+        digest = teacher.text_digest(base)
         if digest not in seen:
             seen[digest] = len(distinct)
             distinct.append(teacher)

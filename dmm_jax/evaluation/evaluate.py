@@ -111,20 +111,18 @@ class Models:
         return self._stock.with_unet(self._base.params("unet"))
 
     def teacher(self, name: str) -> Pipeline:
-        """One teacher, behind its own text encoder where it has one."""
+        """One teacher, behind its own text encoders where it has them."""
         teacher = self._teachers[name]
         pipeline = self._stock.with_unet(teacher.params("unet"))
-        return pipeline.with_text_encoder(teacher.params("text_encoder")) if teacher.has("text_encoder") else pipeline
+        return pipeline.with_text_encoders(teacher.text_params(self._base))
 
     @property
     def average(self) -> Pipeline:
         """The plain mean of the teachers' weights, text encoders included: what merging was before distillation."""
         teachers = list(self._teachers.values())
-        encoders = [teacher if teacher.has("text_encoder") else self._base for teacher in teachers]
         unet = mean_params([teacher.params("unet") for teacher in teachers])
-        return self._stock.with_unet(unet).with_text_encoder(
-            mean_params([one.params("text_encoder") for one in encoders])
-        )
+        encoders = mean_params([teacher.text_params(self._base) for teacher in teachers])
+        return self._stock.with_unet(unet).with_text_encoders(encoders)
 
 
 def mean_params(networks: Sequence[Mapping]) -> dict:

@@ -233,3 +233,12 @@ class CLIPTextModel(nnx.Module):
         if self.eos_token_id == LEGACY_EOS_TOKEN_ID:
             return jnp.argmax(input_ids, axis=1)
         return jnp.argmax(input_ids == self.eos_token_id, axis=1)  # The first: padding may be end tokens too.
+
+
+class CLIPTextModelWithProjection(CLIPTextModel):
+    """The same with `text_projection`, whatever the config's `architectures` say: SDXL's second encoder."""
+
+    @classmethod
+    def from_config(cls, config: Mapping, *, dtype=jnp.float32, rngs: nnx.Rngs) -> "CLIPTextModel":
+        """Builds the encoder that a transformers config.json describes; raises as `CLIPTextModel.from_config`."""
+        return CLIPTextModel.from_config(config, with_projection=True, dtype=dtype, rngs=rngs)

@@ -52,7 +52,7 @@ def test_a_diffusers_folder_tells_everything(folder):
     assert found.prediction_type == "epsilon" and found.scheduler_config["_class_name"] == "PNDMScheduler"
     assert found.styles is None and found.tokenizer_folder == folder / "tokenizer"
     assert [found.has(component) for component in (*COMPONENTS, "controlnet")] == [True, True, True, False]
-    assert found.unet_config["block_out_channels"] == [32, 64] and found.text_config["hidden_size"] == 64
+    assert found.unet_config["block_out_channels"] == [32, 64] and found.config("text_encoder")["hidden_size"] == 64
     assert {path.name for path in found.files} == {UNET_WEIGHTS, "model.safetensors"}
 
 

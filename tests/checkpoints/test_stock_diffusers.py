@@ -138,7 +138,7 @@ def test_a_student_that_vanishes_while_being_written_leaves_nothing(student, rec
     def gone():
         raise OSError(5, "Input/output error")
 
-    components = {**student.components, "text_encoder": Component(student.text_config, gone)}
+    components = {**student.components, "text_encoder": Component(student.config("text_encoder"), gone)}
     broken = dataclasses.replace(student, components=components)
     for fmt in export.FORMATS:
         with pytest.raises(OSError, match="Input/output"):

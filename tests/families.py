@@ -1,0 +1,119 @@
+"""Tiny checkpoints of Stable Diffusion 2 and XL, made and saved by stock diffusers: random weights, real classes."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from dmm_jax import config as config_lib
+from dmm_jax.checkpoints.export import Recipe, write_single_file
+from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.demo import world
+
+CA, DOWN, UP_CA, UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
+TOKENS = {"vocab_size": 581, "bos_token_id": 579, "eos_token_id": 580}
+CLIP = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 1,
+    "hidden_act": "quick_gelu",
+}
+OPEN_CLIP = CLIP | {"hidden_size": 128, "num_attention_heads": 2, "hidden_act": "gelu", "projection_dim": 32}
+UNET = {
+    "sample_size": 8, "block_out_channels": (64, 64), "layers_per_block": 1, "attention_head_dim": (1, 1),
+    "use_linear_projection": True,
+}  # fmt: skip
+UNETS = {
+    "sd2": UNET
+    | {"cross_attention_dim": 128, "down_block_types": (CA, DOWN), "up_block_types": (UP, UP_CA)},
+    "sdxl": UNET
+    | {
+        "cross_attention_dim": 192, "down_block_types": (DOWN, CA), "up_block_types": (UP_CA, UP),
+        "transformer_layers_per_block": (1, 2), "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 32 + 6 * 256,
+    },
+}  # fmt: skip
+VAE = {
+    "block_out_channels": (32,) * 4, "layers_per_block": 1, "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+}  # fmt: skip
+SCALES = {"sd2": 0.18215, "sdxl": 0.13025}
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+NAMES = tuple(UNETS)
+STYLES = ("left", "right")
+RECIPE = Recipe("tiny", [], None)
+
+
+def stock(family: str, seed: int):
+    """Returns diffusers' pipeline of a family, random weights, tokenizers left out."""
+    torch = pytest.importorskip("torch")
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+
+    def text(kind, config, **tokens):
+        return kind(transformers.CLIPTextConfig(**config, **TOKENS, **tokens)).eval()
+
+    networks = {
+        "unet": diffusers.UNet2DConditionModel(**UNETS[family]).eval(),
+        "vae": diffusers.AutoencoderKL(**VAE, scaling_factor=SCALES[family]).eval(),
+        "tokenizer": None,
+    }
+    if family == "sd2":
+        return diffusers.StableDiffusionPipeline(
+            text_encoder=text(transformers.CLIPTextModel, OPEN_CLIP, pad_token_id=0),
+            scheduler=diffusers.DDIMScheduler(prediction_type="v_prediction", clip_sample=False, **BETAS),
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False, **networks,
+        )  # fmt: skip
+    return diffusers.StableDiffusionXLPipeline(
+        text_encoder=text(transformers.CLIPTextModel, CLIP, pad_token_id=580),
+        text_encoder_2=text(transformers.CLIPTextModelWithProjection, OPEN_CLIP, pad_token_id=0),
+        tokenizer_2=None,
+        scheduler=diffusers.EulerDiscreteScheduler(timestep_spacing="leading", **BETAS),
+        **networks,
+    )
+
+
+def write_stock(folder: pathlib.Path, family: str, seed: int) -> pathlib.Path:
+    """Saves a stock pipeline, with the embedded world's tokenizers beside it."""
+    stock(family, seed).save_pretrained(folder)
+    pads = (
+        {"tokenizer": {}, "tokenizer_2": {"pad_token": "!"}} if family == "sdxl" else {"tokenizer": {"pad_token": "!"}}
+    )
+    for name, pad in pads.items():
+        world.write_tokenizer(folder / name, **pad)
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {name: ["transformers", "CLIPTokenizer"] for name in pads}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def write_world(folder: pathlib.Path, family: str) -> dict[str, pathlib.Path]:
+    """Writes a base and two teachers: a folder, and a single file."""
+    base, left, right = (
+        write_stock(folder / name, family, seed) for seed, name in enumerate(("base", "left", "right"))
+    )
+    file = write_single_file(folder / "right.safetensors", open_checkpoint(right), "float32", RECIPE)
+    return {"base": base, "left": left, "right": file}
+
+
+def tiny_config(paths, cache: pathlib.Path):
+    """Returns a config that trains in seconds."""
+    config = config_lib.get_config()
+    config.base = str(paths["base"])
+    config.teachers = tuple((name, str(paths[name])) for name in STYLES)
+    config.dtype = "float32"
+    config.data.source, config.data.cache = "shapes_world", str(cache)
+    config.data.num_examples, config.data.resolution = 12, 64
+    config.batch_size, config.num_steps, config.warmup_steps, config.learning_rate = 4, 3, 1, 1e-2
+    config.style_init = "paper"
+    config.log_every, config.validation_every, config.validation_size, config.checkpoint_every = 1, 3, 2, 3
+    return config
+
+
+def error(ours, theirs) -> float:
+    """Returns the greatest difference over the greatest value; `theirs` is a tensor, channels first if it has four axes."""
+    theirs = theirs.detach()
+    theirs = (theirs.movedim(1, -1) if theirs.ndim == 4 else theirs).numpy()
+    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
