@@ -222,7 +222,7 @@ class Pipeline:
             [text for pair in zip(negatives, prompts, strict=True) for text in pair] if guided else prompts
         )
         told = (*(original_size or (height, width)), *crops_coords_top_left, *(target_size or (height, width)))
-        added = text.added_cond(np.tile(np.array(told, np.float32), (len(text.encoder_hidden_states), 1)))
+        added = text.added_cond(jnp.tile(jnp.array(told, jnp.float32), (len(text.encoder_hidden_states), 1)))
         plan = solvers.plan(solver, self.schedule, num_inference_steps)
         states = text.encoder_hidden_states
         drawn = _denoise(self.unet.graph, guided, self.unet.params, plan, latents, keys, states, added, weights, scales)

@@ -9,25 +9,24 @@ import pytest
 from dmm_jax import config as config_lib
 from dmm_jax.checkpoints.export import Recipe, write_single_file
 from dmm_jax.checkpoints.open import open_checkpoint
-from dmm_jax.demo import world
+from dmm_jax.demo import words
 
 CA, DOWN, UP_CA, UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
-TOKENS = {"vocab_size": 581, "bos_token_id": 579, "eos_token_id": 580}
 CLIP = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 1,
-    "hidden_act": "quick_gelu",
-}
-OPEN_CLIP = CLIP | {"hidden_size": 128, "num_attention_heads": 2, "hidden_act": "gelu", "projection_dim": 32}
+    "vocab_size": 581, "bos_token_id": 579, "eos_token_id": 580, "pad_token_id": 580, "hidden_size": 64,
+    "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 1, "hidden_act": "quick_gelu",
+}  # fmt: skip
+OPEN_CLIP = CLIP | {
+    "hidden_size": 128, "num_attention_heads": 2, "hidden_act": "gelu", "projection_dim": 32, "pad_token_id": 0,
+}  # fmt: skip
+TEXTS = {"sd2": {"text_encoder": OPEN_CLIP}, "sdxl": {"text_encoder": CLIP, "text_encoder_2": OPEN_CLIP}}
+PADS = {"sd2": {"tokenizer": "!"}, "sdxl": {"tokenizer": words.END, "tokenizer_2": "!"}}
 UNET = {
     "sample_size": 8, "block_out_channels": (64, 64), "layers_per_block": 1, "attention_head_dim": (1, 1),
     "use_linear_projection": True,
 }  # fmt: skip
 UNETS = {
-    "sd2": UNET
-    | {"cross_attention_dim": 128, "down_block_types": (CA, DOWN), "up_block_types": (UP, UP_CA)},
+    "sd2": UNET | {"cross_attention_dim": 128, "down_block_types": (CA, DOWN), "up_block_types": (UP, UP_CA)},
     "sdxl": UNET
     | {
         "cross_attention_dim": 192, "down_block_types": (DOWN, CA), "up_block_types": (UP_CA, UP),
@@ -51,49 +50,36 @@ def stock(family: str, seed: int):
     torch = pytest.importorskip("torch")
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
     torch.manual_seed(seed)
-
-    def text(kind, config, **tokens):
-        return kind(transformers.CLIPTextConfig(**config, **TOKENS, **tokens)).eval()
-
     networks = {
-        "unet": diffusers.UNet2DConditionModel(**UNETS[family]).eval(),
-        "vae": diffusers.AutoencoderKL(**VAE, scaling_factor=SCALES[family]).eval(),
-        "tokenizer": None,
+        "unet": diffusers.UNet2DConditionModel(**UNETS[family]),
+        "vae": diffusers.AutoencoderKL(**VAE, scaling_factor=SCALES[family]),
     }
+    kinds = {"text_encoder": transformers.CLIPTextModel, "text_encoder_2": transformers.CLIPTextModelWithProjection}
+    networks |= {name: kinds[name](transformers.CLIPTextConfig(**config)) for name, config in TEXTS[family].items()}
+    networks = {name: network.eval() for name, network in networks.items()} | dict.fromkeys(PADS[family])
     if family == "sd2":
-        return diffusers.StableDiffusionPipeline(
-            text_encoder=text(transformers.CLIPTextModel, OPEN_CLIP, pad_token_id=0),
-            scheduler=diffusers.DDIMScheduler(prediction_type="v_prediction", clip_sample=False, **BETAS),
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False, **networks,
-        )  # fmt: skip
-    return diffusers.StableDiffusionXLPipeline(
-        text_encoder=text(transformers.CLIPTextModel, CLIP, pad_token_id=580),
-        text_encoder_2=text(transformers.CLIPTextModelWithProjection, OPEN_CLIP, pad_token_id=0),
-        tokenizer_2=None,
-        scheduler=diffusers.EulerDiscreteScheduler(timestep_spacing="leading", **BETAS),
-        **networks,
-    )
+        scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction", clip_sample=False, **BETAS)
+        unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        return diffusers.StableDiffusionPipeline(scheduler=scheduler, **networks, **unchecked)
+    scheduler = diffusers.EulerDiscreteScheduler(timestep_spacing="leading", **BETAS)
+    return diffusers.StableDiffusionXLPipeline(scheduler=scheduler, **networks)
 
 
 def write_stock(folder: pathlib.Path, family: str, seed: int) -> pathlib.Path:
     """Saves a stock pipeline, with the embedded world's tokenizers beside it."""
     stock(family, seed).save_pretrained(folder)
-    pads = (
-        {"tokenizer": {}, "tokenizer_2": {"pad_token": "!"}} if family == "sdxl" else {"tokenizer": {"pad_token": "!"}}
-    )
-    for name, pad in pads.items():
-        world.write_tokenizer(folder / name, **pad)
+    for name, pad in PADS[family].items():
+        words.write_tokenizer(folder / name, pad)
     index = json.loads((folder / "model_index.json").read_text())
-    index |= {name: ["transformers", "CLIPTokenizer"] for name in pads}
+    index |= {name: ["transformers", "CLIPTokenizer"] for name in PADS[family]}
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 
 def write_world(folder: pathlib.Path, family: str) -> dict[str, pathlib.Path]:
     """Writes a base and two teachers: a folder, and a single file."""
-    base, left, right = (
-        write_stock(folder / name, family, seed) for seed, name in enumerate(("base", "left", "right"))
-    )
+    names = ("base", "left", "right")
+    base, left, right = (write_stock(folder / name, family, seed) for seed, name in enumerate(names))
     file = write_single_file(folder / "right.safetensors", open_checkpoint(right), "float32", RECIPE)
     return {"base": base, "left": left, "right": file}
 
@@ -113,7 +99,7 @@ def tiny_config(paths, cache: pathlib.Path):
 
 
 def error(ours, theirs) -> float:
-    """Returns the greatest difference over the greatest value; `theirs` is a tensor, channels first if it has four axes."""
+    """Returns the greatest difference over the greatest value; of a tensor's four axes the channels are first."""
     theirs = theirs.detach()
     theirs = (theirs.movedim(1, -1) if theirs.ndim == 4 else theirs).numpy()
     return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())

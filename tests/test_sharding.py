@@ -27,7 +27,7 @@ from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.data.cache import LatentCache
 from dmm_jax.data.pipeline import batches
 from dmm_jax.distill import step as S, student, teachers
-from dmm_jax.tokenizer import Tokenizer
+from dmm_jax.tokenizer import Tokenizers
 config = from_json(open(sys.argv[1]).read())
 base = open_checkpoint(config.base)
 others = [open_checkpoint(path) for _, path in config.teachers]
@@ -38,7 +38,7 @@ for t, d, f in json.loads(sys.argv[2]):
     networks, student_config = train.define_networks(config, base, 8)
     style = student.style_params(student_config, "paper", 0)
     params = student.put_student([base.params("unet")], style, student_config, mesh)
-    objective = train.define_objective(config, base, Tokenizer.from_folder(base.tokenizer_folder))
+    objective = train.define_objective(config, base, Tokenizers.from_folders(base.tokenizer_folders))
     specs = sharding.state_specs(params, mesh)
     f = S.build_loss_and_grads(networks, objective, mesh, specs, dtype=jnp.float32, gradient_accumulation=1, seed=0)
     grads, errors = jax.jit(f)(params, frozen, encoders, sharding.put(host, mesh, sharding.BATCH), jnp.int32(1))

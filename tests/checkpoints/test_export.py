@@ -247,13 +247,41 @@ def test_what_has_no_styles_or_another_number_cannot_be_folded(student, folder):
         export.fold(student, WEIGHTS[:2])
 
 
-def test_other_families_have_no_single_file_yet(student, recipe, tmp_path):
-    unet = Component(student.unet_config | {"use_linear_projection": True}, dict)
-    second = dataclasses.replace(student, components={**student.components, "unet": unet})
-    with pytest.raises(CheckpointError, match="stable-diffusion-v2.*Export diffusers"):
-        export.write_single_file(tmp_path / "x.safetensors", second, "float16", recipe)
-    with pytest.raises(CheckpointError, match="cannot be exported: because"):
-        export.write_folder(tmp_path / "x", dataclasses.replace(student, unsupported="because"), "float16", recipe)
+def test_what_is_not_supported_is_not_exported(student, recipe, tmp_path):
+    for write, name in ((export.write_folder, "x"), (export.write_single_file, "x.safetensors")):
+        with pytest.raises(CheckpointError, match="cannot be exported: because"):
+            write(tmp_path / name, dataclasses.replace(student, unsupported="because"), "float16", recipe)
+
+
+@pytest.mark.parametrize("fmt", ["dmm", "diffusers"])
+def test_networks_beyond_the_shard_size_are_parts_under_an_index_that_come_back_bit_for_bit(
+    student, recipe, tmp_path, fmt
+):
+    limit = 100_000
+    out = export.write(tmp_path / "parts", fmt, student, WEIGHTS, "float16", recipe, limit)
+    whole = open_checkpoint(export.write(tmp_path / "whole", fmt, student, WEIGHTS, "float16", recipe))
+    for network in COMPONENTS:
+        files = [TensorFile(path) for path in sorted((out / network).glob("*.safetensors"))]
+        assert len(files) > 1 and all(file.num_bytes <= limit or len(file) == 1 for file in files)
+        (index,) = (out / network).glob("*.safetensors.index.json")
+        assert json.loads(index.read_text())["metadata"]["total_size"] == sum(file.num_bytes for file in files)
+        assert open_checkpoint(out).digest(network) == whole.digest(network)
+    assert open_checkpoint(out).styles == whole.styles
+
+
+def test_diffusers_opens_parts_under_an_index(student, recipe, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    out = export.write(tmp_path, "diffusers", student, WEIGHTS, "float32", recipe, 200_000)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(out, safety_checker=None, local_files_only=True)
+    assert_same_prediction(their_prediction(pipe.unet), our_prediction(student, WEIGHTS))
+
+
+def test_a_schedule_of_zero_snr_is_written_for_a_scheduler_that_obeys_it(student, recipe, tmp_path):
+    schedule = student.scheduler_config | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    assert schedule["_class_name"] == "PNDMScheduler"  # Which does not.
+    source = dataclasses.replace(student, scheduler_config=schedule)
+    written = open_checkpoint(export.write(tmp_path, "diffusers", source, WEIGHTS, "float16", recipe)).scheduler_config
+    assert written["_class_name"] == "DDIMScheduler" and written["prediction_type"] == "v_prediction"
 
 
 def test_bfloat16_rounds_once(student, recipe, tmp_path):

@@ -275,30 +275,26 @@ def test_an_inpainting_model_is_refused_in_both_layouts(single, copy):
         open_checkpoint(copy)
 
 
-def test_stable_diffusion_xl_is_refused_but_can_be_looked_at(copy):
-    config = copy / "unet" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"addition_embed_type": "text_time"}))
-    with pytest.raises(CheckpointError, match="Stable Diffusion XL.*not supported yet"):
-        open_checkpoint(copy)
-    assert open_checkpoint(copy, allow_unsupported=True).architecture == "stable-diffusion-xl-v1-base"
+def test_the_refiner_of_xl_is_refused_but_can_be_looked_at(single):
+    key = "conditioner.embedders.0.model.ln_final.bias"
+    rewrite(single, lambda tensors: tensors.update({key: np.zeros(4, np.float32)}))
+    with pytest.raises(CheckpointError, match="refiner of Stable Diffusion XL.*Use the base model"):
+        open_checkpoint(single)
+    assert open_checkpoint(single, allow_unsupported=True).has("unet")
 
 
 def test_an_xl_single_file_has_xls_scale_and_schedule(single):
     label = {"model.diffusion_model.label_emb.0.0.weight": np.zeros((128, 1546), np.float32)}
     rewrite(single, lambda tensors: tensors.update(label))
-    with pytest.raises(CheckpointError, match="Stable Diffusion XL"):
-        open_checkpoint(single)
-    found = open_checkpoint(single, allow_unsupported=True)
+    found = open_checkpoint(single)
+    assert found.architecture == "stable-diffusion-xl-v1-base" and not found.has("text_encoder_2")
     assert found.vae_config["scaling_factor"] == 0.13025
     assert found.scheduler_config["_class_name"] == "EulerDiscreteScheduler"
 
 
-def test_an_open_clip_text_encoder_is_refused_and_never_replaced_by_the_bases(single, folder):
-    key = "cond_stage_model.model.ln_final.weight"
-    rewrite(single, lambda tensors: tensors.update({key: np.zeros(4, np.float32)}))
-    for base in (None, folder):
-        with pytest.raises(CheckpointError, match="OpenCLIP.*save_pretrained"):
-            open_checkpoint(single, base=base)
+def test_what_the_base_lent_is_said(single, folder):
+    rewrite(single, lambda tensors: [tensors.pop(key) for key in list(tensors) if key.startswith("first_stage_model.")])
+    assert open_checkpoint(single).borrowed == () and open_checkpoint(single, base=folder).borrowed == ("vae",)
 
 
 def test_stable_diffusion_2_does_not_say_what_it_predicts_and_nobody_guesses(single):

@@ -176,10 +176,10 @@ def test_models_that_take_more_than_latents_are_refused(channels, said):
         single_file.unet_config(shapes, "file.safetensors")
 
 
-@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder", "text_encoder_2"])
 def test_what_is_no_known_network_is_refused_with_what_it_lacks(component):
     with pytest.raises(CheckpointError, match="X: .*no known architecture"):
-        single_file.CONFIGS[component]({"weight": (1,)}, "X")
+        single_file.config(component, {"weight": (1,)}, single_file.PREFIXES[component][-1], "X")
 
 
 def test_levels_with_different_numbers_of_layers_have_no_place_in_a_single_file():

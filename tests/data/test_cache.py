@@ -15,7 +15,8 @@ HEADER = CacheHeader("vae-hash", "token-hash", 16, 0.5, (2, 2, 4), 7)
 def _batch(start, count):
     rng = np.random.default_rng(start)
     latents = rng.standard_normal((count, 2, 2, 4)).astype(np.float32)
-    return latents, rng.integers(0, 2**16, (count, 7)).astype(np.int32), [1000 + start + i for i in range(count)]
+    input_ids = rng.integers(0, 2**16, (count, 7)).astype(np.int32)
+    return latents, input_ids, rng.integers(0, 2**20, (count, 4)), [1000 + start + i for i in range(count)]
 
 
 def _write(folder, starts=(0, 3, 6), shard_size=5, header=HEADER):
@@ -35,10 +36,11 @@ def test_what_is_written_is_read(folder):
     cache = LatentCache(folder)
     assert len(cache) == 9 and len(cache.header.shards) == 2
     for start in (0, 3, 6):
-        for i, (latents, input_ids, image_id) in enumerate(zip(*_batch(start, 3), strict=True)):
+        for i, (latents, input_ids, frame, image_id) in enumerate(zip(*_batch(start, 3), strict=True)):
             example = cache[start + i]
             np.testing.assert_array_equal(example["latents"], latents.astype(np.float16))
             np.testing.assert_array_equal(example["input_ids"], input_ids)
+            assert example["time_ids"].tolist() == [*frame, 16, 16] and example["time_ids"].dtype == np.int32
             assert example["id"] == image_id and example["input_ids"].dtype == np.int32
     with pytest.raises(IndexError):
         cache[9]
@@ -121,9 +123,9 @@ def test_a_taken_place_is_refused(folder):
     ],
 )
 def test_what_a_record_cannot_hold_is_refused(tmp_path, spoil, message):
-    latents, input_ids, ids = _batch(0, 3)
+    latents, input_ids, frames, ids = _batch(0, 3)
     with pytest.raises(ValueError, match=message):
-        CacheWriter(tmp_path / "cache", HEADER).add(*spoil(latents, input_ids), ids, next_index=3)
+        CacheWriter(tmp_path / "cache", HEADER).add(*spoil(latents, input_ids), frames, ids, next_index=3)
 
 
 def test_an_empty_cache_is_refused(tmp_path):

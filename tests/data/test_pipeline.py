@@ -18,11 +18,13 @@ class Numbers:
         return self.count
 
     def __getitem__(self, index):
-        return {"latents": np.full((2, 2, 4), index, np.float16), "input_ids": np.full(7, index, np.int32), "id": index}
+        ids = {"input_ids": np.full(7, index, np.int32), "time_ids": np.full(6, index, np.int32), "id": index}
+        return {"latents": np.full((2, 2, 4), index, np.float16), **ids}
 
 
 def _numbers(batch):
     np.testing.assert_array_equal(batch["latents"][..., 0, 0, 0], batch["input_ids"][..., 0])
+    np.testing.assert_array_equal(batch["time_ids"][..., 0], batch["input_ids"][..., 0])
     return batch["input_ids"][..., 0]
 
 
@@ -85,10 +87,12 @@ def test_uneven_numbers_are_refused(arguments, message):
 def test_batches_of_a_cache_are_its_examples(tmp_path):
     writer = CacheWriter(tmp_path / "cache", CacheHeader("v", "t", 16, 1.0, (2, 2, 4), 7), shard_size=4)
     latents = np.random.default_rng(0).standard_normal((8, 2, 2, 4)).astype(np.float32)
-    writer.add(latents, np.arange(8)[:, None] + np.zeros((1, 7), int), range(8), 8)
+    numbers = np.arange(8)[:, None]
+    writer.add(latents, numbers + np.zeros((1, 7), int), numbers + np.zeros((1, 4), int), range(8), 8)
     writer.finish()
     train, _ = LatentCache(tmp_path / "cache").split(2)
     batch = next(pipeline.iterate(pipeline.batches(train, 0, 2, 6)))
     order = batch["input_ids"][..., 0]
     assert sorted(order.ravel()) == list(range(6))
+    np.testing.assert_array_equal(batch["time_ids"][..., :4], order[..., None] + np.zeros((1, 1, 4), int))
     np.testing.assert_array_equal(batch["latents"], latents.astype(np.float16).astype(np.float32)[order])

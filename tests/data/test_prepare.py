@@ -1,7 +1,5 @@
 """Laws of preparing a cache."""
 
-import hashlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 
 from dmm_jax.data.cache import LatentCache, partial_folder
 from dmm_jax.data.images import UnreadableImage
-from dmm_jax.data.prepare import folder_digest, prepare
+from dmm_jax.data.prepare import prepare
 from dmm_jax.data.sources import ShapesSource
 
 
@@ -141,7 +139,8 @@ def test_the_world_is_prepared_as_it_is(tmp_path):
         np.testing.assert_allclose(cache[i]["latents"], source[i]["image"][::8, ::8] / 255.0, atol=1e-3)
 
 
-def test_a_digest_is_of_names_and_contents(tmp_path):
-    (tmp_path / "vocab.json").write_bytes(b"{}")
-    (tmp_path / "merges.txt").write_bytes(b"a b")
-    assert folder_digest(tmp_path) == hashlib.sha256(b"vocab.json 2 {}merges.txt 3 a b").hexdigest()
+def test_the_cache_says_what_size_an_image_came_with_and_where_it_was_cut(tmp_path):
+    cache = _prepare(tmp_path / "cache", Squares(3, size=(6, 9)))  # Scaled to 4 x 6, cut at the centre.
+    assert all(cache[i]["time_ids"].tolist() == [6, 9, 0, 1, 4, 4] for i in range(3))
+    fitting = _prepare(tmp_path / "fitting", Squares(3, size=(4, 4)))
+    assert fitting[2]["time_ids"].tolist() == [4, 4, 0, 0, 4, 4]

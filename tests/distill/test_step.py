@@ -14,7 +14,7 @@ from dmm_jax.data.cache import LatentCache
 from dmm_jax.data.pipeline import batches
 from dmm_jax.distill import step as distill_step
 from dmm_jax.distill import student, teachers
-from dmm_jax.tokenizer import Tokenizer
+from dmm_jax.tokenizer import Tokenizers
 from tests import worlds
 
 
@@ -29,7 +29,7 @@ def run(tiny):
     networks, student_config = train.define_networks(config, base, 2)
     style = student.style_params(student_config, "zero", 0)
     params = student.put_student([base.params("unet")], style, student_config, mesh)
-    objective = train.define_objective(config, base, Tokenizer.from_folder(base.tokenizer_folder))
+    objective = train.define_objective(config, base, Tokenizers.from_folders(base.tokenizer_folders))
     batch = batches(LatentCache(config.data.cache), 0, 2, 8)[0]
     specs = sharding.state_specs(params, mesh)
     build = functools.partial(

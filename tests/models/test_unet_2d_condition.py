@@ -321,6 +321,14 @@ def test_the_full_unets_have_their_tensors_and_parameters(name, num_keys, num_va
     assert sum(leaf.size for _, leaf in found.values()) == num_values
 
 
+@pytest.mark.parametrize("name", FULL)
+def test_the_full_unets_have_diffusers_keys_and_shapes(name):
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        theirs = diffusers.UNet2DConditionModel.from_config(FULL[name]).state_dict()
+    assert torch_shapes(full(name)) == {key: tuple(tensor.shape) for key, tensor in theirs.items()}
+
+
 @pytest.mark.parametrize("name, counts", [("SD1.5", (45, 16, 48)), ("SD2.1", (45, 16, 48)), ("SDXL", (35, 11, 210))])
 def test_every_norm_has_its_epsilon(name, counts):
     modules = [module for _, module in nnx.iter_modules(full(name))]

@@ -1,0 +1,79 @@
+"""The text encoders of Stable Diffusion 2 and XL give what diffusers' pipelines feed their UNets."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dmm_jax.checkpoints import naming
+from dmm_jax.checkpoints.abstract import abstract_model
+from dmm_jax.demo import world
+from dmm_jax.models.text_encoders import TextEncoders
+from dmm_jax.tokenizer import Tokenizers
+from tests import families
+from tests.models.torch_parity import SCALES, TOLERANCE
+
+PROMPTS = ["a large red circle", "a small blue star above a green square", ""]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("tokenizers")
+    for family, pads in families.PADS.items():
+        for name, pad in pads.items():
+            world.write_tokenizer(out / family / name, pad)
+    return out
+
+
+def scaled(encoder, scale):
+    """Draws PyTorch's initial weights, times `scale`; embeddings of variance 1 would hide what the layers add."""
+    import torch
+
+    with torch.no_grad():
+        for module in encoder.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        for name, parameter in encoder.named_parameters():
+            parameter.mul_(0.1 * scale if "embedding" in name else scale)
+
+
+def with_weights_of(pipe, configs):
+    """Returns our encoders with the weights of a pipeline's."""
+    model = abstract_model(lambda rngs: TextEncoders(configs, rngs=rngs))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    for name in configs:
+        tensors = {key: tensor.detach().numpy() for key, tensor in getattr(pipe, name).state_dict().items()}
+        params[name] = jax.tree.map(jnp.asarray, naming.from_torch(params[name], tensors))
+    return nnx.merge(nnx.split(model)[0], params)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("family", families.NAMES)
+def test_the_conditioning_is_that_of_diffusers(family, scale, folder):
+    transformers = pytest.importorskip("transformers")
+    pipe = families.stock(family, seed=0)
+    for name in families.TEXTS[family]:
+        scaled(getattr(pipe, name), scale)
+    for name in families.PADS[family]:
+        setattr(pipe, name, transformers.CLIPTokenizer.from_pretrained(folder / family / name))
+    tokenizers = Tokenizers.from_folders([folder / family / name for name in families.PADS[family]])
+    model = with_weights_of(pipe, families.TEXTS[family])
+    found, none = model(jnp.asarray(tokenizers(PROMPTS))), model(jnp.asarray(tokenizers([None] * 3)))
+    options = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    theirs = pipe.encode_prompt(PROMPTS, **options)
+    assert families.error(found.encoder_hidden_states, theirs[0]) < TOLERANCE
+    if family == "sd2":
+        assert found.pooled is None and families.error(none.encoder_hidden_states, theirs[1]) < TOLERANCE
+        return
+    assert families.error(found.pooled, theirs[2]) < TOLERANCE
+    for zeros, expected in ((none.encoder_hidden_states, theirs[1]), (none.pooled, theirs[3])):
+        np.testing.assert_array_equal(zeros, expected.detach().numpy())
+        assert not np.asarray(zeros).any()
+
+
+def test_each_encoder_reads_its_own_tokenizers_row(folder):
+    tokenizers = Tokenizers.from_folders([folder / "sdxl" / name for name in families.PADS["sdxl"]])
+    first, second = np.split(tokenizers(["a red circle"]), 2, axis=1)
+    assert first[0, :5].tolist() == second[0, :5].tolist() and first[0, -1] == 580 and second[0, -1] == 0
+    assert (tokenizers(["", None])[1] == -1).all() and (tokenizers(["", None])[0] >= 0).all()

@@ -1,0 +1,183 @@
+"""Stable Diffusion 2 and XL on the whole road: opened, trained, sampled, exported, drawn from by stock diffusers."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmm_jax import train
+from dmm_jax.checkpoints import export, naming
+from dmm_jax.checkpoints.abstract import abstract_params
+from dmm_jax.checkpoints.open import Component, open_checkpoint
+from dmm_jax.checkpoints.safetensors_io import TensorFile, save
+from dmm_jax.metrics import read
+from dmm_jax.models.unet_2d_condition import merged_config
+from dmm_jax.pipeline import Pipeline
+from dmm_jax.prepare import prepare_from_config
+from tests import families
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+MIX = {"left": 0.7, "right": 0.3}
+PROMPTS, NEGATIVE = ["a large red circle", "a small blue star"], "green"
+STEPS, GUIDANCE = 4, 3.0
+SOLVERS = {"sd2": "ddim", "sdxl": "euler"}  # Of the stock checkpoints' own schedulers.
+SIZES = {"original_size": (48, 96), "crops_coords_top_left": (4, 8), "target_size": (64, 32)}
+TOLERANCE = 1e-5  # Of the maximum.
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory):
+    """A tiny XL world, its cache prepared, and the workdir of a finished run on it."""
+    folder = tmp_path_factory.mktemp("sdxl")
+    paths = families.write_world(folder, "sdxl")
+    config = families.tiny_config(paths, folder / "cache")
+    prepare_from_config(config)
+    train.run(config, folder / "run")
+    return paths, folder / "run"
+
+
+@pytest.fixture(scope="module", params=families.NAMES)
+def student(request, tmp_path_factory):
+    """(family, base folder, student): the run's for XL, the base under random styles for 2."""
+    if request.param == "sdxl":
+        paths, workdir = request.getfixturevalue("xl")
+        return "sdxl", paths["base"], open_checkpoint(workdir)
+    folder = families.write_stock(tmp_path_factory.mktemp("sd2") / "base", "sd2", 0)
+    base = open_checkpoint(folder)
+    config = merged_config(base.unet_config, len(MIX))
+    rng = np.random.default_rng(0)
+    shapes = naming.torch_shapes(abstract_params("unet", config))
+    tensors = {key: rng.normal(0, 0.1, shape).astype(np.float32) for key, shape in shapes.items()}
+    tensors |= dict(base.tensors("unet"))
+    components = {**base.components, "unet": Component(config, lambda: tensors)}
+    return "sd2", folder, dataclasses.replace(base, components=components, styles=tuple(MIX))
+
+
+@pytest.fixture(scope="module")
+def exports(student, tmp_path_factory):
+    """Every format in float32."""
+    out, weights = tmp_path_factory.mktemp("exports"), np.array(list(MIX.values()), np.float32)
+    return {fmt: export.write(out, fmt, student[2], weights, "float32", families.RECIPE) for fmt in export.FORMATS}
+
+
+def opened_by_diffusers(family, exports, fmt):
+    kind = diffusers.StableDiffusionXLPipeline if family == "sdxl" else diffusers.StableDiffusionPipeline
+    options = {"local_files_only": True} | ({} if family == "sdxl" else {"safety_checker": None})
+    if fmt == "diffusers":
+        pipe = kind.from_pretrained(exports[fmt], **options)
+    else:
+        pipe = kind.from_single_file(str(exports[fmt]), config=str(exports["diffusers"]), **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def noise():
+    return np.random.default_rng(3).standard_normal((2, 8, 8, 4), np.float32)
+
+
+def channels_first(array):
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
+
+
+def draw(pipeline, family, **options):
+    settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "solver": SOLVERS[family]}
+    return pipeline(PROMPTS, latents=noise(), output="latents", **settings, **options)
+
+
+@pytest.mark.parametrize("fmt", ["diffusers", "single-file"])
+def test_diffusers_predicts_and_draws_from_an_export_what_we_do_from_the_student(student, exports, fmt):
+    family = student[0]
+    theirs, ours = opened_by_diffusers(family, exports, fmt), Pipeline.from_pretrained(exports["dmm"])
+    stock = Pipeline.from_pretrained(exports[fmt], base=exports["diffusers"])
+
+    text, timesteps = stock.encode_prompts(PROMPTS), np.array([7, 800])
+    ids = np.array([[64, 64, 0, 0, 64, 64], [48, 96, 4, 8, 64, 32]], np.float32)
+    added = text.added_cond(jnp.asarray(ids))
+    given = None if added is None else {name: torch.from_numpy(np.array(leaf)) for name, leaf in added.items()}
+    with torch.no_grad():
+        states = torch.from_numpy(np.array(text.encoder_hidden_states))
+        inputs = (channels_first(noise()), torch.from_numpy(timesteps), states)
+        expected = theirs.unet(*inputs, added_cond_kwargs=given).sample
+    inputs = (jnp.asarray(noise()), jnp.asarray(timesteps), text.encoder_hidden_states)
+    found = stock.unet(*inputs, added_cond=added).sample
+    assert families.error(found, expected) < TOLERANCE
+
+    sizes = SIZES if family == "sdxl" else {}
+    for negative in (None, NEGATIVE):
+        options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "height": 64, "width": 64, **sizes}
+        negatives = None if negative is None else [negative] * 2
+        images = theirs(
+            PROMPTS, negative_prompt=negatives, latents=channels_first(noise()), output_type="latent", **options
+        ).images
+        assert families.error(draw(ours, family, styles=MIX, negative_prompts=negative, **sizes), images) < TOLERANCE
+
+
+def test_an_export_comes_back_bit_for_bit(student, exports):
+    weights = np.array(list(MIX.values()), np.float32)
+    for fmt, path in exports.items():
+        source = student[2] if fmt == "dmm" else export.fold(student[2], weights)
+        back = open_checkpoint(path)
+        assert back.kind == fmt and set(back.components) == set(source.components)
+        assert back.architecture == source.architecture and back.prediction_type == source.prediction_type
+        for component in source.components:
+            assert back.abstract(component) == source.abstract(component)
+            pairs = zip(jax.tree.leaves(back.params(component)), jax.tree.leaves(source.params(component)), strict=True)
+            assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
+
+
+def test_a_dmm_folder_of_xl_names_the_style_mlp_beside_xls_own(xl, tmp_path):
+    out = export.write(tmp_path, "dmm", open_checkpoint(xl[1]), None, "float16", families.RECIPE)
+    config, index = (json.loads((out / name).read_text()) for name in ("unet/config.json", "model_index.json"))
+    assert config["addition_embed_type"] == "model_merge_xl" and config["num_models"] == 2
+    assert index["unet"] == ["modeling.dmm_unet", "DMMUNet2DConditionModel"]
+    assert index["text_encoder_2"] == ["transformers", "CLIPTextModelWithProjection"]
+    assert index["tokenizer_2"] == ["transformers", "CLIPTokenizer"]
+    keys = TensorFile(out / "unet" / "diffusion_pytorch_model.safetensors")
+    assert "add_embedding2.linear_1.weight" in keys and "add_embedding.linear_1.weight" in keys
+
+
+def test_an_xl_run_learns_and_validates(xl):
+    lines = read(xl[1] / "metrics.jsonl")
+    assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
+    assert [line["step"] for line in lines if "validation" in line] == [3]
+
+
+def test_what_xl_is_told_of_the_picture_is_seen_in_it(xl):
+    base = Pipeline.from_pretrained(xl[0]["base"])
+    plain, told = draw(base, "sdxl"), draw(base, "sdxl", original_size=(256, 256))
+    assert np.abs(plain - told).max() > 100 * TOLERANCE * np.abs(plain).max()
+    assert np.array_equal(plain, draw(base, "sdxl", original_size=(64, 64), target_size=(64, 64)))
+
+
+def test_no_negative_prompt_is_not_the_empty_one_for_xl_alone(student, exports):
+    stock = Pipeline.from_pretrained(exports["diffusers"])
+    same = np.array_equal(draw(stock, student[0]), draw(stock, student[0], negative_prompts=""))
+    assert same == (student[0] == "sd2")
+
+
+def test_a_single_file_of_xl_is_drawn_with_its_own_scale(xl):
+    file = open_checkpoint(xl[0]["right"])
+    assert file.vae_config["scaling_factor"] == 0.13025 and not file.unused
+    assert file.scheduler_config["timestep_spacing"] == "leading"
+
+
+def test_encoders_that_do_not_fit_the_unet_are_told(xl, tmp_path):
+    def keep(name):
+        return not name.startswith("conditioner.embedders.1.")
+
+    file = TensorFile(xl[0]["right"])
+    save(tmp_path / "half.safetensors", {name: np.array(file[name]) for name in file if keep(name)})
+    half = open_checkpoint(tmp_path / "half.safetensors")
+    with pytest.raises(ValueError, match="holds no text_encoder_2, tokenizer, tokenizer_2; give a diffusers folder"):
+        Pipeline.from_pretrained(half.path)
+    assert Pipeline.from_pretrained(half.path, base=xl[0]["base"]).source.borrowed == ("text_encoder_2",)
+    base = open_checkpoint(xl[0]["base"])
+    narrow = Component(base.unet_config | {"cross_attention_dim": 64}, base.components["unet"].load)
+    odd = dataclasses.replace(base, components={**base.components, "unet": narrow})
+    with pytest.raises(ValueError, match="cross_attention_dim 64, but its text encoders give 192"):
+        Pipeline.of_student(odd, odd.unet_config, (), dtype="float32")
