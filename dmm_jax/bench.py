@@ -22,17 +22,17 @@ from dmm_jax import bench_profile, flops, sharding, train
 from dmm_jax import config as config_lib
 from dmm_jax.checkpoints.abstract import abstract_model, abstract_params
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
-from dmm_jax.demo import world
 from dmm_jax.demo.random_checkpoints import SIZES
+from dmm_jax.demo.words import write_tokenizer
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.distill import step as distill_step
 from dmm_jax.distill import student as student_lib
 from dmm_jax.metrics import peak_memory
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
-from dmm_jax.models.clip_text import CLIPTextModel
+from dmm_jax.models.text_encoders import NUM_TIME_IDS, TextEncoders
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
 from dmm_jax.pipeline import Network, Pipeline
-from dmm_jax.tokenizer import Tokenizer
+from dmm_jax.tokenizer import Tokenizers
 
 JOBS = ("train", "sample")
 WARMUP = 3  # Calls before the timed ones.
@@ -80,14 +80,17 @@ def bench_train(config, size: str, num_steps: int, profile: str = "") -> list[di
     mesh = sharding.make_mesh(**config.mesh)
     dtype = jnp.dtype(config.dtype)
     networks, student_config = train.define_networks(config, base, len(names))
-    objective = train.define_objective(config, base, lambda texts: np.zeros((len(texts), 77), np.int32))
+    objective = train.define_objective(
+        config, base, lambda texts: np.zeros((len(texts), 77 * len(base.text_encoders)), np.int32)
+    )
 
     params = random_params(abstract_params("unet", student_config), mesh, fsdp=True)
     teachers = {
         "unet": random_params(base.abstract("unet"), mesh, dtype, copies=len(names)),
         "encoder": sharding.put(np.full(len(names), -1, np.int32), mesh, sharding.TEACHERS),
     }
-    encoders = {"base": random_params(base.abstract("text_encoder"), mesh, dtype), "others": None}
+    texts = {name: random_params(base.abstract(name), mesh, dtype) for name in base.text_encoders}
+    encoders = {"base": texts, "others": None}
     optimizer = student_lib.make_optimizer(config)
     state = student_lib.make_state(params, optimizer, mesh, config.ema_decay)
     specs = sharding.state_specs(params, mesh)
@@ -167,7 +170,7 @@ def _print_profile(call, folder):
 def described(size: str) -> Checkpoint:
     """Returns a checkpoint of a published size that has configs and no tensors."""
     configs = SIZES[size]
-    parts = {name: Component(configs[name], dict) for name in ("unet", "vae", "text_encoder")}
+    parts = {name: Component(config, dict) for name, config in configs.items() if name != "scheduler"}
     return Checkpoint(pathlib.Path(size), "diffusers", parts, dict(configs["scheduler"]), None, None)
 
 
@@ -208,7 +211,8 @@ def random_batch(config, base: Checkpoint) -> dict[str, np.ndarray]:
     lead = (num_teachers, config.batch_size // num_teachers)
     return {
         "latents": rng.standard_normal((*lead, side, side, 4), np.float32).astype(np.float16),
-        "input_ids": rng.integers(0, 1000, (*lead, 77), dtype=np.int32),
+        "input_ids": rng.integers(0, 1000, (*lead, 77 * len(base.text_encoders)), dtype=np.int32),
+        "time_ids": rng.integers(0, 1024, (*lead, NUM_TIME_IDS), dtype=np.int32),
     }
 
 
@@ -220,21 +224,19 @@ def random_pipeline(size: str, config) -> Pipeline:
     dtype = jnp.dtype(config.dtype)
     attention = train.attention_implementation(config)
 
-    def network(model, described_by, **options):
-        graph = nnx.split(
-            abstract_model(lambda rngs: model.from_config(described_by, dtype=dtype, rngs=rngs, **options))
-        )[0]
-        component = {UNet2DConditionModel: "unet", AutoencoderKL: "vae", CLIPTextModel: "text_encoder"}[model]
-        return Network(graph, random_params(abstract_params(component, described_by), mesh, dtype))
+    def network(build):
+        graph, state = nnx.split(abstract_model(build), nnx.Param)
+        return Network(graph, random_params(nnx.to_pure_dict(state), mesh, dtype))
 
     with tempfile.TemporaryDirectory() as folder:
-        world.write_tokenizer(pathlib.Path(folder) / "tokenizer")
-        tokenizer = Tokenizer.from_folder(pathlib.Path(folder) / "tokenizer")
+        write_tokenizer(folder)
+        tokenizers = Tokenizers.from_folders([folder] * len(base.text_encoders))
+    unet = {"dtype": dtype, "attention_implementation": attention}
     return Pipeline(
-        unet=network(UNet2DConditionModel, student_config, attention_implementation=attention),
-        vae=network(AutoencoderKL, base.vae_config),
-        text_encoder=network(CLIPTextModel, base.text_config),
-        tokenizer=tokenizer,
+        unet=network(lambda rngs: UNet2DConditionModel.from_config(student_config, rngs=rngs, **unet)),
+        vae=network(lambda rngs: AutoencoderKL.from_config(base.vae_config, dtype=dtype, rngs=rngs)),
+        text_encoders=network(lambda rngs: TextEncoders(base.text_configs, dtype=dtype, rngs=rngs)),
+        tokenizers=tokenizers,
         schedule=NoiseSchedule.from_config(base.scheduler_config),
         styles=tuple(names),
         source=base,
@@ -259,8 +261,12 @@ def unet_tflop(config: Mapping) -> float:
     """Counts the TFLOP of a UNet's forward pass for one image."""
     states = jax.ShapeDtypeStruct((1, 77, config["cross_attention_dim"]), jnp.float32)
     inputs = [_latents(config), jax.ShapeDtypeStruct((1,), jnp.int32), states]
-    if config.get("num_models"):
-        inputs.append(jax.ShapeDtypeStruct((1, 4 * config["block_out_channels"][0]), jnp.float32))
+    style = (1, 4 * config["block_out_channels"][0]) if config.get("num_models") else None
+    inputs.append(style and jax.ShapeDtypeStruct(style, jnp.float32))
+    if config.get("addition_time_embed_dim"):
+        pooled = config["projection_class_embeddings_input_dim"] - NUM_TIME_IDS * config["addition_time_embed_dim"]
+        widths = {"text_embeds": pooled, "time_ids": NUM_TIME_IDS}
+        inputs.append({name: jax.ShapeDtypeStruct((1, width), jnp.float32) for name, width in widths.items()})
     return _network_flops(UNet2DConditionModel, "unet", config, *inputs)
 
 

@@ -8,11 +8,13 @@ import pathlib
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from dmm_jax.checkpoints import naming
-from dmm_jax.checkpoints.export import state_dict
+from dmm_jax.checkpoints.architecture import SDXL
+from dmm_jax.checkpoints.export import PIPELINES, state_dict
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.pipeline import Pipeline
 
@@ -77,12 +79,13 @@ def reads_back(student, path: pathlib.Path, dtype: str) -> None:
 
 
 def _open_stock(diffusers, torch, fmt, path, paths):
-    options = {"local_files_only": True, "safety_checker": None}
+    family = open_checkpoint(path).architecture
+    kind = getattr(diffusers, PIPELINES[family]["_class_name"])
+    options = {"local_files_only": True} | ({} if family == SDXL else {"safety_checker": None})
     if fmt == "diffusers":
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(str(path), **options)
+        pipe = kind.from_pretrained(str(path), **options)
     else:
-        config = str(paths["diffusers"])
-        pipe = diffusers.StableDiffusionPipeline.from_single_file(str(path), config=config, **options)
+        pipe = kind.from_single_file(str(path), config=str(paths["diffusers"]), **options)
     pipe = pipe.to(torch.float32)
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
@@ -96,25 +99,28 @@ def _compare(torch, theirs, ours, path) -> Agreement:
         return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
 
     latents = rng.standard_normal((len(TIMESTEPS), side, side, 4), np.float32)
-    text = np.array(ours.encode_prompts([PROMPT] * len(TIMESTEPS))[0])
-    timesteps = np.array(TIMESTEPS)
-    expected = theirs.unet(channels_first(latents), torch.from_numpy(timesteps), torch.from_numpy(text)).sample
-    unet = _difference(_forward(ours, latents, timesteps, text), expected.numpy().transpose(0, 2, 3, 1))
     pixels = side * theirs.vae_scale_factor
+    text = ours.encode_prompts([PROMPT] * len(TIMESTEPS))
+    added = text.added_cond(jnp.tile(jnp.array([pixels, pixels, 0, 0, pixels, pixels], jnp.float32), (len(latents), 1)))
+    timesteps, states = np.array(TIMESTEPS), np.array(text.encoder_hidden_states)
+    given = (channels_first(latents), torch.from_numpy(timesteps), torch.from_numpy(states))
+    told = added and {name: torch.from_numpy(np.array(leaf)) for name, leaf in added.items()}
+    expected = theirs.unet(*given, added_cond_kwargs=told).sample
+    unet = _difference(_forward(ours, latents, timesteps, states, None, added), expected.numpy().transpose(0, 2, 3, 1))
     options = {"num_inference_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE, "height": pixels, "width": pixels}
     expected = theirs(PROMPT, latents=channels_first(latents[:1]), output_type="latent", **options).images
     drawn = ours([PROMPT], latents=latents[:1], output="latents", solver="dpmpp_2m", **options)
     return Agreement(path, unet, _difference(drawn, expected.numpy().transpose(0, 2, 3, 1)))
 
 
-def _forward(pipeline, latents, timesteps, text) -> Float[np.ndarray, "B h w C"]:
+def _forward(pipeline, *inputs) -> Float[np.ndarray, "B h w C"]:
     network = pipeline.unet
 
     @jax.jit
     def forward(params, *inputs):
         return dataclasses.replace(network, params=params)(*inputs).sample
 
-    return np.asarray(forward(network.params, latents, timesteps, text))
+    return np.asarray(forward(network.params, *inputs))
 
 
 def _difference(found, expected) -> float:

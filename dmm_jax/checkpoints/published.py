@@ -3,7 +3,7 @@
 What a checkpoint's own files say always comes first.
 """
 
-from dmm_jax.checkpoints.architecture import SD1, scheduler_config
+from dmm_jax.checkpoints.architecture import SD1, SD2, SDXL, scheduler_config
 
 _VAE = {
     "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4, "sample_size": 512,
@@ -24,8 +24,40 @@ _SD15_UNET = {
     "block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2, "cross_attention_dim": 768,
     "attention_head_dim": 8, "norm_num_groups": 32,
 }  # fmt: skip
+_OPEN_CLIP_H = _CLIP_L | {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
+    "hidden_act": "gelu", "projection_dim": 512, "pad_token_id": 0,
+}  # fmt: skip
+_OPEN_CLIP_BIG_G = _OPEN_CLIP_H | {
+    "architectures": ["CLIPTextModelWithProjection"], "hidden_size": 1280, "intermediate_size": 5120,
+    "num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280,
+}  # fmt: skip
+_SD21_UNET = _SD15_UNET | {
+    "sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
+}  # fmt: skip
+_SDXL_UNET = _SD15_UNET | {
+    "sample_size": 128, "cross_attention_dim": 2048, "attention_head_dim": [5, 10, 20], "use_linear_projection": True,
+    "block_out_channels": [320, 640, 1280], "transformer_layers_per_block": [1, 2, 10],
+    "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+    "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"], "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
 
 # {name: {component: config.json}}, with the schedule beside the networks.
 CONFIGS = {
     "sd15": {"unet": _SD15_UNET, "vae": _VAE, "text_encoder": _CLIP_L, "scheduler": scheduler_config(SD1)},
+    "sd21": {
+        "unet": _SD21_UNET,
+        "vae": _VAE | {"sample_size": 768},
+        "text_encoder": _OPEN_CLIP_H,
+        "scheduler": scheduler_config(SD2) | {"prediction_type": "v_prediction"},
+    },
+    "sdxl": {
+        "unet": _SDXL_UNET,
+        "vae": _VAE | {"sample_size": 1024, "scaling_factor": 0.13025},
+        "text_encoder": _CLIP_L,
+        "text_encoder_2": _OPEN_CLIP_BIG_G,
+        "scheduler": scheduler_config(SDXL),
+    },
 }

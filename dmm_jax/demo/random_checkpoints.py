@@ -22,10 +22,12 @@ from dmm_jax.checkpoints.export import Recipe, write_folder, write_single_file
 from dmm_jax.checkpoints.open import Checkpoint, Component
 from dmm_jax.checkpoints.published import CONFIGS
 from dmm_jax.data.sources import ShapesSource
-from dmm_jax.demo import world
 from dmm_jax.demo.recipe import token_numbers
+from dmm_jax.demo.words import write_tokenizer
+from dmm_jax.models.text_encoders import CLASSES
 
 DTYPE = "float16"
+OPEN_CLIP_PAD = "!"  # Of the tokenizers beside OpenCLIP's encoders.
 _SMALL = {  # The same structure, for tests.
     "unet": {
         "block_out_channels": [32, 64],
@@ -76,23 +78,26 @@ def _each(function, keys):
 
 
 def write_checkpoints(out: pathlib.Path, configs: Mapping, num_teachers: int, strength: float, seed: int = 0) -> None:
-    """Writes the base, one teacher at a time beside it, and the embedded world's tokenizer; one network in memory."""
-    tokenizer = out / "tokenizer"
-    world.write_tokenizer(tokenizer)
-    configs = {**configs, "text_encoder": configs["text_encoder"] | token_numbers(tokenizer)}
-    shapes = {
-        name: naming.torch_shapes(abstract_params(name, configs[name])) for name in ("unet", "vae", "text_encoder")
-    }
+    """Writes the base, one teacher at a time beside it, and the embedded world's tokenizers; one base in memory."""
+    encoders, tokenizers = [name for name in configs if name in CLASSES], {}
+    for encoder in encoders:
+        folder = encoder.replace("text_encoder", "tokenizer")
+        tokenizers[f"{folder}_folder"] = out / folder
+        padded = {"pad_token": OPEN_CLIP_PAD} if configs[encoder]["pad_token_id"] == 0 else {}
+        write_tokenizer(out / folder, **padded)
+        configs = {**configs, encoder: configs[encoder] | token_numbers(out / folder)}
+    shapes = {name: naming.torch_shapes(abstract_params(name, configs[name])) for name in ("unet", "vae", *encoders)}
 
-    def checkpoint(name, folder, **tensors):
+    def checkpoint(name, folders, **tensors):
         parts = {part: Component(configs[part], lambda one=one: one) for part, one in tensors.items()}
-        return Checkpoint(out / name, "diffusers", parts, dict(configs["scheduler"]), folder, None)
+        folders = {"tokenizer_folder": None} | folders
+        return Checkpoint(out / name, "diffusers", parts, dict(configs["scheduler"]), styles=None, **folders)
 
     networks = {name: random_tensors(shapes[name], seed) for name in shapes}
-    write_folder(out / "base", checkpoint("base", tokenizer, **networks), DTYPE, Recipe("random", [], None))
+    write_folder(out / "base", checkpoint("base", tokenizers, **networks), DTYPE, Recipe("random", [], None))
     for number in range(num_teachers):
         name = f"teacher_{number}"
-        teacher = checkpoint(name, None, unet=perturbed(networks["unet"], strength, seed + 1 + number))
+        teacher = checkpoint(name, {}, unet=perturbed(networks["unet"], strength, seed + 1 + number))
         write_single_file(out / f"{name}.safetensors", teacher, DTYPE, Recipe(name, [], None))
 
 
