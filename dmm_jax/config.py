@@ -15,6 +15,7 @@ FEATURE_LOSSES = ("l2", "cosine")
 DTYPES = ("float32", "bfloat16")
 ATTENTION = ("auto", "xla", "cudnn")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
+PREDICTION_TYPES = ("", "epsilon", "v_prediction")
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -24,6 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     # Checkpoints: diffusers folders or single files.
     config.base = ""  # The student's start; its text encoder, VAE, tokenizer and schedule serve all styles.
+    config.prediction_type = ""  # "epsilon" or "v_prediction", of single files that do not say it (SD2's).
     config.teachers = ()  # ((style name, path), ...): one style per teacher, in this order.
 
     # The student.
@@ -177,7 +179,12 @@ def _problems(config):
     for name in ("prompt_dropout", "ema_decay"):
         yield not 0 <= config[name] < 1 and f"{name} must lie in [0, 1); got {config[name]}."
     choices = {"student_init": STUDENT_INITS, "style_init": STYLE_INITS, "feature_loss": FEATURE_LOSSES}
-    choices |= {"dtype": DTYPES, "attention": ATTENTION, "learning_rate_schedule": LEARNING_RATE_SCHEDULES}
+    choices |= {
+        "prediction_type": PREDICTION_TYPES,
+        "dtype": DTYPES,
+        "attention": ATTENTION,
+        "learning_rate_schedule": LEARNING_RATE_SCHEDULES,
+    }
     for name, allowed in choices.items():
         yield config[name] not in allowed and f"{name} must be one of {', '.join(allowed)}; got {config[name]!r}."
     if config.samples.every and not config.samples.prompts:

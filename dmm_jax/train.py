@@ -58,9 +58,12 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
     names = [name for name, _ in config.teachers]
 
     # Checkpoints: memory-mapped, nothing is read but headers.
-    base = open_checkpoint(config.base)
-    teachers = {name: open_checkpoint(path) for name, path in config.teachers}
+    told = {"prediction_type": config.prediction_type}
+    base = open_checkpoint(config.base, **told)
+    teachers = {name: open_checkpoint(path, **told) for name, path in config.teachers}
     teachers_lib.check_mergeable(base, teachers)
+    for line in teachers_lib.lent_by_base(base, teachers):
+        print(line, file=sys.stderr)
     tokenizer = Tokenizers.from_folders(base.tokenizer_folders)
     cache = LatentCache(config.data.cache)
     wanted = {"vae": base.digest("vae"), "tokenizer": tokenizer.digest}

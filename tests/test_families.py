@@ -8,15 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmm_jax import train
+from dmm_jax import config as config_lib
+from dmm_jax import sharding, train
 from dmm_jax.checkpoints import export, naming
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.open import Component, open_checkpoint
 from dmm_jax.checkpoints.safetensors_io import TensorFile, save
+from dmm_jax.distill import step as distill_step
+from dmm_jax.distill import student as student_lib
+from dmm_jax.distill import teachers
 from dmm_jax.metrics import read
 from dmm_jax.models.unet_2d_condition import merged_config
 from dmm_jax.pipeline import Pipeline
 from dmm_jax.prepare import prepare_from_config
+from dmm_jax.tokenizer import Tokenizers
 from tests import families
 
 torch = pytest.importorskip("torch")
@@ -145,6 +150,39 @@ def test_an_xl_run_learns_and_validates(xl):
     lines = read(xl[1] / "metrics.jsonl")
     assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
     assert [line["step"] for line in lines if "validation" in line] == [3]
+
+
+def test_teacher_and_student_of_xl_are_told_the_same_sizes_and_prompts(xl):
+    """A student that is its teacher has no error, whatever it is told; another encoder or other sizes show."""
+    base = open_checkpoint(xl[0]["base"])
+    config = config_lib.load(xl[1])
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    tokenizers = Tokenizers.from_folders(base.tokenizer_folders)
+    frozen, encoders = teachers.put_teachers(base, [open_checkpoint(xl[0][name]) for name in MIX], mesh, jnp.float32)
+    assert np.asarray(frozen["encoder"]).tolist() == [0, 1]
+    networks, student_config = train.define_networks(config, base, len(MIX))
+    style = student_lib.style_params(student_config, "zero", 0)
+    params = student_lib.put_student([base.params("unet")], style, student_config, mesh)
+    objective = train.define_objective(config, base, tokenizers)
+    assert len(objective.empty_ids) == 2 and set(objective.empty_ids[0]) == {-1}
+    specs = sharding.state_specs(params, mesh)
+    errors = jax.jit(distill_step.build_validation(networks, objective, mesh, specs, dtype=jnp.float32))
+
+    rng = np.random.default_rng(0)
+    inputs = {
+        "latents": rng.standard_normal((2, 2, 8, 8, 4), np.float32), "timesteps": np.array([[7, 800]] * 2),
+        "noise": rng.standard_normal((2, 2, 8, 8, 4), np.float32),
+        "input_ids": np.array([tokenizers([PROMPTS[0], None])] * 2),
+        "time_ids": rng.integers(0, 99, (2, 2, 6)).astype(np.int32),
+    }  # fmt: skip
+    own = {name: leaf for name, leaf in params.items() if name not in ("model_embedding", "add_embedding2")}
+    same = {"unet": jax.tree.map(lambda leaf: jnp.repeat(leaf[None], 2, 0), own), "encoder": jnp.array([-1, 0])}
+    first, second = np.asarray(errors(params, same, encoders, inputs))
+    assert first.max() < 1e-9
+    assert second[0] > 1e-5 and second[1] < 1e-9  # Its own encoders read a prompt otherwise, and zeros the same.
+    before = np.asarray(errors(params, frozen, encoders, inputs))
+    after = np.asarray(errors(params, frozen, encoders, inputs | {"time_ids": inputs["time_ids"] + 40}))
+    assert np.abs(before - after).min() > 1e-4
 
 
 def test_what_xl_is_told_of_the_picture_is_seen_in_it(xl):

@@ -128,7 +128,7 @@ def _prediction_obstacles(who, checkpoint):
         return []
     return [
         f"{who} does not say whether it predicts the noise or the velocity, and its tensors do not tell. Give it as a "
-        "diffusers folder, whose scheduler says it."
+        "diffusers folder, whose scheduler says it, or set prediction_type in the config."
     ]
 
 

@@ -22,13 +22,19 @@ SCHEDULE_FLAGS = ("prediction_type", "rescale_betas_zero_snr")  # What a single 
 
 
 def open_checkpoint(
-    path: str | pathlib.Path, base: str | pathlib.Path | None = None, *, allow_unsupported: bool = False
+    path: str | pathlib.Path,
+    base: str | pathlib.Path | None = None,
+    *,
+    prediction_type: str = "",
+    allow_unsupported: bool = False,
 ) -> Checkpoint:
     """Opens a checkpoint; nothing is fetched, and no weights are read.
 
     Args:
       path: a diffusers or DMM folder, a .safetensors single file, or the workdir of a training run.
       base: another checkpoint, for the networks, tokenizer and sizes that `path` lacks.
+      prediction_type: "epsilon" or "v_prediction", believed where `path` does not say it: a single file of Stable
+        Diffusion 2, which looks the same either way.
       allow_unsupported: also open what can be looked at but neither trained nor drawn with.
 
     Raises:
@@ -50,6 +56,9 @@ def open_checkpoint(
         )
     if checkpoint.unsupported and not allow_unsupported:
         raise CheckpointError(f"{path} cannot be used: {checkpoint.unsupported}")
+    if prediction_type and checkpoint.prediction_type == architecture.UNKNOWN:
+        told = checkpoint.scheduler_config | {"prediction_type": prediction_type}
+        checkpoint = dataclasses.replace(checkpoint, scheduler_config=told)
     return checkpoint if base is None else _completed(checkpoint, open_checkpoint(base))
 
 
@@ -170,7 +179,7 @@ def _open_workdir(path: pathlib.Path) -> Checkpoint:
     from dmm_jax.checkpoints.states import restore_student
 
     config = config_lib.load(path)
-    base = open_checkpoint(config.base)
+    base = open_checkpoint(config.base, prediction_type=config.prediction_type)
     names = tuple(name for name, _ in config.teachers)
     unet = merged_config(base.unet_config, len(names))
 

@@ -25,6 +25,16 @@ def check_mergeable(base: Checkpoint, teachers: Mapping[str, Checkpoint]) -> Non
         raise CheckpointError("These checkpoints cannot be merged:\n" + "\n".join(f"  - {line}" for line in problems))
 
 
+def lent_by_base(base: Checkpoint, teachers: Mapping[str, Checkpoint]) -> list[str]:
+    """Returns a sentence for each teacher that lacks text encoders and is asked behind the base's."""
+    lines = []
+    for name, teacher in teachers.items():
+        lacks = [encoder for encoder in base.text_encoders if not teacher.has(encoder)]
+        if lacks:
+            lines.append(f"Teacher {name!r} has no {' and no '.join(lacks)}: the base's is used.")
+    return lines
+
+
 def put_teachers(base: Checkpoint, teachers: Sequence[Checkpoint], mesh: Mesh, dtype) -> tuple[dict, dict]:
     """Loads what the step needs of the frozen networks.
 

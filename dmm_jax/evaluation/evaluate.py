@@ -98,7 +98,7 @@ class Models:
     def __init__(self, config, workdir: pathlib.Path):
         """Opens the run's checkpoints; each UNet is brought to the device when it is asked for."""
         self.names = [name for name, _ in config.teachers]
-        self._base = open_checkpoint(config.base)
+        self._base = open_checkpoint(config.base, prediction_type=config.prediction_type)
         self._teachers = {name: open_checkpoint(path) for name, path in config.teachers}
         student = open_checkpoint(workdir)
         frame = Pipeline.of_student(self._base, student.unet_config, self.names, dtype=config.dtype)

@@ -306,8 +306,9 @@ def test_stable_diffusion_2_does_not_say_what_it_predicts_and_nobody_guesses(sin
     rewrite(single, squeeze, {})
     found = open_checkpoint(single)
     assert found.architecture == "stable-diffusion-v2" and found.prediction_type == "unknown"
+    assert open_checkpoint(single, prediction_type="epsilon").prediction_type == "epsilon"
     rewrite(single, lambda tensors: tensors.update(v_pred=np.zeros(0, np.float32)))
-    assert open_checkpoint(single).prediction_type == "v_prediction"
+    assert open_checkpoint(single, prediction_type="epsilon").prediction_type == "v_prediction"  # What the file says.
 
 
 def test_a_file_of_another_kind_is_refused_with_its_first_keys(tmp_path):

@@ -1,5 +1,6 @@
 """The step: one mask for both, no dependence on micro-batches, and step 0 equal to the base."""
 
+import dataclasses
 import functools
 
 import jax
@@ -87,6 +88,15 @@ def test_dropped_prompts_become_the_empty_one_at_the_rate_asked_for(run):
     assert empty.mean() == pytest.approx(objective.prompt_dropout, abs=0.02)
 
 
+def test_dropped_prompts_are_spread_evenly_over_what_stands_for_none(run):
+    objective = dataclasses.replace(run["objective"], empty_ids=((7, 7), (-1, -1)), prompt_dropout=0.4)
+    many = {"latents": jnp.zeros((4000, 1, 1, 4)), "input_ids": jnp.full((4000, 2), 3)}
+    drawn = np.asarray(distill_step.draw(objective, jax.random.key(0), jnp.arange(4000), many)["input_ids"])
+    assert {tuple(row) for row in drawn.tolist()} == {(3, 3), (7, 7), (-1, -1)}
+    shares = [(drawn[:, 0] == token).mean() for token in (7, -1)]
+    assert shares == pytest.approx([0.2, 0.2], abs=0.02)
+
+
 def test_encoders_equal_to_the_base_are_shared(run):
     rows, distinct = teachers.encoder_rows(run["base"], run["others"])
     assert rows == [-1, 0]  # The first teacher has none of its own; the second's differs.
@@ -135,3 +145,8 @@ def test_the_average_is_its_closed_form():
     wanted = sum(weight * way for weight, way in zip([0.125, 0.125, 0.25, 0.5], ways, strict=True))
     np.testing.assert_allclose(states[-1]["ema"]["w"], wanted, rtol=1e-6)
     assert np.abs(wanted - ways[-1]).max() > 1e-3
+
+
+def test_what_the_base_lends_a_teacher_is_said(run):
+    lines = teachers.lent_by_base(run["base"], dict(zip(worlds.NAMES, run["others"], strict=True)))
+    assert lines == ["Teacher 'left' has no text_encoder: the base's is used."]

@@ -1,0 +1,24 @@
+"""Stable Diffusion XL: four teachers into one student at 1024 pixels, the paper's settings (arXiv:2504.12364, A.3).
+
+    dmm-jax prepare --config=configs/sdxl.py
+    dmm-jax train --config=configs/sdxl.py --workdir=runs/sdxl
+
+Hardware: eight GPUs with 80 GB or more; the student and its moments (41 GB in float32) are sharded over them. The base
+needs a folder, since a single file holds no tokenizers. Not run yet at this size: no hours or numbers to expect.
+"""
+
+from dmm_jax import config as config_lib
+
+
+def get_config():
+    """Returns the config; set the paths to what you have."""
+    config = config_lib.get_config()
+    config.base = "checkpoints/stable-diffusion-xl-base-1.0"
+    config.teachers = tuple((f"style_{k}", f"checkpoints/teacher_{k}.safetensors") for k in range(4))
+    config.data.source = "data/images"
+    config.data.cache = "data/cache_1024"
+    config.data.resolution = 1024
+    config.batch_size = 32
+    config.remat = True
+    config.mesh.fsdp = 8
+    return config
