@@ -109,7 +109,7 @@ def weight_files(folder: pathlib.Path, stem: str) -> list[TensorFile]:
 
 def _parts(index: pathlib.Path) -> list[TensorFile]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(part, str) for part in weight_map.values()):
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(x, str) for x in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map of keys to file names.")
     parts = sorted(set(weight_map.values()))
     for part in parts:

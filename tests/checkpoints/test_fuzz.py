@@ -1,0 +1,196 @@
+"""Whatever a file holds, opening it ends in our own error or in tensors of the shapes it says: 10,000 files; folders.
+
+Property-based: hypothesis draws the damage to sound files and shrinks what it finds. Nothing is written, memory and
+time are bounded.
+"""
+
+import datetime
+import json
+import pathlib
+import resource
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.safetensors_io import TensorFile, save
+from tests import worlds
+
+MAX_GROWTH_MB = 400
+HOSTILE_NAMES = [
+    "../../x",
+    "/etc/passwd",
+    "..",
+    "",
+    "\0",
+    "a" * 5000,
+    "x\ny",
+    "C:\\x",
+    "\u202e",
+    "__metadata__",
+    "x/../y",
+]
+HOSTILE_NUMBERS = [0, -1, 1, 2, 3, 2**31, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30, 1.5, 1e308, True]
+DTYPES = ["F64", "F32", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F4", "", "f32", "C64"]
+
+numbers = st.sampled_from(HOSTILE_NUMBERS) | st.integers(-10, 100_000)
+scalars = st.none() | st.booleans() | numbers | st.text(max_size=20) | st.sampled_from(HOSTILE_NAMES)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+)
+entries = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(DTYPES) | values,
+        "shape": st.lists(numbers, max_size=5) | values,
+        "data_offsets": st.lists(numbers, min_size=1, max_size=3) | values,
+    }
+)
+
+
+def bounded(max_examples: int) -> settings:
+    deadline = datetime.timedelta(seconds=20)  # For hangs; a file takes milliseconds.
+    checks = list(HealthCheck)
+    return settings(
+        max_examples=max_examples, deadline=deadline, derandomize=True, database=None, suppress_health_check=checks
+    )
+
+
+def unpacked(raw: bytes):
+    length = struct.unpack("<Q", raw[:8])[0]
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def packed(header: bytes, data: bytes, length: int | None = None) -> bytes:
+    return struct.pack("<Q", (len(header) if length is None else length) % 2**64) + header + data
+
+
+@st.composite
+def damaged(draw, raw: bytes) -> bytes:
+    """Draws a file near a sound one: its header's values, names and order, its length field, its bytes, its end."""
+    header, data = unpacked(raw)
+    for _ in range(draw(st.integers(0, 3))):
+        key = draw(st.sampled_from(sorted(header)))
+        kind = draw(st.sampled_from(["value", "field", "rename", "drop", "add", "metadata", "swap"]))
+        if kind == "value":
+            header[key] = draw(entries | values)
+        elif kind == "field" and isinstance(header[key], dict) and header[key]:
+            header[key] = header[key] | {draw(st.sampled_from(sorted(header[key]))): draw(values | st.lists(numbers))}
+        elif kind == "rename":
+            header[draw(st.sampled_from(HOSTILE_NAMES) | st.text(max_size=30))] = header.pop(key)
+        elif kind == "drop" and len(header) > 1:
+            header.pop(key)
+        elif kind == "add":
+            header[draw(st.sampled_from(HOSTILE_NAMES) | st.text(max_size=30))] = draw(entries)
+        elif kind == "metadata":
+            header["__metadata__"] = draw(values)
+        else:
+            other = draw(st.sampled_from(sorted(header)))
+            header[key], header[other] = header[other], header[key]
+    text = json.dumps(header).encode("utf-8", "surrogatepass")
+    if draw(st.booleans()) and len(text) > 2:  # The same key twice, or anything else amid the text.
+        place = draw(st.integers(0, len(text) - 1))
+        text = text[:place] + draw(st.binary(max_size=8) | st.just(text[1:-1] + b",")) + text[place:]
+    whole = packed(text, data, draw(st.none() | st.integers(0, 2**64 - 1) | st.integers(0, len(text) + 8)))
+    for _ in range(draw(st.integers(0, 2))):
+        place = draw(st.integers(0, len(whole) - 1))
+        whole = whole[:place] + draw(st.binary(min_size=1, max_size=4)) + whole[place + 1 :]
+    return whole[: draw(st.just(len(whole)) | st.integers(0, len(whole)))]
+
+
+def read_all(file: TensorFile) -> None:
+    for key in file:
+        array = file[key]
+        assert array.shape == file.shape(key) and array.dtype == file.dtype(key)
+        assert array.nbytes <= file.path.stat().st_size
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder that may hold one file alone, and the check that neither it nor memory has grown."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield folder / "inside" / "model.safetensors"
+    assert [path.name for path in folder.iterdir()] == ["inside"]
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < MAX_GROWTH_MB
+
+
+def sound_bytes(folder: pathlib.Path) -> bytes:
+    tensors = {"a.weight": np.ones((3, 2), np.float32), "b": np.zeros((0, 4), np.float16), "c": np.arange(5)}
+    save(folder / "sound.safetensors", tensors, {"format": "pt"})
+    return (folder / "sound.safetensors").read_bytes()
+
+
+def test_ten_thousand_damaged_files_end_in_our_own_error_or_in_sound_tensors(place, tmp_path):
+    raw, seen = sound_bytes(tmp_path), {"sound": 0, "refused": 0}
+    place.parent.mkdir(exist_ok=True)
+
+    @bounded(10_000)
+    @given(damaged(raw))
+    def check(content):
+        place.write_bytes(content)
+        try:
+            read_all(TensorFile(place))
+            seen["sound"] += 1
+        except CheckpointError as error:
+            assert str(place) in str(error) and len(str(error)) < 3000
+            seen["refused"] += 1
+        assert [path.name for path in place.parent.iterdir()] == [place.name]
+
+    check()
+    assert sum(seen.values()) >= 10_000 and seen["sound"] > 50 and seen["refused"] > 5_000
+
+
+def test_damaged_single_files_of_stable_diffusion_are_opened_or_refused(place, tmp_path):
+    raw = (worlds.write_world(tmp_path)["left"]).read_bytes()
+    place.parent.mkdir(exist_ok=True)
+
+    @bounded(300)
+    @given(damaged(raw))
+    def check(content):
+        place.write_bytes(content)
+        try:
+            checkpoint = open_checkpoint(place, allow_unsupported=True)
+            for component in checkpoint.components:
+                checkpoint.params(component)
+        except CheckpointError as error:
+            assert len(str(error)) < 20_000
+
+    check()
+
+
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+
+
+def test_damaged_indices_and_configs_of_folders_are_refused_and_lead_nowhere(tmp_path):
+    base = worlds.write_world(tmp_path / "world")["base"]
+    (tmp_path / "secret.safetensors").write_bytes((base / "unet" / "diffusion_pytorch_model.safetensors").read_bytes())
+    (base / "unet" / "diffusion_pytorch_model.safetensors").rename(base / "unet" / "part-1.safetensors")
+    keys = sorted(TensorFile(base / "unet" / "part-1.safetensors"))
+    config = (base / "unet" / "config.json").read_text()
+    parts = st.sampled_from(["part-1.safetensors", "../../secret.safetensors", str(tmp_path / "secret.safetensors")])
+    maps = st.fixed_dictionaries({key: parts | scalars for key in keys[:3]}).map(
+        lambda some: {key: "part-1.safetensors" for key in keys} | some
+    )
+    files = sorted(path for path in tmp_path.rglob("*"))
+
+    @bounded(300)
+    @given(
+        st.fixed_dictionaries({}, optional={"weight_map": maps | values, "metadata": values}) | values,
+        st.dictionaries(st.sampled_from(sorted(json.loads(config))), values, max_size=2),
+    )
+    def check(index, changes):
+        (base / "unet" / INDEX).write_text(json.dumps(index))
+        (base / "unet" / "config.json").write_text(json.dumps(json.loads(config) | changes))
+        try:
+            checkpoint = open_checkpoint(base, allow_unsupported=True)
+            checkpoint.params("unet")
+            assert all(path.resolve().is_relative_to(base) for path in checkpoint.files)
+        except CheckpointError as error:
+            assert len(str(error)) < 20_000
+
+    check()
+    assert sorted(path for path in tmp_path.rglob("*") if path.name != INDEX) == files
