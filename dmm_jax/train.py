@@ -63,7 +63,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
     teachers = {name: open_checkpoint(path, **told) for name, path in config.teachers}
     teachers_lib.check_mergeable(base, teachers)
     for line in teachers_lib.lent_by_base(base, teachers):
-        print(line, file=sys.stderr)
+        say(line)
     tokenizer = Tokenizers.from_folders(base.tokenizer_folders)
     cache = LatentCache(config.data.cache)
     wanted = {"vae": base.digest("vae"), "tokenizer": tokenizer.digest}
@@ -229,12 +229,11 @@ def define_networks(config, base, num_styles: int) -> tuple[distill_step.Network
     def graph(model, described, **options):
         return nnx.split(abstract_model(lambda rngs: model.from_config(described, rngs=rngs, **options)))[0]
 
+    texts = abstract_model(lambda rngs: TextEncoders(base.text_configs, dtype=dtype, rngs=rngs))
     networks = distill_step.Networks(
         student=graph(UNet2DConditionModel, student_config, remat=config.remat, **unet),
         teacher=graph(UNet2DConditionModel, base.unet_config, **unet),
-        text_encoders=nnx.split(nnx.eval_shape(lambda: TextEncoders(base.text_configs, dtype=dtype, rngs=nnx.Rngs(0))))[
-            0
-        ],
+        text_encoders=nnx.split(texts)[0],
     )
     return networks, student_config
 
