@@ -5,7 +5,7 @@ import functools
 import hashlib
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from dmm_jax.checkpoints import architecture, naming
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.safetensors_io import TensorFile, raw_bytes
+
+if TYPE_CHECKING:
+    from dmm_jax.checkpoints.lora import Lora
 
 
 class Place(NamedTuple):
@@ -93,11 +96,15 @@ class Checkpoint:
     files: Sequence[pathlib.Path] = ()  # That hold the tensors.
     tokenizer_2_folder: pathlib.Path | None = None  # Of the second text encoder.
     borrowed: Sequence[str] = ()  # Networks that it lacks and its base lent.
+    loras: Sequence["Lora"] = ()  # Folded into its tensors; `path` is then the whole text, and
+    root: pathlib.Path | None = None  # the path of what they are folded into.
 
     @property
     def name(self) -> str:
         """The file's or folder's name, without its ending."""
-        return self.path.absolute().stem if self.kind == "single-file" else self.path.absolute().name
+        path = (self.root or self.path).absolute()
+        folded = (f"{lora.path.stem}*{lora.weight:g}" for lora in self.loras)
+        return " + ".join([path.stem if self.kind == "single-file" else path.name, *folded])
 
     @property
     def architecture(self) -> str:

@@ -83,13 +83,16 @@ def _obstacles_between(checkpoints: Sequence[Checkpoint | None], reports) -> lis
 
 
 def _report(path: pathlib.Path, checkpoint: Checkpoint | None, error: str) -> dict:
+    root, name = path, path.absolute().name
+    if checkpoint is not None and checkpoint.loras:
+        root, name = checkpoint.root, checkpoint.name
     report = {
-        "path": str(path), "name": path.absolute().name, "error": error, "kind": None, "architecture": None,
+        "path": str(path), "name": name, "error": error, "kind": None, "architecture": None,
         "prediction_type": None, "styles": None, "tokenizer": False, "files": [], "hash": None, "components": {},
-        "ema_tensors": 0, "unused_tensors": 0, "unsupported": "", "damage": [],
+        "ema_tensors": 0, "unused_tensors": 0, "unsupported": "", "damage": [], "loras": [],
     }  # fmt: skip
-    files = [path] if path.is_file() else checkpoint.files if checkpoint else []
-    report["files"] = [_file(file, path) for file in files]
+    files = [root] if root.is_file() else checkpoint.files if checkpoint else []
+    report["files"] = [_file(file, root) for file in files]
     if path.is_file():
         report["hash"] = report["files"][0]["sha256"][:SHORT_HASH]
     if checkpoint is None:
@@ -107,7 +110,16 @@ def _report(path: pathlib.Path, checkpoint: Checkpoint | None, error: str) -> di
         "ema_tensors": len(ema),
         "unused_tensors": len(checkpoint.unused) - len(ema),
         "unsupported": checkpoint.unsupported,
+        "loras": [_lora(lora) for lora in checkpoint.loras],
     }
+
+
+def _lora(lora) -> dict:
+    """Returns what a LoRA file is and what it changes."""
+    file = _file(lora.path, lora.path)
+    return file | {
+        "hash": file["sha256"][:SHORT_HASH], "weight": lora.weight, "ranks": lora.ranks, "networks": lora.networks,
+    }  # fmt: skip
 
 
 def family(unet_config: Mapping) -> str:
@@ -132,11 +144,12 @@ def _component(checkpoint, component) -> tuple[dict, list[dict]]:
     except (ValueError, OSError) as error:
         return {}, [_damage(component, "unreadable", [], str(error))]
     names = naming.spellings(tensors)
-    arrays = [tensors[name] for name in names.values()]
+    arrays = ((array.size, str(array.dtype)) for array in map(tensors.__getitem__, names.values()))  # None is kept.
+    sizes, dtypes = zip(*arrays, strict=True) if names else ((), ())
     held = {
-        "parameters": sum(array.size for array in arrays),
-        "tensors": len(arrays),
-        "dtypes": dict(collections.Counter(str(array.dtype) for array in arrays).most_common()),
+        "parameters": sum(sizes),
+        "tensors": len(sizes),
+        "dtypes": dict(collections.Counter(dtypes).most_common()),
         "digest": checkpoint.digest(component),
     }
     return held, _damages(checkpoint, component, tensors)

@@ -53,6 +53,8 @@ def _notes(checkpoint) -> Iterator[str]:
         yield f"{GAP}hash: {checkpoint['hash']} (as hubs show it)"
     for file in checkpoint["files"]:
         yield f"{GAP}SHA-256 {file['sha256']} {printable(file['file'])} ({file['bytes']:,} bytes)"
+    for lora in checkpoint["loras"]:
+        yield f"{GAP}{_lora(lora)}"
     if checkpoint["ema_tensors"]:
         yield f"{GAP}{checkpoint['ema_tensors']} EMA tensors beside the weights; not used"
     if checkpoint["unused_tensors"]:
@@ -62,6 +64,13 @@ def _notes(checkpoint) -> Iterator[str]:
         of = f" {listed(damage['tensors'])}" if damage["tensors"] else ""
         meaning = printable(damage["meaning"], 1000)
         yield f"{GAP}{weight}: {damage['component']}, {damage['kind']}{of} ({meaning})"
+
+
+def _lora(lora) -> str:
+    layers = ", ".join(f"{count} of {network}" for network, count in lora["networks"].items())
+    ranks = ("rank " if len(lora["ranks"]) == 1 else "ranks ") + ", ".join(map(str, lora["ranks"]))
+    file = printable(lora["file"])
+    return f"LoRA {file} * {lora['weight']:g}: {ranks}, layers: {layers}; hash {lora['hash']}, SHA-256 {lora['sha256']}"
 
 
 def _verdict(report) -> str:

@@ -5,7 +5,9 @@ loop over the model's own parameters drives both directions. Only two spellings 
 attention `query, key, value, proj_attn`, and a text encoder's keys may lack the prefix `text_model.`.
 """
 
-from collections.abc import Iterator, Mapping
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -76,19 +78,39 @@ def from_torch(
     names = spellings(tensors)
     shapes = torch_shapes(abstract)
     report_differences(shapes, tensors, where)
-    params, infinite = {}, []
+    params, infinite, computed = {}, [], getattr(tensors, "computed", ())
     for path, _ in flat(abstract):
         key = torch_key(path)
-        array = np.asarray(tensors[names[key]]).reshape(shapes[key])
+        read = functools.partial(_read, tensors, names[key], path, shapes[key], dtype)
+        array = read()
         if check_finite and not is_finite(array):
             infinite.append(names[key])
-        array = our_layout(path, array)
-        _insert(params, path, array if dtype is None else array.astype(dtype, copy=False))
+        _insert(params, path, Computed(read, array.shape, array.dtype) if names[key] in computed else array)
     if infinite:
         raise CheckpointError(
             f"{where}: NaN or infinity in {listed(infinite)}. The file is damaged; fetch it again or leave it out."
         )
     return params
+
+
+def _read(tensors, name, path, shape, dtype):
+    array = our_layout(path, np.asarray(tensors[name]).reshape(shape))
+    return array if dtype is None else array.astype(dtype, copy=False)
+
+
+class Computed:
+    """A host array that is computed each time it is read, and not kept: as light as a view of a file."""
+
+    def __init__(self, read: Callable[[], np.ndarray], shape: tuple[int, ...], dtype: np.dtype):
+        """Takes how to compute it, and what comes out."""
+        self._read, self.shape, self.dtype = read, shape, dtype
+        self.ndim, self.size = len(shape), math.prod(shape)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self._read().astype(dtype or self.dtype, copy=False)
+
+    def __getitem__(self, index) -> np.ndarray:
+        return self._read()[index]
 
 
 def differences(expected: Mapping, tensors: Mapping) -> dict[str, list[str]]:
@@ -99,7 +121,7 @@ def differences(expected: Mapping, tensors: Mapping) -> dict[str, list[str]]:
       tensors: a state dict; only shapes are read.
     """
     names = spellings(tensors)
-    found = {key: _shape(tensors, names[key]) for key in expected if key in names}
+    found = {key: shape_of(tensors, names[key]) for key in expected if key in names}
     return {
         "missing": [key for key in expected if key not in found],
         "unexpected": sorted(original for key, original in names.items() if key not in expected),
@@ -172,7 +194,8 @@ def _today(key, bare_text):
     return key
 
 
-def _shape(tensors, key):
+def shape_of(tensors: Mapping, key: str) -> tuple[int, ...]:
+    """Returns the shape of a state dict's tensor, without reading it where the state dict can tell."""
     return tuple(tensors.shape(key)) if hasattr(tensors, "shape") else tuple(np.shape(tensors[key]))
 
 

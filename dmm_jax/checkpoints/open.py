@@ -7,7 +7,7 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping
 
-from dmm_jax.checkpoints import architecture, naming, single_file
+from dmm_jax.checkpoints import architecture, lora, naming, single_file
 from dmm_jax.checkpoints.abstract import COMPONENTS, abstract_params
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component, Place, Tensors
 from dmm_jax.checkpoints.diffusers_folder import STYLES_KEY, WEIGHTS, open_folder
@@ -31,7 +31,8 @@ def open_checkpoint(
     """Opens a checkpoint; nothing is fetched, and no weights are read.
 
     Args:
-      path: a diffusers or DMM folder, a .safetensors single file, or the workdir of a training run.
+      path: a diffusers or DMM folder, a .safetensors single file, or the workdir of a training run; with LoRAs folded
+        in: `BASE + LORA.safetensors*0.8 + OTHER.safetensors` (weight 1 where none is given).
       base: another checkpoint, for the networks, tokenizer and sizes that `path` lacks.
       prediction_type: "epsilon" or "v_prediction", believed where `path` does not say it: a single file of Stable
         Diffusion 2, which looks the same either way.
@@ -41,6 +42,10 @@ def open_checkpoint(
       CheckpointError: it is not there, damaged, a pickle, or of a kind that is unknown or not supported.
     """
     path = pathlib.Path(path)
+    if not path.exists() and lora.PLUS in str(path):
+        root, files = lora.parse(path)
+        told = {"prediction_type": prediction_type, "allow_unsupported": allow_unsupported}
+        return lora.with_loras(open_checkpoint(root, base, **told), path, files)
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint {path}. Give a diffusers folder or a .safetensors file.")
     if path.is_file():
