@@ -105,12 +105,6 @@ class Folded(Mapping):
         """Returns a tensor's shape without reading it."""
         return naming.shape_of(self._tensors, key)
 
-    def dtype(self, key: str) -> np.dtype:
-        """Returns a tensor's dtype: float32 where a LoRA is folded in."""
-        if key in self._updates:
-            return np.dtype(np.float32)
-        return self._tensors.dtype(key) if hasattr(self._tensors, "dtype") else self._tensors[key].dtype
-
     def __getitem__(self, key: str) -> np.ndarray:
         array = self._tensors[key]
         if key not in self._updates:

@@ -9,6 +9,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from dmm_jax import config as config_lib
 from dmm_jax import sharding
 from dmm_jax.checkpoints import export, lora, naming
 from dmm_jax.checkpoints.errors import CheckpointError
@@ -184,13 +185,15 @@ def test_the_second_text_encoder_and_xls_own_names_are_matched(tmp_path):
         assert one.digest(component) == two.digest(component)
 
 
-def test_weight_0_is_the_base_bit_for_bit(folder, base, tmp_path):
+def test_weight_0_is_the_base_bit_for_bit(base, recipe, tmp_path):
+    half = export.write_single_file(tmp_path / "half.safetensors", base, "float16", recipe)
     path = write(tmp_path / "a.safetensors", tensors_of(factors(base)))
-    zero = open_checkpoint(f"{folder} + {path}*0")
-    for component in base.components:
-        before, after = base.tensors(component), zero.tensors(component)
+    plain, zero = open_checkpoint(half), open_checkpoint(f"{half} + {path}*0")
+    for component in plain.components:
+        before, after = plain.tensors(component), zero.tensors(component)
+        assert all(after[key].dtype == before[key].dtype for key in before)
         assert all(after[key].tobytes() == before[key].tobytes() for key in before)
-        assert zero.digest(component) == base.digest(component)
+        assert zero.digest(component) == plain.digest(component)
 
 
 def test_the_digest_depends_on_what_is_folded(folder, base, tmp_path):
@@ -351,7 +354,8 @@ def test_nan_in_a_lora_is_damage_of_the_folded_tensor(folder, base, tmp_path):
 def test_a_lora_is_a_teacher_like_any_other(folder, base, tmp_path):
     found = factors(base)
     path = write(tmp_path / "ink.safetensors", tensors_of(found))
-    teachers = {"plain": open_checkpoint(folder), "ink": open_checkpoint(f"{folder} + {path}*0.8")}
+    named = config_lib.as_teachers([f"plain={folder}", f"ink={folder} + {path}*0.8"])
+    teachers = {name: open_checkpoint(text) for name, text in named}
     teachers_lib.check_mergeable(base, teachers)
     mesh = sharding.make_mesh(teacher=1, data=1, fsdp=1)
     frozen, encoders = teachers_lib.put_teachers(base, list(teachers.values()), mesh, np.float32)
