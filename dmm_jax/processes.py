@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 
@@ -17,6 +18,7 @@ import jax
 from jax.experimental import multihost_utils
 
 HEARTBEAT_TIMEOUT_S = 30  # A process not heard of for so long is dead, and ends the run.
+LAST_WORDS_S = 2  # Without process 0 the others are aborted: where all fail alike, it lets them speak first.
 SAID_PLAINLY = (ValueError, OSError, FloatingPointError, KeyboardInterrupt)  # The rest needs its traceback.
 
 
@@ -72,6 +74,8 @@ def _end(error: BaseException):
         traceback.print_exception(error)
     print(f"process {jax.process_index()} of {jax.process_count()} failed: {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()
+    if is_first():
+        time.sleep(LAST_WORDS_S)
     os._exit(1)
 
 

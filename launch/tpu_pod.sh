@@ -48,7 +48,7 @@ case $verb in
 sudo mount -t nfs ${SHARED:?"set SHARED"} /mnt/runs && sudo chmod a+rwx /mnt/runs"
     ;;
   train)
-    printf -v train '%q ' .venv/bin/dmm-jax train --distributed "$@"
+    printf -v train '%q ' .venv/bin/python -m dmm_jax.cli train --distributed "$@"
     on_every_host "cd dmm_jax; nohup $train > train.log 2>&1 < /dev/null & echo \$! > train.pid"
     ;;
   log) on_every_host "tail -n 20 dmm_jax/train.log" ;;

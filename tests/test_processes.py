@@ -220,6 +220,15 @@ def test_states_are_equal_on_other_meshes_and_in_more_or_fewer_processes_and_all
     assert all(np.array_equal(state[name], wanted) for name, wanted in random_state(6).items())
 
 
+def test_what_is_wrong_in_all_processes_is_said_by_all(world):
+    children = world.start_two(f"--workdir={world.folder / 'wrong'}", "--config.batch_size=6", "--config.num_steps=1")
+    assert [child.wait(BOUND_S) for child in children] == [1, 1]
+    for k in range(2):
+        said = world.said(f"process_{k}")
+        assert f"process {k} of 2 failed: The config does not fit" in said and "Use 8" in said
+        assert "Traceback" not in said and "stack trace" not in said
+
+
 def test_half_of_the_arguments_are_refused():
     with pytest.raises(ValueError, match="give all three"), processes.joined(False, "localhost:1", None, 0):
         pass

@@ -41,7 +41,7 @@ def test_shellcheck_finds_nothing():
 def test_local_processes_starts_each_with_its_number():
     commands = dry_run("local_processes.sh", "2", *TRAIN, environment={"PORT": "1234"})
     several = ["--coordinator", "localhost:1234", "--num-processes", "2", "--process-id"]
-    assert commands == [[".venv/bin/dmm-jax", "train", *TRAIN, *several, str(k)] for k in range(2)]
+    assert commands == [[".venv/bin/python", "-m", "dmm_jax.cli", "train", *TRAIN, *several, str(k)] for k in range(2)]
 
 
 def test_slurm_submits_one_task_for_each_gpu_that_is_told_before_its_time_is_over():
@@ -49,7 +49,7 @@ def test_slurm_submits_one_task_for_each_gpu_that_is_told_before_its_time_is_ove
     assert command == [
         "sbatch", "--job-name=dmm-jax", "--dependency=singleton", "--nodes=2", "--ntasks-per-node=8",
         "--gpus-per-node=8", "--signal=TERM@120", "--output=slurm-%j.log", "--time=1:00:00", "--account=a",
-        f"--wrap=srun --kill-on-bad-exit=1 .venv/bin/dmm-jax train --distributed {QUOTED} ",
+        f"--wrap=srun --kill-on-bad-exit=1 .venv/bin/python -m dmm_jax.cli train --distributed {QUOTED} ",
     ]  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def test_tpu_pod_installs_trains_logs_stops_and_deletes_on_every_host():
     archive, copy, install, mount = dry_run("tpu_pod.sh", "install")
     assert archive[:2] == ["git", "archive"] and copy[:5] == ["gcloud", "compute", "tpus", "tpu-vm", "scp"]
     assert "pip install --quiet '.[tpu]'" in install[-1] and "mount -t nfs 10.0.0.2:/runs /mnt/runs" in mount[-1]
-    run = f"nohup .venv/bin/dmm-jax train --distributed {QUOTED}  > train.log 2>&1 < /dev/null"
+    run = f"nohup .venv/bin/python -m dmm_jax.cli train --distributed {QUOTED}  > train.log 2>&1 < /dev/null"
     assert dry_run("tpu_pod.sh", "train", *TRAIN) == [ssh(f"cd dmm_jax; {run} & echo $! > train.pid")]
     assert dry_run("tpu_pod.sh", "log") == [ssh("tail -n 20 dmm_jax/train.log")]
     assert dry_run("tpu_pod.sh", "stop") == [ssh("kill -TERM $(cat dmm_jax/train.pid)")]
@@ -107,13 +107,13 @@ def test_a_missing_variable_or_an_unknown_verb_is_told(script):
 
 @pytest.fixture
 def stub(tmp_path):
-    """A copy of the launcher beside a `dmm-jax` that waits for SIGTERM, or ends with the code it is given."""
+    """A copy of the launcher beside a Python that waits for SIGTERM, or ends with the code it is given."""
     (tmp_path / "launch").mkdir()
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     shutil.copy(LAUNCH / "local_processes.sh", tmp_path / "launch")
-    program = tmp_path / ".venv" / "bin" / "dmm-jax"
+    program = tmp_path / ".venv" / "bin" / "python"
     program.write_text(
-        '#!/usr/bin/env bash\n[ "$2" = wait ] || exit "$2"\ntrap \'sleep 0.3; touch "saved_${!#}"; exit 0\' TERM\n'
+        '#!/usr/bin/env bash\n[ "$4" = wait ] || exit "$4"\ntrap \'sleep 0.3; touch "saved_${!#}"; exit 0\' TERM\n'
         'touch "up_${!#}"\nwhile true; do sleep 0.05; done\n'
     )
     program.chmod(0o755)
