@@ -76,6 +76,17 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--no-recipe", action="store_true", help="leave the recipe out of the files' metadata")
     verb.add_argument("--verify", action="store_true", help="compare with stock diffusers; needs the [torch] extra")
 
+    verb = _add(verbs, "average", _average, "a weight average of checkpoints as one stock checkpoint; no training")
+    verb.add_argument("out", type=pathlib.Path, metavar="OUT", help="a new NAME.safetensors, or a new diffusers folder")
+    verb.add_argument("--base", required=True, type=pathlib.Path, help="a folder; its VAE and text encoders are kept")
+    verb.add_argument("--teachers", required=True, nargs="+", type=pathlib.Path, metavar="CKPT")
+    verb.add_argument("--method", required=True, choices=("average", "task_arithmetic", "ties", "dare"))
+    verb.add_argument("--weights", nargs="+", type=float, metavar="W", help="one a teacher; default: all 1")
+    verb.add_argument("--scale", type=float, help="times the merged difference; default: 1 for ties, else 0.4")
+    verb.add_argument("--density", type=float, help="share of a difference that stays; default: ties 0.2, dare 0.1")
+    verb.add_argument("--seed", type=int, help="of what dare drops; default: 0")
+    verb.add_argument("--dtype", default="float16", choices=("float32", "float16", "bfloat16"))
+
     verb = _add(verbs, "sample", _sample, "draw prompts in styles: PNGs, grid.png, index.html")
     verb.add_argument("model", metavar="MODEL", help="a workdir, a diffusers or DMM folder, or a single file")
     verb.add_argument("--prompts", required=True, type=pathlib.Path, help="a text file, one prompt a line")
@@ -166,14 +177,20 @@ def _export(args):
     print("\n".join(map(str, paths)))
 
 
+def _average(args):
+    from dmm_jax.average import average
+
+    print(average(**_options(args)))
+
+
 def _sample(args):
     from dmm_jax.sample import sample
 
-    print(
-        sample(
-            **{name: value for name, value in vars(args).items() if name not in ("verb", "run", "takes_config", "rest")}
-        )
-    )
+    print(sample(**_options(args)))
+
+
+def _options(args) -> dict:
+    return {name: value for name, value in vars(args).items() if name not in ("verb", "run", "takes_config", "rest")}
 
 
 def _evaluate(args):

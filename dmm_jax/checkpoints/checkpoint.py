@@ -34,6 +34,11 @@ class Place(NamedTuple):
             shape = (shape[0] // 3, *shape[1:])
         return shape[::-1] if self.transposed else shape
 
+    @property
+    def dtype(self) -> np.dtype:
+        """The tensor's dtype, found without reading it."""
+        return self.file.dtype(self.name)
+
     def read(self) -> np.ndarray:
         """Returns the tensor: a view of the memory-mapped file."""
         array = self.file[self.name]
@@ -41,31 +46,6 @@ class Place(NamedTuple):
             rows = len(array) // 3
             array = array[self.third * rows : (self.third + 1) * rows]
         return array.T if self.transposed else array
-
-
-class Tensors(Mapping):
-    """A state dict whose tensors lie in one or several files, under our keys; each is read when it is asked for."""
-
-    def __init__(self, places: Mapping[str, Place]):
-        """Takes {key: where it lies}."""
-        self._places = dict(places)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Returns a tensor's shape without reading it."""
-        return self._places[key].shape
-
-    def dtype(self, key: str) -> np.dtype:
-        """Returns a tensor's dtype without reading it."""
-        return self._places[key].file.dtype(self._places[key].name)
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        return self._places[key].read()
-
-    def __iter__(self):
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
 
 
 @dataclasses.dataclass(frozen=True)

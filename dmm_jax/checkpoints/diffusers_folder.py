@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.abstract import COMPONENTS
 from dmm_jax.checkpoints.architecture import MERGED, architecture, check_plain, scheduler_config
-from dmm_jax.checkpoints.checkpoint import Checkpoint, Component, Place, Tensors
+from dmm_jax.checkpoints.checkpoint import Checkpoint, Component, Place
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.checkpoints.safetensors_io import PICKLES, TensorFile, refuse_pickle
+from dmm_jax.checkpoints.safetensors_io import PICKLES, TensorFile, Tensors, refuse_pickle
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",

@@ -6,6 +6,7 @@ it moves into `time_embedding.linear_2.bias`, and what is left is a stock UNet t
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -23,7 +24,7 @@ from dmm_jax.checkpoints.diffusers_folder import WEIGHTS
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.modelspec import Recipe, metadata
 from dmm_jax.checkpoints.open_clip import to_open_clip
-from dmm_jax.checkpoints.safetensors_io import save, save_parts
+from dmm_jax.checkpoints.safetensors_io import Computed, Tensors, save, save_parts
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.models.unet_2d_condition import style_mlp_name
 
@@ -182,7 +183,7 @@ def _write_network(folder, component, source, dtype, recipe, max_shard_size):
     config = {name: value for name, value in source.config(component).items() if name not in OUR_OPTIONS}
     _write_json(folder / "config.json", stock_unet_config(config) if component == "unet" else config)
     tensors = state_dict(source, component, dtype)
-    said = metadata(source, recipe, "diffusers", tensors) if component == "unet" else {"format": "pt"}
+    said = metadata(source, recipe, "diffusers") if component == "unet" else {"format": "pt"}
     save_parts(folder, WEIGHTS[component], tensors, said, max_shard_size)
 
 
@@ -228,32 +229,37 @@ def write_single_file(out: pathlib.Path, source: Checkpoint, dtype: str, recipe:
     for component in source.components:
         tensors |= _in_single_file(component, source.config(component), state_dict(source, component, dtype), family)
     tensors |= _schedule_flags(source)
-    save(out, tensors, metadata(source, recipe, "sgm", tensors))
+    save(out, Tensors(tensors), metadata(source, recipe, "sgm"))
     return out
 
 
-def _in_single_file(component, config, tensors, family):
-    """Returns a network's tensors under the single file's keys."""
+def _in_single_file(component, config, tensors, family) -> dict[str, Computed]:
+    """Returns a network's tensors, to be read one by one, under the single file's keys."""
     if component in TEXT_PREFIXES[family]:
         prefix = TEXT_PREFIXES[family][component]
         laid = to_open_clip(tensors) if prefix in single_file.OPEN_CLIP else tensors
-        return {prefix + key: array for key, array in laid.items()}
+        return {prefix + key: _to_come(laid, key, laid.shape(key)) for key in laid}
     prefix, laid = single_file.PREFIXES[component][0], {}
-    for key, array in tensors.items():
-        key = single_file.KEYS[component](key, config)
+    for key in tensors:
+        name, shape = single_file.KEYS[component](key, config), tensors.shape(key)
         # LDM's VAE holds the attention's dense layers as 1x1 convolutions.
-        conv = component == "vae" and ".attn_1." in key and array.ndim == 2
-        laid[prefix + key] = array[:, :, None, None] if conv else array
+        conv = component == "vae" and ".attn_1." in name and len(shape) == 2
+        laid[prefix + name] = _to_come(tensors, key, (*shape, 1, 1) if conv else shape)
     return laid
 
 
-def _schedule_flags(source):
+def _to_come(tensors, key, shape):
+    return Computed(shape, tensors.dtype(key), lambda: tensors[key].reshape(shape))
+
+
+def _schedule_flags(source) -> dict[str, Computed]:
     """Returns the empty tensors by which ComfyUI and A1111 know how a UNet was trained."""
     flags = {
         "v_pred": source.prediction_type == "v_prediction",
         "ztsnr": source.scheduler_config.get("rescale_betas_zero_snr"),
     }
-    return {name: np.zeros(0, np.float32) for name, there in flags.items() if there}
+    empty = np.zeros(0, np.float32)
+    return {name: Computed(empty.shape, empty.dtype, lambda: empty) for name, there in flags.items() if there}
 
 
 def _refuse_unsupported(source):
@@ -261,22 +267,28 @@ def _refuse_unsupported(source):
         raise CheckpointError(f"{source.path} cannot be exported: {source.unsupported}")
 
 
-def state_dict(source: Checkpoint, component: str, dtype: str) -> dict[str, np.ndarray]:
-    """Returns a network's tensors under diffusers' keys, all there, finite, and of one dtype.
+def state_dict(source: Checkpoint, component: str, dtype: str) -> Tensors:
+    """Returns a network's tensors under diffusers' keys, all there, of one dtype; each is read when it is asked for.
 
     Raises:
-      CheckpointError: keys are missing, unexpected or misshapen, or values are not finite or too large for `dtype`.
+      CheckpointError: keys are missing, unexpected or misshapen; on reading, values that are not finite or too large
+        for `dtype`.
     """
-    tensors = naming.to_torch(source.params(component))
-    with np.errstate(over="ignore"):
-        tensors = {key: array.astype(DTYPES[dtype]) for key, array in tensors.items()}
-    too_large = [key for key, array in tensors.items() if dtype == "float16" and not naming.is_finite(array)]
-    if too_large:
-        raise CheckpointError(
-            f"{component} of {source.path}: values beyond float16's 65504 in {naming.listed(too_large)}. "
-            "Export in bfloat16 or float32."
-        )
-    return tensors
+    where = f"{component} of {source.path}"
+    tensors = naming.checked(source.shapes(component), source.tensors(component), where)
+
+    def read(key):
+        with np.errstate(over="ignore"):
+            array = tensors[key].astype(DTYPES[dtype])
+        if dtype == "float16" and not naming.is_finite(array):
+            raise CheckpointError(
+                f"{where}: values beyond float16's 65504 in {naming.printable(key)}. Export in bfloat16 or float32."
+            )
+        return array
+
+    return Tensors(
+        {key: Computed(tensors.shape(key), np.dtype(DTYPES[dtype]), functools.partial(read, key)) for key in tensors}
+    )
 
 
 def copy_tokenizer(source: pathlib.Path, out: pathlib.Path) -> None:

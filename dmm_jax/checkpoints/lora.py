@@ -16,7 +16,7 @@ import numpy as np
 from dmm_jax.checkpoints import naming, single_file
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.checkpoints.safetensors_io import TensorFile
+from dmm_jax.checkpoints.safetensors_io import TensorFile, dtype_of, shape_of
 
 PLUS, TIMES = " + ", "*"
 KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
@@ -93,7 +93,7 @@ class Folded(Mapping):
         self._updates = {
             names[key]: found
             for key, found in updates.items()
-            if key in names and naming.shape_of(tensors, names[key]) == tuple(expected[key])
+            if key in names and shape_of(tensors, names[key]) == tuple(expected[key])
         }
 
     @property
@@ -103,7 +103,11 @@ class Folded(Mapping):
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Returns a tensor's shape without reading it."""
-        return naming.shape_of(self._tensors, key)
+        return shape_of(self._tensors, key)
+
+    def dtype(self, key: str) -> np.dtype:
+        """Returns a tensor's dtype without reading it."""
+        return np.dtype(np.float32) if key in self._updates else dtype_of(self._tensors, key)
 
     def __getitem__(self, key: str) -> np.ndarray:
         array = self._tensors[key]

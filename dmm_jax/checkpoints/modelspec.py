@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dmm_jax.checkpoints.architecture import UNKNOWN
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.diffusers_folder import STYLES_KEY
-from dmm_jax.checkpoints.safetensors_io import contents_sha256
+from dmm_jax.checkpoints.safetensors_io import HASH_TO_COME
 
 RECIPE_KEY = "dmm_jax.recipe"  # As JSON.
 CELL = 8  # Pixels along the side of a latent cell, in every VAE of these models.
@@ -23,8 +23,8 @@ class Recipe:
     details: Mapping | None  # The whole recipe; None leaves it out.
 
 
-def metadata(source: Checkpoint, recipe: Recipe, implementation: str, tensors: Mapping) -> dict[str, str]:
-    """Returns the metadata of a file that holds `tensors` of `source`.
+def metadata(source: Checkpoint, recipe: Recipe, implementation: str) -> dict[str, str]:
+    """Returns the metadata of a file that holds networks of `source`; its hash is filled in as it is written.
 
     Args:
       implementation: "sgm" for single files, "diffusers" for folders.
@@ -35,7 +35,7 @@ def metadata(source: Checkpoint, recipe: Recipe, implementation: str, tensors: M
         "modelspec.implementation": implementation,
         "modelspec.title": recipe.title,
         "modelspec.date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "modelspec.hash_sha256": "0x" + contents_sha256(tensors),
+        "modelspec.hash_sha256": HASH_TO_COME,
     }
     if source.has("unet"):
         side = (source.unet_config.get("sample_size") or 64) * CELL

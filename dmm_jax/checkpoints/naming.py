@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.safetensors_io import Computed, Tensors, dtype_of, shape_of
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 IGNORED = "position_ids"  # A buffer of old text encoders, often damaged by merging; positions are always 0 to 76.
@@ -85,11 +86,9 @@ def from_torch(
         array = read()
         if check_finite and not is_finite(array):
             infinite.append(names[key])
-        _insert(params, path, Computed(read, array.shape, array.dtype) if names[key] in computed else array)
+        _insert(params, path, ComputedArray(read, array.shape, array.dtype) if names[key] in computed else array)
     if infinite:
-        raise CheckpointError(
-            f"{where}: NaN or infinity in {listed(infinite)}. The file is damaged; fetch it again or leave it out."
-        )
+        raise CheckpointError(_not_finite(where, infinite))
     return params
 
 
@@ -98,7 +97,7 @@ def _read(tensors, name, path, shape, dtype):
     return array if dtype is None else array.astype(dtype, copy=False)
 
 
-class Computed:
+class ComputedArray:
     """A host array that is computed each time it is read, and not kept: as light as a view of a file."""
 
     def __init__(self, read: Callable[[], np.ndarray], shape: tuple[int, ...], dtype: np.dtype):
@@ -111,6 +110,39 @@ class Computed:
 
     def __getitem__(self, index) -> np.ndarray:
         return self._read()[index]
+
+
+def checked(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping, where: str) -> Tensors:
+    """Returns a network's state dict under today's keys, of which each tensor is checked when it is read.
+
+    Args:
+      shapes: {key: shape} of the network.
+      tensors: key to array, as a dict or a `TensorFile`.
+      where: says in errors what is being read.
+
+    Raises:
+      CheckpointError: names every missing, unexpected and misshapen key at once; on reading, a tensor with NaN or
+        infinity.
+    """
+    report_differences(shapes, tensors, where)
+    names = spellings(tensors)
+
+    def read(key):
+        array = np.asarray(tensors[names[key]]).reshape(shapes[key])
+        if not is_finite(array):
+            raise CheckpointError(_not_finite(where, [names[key]]))
+        return array
+
+    return Tensors(
+        {
+            key: Computed(shape, dtype_of(tensors, names[key]), functools.partial(read, key))
+            for key, shape in shapes.items()
+        }
+    )
+
+
+def _not_finite(where, keys):
+    return f"{where}: NaN or infinity in {listed(keys)}. The file is damaged; fetch it again or leave it out."
 
 
 def differences(expected: Mapping, tensors: Mapping) -> dict[str, list[str]]:
@@ -192,11 +224,6 @@ def _today(key, bare_text):
         if module.endswith(old):
             return f"{module.removesuffix(old)}{new}.{leaf}"
     return key
-
-
-def shape_of(tensors: Mapping, key: str) -> tuple[int, ...]:
-    """Returns the shape of a state dict's tensor, without reading it where the state dict can tell."""
-    return tuple(tensors.shape(key)) if hasattr(tensors, "shape") else tuple(np.shape(tensors[key]))
 
 
 def _insert(tree, path, leaf):

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 
 from dmm_jax.checkpoints import architecture, lora, naming, single_file
 from dmm_jax.checkpoints.abstract import COMPONENTS, abstract_params
-from dmm_jax.checkpoints.checkpoint import Checkpoint, Component, Place, Tensors
+from dmm_jax.checkpoints.checkpoint import Checkpoint, Component, Place
 from dmm_jax.checkpoints.diffusers_folder import STYLES_KEY, WEIGHTS, open_folder
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.open_clip import drop_unused_layer, open_clip_key
-from dmm_jax.checkpoints.safetensors_io import TensorFile
+from dmm_jax.checkpoints.safetensors_io import TensorFile, Tensors
 from dmm_jax.models.unet_2d_condition import merged_config
 
 __all__ = ["STYLES_KEY", "WEIGHTS", "Checkpoint", "Component", "abstract_params", "open_checkpoint"]

@@ -3,11 +3,14 @@
 Query, key and value lie stacked in one tensor, and the projection is transposed.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
+
+from dmm_jax.checkpoints.safetensors_io import Computed, Tensors, dtype_of, shape_of
 
 _TOP = {
     "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
@@ -45,16 +48,25 @@ def open_clip_key(key: str) -> OpenClipKey:
     return OpenClipKey(f"{place}.{_LAYER[module]}.{leaf}")
 
 
-def to_open_clip(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns a text encoder's state dict in OpenCLIP's layout, prefix not included."""
-    laid, stacks = {}, {}
-    for key, array in tensors.items():
-        name, third, transposed = open_clip_key(key)
-        if third is None:
-            laid[name] = array.T if transposed else array
-        else:
-            stacks.setdefault(name, [None] * len(_STACKED))[third] = array
-    return laid | {name: np.concatenate(parts) for name, parts in stacks.items()}
+def to_open_clip(tensors: Mapping) -> Tensors:
+    """Returns a text encoder's state dict in OpenCLIP's layout, prefix not included; laid out as it is read."""
+    parts = {}
+    for key in tensors:
+        found = open_clip_key(key)
+        parts.setdefault(found.name, {})[found.third or 0] = (key, found.transposed)
+
+    def read(name):
+        keys = [parts[name][third] for third in sorted(parts[name])]
+        arrays = [tensors[key].T if transposed else tensors[key] for key, transposed in keys]
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+    def to_come(name):
+        key, transposed = parts[name][0]
+        rows, *rest = shape_of(tensors, key)
+        shape = (*rest[::-1], rows) if transposed else (rows * len(parts[name]), *rest)
+        return Computed(shape, dtype_of(tensors, key), functools.partial(read, name))
+
+    return Tensors({name: to_come(name) for name in parts})
 
 
 def drop_unused_layer(names: Iterable[str]) -> list[str]:

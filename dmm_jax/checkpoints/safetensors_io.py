@@ -7,10 +7,12 @@ twice, string metadata) and adds what the format leaves open: bounds on the numb
 import hashlib
 import json
 import math
+import mmap
 import os
 import pathlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -28,6 +30,8 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 100_000
 MAX_NAME_CHARS = 1024
+MOST_RESIDENT_BYTES = 2**26  # Of a file, read since its pages were last given back.
+HASH_TO_COME = "0x" + 64 * "0"  # In metadata: `save` puts the SHA-256 of what it writes after the header here.
 HOW_TO_CONVERT = (
     "It may hold a pickle, which runs code when it is opened, so it is not read. Convert it where you trust it: "
     "torch.load(path, weights_only=True), then safetensors.torch.save_file(state_dict, 'model.safetensors')."
@@ -51,7 +55,9 @@ class TensorFile(Mapping):
         header, self._start = _read_header(self.path, size)
         self.metadata = _metadata(self.path, header)
         self._entries = _entries(self.path, header, size - self._start)
-        self._map = np.memmap(self.path, np.uint8, "r", offset=0) if size > self._start else np.zeros(0, np.uint8)
+        with self.path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._read_bytes = 0
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Returns a tensor's shape without reading it."""
@@ -63,8 +69,15 @@ class TensorFile(Mapping):
 
     def __getitem__(self, key: str) -> np.ndarray:
         dtype, shape, begin, end = self._entries[key]
-        raw = self._map[self._start + begin : self._start + end]
-        return np.asarray(raw.view(dtype).reshape(shape) if raw.size else np.zeros(shape, dtype))
+        self._give_back(end - begin)
+        return np.frombuffer(self._map, dtype, math.prod(shape), self._start + begin).reshape(shape)
+
+    def _give_back(self, num_bytes):
+        """Takes the pages that were read out of the process's memory now and then; views stay, and read them again."""
+        self._read_bytes += num_bytes
+        if self._read_bytes > MOST_RESIDENT_BYTES:
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._read_bytes = num_bytes
 
     def __iter__(self):
         return iter(self._entries)
@@ -168,12 +181,52 @@ def _is_size(number):
     return type(number) is int and 0 <= number < 2**63
 
 
-def contents_sha256(tensors: Mapping[str, np.ndarray]) -> str:
-    """Returns the SHA-256 of the bytes that `save` writes after the header: ModelSpec's hash_sha256, without "0x"."""
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
-        digest.update(raw_bytes(tensors[key]))
-    return digest.hexdigest()
+class Computed(NamedTuple):
+    """A tensor that a function makes when it is asked for."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+class Tensors(Mapping):
+    """A state dict whose tensors are read or computed one at a time, each when it is asked for; none is kept."""
+
+    def __init__(self, entries: Mapping):
+        """Takes {key: what has `shape`, `dtype` and `read()`}: places in files, or `Computed`."""
+        self._entries = dict(entries)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Returns a tensor's shape without reading it."""
+        return self._entries[key].shape
+
+    def dtype(self, key: str) -> np.dtype:
+        """Returns a tensor's dtype without reading it."""
+        return self._entries[key].dtype
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self._entries[key].read()
+
+    def __iter__(self):
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def shape_of(tensors: Mapping, key: str) -> tuple[int, ...]:
+    """Returns a tensor's shape; of a `TensorFile` or of `Tensors` without reading it."""
+    return tuple(tensors.shape(key)) if hasattr(tensors, "shape") else tuple(np.shape(tensors[key]))
+
+
+def dtype_of(tensors: Mapping, key: str) -> np.dtype:
+    """Returns a tensor's dtype; of a `TensorFile` or of `Tensors` without reading it."""
+    return np.dtype(tensors.dtype(key) if hasattr(tensors, "dtype") else tensors[key].dtype)
+
+
+def num_bytes_of(tensors: Mapping, key: str) -> int:
+    """Returns a tensor's size; of a `TensorFile` or of `Tensors` without reading it."""
+    return math.prod(shape_of(tensors, key)) * dtype_of(tensors, key).itemsize
 
 
 def raw_bytes(array: np.ndarray) -> memoryview:
@@ -181,9 +234,7 @@ def raw_bytes(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
 
 
-def save_parts(
-    folder: pathlib.Path, stem: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], max_bytes: int
-) -> None:
+def save_parts(folder: pathlib.Path, stem: str, tensors: Mapping, metadata: Mapping[str, str], max_bytes: int) -> None:
     """Writes `stem.safetensors`, or where that is more than `max_bytes` parts of it and an index, as hubs name them.
 
     Raises:
@@ -191,7 +242,7 @@ def save_parts(
     """
     parts, sizes = [[]], [0]
     for key in sorted(tensors):
-        size = tensors[key].nbytes
+        size = num_bytes_of(tensors, key)
         if parts[-1] and sizes[-1] + size > max_bytes:
             parts.append([])
             sizes.append(0)
@@ -203,39 +254,55 @@ def save_parts(
     weight_map = {}
     for number, keys in enumerate(parts, start=1):
         name = f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors"
-        save(folder / name, {key: tensors[key] for key in keys}, metadata)
+        _save(folder / name, tensors, keys, metadata)
         weight_map |= dict.fromkeys(keys, name)
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def save(
-    path: str | pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
-) -> None:
+def save(path: str | pathlib.Path, tensors: Mapping, metadata: Mapping[str, str] | None = None) -> None:
     """Writes tensors, sorted by key, one at a time; the file appears under its name when it is whole.
+
+    Args:
+      tensors: a dict, or a `TensorFile` or `Tensors`, of which one tensor is held in memory.
+      metadata: text to text; the value `HASH_TO_COME` becomes "0x" and the SHA-256 of all bytes after the header.
 
     Raises:
       ValueError: a dtype that the format does not have, or metadata that is not text.
     """
-    path = pathlib.Path(path)
-    if not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
+    _save(pathlib.Path(path), tensors, sorted(tensors), metadata or {})
+
+
+def _save(path: pathlib.Path, tensors: Mapping, keys: Sequence[str], metadata: Mapping[str, str]) -> None:
+    if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
         raise ValueError("safetensors metadata must be text to text: json.dumps other values.")
-    header, position = ({"__metadata__": dict(metadata)} if metadata else {}), 0
-    for key in sorted(tensors):
-        array = tensors[key]
-        if array.dtype not in NAMES:
-            raise ValueError(f"tensor {key!r} has dtype {array.dtype}, which safetensors does not know. Convert it.")
-        end = position + array.size * array.dtype.itemsize
-        header[key] = {"dtype": NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [position, end]}
-        position = end
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+    header = _header(tensors, keys, metadata)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file:
-            file.write(struct.pack("<Q", len(raw)) + raw)
-            for key in sorted(tensors):
-                file.write(raw_bytes(tensors[key]))
+            file.write(header)
+            digest = hashlib.sha256()
+            for key in keys:
+                written = raw_bytes(tensors[key])
+                file.write(written)
+                digest.update(written)
+            assert file.tell() == len(header) + sum(num_bytes_of(tensors, key) for key in keys)
+            found = {name: f"0x{digest.hexdigest()}" for name, text in metadata.items() if text == HASH_TO_COME}
+            file.seek(0)
+            file.write(_header(tensors, keys, {**metadata, **found}))  # As long as before.
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _header(tensors, keys, metadata) -> bytes:
+    header, position = ({"__metadata__": dict(metadata)} if metadata else {}), 0
+    for key in keys:
+        dtype, end = dtype_of(tensors, key), position + num_bytes_of(tensors, key)
+        if dtype not in NAMES:
+            raise ValueError(f"tensor {key!r} has dtype {dtype}, which safetensors does not know. Convert it.")
+        header[key] = {"dtype": NAMES[dtype], "shape": list(shape_of(tensors, key)), "data_offsets": [position, end]}
+        position = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw

@@ -227,7 +227,7 @@ def test_folded_parameters_are_computed_anew_at_each_reading(folder, base, tmp_p
     path = write(tmp_path / "a.safetensors", tensors_of(factors(base, LAYERS[:1])))
     params = open_checkpoint(f"{folder} + {path}").params("unet")
     leaves = dict(naming.flat(params))
-    computed = [leaf for leaf in leaves.values() if isinstance(leaf, naming.Computed)]
+    computed = [leaf for leaf in leaves.values() if isinstance(leaf, naming.ComputedArray)]
     assert len(computed) == 1 and computed[0].shape == base.shapes("unet")[f"{DENSE}.weight"][::-1]
     calls = []
     monkeypatch.setattr(lora.Update, "delta", counted(lora.Update.delta, calls))

@@ -63,7 +63,7 @@ def test_an_encoder_comes_back_bit_for_bit_with_its_config(component, tmp_path):
 
 
 def test_stable_diffusion_2_uses_all_layers_but_the_last_of_a_whole_encoder(tmp_path):
-    cut = open_clip.to_open_clip(tensors("text_encoder"))
+    cut = dict(open_clip.to_open_clip(tensors("text_encoder")))
     whole = open_checkpoint(write(tmp_path, "text_encoder", whole_open_clip_h(cut)))
     assert whole.config("text_encoder")["num_hidden_layers"] == 3
     back = naming.to_torch(whole.params("text_encoder"))
@@ -83,13 +83,13 @@ def test_24_layers_are_a_whole_encoder_even_without_the_projection():
 
 @pytest.mark.parametrize("shape", [(385, 128), (256, 128), (384, 127), ()])
 def test_a_stack_that_is_no_three_of_its_layers_is_misshapen(shape, tmp_path):
-    laid = open_clip.to_open_clip(tensors("text_encoder")) | {STACK: np.zeros(shape, np.float32)}
+    laid = dict(open_clip.to_open_clip(tensors("text_encoder"))) | {STACK: np.zeros(shape, np.float32)}
     with pytest.raises(CheckpointError, match="3 misshapen: .*layers.1.self_attn.q_proj.weight"):
         open_checkpoint(write(tmp_path, "text_encoder", laid)).params("text_encoder")
 
 
 def test_missing_and_unexpected_tensors_are_named(tmp_path):
-    laid = open_clip.to_open_clip(tensors("text_encoder_2"))
+    laid = dict(open_clip.to_open_clip(tensors("text_encoder_2")))
     del laid["transformer.resblocks.0.attn.in_proj_bias"]
     laid["transformer.resblocks.0.lora_up.weight"] = np.zeros(1, np.float32)
     with pytest.raises(CheckpointError, match="(?s)3 missing: .*q_proj.bias.*1 unexpected: .*lora_up.weight"):

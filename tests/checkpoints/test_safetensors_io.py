@@ -1,16 +1,19 @@
 """The reader takes every sound file and no other; the writer leaves whole files only."""
 
+import functools
 import hashlib
 import json
 import os
 import struct
+import weakref
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from dmm_jax.checkpoints import safetensors_io
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.checkpoints.safetensors_io import DTYPES, MAX_TENSORS, TensorFile, contents_sha256, save
+from dmm_jax.checkpoints.safetensors_io import DTYPES, HASH_TO_COME, MAX_TENSORS, Computed, TensorFile, Tensors, save
 
 ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 RAW = json.dumps(ONE).encode()
@@ -223,10 +226,36 @@ def test_pytorchs_reader_and_ours_agree_on_our_files_and_theirs(tmp_path):
 
 def test_the_contents_hash_is_of_the_bytes_after_the_header(tmp_path):
     tensors = {"b": np.arange(6, dtype=np.float16).reshape(2, 3).T, "a": np.zeros(0, np.float32), "c": np.ones(1)}
-    save(tmp_path / "x.safetensors", tensors, {"format": "pt"})
+    save(tmp_path / "x.safetensors", tensors, {"format": "pt", "hash": HASH_TO_COME})
     raw = (tmp_path / "x.safetensors").read_bytes()
     behind = raw[8 + struct.unpack("<Q", raw[:8])[0] :]
-    assert contents_sha256(tensors) == hashlib.sha256(behind).hexdigest()
+    expected = {"format": "pt", "hash": "0x" + hashlib.sha256(behind).hexdigest()}
+    assert TensorFile(tmp_path / "x.safetensors").metadata == expected
+
+
+def test_tensors_to_come_are_computed_once_and_one_at_a_time(tmp_path):
+    arrays, computed = [], []
+
+    def compute(key):
+        assert sum(array() is not None for array in arrays) <= 1  # The one before, which the writer is done with.
+        computed.append(key)
+        array = np.full((2, 3), len(computed), np.float16)
+        arrays.append(weakref.ref(array))
+        return array
+
+    entries = {key: Computed((2, 3), np.dtype(np.float16), functools.partial(compute, key)) for key in "cab"}
+    save(tmp_path / "x.safetensors", Tensors(entries), {"hash": HASH_TO_COME})
+    file = TensorFile(tmp_path / "x.safetensors")
+    assert computed == ["a", "b", "c"] and [file[key][0, 0] for key in "abc"] == [1, 2, 3]
+
+
+def test_views_stay_good_when_their_pages_are_given_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors_io, "MOST_RESIDENT_BYTES", 100)
+    tensors = {str(number): np.full(20, number, np.float32) for number in range(5)}
+    save(tmp_path / "x.safetensors", tensors)
+    file = TensorFile(tmp_path / "x.safetensors")
+    views = {key: file[key] for key in file}
+    assert all(np.array_equal(views[key], tensors[key]) for key in tensors)
 
 
 def test_strided_and_scalar_tensors_are_written_in_order(tmp_path):

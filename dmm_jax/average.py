@@ -1,0 +1,108 @@
+"""`dmm-jax average`: a weight average of checkpoints, without training, as one stock checkpoint."""
+
+import math
+import pathlib
+from collections.abc import Sequence
+
+from dmm_jax.checkpoints.average import METHODS, Method, merged
+from dmm_jax.checkpoints.export import DTYPES, Recipe, write_folder, write_single_file
+from dmm_jax.checkpoints.open import Checkpoint, open_checkpoint
+from dmm_jax.distill.teachers import check_mergeable
+from dmm_jax.folders import check_output
+
+SINGLE_FILE = ".safetensors"
+
+
+def average(
+    out: pathlib.Path,
+    base: pathlib.Path,
+    teachers: Sequence[pathlib.Path],
+    method: str,
+    weights: Sequence[float] | None = None,
+    scale: float | None = None,
+    density: float | None = None,
+    seed: int | None = None,
+    dtype: str = "float16",
+) -> pathlib.Path:
+    """Writes the merged checkpoint and returns its path: a single file where it ends in .safetensors, else a folder.
+
+    Args:
+      out: a new file, or a new or empty diffusers folder.
+      base: the checkpoint that the teachers come from; the result has its VAE, text encoders and tokenizers.
+      teachers: checkpoints whose UNets are merged.
+      method: one of METHODS; what it does not take must be None, and None means its own default.
+
+    Raises:
+      ValueError: the output is taken, a number is out of range or the method takes no such option.
+      CheckpointError: a checkpoint is damaged or does not fit the base; all obstacles are named. Nothing is written.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
+    how = parse_method(method, len(teachers), weights, scale=scale, density=density, seed=seed)
+    out = _check_output(pathlib.Path(out))
+    opened = [open_checkpoint(path) for path in teachers]
+    ancestor = open_checkpoint(base)
+    check_mergeable(ancestor, {str(number): one for number, one in enumerate(opened, start=1)})
+    names = [one.name for one in opened]
+    recipe = Recipe(f"{method} of {', '.join(names)}", names, describe(ancestor, opened, how))
+    write = write_single_file if out.suffix == SINGLE_FILE else write_folder
+    return write(out, merged(ancestor, opened, how), dtype, recipe)
+
+
+def parse_method(name: str, num_teachers: int, weights: Sequence[float] | None = None, **options) -> Method:
+    """Returns a method with its weights and options, defaults filled in.
+
+    Args:
+      weights: of the teachers; None for equal ones.
+      options: scale, density and seed; None where they are not given.
+
+    Raises:
+      ValueError: there is no such method, it does not take an option, or a number is out of range.
+    """
+    if name not in METHODS:
+        raise ValueError(f"there is no method {name!r}; there are: {', '.join(METHODS)}.")
+    given = {option: value for option, value in options.items() if value is not None}
+    unused = sorted(set(given) - set(METHODS[name]))
+    if unused:
+        takes = ", ".join(METHODS[name]) or "weights alone"
+        raise ValueError(f"{name} does not take {', '.join(unused)}; it takes {takes}. Leave it out.")
+    method = Method(name, _weights(name, num_teachers, weights), **{**METHODS[name], **given})
+    if not math.isfinite(method.scale):
+        raise ValueError(f"scale must be finite; got {method.scale}.")
+    if not 0 < method.density <= 1:
+        raise ValueError(
+            f"density must be above 0 and at most 1, the share of each difference that stays; got {method.density}."
+        )
+    return method
+
+
+def _weights(name, num_teachers, weights) -> tuple[float, ...]:
+    weights = (1.0,) * num_teachers if weights is None else tuple(map(float, weights))
+    if not num_teachers or len(weights) != num_teachers:
+        raise ValueError(f"one weight a teacher, please: {num_teachers} teachers, {len(weights)} weights.")
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"weights must be finite; got {weights}.")
+    if name in ("average", "ties") and (min(weights) < 0 or not sum(weights)):
+        raise ValueError(f"{name} takes a mean: weights must not be negative, nor all 0; got {weights}.")
+    return weights
+
+
+def _check_output(out: pathlib.Path) -> pathlib.Path:
+    if out.suffix != SINGLE_FILE:
+        return check_output(out)
+    if out.exists():
+        raise ValueError(f"{out} is there; nothing is overwritten. Give another name.")
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"there is no folder {out.parent} to write {out.name} in. Make it first.")
+    return out
+
+
+def describe(base: Checkpoint, teachers: Sequence[Checkpoint], method: Method) -> dict:
+    """Returns the recipe: the method, and name and SHA-256 of the UNet of each parent, with its weight."""
+
+    def parent(one):
+        return {"file": one.name, "unet_sha256": one.digest("unet")}
+
+    options = {option: getattr(method, option) for option in METHODS[method.name]}
+    weighted = [parent(one) | {"weight": weight} for one, weight in zip(teachers, method.weights, strict=True)]
+    return {"method": method.name, **options, "base": parent(base), "teachers": weighted}
