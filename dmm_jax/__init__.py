@@ -2,10 +2,10 @@
 
 The map, from the command line down; imports point downwards only:
 
-    cli                         the verbs: demo inspect prepare train export sample evaluate
+    cli                         the verbs: demo inspect prepare train export average sample evaluate
     demo/                       the embedded world: renderer, tiny checkpoints, their recipe, the whole road
     train                       run(): mesh, data, networks, state, restore, loop
-    export, sample              a trained student as files, and as pictures
+    export, sample, average     a trained student as files, and as pictures; weight averages of checkpoints
     evaluation/                 features, Frechet distance, fidelity, style matrix, report
     distill/                    losses, teachers, student, the one compiled step
     pipeline, images, metrics   prompts + styles -> images; PNGs that carry their parameters; metrics.jsonl

@@ -5,11 +5,14 @@ import pathlib
 from collections.abc import Sequence
 
 from dmm_jax import config as config_lib
+from dmm_jax.checkpoints import style_lora
 from dmm_jax.checkpoints.export import DTYPES, FORMATS, Recipe, write
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.folders import check_output
 from dmm_jax.page import whole_folder
 from dmm_jax.pipeline import parse_style, style_row
+
+STOCK = ("diffusers", "single-file")  # What stock diffusers opens by itself.
 
 
 def export_workdir(
@@ -20,11 +23,15 @@ def export_workdir(
     dtype: str = "float16",
     recipe: bool = True,
     verify: bool = False,
+    lora_base: str = "",
+    lora_for: Sequence[str] = ("comfyui",),
 ) -> list[pathlib.Path]:
-    """Writes `out/dmm/`, `out/diffusers/` and `out/model.safetensors`, as many of them as `formats` names.
+    """Writes `out/dmm/`, `out/diffusers/`, `out/model.safetensors` and `out/style_lora.safetensors`, as `formats` says.
 
     Args:
       style: the name or mix ("anime=0.7,photo=0.3") that is folded into the stock formats.
+      lora_base: the name or mix whose stock export a style-lora is used on; "" for all styles in equal parts.
+      lora_for: the tools that a style-lora is written for: comfyui, diffusers, a1111.
       recipe: also write the whole recipe, with hashes of all parents, into the files' metadata.
       verify: open what was written in stock diffusers, and compare; prints the errors. Needs the `[torch]` extra.
 
@@ -48,19 +55,30 @@ def export_workdir(
     weights = None
     if any(fmt != "dmm" for fmt in formats):
         if not style:
-            raise ValueError(f"diffusers and single-file hold one style: give --style, of {', '.join(student.styles)}.")
-        weights = style_row(parse_style(style), student.styles)
+            raise ValueError(
+                f"diffusers, single-file and style-lora hold one style: give --style, of {', '.join(student.styles)}."
+            )
+        weights = _row(style, student.styles)
+    base = _row(lora_base, student.styles) if lora_base else style_lora.equal_parts(student.styles)
     said = describe(workdir, student, style)
     title = f"{student.name}: {style}" if style else student.name
     written = {}
     with whole_folder(out) as folder:
         for fmt in dict.fromkeys(formats):
             told = Recipe(title if fmt != "dmm" else student.name, list(student.styles), said if recipe else None)
-            path = write(folder, fmt, student, None if fmt == "dmm" else weights, dtype, told)
+            if fmt == "style-lora":
+                path = folder / style_lora.NAME
+                style_lora.write_style_lora(path, student, weights, base, dtype, lora_for, told)
+            else:
+                path = write(folder, fmt, student, None if fmt == "dmm" else weights, dtype, told)
             written[fmt] = out / path.relative_to(folder)
     if verify:
         _verify(student, written, dtype)
     return list(written.values())
+
+
+def _row(style, styles):
+    return style_row(parse_style(style), styles)
 
 
 def _verify(student, written, dtype):
@@ -69,7 +87,7 @@ def _verify(student, written, dtype):
     if "dmm" in written:
         verify_lib.reads_back(student, written["dmm"], dtype)
         print(f"{written['dmm']}: reads back bit for bit")
-    for agreement in verify_lib.verify({fmt: path for fmt, path in written.items() if fmt != "dmm"}):
+    for agreement in verify_lib.verify({fmt: path for fmt, path in written.items() if fmt in STOCK}):
         print(agreement)
 
 

@@ -196,3 +196,16 @@ def test_missing_or_empty_prompts_are_told(capsys, trained, tmp_path):
     assert "holds no prompt" in failing(
         capsys, "sample", trained, "--prompts", tmp_path / "empty.txt", "--out", tmp_path / "o"
     )
+
+
+def test_a_style_is_exported_as_a_small_file_for_the_tools_that_are_named(capsys, trained, tmp_path):
+    arguments = ["export", trained, tmp_path / "o", "--format", "style-lora"]
+    assert "give --style" in failing(capsys, *arguments)
+    arguments += ["--style", "left"]
+    assert "got forge" in failing(capsys, *arguments, "--lora-for", "forge")
+    assert (
+        "did you mean 'right'" in failing(capsys, *arguments, "--lora-base", "rigth") and not (tmp_path / "o").exists()
+    )
+    assert cli.main([str(one) for one in [*arguments, "--lora-base", "right", "--lora-for", "comfyui,diffusers"]]) == 0
+    file = TensorFile(tmp_path / "o" / "style_lora.safetensors")
+    assert len(file) == 4 and '"style": "right=1.0"' in file.metadata["dmm_jax.lora_base"]

@@ -28,7 +28,8 @@ from dmm_jax.checkpoints.safetensors_io import Computed, Tensors, save, save_par
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.models.unet_2d_condition import style_mlp_name
 
-FORMATS = ("dmm", "diffusers", "single-file")
+CHECKPOINTS = ("dmm", "diffusers", "single-file")  # Formats that hold a whole checkpoint.
+FORMATS = (*CHECKPOINTS, "style-lora")
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",

@@ -124,7 +124,7 @@ def test_folding_changes_one_bias_and_drops_the_style_table(student):
 
 
 @pytest.mark.parametrize("dtype", export.DTYPES)
-@pytest.mark.parametrize("fmt", export.FORMATS)
+@pytest.mark.parametrize("fmt", export.CHECKPOINTS)
 def test_an_export_comes_back_bit_for_bit(student, recipe, tmp_path, fmt, dtype):
     source = student if fmt == "dmm" else export.fold(student, WEIGHTS)
     back = open_checkpoint(export.write(tmp_path, fmt, student, WEIGHTS, dtype, recipe))
@@ -172,7 +172,7 @@ def test_text_encoders_are_written_with_their_prefix(student, recipe, tmp_path):
     assert all(key.startswith("text_model.") for key in TensorFile(out / "text_encoder" / "model.safetensors"))
 
 
-@pytest.mark.parametrize("fmt", export.FORMATS)
+@pytest.mark.parametrize("fmt", export.CHECKPOINTS)
 def test_a_file_says_what_it_is_in_modelspec(student, recipe, tmp_path, fmt):
     out = export.write(tmp_path, fmt, student, WEIGHTS, "float16", recipe)
     path = out if fmt == "single-file" else out / "unet" / "diffusion_pytorch_model.safetensors"
@@ -214,7 +214,7 @@ def replaced(student, component, **tensors) -> Checkpoint:
     return dataclasses.replace(student, components={**student.components, component: new})
 
 
-@pytest.mark.parametrize("fmt", export.FORMATS)
+@pytest.mark.parametrize("fmt", export.CHECKPOINTS)
 def test_a_value_too_large_for_float16_is_named_and_nothing_is_left(student, recipe, tmp_path, fmt):
     large = replaced(student, "vae", decoder__conv_out__bias=np.full(3, 1e5, np.float32))
     with pytest.raises(CheckpointError, match="float16's 65504 in decoder.conv_out.bias"):
@@ -223,7 +223,7 @@ def test_a_value_too_large_for_float16_is_named_and_nothing_is_left(student, rec
     export.write(tmp_path, fmt, large, WEIGHTS, "bfloat16", recipe)
 
 
-@pytest.mark.parametrize("fmt", export.FORMATS)
+@pytest.mark.parametrize("fmt", export.CHECKPOINTS)
 def test_a_damaged_student_is_not_exported_and_nothing_is_left(student, recipe, tmp_path, fmt):
     damaged = replaced(student, "unet", conv_out__bias=np.full(4, np.nan, np.float32))
     with pytest.raises(CheckpointError, match="NaN or infinity in conv_out.bias"):
@@ -231,7 +231,7 @@ def test_a_damaged_student_is_not_exported_and_nothing_is_left(student, recipe, 
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("fmt", export.FORMATS)
+@pytest.mark.parametrize("fmt", export.CHECKPOINTS)
 def test_nothing_is_overwritten(student, recipe, tmp_path, fmt):
     out = export.write(tmp_path, fmt, student, WEIGHTS, "float16", recipe)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}

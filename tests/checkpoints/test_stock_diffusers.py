@@ -25,7 +25,7 @@ def exports(student, tmp_path_factory):
     """Every format in float32, each written by one call."""
     out = tmp_path_factory.mktemp("exports")
     weights, recipe = np.array(list(MIX.values()), np.float32), export.Recipe("tiny", list(MIX), None)
-    return {fmt: export.write(out, fmt, student, weights, "float32", recipe) for fmt in export.FORMATS}
+    return {fmt: export.write(out, fmt, student, weights, "float32", recipe) for fmt in export.CHECKPOINTS}
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_the_schedulers_words_reach_diffusers(student, recipe, tmp_path):
     np.testing.assert_allclose(scheduler.config.beta_end, 0.012)
 
 
-@pytest.mark.parametrize("fmt", export.FORMATS)
+@pytest.mark.parametrize("fmt", export.CHECKPOINTS)
 def test_a_disk_that_fills_leaves_nothing_half_written(student, recipe, tmp_path, fmt, monkeypatch):
     calls, raw_bytes = [], safetensors_io.raw_bytes
 
@@ -140,7 +140,7 @@ def test_a_student_that_vanishes_while_being_written_leaves_nothing(student, rec
 
     components = {**student.components, "text_encoder": Component(student.config("text_encoder"), gone)}
     broken = dataclasses.replace(student, components=components)
-    for fmt in export.FORMATS:
+    for fmt in export.CHECKPOINTS:
         with pytest.raises(OSError, match="Input/output"):
             export.write(tmp_path, fmt, broken, np.ones(3, np.float32), "float32", recipe)
     assert list(tmp_path.iterdir()) == []
