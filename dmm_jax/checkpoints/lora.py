@@ -51,13 +51,13 @@ class Update(NamedTuple):
         """The rank: rows of `down`."""
         return self.file.shape(self.roles["down"])[0]
 
-    def delta(self) -> np.ndarray:
-        """Returns (alpha / rank) * up @ down in float32, flat: (output, input * kernel)."""
+    def delta(self, weight: float) -> np.ndarray:
+        """Returns weight * (alpha / rank) * up @ down in float32, flat: (output, input * kernel)."""
         up, down, mid = (self._factor(role) for role in ("up", "down", "mid"))
         if mid is not None:  # Tucker: 1x1, then kernel by kernel, then 1x1 (LyCORIS, arXiv:2309.14859, sec. 3.1).
             down = np.einsum("rskl,si->rikl", mid, down.reshape(down.shape[:2]))
-        scale = np.float32(1.0 if self.alpha is None else self.alpha / self.rank)
-        return scale * (up.reshape(len(up), -1) @ down.reshape(len(down), -1))
+        scale = np.float32(weight * (1.0 if self.alpha is None else self.alpha / self.rank))
+        return (scale * up.reshape(len(up), -1)) @ down.reshape(len(down), -1)  # The product alone is large.
 
     def _factor(self, role) -> np.ndarray | None:
         return self.file[self.roles[role]].astype(np.float32) if role in self.roles else None
@@ -115,7 +115,7 @@ class Folded(Mapping):
             return array
         folded = np.array(array, np.float32)
         for weight, update in self._updates[key]:
-            folded += np.float32(weight) * update.delta().reshape(folded.shape)
+            folded += update.delta(weight).reshape(folded.shape)
         return folded
 
     def __iter__(self):

@@ -238,9 +238,9 @@ def test_folded_parameters_are_computed_anew_at_each_reading(folder, base, tmp_p
 
 
 def counted(method, calls):
-    def call(self):
+    def call(self, weight):
         calls.append(self)
-        return method(self)
+        return method(self, weight)
 
     return call
 
