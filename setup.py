@@ -41,6 +41,7 @@ setup(
     install_requires=RUNTIME,
     extras_require={
         "tpu": ["jax[tpu]"],
+        "plan": ["libtpu==0.0.42.*"],  # The TPU's compiler, for jax 0.10.2; it runs without a TPU.
         "cuda": ["jax[cuda13]"],
         "torch": TORCH,
         "test": [*TORCH, "pytest>=9", "pytest-xdist>=3.8", "beartype>=0.22", "ruff>=0.14", "scipy>=1.17"],

@@ -6,6 +6,7 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -88,16 +89,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
         # One compiled program a step; another for the validation set.
         objective = define_objective(config, base, tokenizer)
         specs = sharding.state_specs(state["params"], mesh)
-        gradients = distill_step.build_loss_and_grads(
-            networks,
-            objective,
-            mesh,
-            specs,
-            dtype=dtype,
-            gradient_accumulation=config.gradient_accumulation,
-            seed=config.seed,
-        )
-        step = jax.jit(distill_step.build_step(gradients, optimizer, config.ema_decay), donate_argnums=0)
+        step = define_step(config, networks, objective, optimizer, mesh, state)
         validate = build_validator(config, names, networks, objective, mesh, specs, validation_source)
         draw_samples = build_sampler(config, base, names, student_config, workdir)
 
@@ -146,17 +138,24 @@ def open_workdir(workdir: pathlib.Path, config) -> None:
     path.write_text(config_lib.to_json(config))
 
 
-def attention_implementation(config) -> str:
-    """Resolves "auto": cuDNN's fused kernel on NVIDIA GPUs in bfloat16, XLA's elsewhere."""
+def attention_implementation(config, platform: str) -> str:
+    """Resolves "auto": a fused kernel on TPUs, and on NVIDIA GPUs in bfloat16; XLA's products elsewhere."""
     if config.attention != "auto":
         return config.attention
-    return "cudnn" if jax.default_backend() == "gpu" and config.dtype == "bfloat16" else "xla"
+    if platform == "gpu" and config.dtype == "bfloat16":
+        return "cudnn"
+    return "flash" if platform == "tpu" else "xla"
 
 
-def define_networks(config, base, num_styles: int) -> tuple[distill_step.Networks, dict]:
-    """Returns the graph definitions of student, teachers and text encoder, and the student's config."""
+def define_networks(config, base, num_styles: int, platform: str = "") -> tuple[distill_step.Networks, dict]:
+    """Returns the graph definitions of student, teachers and text encoder, and the student's config.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu": where they will run, if not here.
+    """
     dtype = jnp.dtype(config.dtype)
-    unet = {"dtype": dtype, "attention_implementation": attention_implementation(config)}
+    attention = attention_implementation(config, platform or jax.default_backend())
+    unet = {"dtype": dtype, "attention_implementation": attention}
     student_config = merged_config(base.unet_config, num_styles)
 
     def graph(model, described, **options):
@@ -166,6 +165,7 @@ def define_networks(config, base, num_styles: int) -> tuple[distill_step.Network
         student=graph(UNet2DConditionModel, student_config, remat=config.remat, **unet),
         teacher=graph(UNet2DConditionModel, base.unet_config, **unet),
         text_encoder=graph(CLIPTextModel, base.text_config, dtype=dtype),
+        check_vma=attention != "flash",
     )
     return networks, student_config
 
@@ -179,6 +179,31 @@ def define_objective(config, base, tokenizer) -> distill_step.Objective:
         prompt_dropout=config.prompt_dropout,
         empty_ids=tuple(tokenizer([""])[0].tolist()),
     )
+
+
+def define_gradients(config, networks, objective, mesh, params) -> Callable:
+    """Returns `f(params, teachers, encoders, batch, step) -> (grads, errors)`; `params` are arrays or shapes."""
+    return distill_step.build_loss_and_grads(
+        networks,
+        objective,
+        mesh,
+        sharding.state_specs(params, mesh),
+        dtype=jnp.dtype(config.dtype),
+        gradient_accumulation=config.gradient_accumulation,
+        seed=config.seed,
+    )
+
+
+def define_step(config, networks, objective, optimizer, mesh, state) -> Callable:
+    """Returns the jitted `step(state, teachers, encoders, batch) -> (state, metrics)`, its state donated.
+
+    Args:
+      state: the training state, as arrays or as shapes.
+    """
+    gradients = define_gradients(config, networks, objective, mesh, state["params"])
+    step = distill_step.build_step(gradients, optimizer, config.ema_decay)
+    places = sharding.placed(mesh, sharding.state_specs(state, mesh))
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, None))
 
 
 def build_validator(config, names, networks, objective, mesh, specs, source):

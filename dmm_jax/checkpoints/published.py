@@ -3,7 +3,10 @@
 What a checkpoint's own files say always comes first.
 """
 
-from dmm_jax.checkpoints.architecture import SD1, scheduler_config
+import pathlib
+
+from dmm_jax.checkpoints.architecture import SD1, SD2, SDXL, scheduler_config
+from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
 
 _VAE = {
     "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4, "sample_size": 512,
@@ -25,7 +28,46 @@ _SD15_UNET = {
     "attention_head_dim": 8, "norm_num_groups": 32,
 }  # fmt: skip
 
+_SD21_UNET = _SD15_UNET | {
+    "sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
+}  # fmt: skip
+_OPEN_CLIP_H = _CLIP_L | {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
+    "hidden_act": "gelu", "projection_dim": 512, "bos_token_id": 0, "eos_token_id": 2,
+}  # fmt: skip
+_SDXL_UNET = _SD15_UNET | {
+    "sample_size": 128, "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [320, 640, 1280], "cross_attention_dim": 2048, "attention_head_dim": [5, 10, 20],
+    "transformer_layers_per_block": [1, 2, 10], "use_linear_projection": True, "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+_OPEN_CLIP_G = _CLIP_L | {
+    "architectures": ["CLIPTextModelWithProjection"], "hidden_size": 1280, "intermediate_size": 5120,
+    "num_hidden_layers": 32, "num_attention_heads": 20, "hidden_act": "gelu", "projection_dim": 1280,
+}  # fmt: skip
+
 # {name: {component: config.json}}, with the schedule beside the networks.
 CONFIGS = {
     "sd15": {"unet": _SD15_UNET, "vae": _VAE, "text_encoder": _CLIP_L, "scheduler": scheduler_config(SD1)},
-}
+    "sd21": {"unet": _SD21_UNET, "vae": _VAE, "text_encoder": _OPEN_CLIP_H, "scheduler": scheduler_config(SD2)},
+    "sdxl": {
+        "unet": _SDXL_UNET, "vae": _VAE | {"scaling_factor": 0.13025, "sample_size": 1024}, "text_encoder": _CLIP_L,
+        "text_encoder_2": _OPEN_CLIP_G, "scheduler": scheduler_config(SDXL),
+    },
+}  # fmt: skip
+
+
+def checkpoint(name: str) -> Checkpoint:
+    """Returns a checkpoint of published configurations without tensors, for what needs shapes alone.
+
+    Raises:
+      ValueError: there is no such name.
+    """
+    if name not in CONFIGS:
+        raise ValueError(f"there is no published architecture {name!r}; there are {', '.join(CONFIGS)}.")
+    configs = dict(CONFIGS[name])
+    scheduler = configs.pop("scheduler")
+    parts = {part: Component(dict(config), dict) for part, config in configs.items()}
+    return Checkpoint(pathlib.Path(name), "published", parts, scheduler, None, None)

@@ -28,6 +28,7 @@ class Networks:
     student: nnx.GraphDef
     teacher: nnx.GraphDef
     text_encoder: nnx.GraphDef
+    check_vma: bool = True  # Whether shard_map may check what varies over the mesh: not with a library's Pallas kernel.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +173,8 @@ def build_loss_and_grads(
         return grads, jax.tree.map(lambda leaf: jax.lax.psum(leaf, ("data", "fsdp")) / share, errors)
 
     in_specs = (specs, sharding.TEACHERS, sharding.COPY, sharding.BATCH, sharding.COPY)
-    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=(specs, sharding.TEACHERS))
+    out_specs = (specs, sharding.TEACHERS)
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=networks.check_vma)
 
 
 def _sum_over_micro_batches(grads_of, num_micro_batches, batch):
@@ -215,4 +217,5 @@ def build_validation(networks: Networks, objective: Objective, mesh: Mesh, specs
         return sample_errors(networks, objective, whole, teachers, encoders, inputs, style_ids)[0]
 
     in_specs = (specs, sharding.TEACHERS, sharding.COPY, sharding.BATCH)
-    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=sharding.BATCH)
+    checked = networks.check_vma
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=sharding.BATCH, check_vma=checked)

@@ -101,17 +101,21 @@ def make_state(params, optimizer: optax.GradientTransformation, mesh: Mesh, ema_
     specs = state_specs(params, optimizer, mesh, ema_decay)
 
     def init(params):
-        state = {"step": jnp.int32(0), "params": params, "opt_state": optimizer.init(params)}
-        return state | ({"ema": jax.tree.map(jnp.copy, params)} if ema_decay else {})
+        return _fresh(params, optimizer, ema_decay)
 
     return jax.jit(init, out_shardings=sharding.placed(mesh, specs))(params)
 
 
 def state_specs(params, optimizer: optax.GradientTransformation, mesh: Mesh, ema_decay: float):
     """Returns where each leaf of the training state lives; moments and average follow their parameter."""
+    return sharding.state_specs(abstract_state(params, optimizer, ema_decay), mesh)
 
-    def shapes(params):
-        state = {"step": jnp.int32(0), "params": params, "opt_state": optimizer.init(params)}
-        return state | ({"ema": params} if ema_decay else {})
 
-    return sharding.state_specs(jax.eval_shape(shapes, params), mesh)
+def abstract_state(params, optimizer: optax.GradientTransformation, ema_decay: float) -> dict:
+    """Returns the training state around arrays or shapes of the student, as shapes."""
+    return jax.eval_shape(lambda params: _fresh(params, optimizer, ema_decay), params)
+
+
+def _fresh(params, optimizer, ema_decay):
+    state = {"step": jnp.int32(0), "params": params, "opt_state": optimizer.init(params)}
+    return state | ({"ema": jax.tree.map(jnp.copy, params)} if ema_decay else {})

@@ -6,9 +6,9 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dmm_jax.models import layers
+from dmm_jax.models import flash_attention, layers
 
-IMPLEMENTATIONS = ("xla", "cudnn")
+IMPLEMENTATIONS = ("xla", "cudnn", "flash")
 FUSED_FROM_TOKENS = 256  # Fewer queries or keys, and XLA's plain products are as quick as cuDNN's fused kernel.
 FUSED_HEAD_SIZES = 128  # At most, on GPUs before Hopper; larger heads come at few tokens only.
 
@@ -22,8 +22,11 @@ def attention(
     """Returns softmax(q k^T / sqrt(K)) v per head (arXiv:1706.03762, eq. 1); logits and softmax are float32.
 
     Args:
-      implementation: "xla", or "cudnn" for the fused kernel wherever it takes the shapes (16-bit, NVIDIA only).
+      implementation: "xla", or a fused kernel wherever it takes the shapes: "cudnn" (16-bit, NVIDIA only) or "flash"
+        (TPU only).
     """
+    if implementation == "flash" and flash_attention.takes(query, key):
+        return flash_attention.flash_attention(query, key, value)
     fused = implementation == "cudnn" and _cudnn_takes(query, key)
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn" if fused else "xla")
 

@@ -1,0 +1,420 @@
+"""What a run takes, before a machine is rented: memory per device, work, collectives, time; and what to change.
+
+The step is `train`'s own, traced on shapes alone. With libtpu it is compiled for the TPU slice that is asked for, which
+no TPU is needed for; without, or for GPUs, the memory of activations is an estimate.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+
+from dmm_jax import config as config_lib
+from dmm_jax import sharding, train
+from dmm_jax.checkpoints import published
+from dmm_jax.checkpoints.checkpoint import Checkpoint
+from dmm_jax.checkpoints.open import CELL, open_checkpoint
+from dmm_jax.data.cache import CacheHeader
+from dmm_jax.distill import student as student_lib
+from dmm_jax.distill import teachers as teachers_lib
+from dmm_jax.planning import collectives as collectives_lib
+from dmm_jax.planning import devices, memory, operations
+
+EFFORT = {"exec_time_optimization_effort": -1.0}  # Compiles in a third of the time; memory is near the full effort's.
+GIB = memory.GIB
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one config takes on one topology; bytes and FLOPs are per device and step."""
+
+    topology: devices.Topology
+    mesh_shape: dict[str, int]
+    memory: dict[str, float]  # Bytes by kind.
+    available: float
+    fits: bool
+    flops: float
+    bytes_accessed: float | None  # Only a compiler knows.
+    collectives: list[collectives_lib.Collective]
+    compiled: bool
+    batch_size: int
+    num_steps: int
+    disk: dict[str, float]
+    assumptions: tuple[str, ...]
+
+    @property
+    def parts_s(self) -> dict[str, float]:
+        """Returns the seconds that products, memory traffic and collectives would take by themselves."""
+        device = self.topology.device
+        traffic = (self.bytes_accessed or 0.0) / (devices.BANDWIDTH_SHARE * device.memory_bandwidth)
+        return {
+            "products": self.flops / (devices.COMPUTE_SHARE * device.bf16_flops),
+            "memory": traffic,
+            "collectives": sum(one.sent for one in self.collectives) / device.link_bandwidth,
+        }
+
+    @property
+    def step_s(self) -> float:
+        """Returns the roofline's step time: products and memory traffic overlap, collectives do not."""
+        parts = self.parts_s
+        return max(parts["products"], parts["memory"]) + parts["collectives"]
+
+    def to_json(self) -> dict:
+        """Returns the plan as one JSON object; GB are 2^30 bytes."""
+        hours = self.num_steps * self.step_s / 3600
+        return {
+            "fits": self.fits,
+            "topology": self.topology.name,
+            "device": self.topology.device.name,
+            "num_devices": self.topology.count,
+            "mesh": self.mesh_shape,
+            "memory_gb": {kind: size / GIB for kind, size in self.memory.items()},
+            "memory_total_gb": sum(self.memory.values()) / GIB,
+            "memory_available_gb": self.available / GIB,
+            "method": "compiled" if self.compiled else "estimated",
+            "batch_size": self.batch_size,
+            "tflop_per_device": self.flops / 1e12,
+            "gb_accessed_per_device": None if self.bytes_accessed is None else self.bytes_accessed / GIB,
+            "collectives": collectives_lib.summary(self.collectives),
+            "step_s": self.step_s,
+            "step_parts_s": self.parts_s,
+            "images_per_s": self.batch_size / self.step_s,
+            "hours": hours,
+            "chip_hours": hours * self.topology.count,
+            "disk_gb": {name: size / GIB for name, size in self.disk.items()},
+            "assumptions": list(self.assumptions),
+        }
+
+
+def plan(
+    config: ml_collections.ConfigDict, topology: str, *, architecture: str = "sd15", compiled: bool | None = None
+) -> Plan:
+    """Plans one config on one topology.
+
+    Args:
+      topology: "v5e:4x4", "gpu:8x80GB"; see `planning.devices`.
+      architecture: of a base that is not there: a name in `checkpoints.published`.
+      compiled: whether to compile for the TPU; None where libtpu is installed.
+
+    Raises:
+      ValueError: the config cannot be run, or the topology is unknown; says what to do.
+    """
+    config_lib.check(config)
+    where = devices.topology(topology)
+    compiled = can_compile(where) if compiled is None else compiled
+    check_layout(config, where.count)
+    mesh = tpu_mesh(config, where) if compiled else sharding.abstract_mesh(**config.mesh, num_devices=where.count)
+    program = Program.describe(config, architecture, where.platform, mesh)
+    kinds = {kind: float(size) for kind, size in memory.held(*program.arguments).items()}
+    if compiled:
+        measured = measure(program, kinds, where.device.memory)
+    else:
+        measured = estimate(program, kinds, where.device.memory)
+    return Plan(
+        topology=where,
+        mesh_shape=dict(mesh.shape),
+        flops=program.flops(),
+        compiled=compiled,
+        batch_size=config.batch_size,
+        num_steps=config.num_steps,
+        disk=disk(config, program),
+        assumptions=program.assumptions + ASSUMPTIONS,
+        **measured,
+    )
+
+
+ASSUMPTIONS = (
+    f"products at {devices.COMPUTE_SHARE:.0%} of the bf16 peak, memory at {devices.BANDWIDTH_SHARE:.0%} of its bandwidth, "
+    "collectives in a ring along their axis and not overlapped",
+    "the input pipeline keeps up; validation, samples and checkpoints take no time",
+)
+
+
+def can_compile(topology: devices.Topology) -> bool:
+    """Tells whether the compiler for a topology is here: libtpu, for TPUs."""
+    return topology.platform == "tpu" and importlib.util.find_spec("libtpu") is not None
+
+
+def check_layout(config, num_devices: int) -> None:
+    """Raises ValueError when the images of a teacher do not divide among its devices."""
+    shape = sharding.mesh_shape(**config.mesh, num_devices=num_devices)
+    columns = shape["data"] * shape["fsdp"] * config.gradient_accumulation
+    parts = columns * len(config.teachers)
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size {config.batch_size} must be a multiple of {parts}: teachers {len(config.teachers)} x mesh.data "
+            f"{shape['data']} x mesh.fsdp {shape['fsdp']} x gradient_accumulation {config.gradient_accumulation}. "
+            f"Use {max(round(config.batch_size / parts), 1) * parts}."
+        )
+
+
+def tpu_mesh(config, topology: devices.Topology) -> Mesh:
+    """Returns the config's mesh over a TPU slice that need not exist.
+
+    Raises:
+      ValueError: libtpu is not installed, or does not know the slice.
+    """
+    if not can_compile(topology):
+        raise ValueError(
+            "compiling for a TPU needs libtpu: pip install 'dmm-jax[plan]'. Without it (--no-compile) the memory of "
+            "activations is an estimate."
+        )
+    if jax.default_backend() != "tpu":  # Nothing on this machine is asked for; two plans may run at once.
+        os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+        os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+    from jax.experimental import topologies
+
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
+    except Exception as error:  # noqa: BLE001  (of XLA's own type)
+        raise ValueError(f"libtpu cannot describe {topology.name}: {error}") from error
+    return sharding.make_mesh(**config.mesh, devices=list(described.devices))
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The step of a config, with shapes in place of arrays."""
+
+    config: ml_collections.ConfigDict
+    base: Checkpoint
+    mesh: Mesh | AbstractMesh
+    platform: str
+    arguments: tuple  # (state, teachers, encoders, batch)
+    assumptions: tuple[str, ...]
+
+    @classmethod
+    def describe(cls, config, architecture: str, platform: str, mesh) -> "Program":
+        """Opens what checkpoints there are, takes the others for the architecture's, and places every array."""
+        base, assumptions = base_checkpoint(config, architecture)
+        others, more = distinct_encoders(config, base)
+        student_config = train.define_networks(config, base, len(config.teachers), platform)[1]
+        state = _placed_state(config, student_config, mesh)
+        frozen = teachers_lib.abstract_teachers(base, len(config.teachers), others, mesh, jnp.dtype(config.dtype))
+        batch = abstract_batch(config, base, mesh)
+        return cls(config, base, mesh, platform, (state, *frozen, batch), (*assumptions, *more))
+
+    def _defined(self, **changes):
+        config = self.config.copy_and_resolve_references()
+        config.update(changes)
+        networks, _ = train.define_networks(config, self.base, len(config.teachers), self.platform)
+        tokens = self.arguments[3]["input_ids"].shape[-1]
+        return (
+            config,
+            networks,
+            train.define_objective(config, self.base, lambda texts: np.zeros((len(texts), tokens), int)),
+        )
+
+    def step(self) -> Callable:
+        """Returns the jitted step that `train` runs."""
+        config, networks, objective = self._defined()
+        optimizer = student_lib.make_optimizer(config)
+        return train.define_step(config, networks, objective, optimizer, self.mesh, self.arguments[0])
+
+    def traced(self, attention: str):
+        """Returns one device's part of losses and gradients as a jaxpr, with another implementation of attention."""
+        config, networks, objective = self._defined(attention=attention)
+        state, *others = self.arguments
+        gradients = train.define_gradients(config, networks, objective, self.mesh, state["params"])
+        arguments = (state["params"], *others, jax.ShapeDtypeStruct((), jnp.int32))
+        (equation,) = jax.make_jaxpr(gradients)(*arguments).jaxpr.eqns
+        return equation.params["jaxpr"]
+
+    def flops(self) -> int:
+        """Returns the operations of a step's products and convolutions on one device, recomputation included."""
+        return operations.flops(self.traced("xla"))
+
+
+def base_checkpoint(config, architecture: str) -> tuple[Checkpoint, tuple[str, ...]]:
+    """Returns the base, or where there is none the networks that the architecture was published with."""
+    if pathlib.Path(config.base).exists():
+        return open_checkpoint(config.base), ()
+    return published.checkpoint(architecture), (
+        f"{config.base} is not there: its networks are taken for {architecture}'s",
+    )
+
+
+def distinct_encoders(config, base: Checkpoint) -> tuple[int, tuple[str, ...]]:
+    """Returns how many text encoders the teachers bring besides the base's."""
+    paths = [pathlib.Path(path) for _, path in config.teachers]
+    if all(path.exists() for path in paths) and pathlib.Path(config.base).exists():
+        return len(teachers_lib.encoder_rows(base, [open_checkpoint(path) for path in paths])[1]), ()
+    return len(paths), ("every teacher brings a text encoder of its own; equal ones would be held once",)
+
+
+def _placed_state(config, student_config, mesh):
+    params = student_lib.abstract_params(student_config)
+    optimizer = student_lib.make_optimizer(config)
+    state = student_lib.abstract_state(params, optimizer, config.ema_decay)
+    return sharding.described(state, sharding.state_specs(state, mesh), mesh)
+
+
+def abstract_batch(config, base: Checkpoint, mesh) -> dict:
+    """Returns the shapes of a batch: latents and token ids (N, B/N, ...)."""
+    num_teachers, cells = len(config.teachers), config.data.resolution // CELL
+    leading = (num_teachers, config.batch_size // num_teachers)
+    shapes = {
+        "latents": jax.ShapeDtypeStruct((*leading, cells, cells, base.unet_config.get("in_channels", 4)), jnp.float32),
+        "input_ids": jax.ShapeDtypeStruct((*leading, base.text_config["max_position_embeddings"]), jnp.int32),
+    }
+    return sharding.described(shapes, jax.tree.map(lambda _: sharding.BATCH, shapes), mesh)
+
+
+def measure(program: Program, kinds: dict[str, float], available: float) -> dict:
+    """Compiles the step for the mesh's TPU and reads memory, traffic and collectives from the result."""
+    lowered = program.step().lower(*program.arguments)
+    try:
+        compiled = lowered.compile(compiler_options=EFFORT)
+    except jax.errors.JaxRuntimeError as error:
+        return _too_large(error, program, kinds)
+    found, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    arguments = sum(kinds.values()) - kinds["gradients"]
+    more = {
+        "padding": found.argument_size_in_bytes - arguments,
+        "temporaries": found.peak_memory_in_bytes - found.argument_size_in_bytes - kinds["gradients"],
+        "generated code": float(found.generated_code_size_in_bytes),
+    }
+    cost = cost[0] if isinstance(cost, list) else cost
+    return {
+        "memory": kinds | more,
+        "available": available,
+        "fits": sum((kinds | more).values()) <= available,
+        "bytes_accessed": cost.get("bytes accessed"),
+        "collectives": collectives_lib.parse(compiled.as_text(), program.mesh.shape),
+    }
+
+
+def _too_large(error, program, kinds):
+    numbers = re.search(r"\(?([\d.]+)G\)?[^\d]*(?:exceeds available HBM|of) \(?([\d.]+)G\)?", str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or not numbers:
+        raise error
+    total, available = (float(number) * GIB for number in numbers.groups())
+    return {
+        "memory": kinds | {"temporaries": total - sum(kinds.values())},
+        "available": available,
+        "fits": False,
+        "bytes_accessed": None,
+        "collectives": foretold(program),
+    }
+
+
+def estimate(program: Program, kinds: dict[str, float], available: float) -> dict:
+    """Estimates what lives within a step from the order in which its values are computed and read."""
+    implementation = train.attention_implementation(program.config, program.platform)
+    # A fused kernel's own scores never exist, whichever kernel it is.
+    traced = program.traced("xla" if implementation == "xla" else "flash")
+    largest = operations.temporaries(traced)
+    kinds = kinds | {"temporaries": max(largest - kinds["gradients"], 0.0)}
+    return {
+        "memory": kinds,
+        "available": available,
+        "fits": sum(kinds.values()) <= available,
+        "bytes_accessed": None,
+        "collectives": foretold(program),
+    }
+
+
+def foretold(program: Program) -> list[collectives_lib.Collective]:
+    """Returns the collectives that the step asks for; a compiler may join or rewrite them."""
+    config, params = program.config, program.arguments[0]["params"]
+    shape = dict(program.mesh.shape)
+    return collectives_lib.foretell(params, shape, config.dtype, config.gradient_accumulation)
+
+
+def disk(config, program: Program) -> dict[str, float]:
+    """Returns the bytes on disk of the kept checkpoints and of the latent cache."""
+    state, _, _, batch = program.arguments
+    header = CacheHeader(
+        vae="", tokenizer="", resolution=config.data.resolution, scaling_factor=1.0,
+        latent_shape=batch["latents"].shape[2:], num_tokens=batch["input_ids"].shape[-1],
+    )  # fmt: skip
+    # One more than are kept lies there while the next is written.
+    sizes = {"checkpoints": memory.whole(state) * (config.checkpoints_kept + 1)}
+    if config.data.num_examples:
+        return sizes | {"latent_cache": header.record_bytes * config.data.num_examples}
+    return sizes | {"latent_cache_per_million_images": header.record_bytes * 1_000_000}
+
+
+Change = tuple[str, ml_collections.ConfigDict, str]
+
+
+def changes(config: ml_collections.ConfigDict, topology: str) -> Iterator[Change]:
+    """Yields (what to type, config, topology), the smallest change first: recompute, smaller batch, shards, machine."""
+    single = [_remat, _accumulate, _halve, _shard, _enlarge]
+    ways: list[Sequence[Callable]] = [(way,) for way in single]
+    ways += [(_remat, _accumulate), (_remat, _halve), (_remat, _shard), (_remat, _accumulate, _shard)]
+    ways += [(_remat, _shard, _shard), (_remat, _shard, _enlarge), (_remat, _accumulate, _shard, _shard, _enlarge)]
+    for way in ways:
+        said, changed, where = [], config.copy_and_resolve_references(), topology
+        for step in way:
+            changed, where, what = step(changed, where)
+            said.append(what)
+        if all(said) and _possible(changed, where):
+            yield " ".join(_last_of_each(said)), changed, where
+
+
+def _last_of_each(said):
+    return {what.partition("=")[0]: what for line in said for what in line.split()}.values()
+
+
+def _possible(config, topology) -> bool:
+    try:
+        check_layout(config, devices.topology(topology).count)
+        config_lib.check(config)
+    except ValueError:
+        return False
+    return True
+
+
+def _remat(config, topology):
+    changed = not config.remat
+    config.remat = True
+    return config, topology, "--config.remat=True" if changed else ""
+
+
+def _accumulate(config, topology):
+    config.gradient_accumulation *= 2
+    return config, topology, f"--config.gradient_accumulation={config.gradient_accumulation}"
+
+
+def _halve(config, topology):
+    config.batch_size //= 2
+    return config, topology, f"--config.batch_size={config.batch_size}"
+
+
+def _shard(config, topology):
+    shape = sharding.mesh_shape(**config.mesh, num_devices=devices.topology(topology).count)
+    if shape["data"] > 1:
+        config.mesh.data, config.mesh.fsdp = 0, shape["fsdp"] * 2
+        return config, topology, f"--config.mesh.fsdp={config.mesh.fsdp} --config.mesh.data=0"
+    return config, topology, ""
+
+
+def _enlarge(config, topology):
+    larger = devices.topology(topology).larger
+    if larger is None:
+        return config, topology, ""
+    config.mesh.data = 0
+    shape = sharding.mesh_shape(**config.mesh, num_devices=larger.count)
+    config.mesh.fsdp, config.mesh.data = shape["fsdp"] * shape["data"], 1
+    return config, larger.name, f"--topology={larger.name} --config.mesh.fsdp={config.mesh.fsdp} --config.mesh.data=1"
+
+
+def smallest_change(
+    config: ml_collections.ConfigDict, topology: str, say: Callable[[str], None] = lambda line: None, **options
+) -> tuple[str, Plan] | None:
+    """Returns the first of `changes` under which the run fits, with its plan; each is planned, none is guessed."""
+    for what, changed, where in changes(config, topology):
+        planned = plan(changed, where, **options)
+        total, available = sum(planned.memory.values()) / GIB, planned.available / GIB
+        say(f"{what}: {total:.2f} of {available:.2f} GiB")
+        if planned.fits:
+            return what, planned
+    return None
