@@ -132,8 +132,8 @@ def plan(
 
 
 ASSUMPTIONS = (
-    f"products at {devices.COMPUTE_SHARE:.0%} of the bf16 peak, memory at {devices.BANDWIDTH_SHARE:.0%} of its bandwidth, "
-    "collectives in a ring along their axis and not overlapped",
+    f"products at {devices.COMPUTE_SHARE:.0%} of the bf16 peak, memory at {devices.BANDWIDTH_SHARE:.0%} of its "
+    "bandwidth, collectives in a ring along their axis and not overlapped",
     "the input pipeline keeps up; validation, samples and checkpoints take no time",
 )
 
@@ -150,9 +150,9 @@ def check_layout(config, num_devices: int) -> None:
     parts = columns * len(config.teachers)
     if config.batch_size % parts:
         raise ValueError(
-            f"batch_size {config.batch_size} must be a multiple of {parts}: teachers {len(config.teachers)} x mesh.data "
-            f"{shape['data']} x mesh.fsdp {shape['fsdp']} x gradient_accumulation {config.gradient_accumulation}. "
-            f"Use {max(round(config.batch_size / parts), 1) * parts}."
+            f"batch_size {config.batch_size} must be a multiple of {parts}: teachers {len(config.teachers)} x "
+            f"mesh.data {shape['data']} x mesh.fsdp {shape['fsdp']} x gradient_accumulation "
+            f"{config.gradient_accumulation}. Use {max(round(config.batch_size / parts), 1) * parts}."
         )
 
 

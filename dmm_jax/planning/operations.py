@@ -12,11 +12,11 @@ from jax.extend import core
 
 # Results that XLA computes inside the operation that reads them, and so never writes to memory.
 FUSED = frozenset(
-    "abs add add_any and asin broadcast_in_dim ceil clamp convert_element_type copy copy_p cos div eq erf erf_inv exp exp2 "
-    "expand_dims expm1 floor ge gt integer_pow iota is_finite le log log1p logistic lt max min mul ne neg not or pad "
-    "pcast pow pvary random_bits random_wrap random_unwrap real rem reshape rev round rsqrt select_n shift_left "
-    "shift_right_arithmetic shift_right_logical sign sin slice split sqrt square squeeze stop_gradient sub tanh "
-    "threefry2x32 transpose xor".split()
+    "abs add add_any and bitcast_convert_type broadcast_in_dim ceil clamp convert_element_type copy copy_p cos div eq "
+    "erf erfc erf_inv exp exp2 expm1 floor ge gt integer_pow iota is_finite le log log1p logistic lt max min mul ne "
+    "neg not or pad pcast pow pvary random_bits random_wrap random_unwrap rem reshape rev round rsqrt select_n "
+    "shift_left shift_right_arithmetic shift_right_logical sign sin slice split sqrt square squeeze stop_gradient sub "
+    "tanh threefry2x32 transpose unstack xor".split()
 )
 
 
