@@ -5,10 +5,7 @@ no TPU is needed for; without, or for GPUs, the memory of activations is an esti
 """
 
 import dataclasses
-import importlib.util
-import os
 import pathlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -26,10 +23,9 @@ from dmm_jax.data.cache import CacheHeader
 from dmm_jax.distill import student as student_lib
 from dmm_jax.distill import teachers as teachers_lib
 from dmm_jax.planning import collectives as collectives_lib
-from dmm_jax.planning import devices, memory, operations
+from dmm_jax.planning import compiler, devices, memory, operations
 
-EFFORT = {"exec_time_optimization_effort": -1.0}  # Compiles in a third of the time; memory is near the full effort's.
-GIB = memory.GIB
+GIB = devices.GIB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +105,12 @@ def plan(
     """
     config_lib.check(config)
     where = devices.topology(topology)
-    compiled = can_compile(where) if compiled is None else compiled
+    compiled = where.platform == "tpu" and compiler.is_here() if compiled is None else compiled
     check_layout(config, where.count)
-    mesh = tpu_mesh(config, where) if compiled else sharding.abstract_mesh(**config.mesh, num_devices=where.count)
+    if compiled:
+        mesh = compiler.tpu_mesh(topology, **config.mesh)
+    else:
+        mesh = sharding.abstract_mesh(**config.mesh, num_devices=where.count)
     program = Program.describe(config, architecture, where.platform, mesh)
     kinds = {kind: float(size) for kind, size in memory.held(*program.arguments).items()}
     if compiled:
@@ -138,11 +137,6 @@ ASSUMPTIONS = (
 )
 
 
-def can_compile(topology: devices.Topology) -> bool:
-    """Tells whether the compiler for a topology is here: libtpu, for TPUs."""
-    return topology.platform == "tpu" and importlib.util.find_spec("libtpu") is not None
-
-
 def check_layout(config, num_devices: int) -> None:
     """Raises ValueError when the images of a teacher do not divide among its devices."""
     shape = sharding.mesh_shape(**config.mesh, num_devices=num_devices)
@@ -154,29 +148,6 @@ def check_layout(config, num_devices: int) -> None:
             f"mesh.data {shape['data']} x mesh.fsdp {shape['fsdp']} x gradient_accumulation "
             f"{config.gradient_accumulation}. Use {max(round(config.batch_size / parts), 1) * parts}."
         )
-
-
-def tpu_mesh(config, topology: devices.Topology) -> Mesh:
-    """Returns the config's mesh over a TPU slice that need not exist.
-
-    Raises:
-      ValueError: libtpu is not installed, or does not know the slice.
-    """
-    if not can_compile(topology):
-        raise ValueError(
-            "compiling for a TPU needs libtpu: pip install 'dmm-jax[plan]'. Without it (--no-compile) the memory of "
-            "activations is an estimate."
-        )
-    if jax.default_backend() != "tpu":  # Nothing on this machine is asked for; two plans may run at once.
-        os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-        os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
-    from jax.experimental import topologies
-
-    try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
-    except Exception as error:  # noqa: BLE001  (of XLA's own type)
-        raise ValueError(f"libtpu cannot describe {topology.name}: {error}") from error
-    return sharding.make_mesh(**config.mesh, devices=list(described.devices))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,9 +242,11 @@ def measure(program: Program, kinds: dict[str, float], available: float) -> dict
     """Compiles the step for the mesh's TPU and reads memory, traffic and collectives from the result."""
     lowered = program.step().lower(*program.arguments)
     try:
-        compiled = lowered.compile(compiler_options=EFFORT)
+        compiled = lowered.compile(compiler_options=compiler.EFFORT)
     except jax.errors.JaxRuntimeError as error:
-        return _too_large(error, program, kinds)
+        needed, available = compiler.out_of_memory(error)
+        more = {"temporaries": needed - sum(kinds.values())}
+        return _report(kinds | more, available, foretold(program)) | {"fits": False}
     found, cost = compiled.memory_analysis(), compiled.cost_analysis()
     arguments = sum(kinds.values()) - kinds["gradients"]
     more = {
@@ -282,27 +255,8 @@ def measure(program: Program, kinds: dict[str, float], available: float) -> dict
         "generated code": float(found.generated_code_size_in_bytes),
     }
     cost = cost[0] if isinstance(cost, list) else cost
-    return {
-        "memory": kinds | more,
-        "available": available,
-        "fits": sum((kinds | more).values()) <= available,
-        "bytes_accessed": cost.get("bytes accessed"),
-        "collectives": collectives_lib.parse(compiled.as_text(), program.mesh.shape),
-    }
-
-
-def _too_large(error, program, kinds):
-    numbers = re.search(r"\(?([\d.]+)G\)?[^\d]*(?:exceeds available HBM|of) \(?([\d.]+)G\)?", str(error))
-    if "RESOURCE_EXHAUSTED" not in str(error) or not numbers:
-        raise error
-    total, available = (float(number) * GIB for number in numbers.groups())
-    return {
-        "memory": kinds | {"temporaries": total - sum(kinds.values())},
-        "available": available,
-        "fits": False,
-        "bytes_accessed": None,
-        "collectives": foretold(program),
-    }
+    exchanged = collectives_lib.parse(compiled.as_text(), program.mesh.shape)
+    return _report(kinds | more, available, exchanged, cost.get("bytes accessed"))
 
 
 def estimate(program: Program, kinds: dict[str, float], available: float) -> dict:
@@ -312,12 +266,16 @@ def estimate(program: Program, kinds: dict[str, float], available: float) -> dic
     traced = program.traced("xla" if implementation == "xla" else "flash")
     largest = operations.temporaries(traced)
     kinds = kinds | {"temporaries": max(largest - kinds["gradients"], 0.0)}
+    return _report(kinds, available, foretold(program))
+
+
+def _report(kinds, available, exchanged, bytes_accessed=None):
     return {
         "memory": kinds,
         "available": available,
         "fits": sum(kinds.values()) <= available,
-        "bytes_accessed": None,
-        "collectives": foretold(program),
+        "bytes_accessed": bytes_accessed,
+        "collectives": exchanged,
     }
 
 

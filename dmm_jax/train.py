@@ -29,6 +29,7 @@ from dmm_jax.distill import teachers as teachers_lib
 from dmm_jax.metrics import MetricsLog
 from dmm_jax.models.clip_text import CLIPTextModel
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel, merged_config
+from dmm_jax.planning import memory
 from dmm_jax.tokenizer import Tokenizer
 
 NUM_TIMESTEP_BINS = 4  # Of the validation loss: 0-249, 250-499, 500-749, 750-999.
@@ -95,6 +96,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
 
         iterator = data_pipeline.iterate(batches, start)
         batch = put_batch(next(iterator)) if start < config.num_steps else None
+        if batch is not None:
+            print(memory.short_table(memory.held(state, frozen, encoders, batch), mesh), file=sys.stderr)
         bar = stack.enter_context(
             tqdm(
                 total=config.num_steps, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True

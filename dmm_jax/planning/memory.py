@@ -5,8 +5,9 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-GIB = 2.0**30
+from dmm_jax.planning.devices import GIB
 
 
 def per_device(tree) -> int:
@@ -41,12 +42,13 @@ def held(state: Mapping, teachers, encoders, batch) -> dict[str, int]:
     return {kind: size for kind, size in kinds.items() if size}
 
 
-def short_table(kinds: Mapping[str, int], mesh_shape: Mapping[str, int], device_kind: str) -> str:
-    """Writes two lines: what each device holds, and how the devices are laid out."""
-    parts = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in kinds.items())
-    layout = " x ".join(f"{axis} {size}" for axis, size in mesh_shape.items())
+def short_table(kinds: Mapping[str, int], mesh: Mesh) -> str:
+    """Writes what `train` says before its first step: how the devices are laid out, and what each of them holds."""
+    total = sum(kinds.values())
+    unit, name = (GIB, "GiB") if total >= GIB else (2.0**20, "MiB")
+    parts = ", ".join(f"{kind} {size / unit:.2f}" for kind, size in kinds.items())
+    layout = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     return (
-        f"Each of {math.prod(mesh_shape.values())} devices ({device_kind}; {layout}) holds "
-        f"{sum(kinds.values()) / GIB:.2f} GiB: {parts}.\n"
-        "Activations come on top: `dmm-jax plan` counts them."
+        f"Mesh {layout}, {mesh.devices.flat[0].device_kind}. Each device holds {total / unit:.2f} {name} ({parts}) and "
+        "activations, which `dmm-jax plan` counts."
     )
