@@ -15,15 +15,16 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from dmm_jax import config as config_lib
-from dmm_jax import sharding, train
+from dmm_jax import flops, sharding, train
 from dmm_jax.checkpoints import published
+from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.open import CELL, open_checkpoint
 from dmm_jax.data.cache import CacheHeader
 from dmm_jax.distill import student as student_lib
 from dmm_jax.distill import teachers as teachers_lib
 from dmm_jax.planning import collectives as collectives_lib
-from dmm_jax.planning import compiler, devices, memory, operations
+from dmm_jax.planning import compiler, devices, lifetimes, memory
 
 GIB = devices.GIB
 
@@ -189,18 +190,17 @@ class Program:
         optimizer = student_lib.make_optimizer(config)
         return train.define_step(config, networks, objective, optimizer, self.mesh, self.arguments[0])
 
-    def traced(self, attention: str):
-        """Returns one device's part of losses and gradients as a jaxpr, with another implementation of attention."""
+    def gradients(self, attention: str) -> tuple[Callable, tuple]:
+        """Returns the function of losses and gradients, with an implementation of attention, and its arguments."""
         config, networks, objective = self._defined(attention=attention)
         state, *others = self.arguments
-        gradients = train.define_gradients(config, networks, objective, self.mesh, state["params"])
-        arguments = (state["params"], *others, jax.ShapeDtypeStruct((), jnp.int32))
-        (equation,) = jax.make_jaxpr(gradients)(*arguments).jaxpr.eqns
-        return equation.params["jaxpr"]
+        function = train.define_gradients(config, networks, objective, self.mesh, state["params"])
+        return function, (state["params"], *others, jax.ShapeDtypeStruct((), jnp.int32))
 
-    def flops(self) -> int:
+    def flops(self) -> float:
         """Returns the operations of a step's products and convolutions on one device, recomputation included."""
-        return operations.flops(self.traced("xla"))
+        function, arguments = self.gradients("xla")  # Inside the fused kernels nothing can be counted.
+        return flops.count(function, *arguments)
 
 
 def base_checkpoint(config, architecture: str) -> tuple[Checkpoint, tuple[str, ...]]:
@@ -221,7 +221,7 @@ def distinct_encoders(config, base: Checkpoint) -> tuple[int, tuple[str, ...]]:
 
 
 def _placed_state(config, student_config, mesh):
-    params = student_lib.abstract_params(student_config)
+    params = abstract_params("unet", student_config)
     optimizer = student_lib.make_optimizer(config)
     state = student_lib.abstract_state(params, optimizer, config.ema_decay)
     return sharding.described(state, sharding.state_specs(state, mesh), mesh)
@@ -263,8 +263,9 @@ def estimate(program: Program, kinds: dict[str, float], available: float) -> dic
     """Estimates what lives within a step from the order in which its values are computed and read."""
     implementation = train.attention_implementation(program.config, program.platform)
     # A fused kernel's own scores never exist, whichever kernel it is.
-    traced = program.traced("xla" if implementation == "xla" else "flash")
-    largest = operations.temporaries(traced)
+    function, arguments = program.gradients("xla" if implementation == "xla" else "flash")
+    (equation,) = jax.make_jaxpr(function)(*arguments).jaxpr.eqns  # The shard_map: inside, shapes are one device's.
+    largest = lifetimes.temporaries(equation.params["jaxpr"])
     kinds = kinds | {"temporaries": max(largest - kinds["gradients"], 0.0)}
     return _report(kinds, available, foretold(program))
 

@@ -141,8 +141,13 @@ def open_workdir(workdir: pathlib.Path, config) -> None:
     path.write_text(config_lib.to_json(config))
 
 
-def attention_implementation(config, platform: str) -> str:
-    """Resolves "auto": a fused kernel on TPUs, and on NVIDIA GPUs in bfloat16; XLA's products elsewhere."""
+def attention_implementation(config, platform: str = "") -> str:
+    """Resolves "auto": a fused kernel on TPUs, and on NVIDIA GPUs in bfloat16; XLA's products elsewhere.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu", where it is not this process's.
+    """
+    platform = platform or jax.default_backend()
     if config.attention != "auto":
         return config.attention
     if platform == "gpu" and config.dtype == "bfloat16":
@@ -154,10 +159,10 @@ def define_networks(config, base, num_styles: int, platform: str = "") -> tuple[
     """Returns the graph definitions of student, teachers and text encoder, and the student's config.
 
     Args:
-      platform: "cpu", "gpu" or "tpu": where they will run, if not here.
+      platform: as in `attention_implementation`.
     """
     dtype = jnp.dtype(config.dtype)
-    attention = attention_implementation(config, platform or jax.default_backend())
+    attention = attention_implementation(config, platform)
     unet = {"dtype": dtype, "attention_implementation": attention}
     student_config = merged_config(base.unet_config, num_styles)
 

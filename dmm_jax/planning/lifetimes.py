@@ -1,14 +1,15 @@
-"""What a traced program computes and holds: counted on its jaxpr, so that no device and no compiler is asked.
+"""What a traced program holds at its fullest moment: estimated on its jaxpr, so that no compiler is asked.
 
-Inside a `shard_map` the shapes are one device's, so the counts are too.
+Inside a `shard_map` the shapes are one device's, so the bytes are too.
 """
 
 import dataclasses
-import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 
 import numpy as np
 from jax.extend import core
+
+from dmm_jax import flops
 
 # Results that XLA computes inside the operation that reads them, and so never writes to memory.
 FUSED = frozenset(
@@ -21,42 +22,6 @@ FUSED = frozenset(
 
 
 BODIES = frozenset("checkpoint cond pallas_call remat remat2 scan while".split())  # Run apart from what is around them.
-
-
-def inner_jaxprs(equation) -> Iterator[core.Jaxpr]:
-    """Yields the programs inside an equation: bodies of loops, branches, calls."""
-    for value in equation.params.values():
-        for one in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(one, core.ClosedJaxpr):
-                yield one.jaxpr
-            elif isinstance(one, core.Jaxpr):
-                yield one
-
-
-def flops(jaxpr: core.Jaxpr) -> int:
-    """Counts the operations of all matrix products and convolutions, two per multiply-add; loops as often as they run.
-
-    What a kernel of Pallas or cuDNN does inside is not seen: trace a program that uses XLA's products.
-    """
-    return sum(_flops(equation) for equation in jaxpr.eqns)
-
-
-def _flops(equation):
-    name = equation.primitive.name
-    if name == "dot_general":
-        (contracted, _), _ = equation.params["dimension_numbers"]
-        left = equation.invars[0].aval.shape
-        return 2 * equation.outvars[0].aval.size * math.prod(left[dim] for dim in contracted)
-    if name == "conv_general_dilated":
-        kernel = equation.invars[1].aval
-        out_features = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
-        # Zeros put between the inputs, as the gradient of a stride does, are no work.
-        spread = math.prod(equation.params["lhs_dilation"])
-        return 2 * equation.outvars[0].aval.size * (kernel.size // out_features) // spread
-    inner = [flops(jaxpr) for jaxpr in inner_jaxprs(equation)]
-    if name == "cond":
-        return max(inner)
-    return sum(inner) * (equation.params["length"] if name == "scan" else 1)
 
 
 def temporaries(jaxpr: core.Jaxpr) -> int:
@@ -119,7 +84,7 @@ def _flattened(jaxpr) -> tuple[list[_Operation], list[Hashable]]:
 
         for equation in jaxpr.eqns:
             inputs = [name(var) for var in equation.invars if not isinstance(var, core.Literal)]
-            bodies = list(inner_jaxprs(equation))
+            bodies = list(flops.inner_jaxprs(equation))
             if len(bodies) == 1 and equation.primitive.name not in BODIES:
                 given = [None if isinstance(var, core.Literal) else name(var) for var in equation.invars]
                 inner = dict(zip(bodies[0].invars, given, strict=True)) if len(given) == len(bodies[0].invars) else {}
