@@ -44,7 +44,7 @@ class Plan:
     compiled: bool
     batch_size: int
     num_steps: int
-    disk: dict[str, float]
+    disk: dict[str, int]
     assumptions: tuple[str, ...]
 
     @property
@@ -287,7 +287,7 @@ def foretold(program: Program) -> list[collectives_lib.Collective]:
     return collectives_lib.foretell(params, shape, config.dtype, config.gradient_accumulation)
 
 
-def disk(config, program: Program) -> dict[str, float]:
+def disk(config, program: Program) -> dict[str, int]:
     """Returns the bytes on disk of the kept checkpoints and of the latent cache."""
     state, _, _, batch = program.arguments
     header = CacheHeader(
@@ -301,26 +301,28 @@ def disk(config, program: Program) -> dict[str, float]:
     return sizes | {"latent_cache_per_million_images": header.record_bytes * 1_000_000}
 
 
-Change = tuple[str, ml_collections.ConfigDict, str]
-
-
-def changes(config: ml_collections.ConfigDict, topology: str) -> Iterator[Change]:
-    """Yields (what to type, config, topology), the smallest change first: recompute, smaller batch, shards, machine."""
-    single = [_remat, _accumulate, _halve, _shard, _enlarge]
-    ways: list[Sequence[Callable]] = [(way,) for way in single]
-    ways += [(_remat, _accumulate), (_remat, _halve), (_remat, _shard), (_remat, _accumulate, _shard)]
-    ways += [(_remat, _shard, _shard), (_remat, _shard, _enlarge), (_remat, _accumulate, _shard, _shard, _enlarge)]
-    for way in ways:
+def changes(config: ml_collections.ConfigDict, topology: str) -> Iterator[tuple[str, ml_collections.ConfigDict, str]]:
+    """Yields (what to type, config, topology), the smallest change first: recompute, less at once, shards, machine."""
+    one_by_one = [(_recompute,), (_accumulate,), (_halve,), (_shard,), (_spread,)]
+    together = [(_recompute, step) for step in (_accumulate, _halve, _shard, _spread)]
+    layouts = [(_recompute, _spread, _shard), (_recompute, _spread, _shard, _shard), (_recompute, _accumulate, _shard)]
+    machines = [
+        (_enlarge,),
+        (_recompute, _enlarge),
+        (_recompute, _spread, _enlarge),
+        (_recompute, _accumulate, _enlarge),
+    ]
+    for steps in one_by_one + together + layouts + machines:
         said, changed, where = [], config.copy_and_resolve_references(), topology
-        for step in way:
-            changed, where, what = step(changed, where)
+        for step in steps:
+            what, where = step(changed, where)
             said.append(what)
         if all(said) and _possible(changed, where):
             yield " ".join(_last_of_each(said)), changed, where
 
 
 def _last_of_each(said):
-    return {what.partition("=")[0]: what for line in said for what in line.split()}.values()
+    return {what.partition("=")[0]: what for line in said for what in line.split()}.values()  # A later one counts.
 
 
 def _possible(config, topology) -> bool:
@@ -332,38 +334,43 @@ def _possible(config, topology) -> bool:
     return True
 
 
-def _remat(config, topology):
-    changed = not config.remat
-    config.remat = True
-    return config, topology, "--config.remat=True" if changed else ""
+def _recompute(config, topology):
+    changed, config.remat = not config.remat, True
+    return "--config.remat=True" if changed else "", topology
 
 
 def _accumulate(config, topology):
     config.gradient_accumulation *= 2
-    return config, topology, f"--config.gradient_accumulation={config.gradient_accumulation}"
+    return f"--config.gradient_accumulation={config.gradient_accumulation}", topology
 
 
 def _halve(config, topology):
     config.batch_size //= 2
-    return config, topology, f"--config.batch_size={config.batch_size}"
+    return f"--config.batch_size={config.batch_size}", topology
 
 
 def _shard(config, topology):
     shape = sharding.mesh_shape(**config.mesh, num_devices=devices.topology(topology).count)
-    if shape["data"] > 1:
-        config.mesh.data, config.mesh.fsdp = 0, shape["fsdp"] * 2
-        return config, topology, f"--config.mesh.fsdp={config.mesh.fsdp} --config.mesh.data=0"
-    return config, topology, ""
+    config.mesh.data, config.mesh.fsdp = 0, 2 * shape["fsdp"]
+    possible = shape["data"] % 2 == 0
+    return f"--config.mesh.fsdp={config.mesh.fsdp} --config.mesh.data=0" if possible else "", topology
+
+
+def _spread(config, topology):
+    shape = sharding.mesh_shape(**config.mesh, num_devices=devices.topology(topology).count)
+    spare = shape["teacher"] * shape["data"]
+    most = max(size for size in range(1, spare + 1) if spare % size == 0 and len(config.teachers) % size == 0)
+    changed, config.mesh.data, config.mesh.teacher = most > shape["teacher"], 0, most
+    return f"--config.mesh.teacher={most} --config.mesh.data=0" if changed else "", topology
 
 
 def _enlarge(config, topology):
     larger = devices.topology(topology).larger
     if larger is None:
-        return config, topology, ""
-    config.mesh.data = 0
-    shape = sharding.mesh_shape(**config.mesh, num_devices=larger.count)
-    config.mesh.fsdp, config.mesh.data = shape["fsdp"] * shape["data"], 1
-    return config, larger.name, f"--topology={larger.name} --config.mesh.fsdp={config.mesh.fsdp} --config.mesh.data=1"
+        return "", topology
+    spare = larger.count // devices.topology(topology).count
+    config.mesh.fsdp *= max(spare, 1)
+    return f"--topology={larger.name} --config.mesh.fsdp={config.mesh.fsdp}", larger.name
 
 
 def smallest_change(

@@ -64,12 +64,12 @@ def parameter_spec(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     return COPY
 
 
-def state_specs(state, mesh: Mesh):
+def state_specs(state, mesh: Mesh | AbstractMesh):
     """Returns the specs of a tree of arrays or shapes that lives as the student does."""
     return jax.tree.map(lambda leaf: parameter_spec(leaf.shape, mesh), state)
 
 
-def placed(mesh: Mesh, specs):
+def placed(mesh: Mesh | AbstractMesh, specs):
     """Returns the shardings that put a tree's leaves at `specs`."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, P))
 

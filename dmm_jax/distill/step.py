@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from dmm_jax import sharding
@@ -126,7 +126,7 @@ def _on_missing_axes(function, leaf, spec):
     return function(leaf, axes) if axes else leaf
 
 
-def local_ids(mesh: Mesh, num_teachers: int, per_teacher: int) -> tuple[jax.Array, jax.Array]:
+def local_ids(mesh: Mesh | AbstractMesh, num_teachers: int, per_teacher: int) -> tuple[jax.Array, jax.Array]:
     """Returns the style ids (T,) and global sample ids (T, b) of this device's part of a batch; inside shard_map."""
     column = jax.lax.axis_index("data") * mesh.shape["fsdp"] + jax.lax.axis_index("fsdp")
     style_ids = jax.lax.axis_index("teacher") * num_teachers + jnp.arange(num_teachers)
@@ -136,7 +136,14 @@ def local_ids(mesh: Mesh, num_teachers: int, per_teacher: int) -> tuple[jax.Arra
 
 
 def build_loss_and_grads(
-    networks: Networks, objective: Objective, mesh: Mesh, specs, *, dtype, gradient_accumulation: int, seed: int
+    networks: Networks,
+    objective: Objective,
+    mesh: Mesh | AbstractMesh,
+    specs,
+    *,
+    dtype,
+    gradient_accumulation: int,
+    seed: int,
 ) -> Callable:
     """Returns `f(params, teachers, encoders, batch, step) -> (grads, errors)` under one shard_map.
 

@@ -99,8 +99,8 @@ def _bytes(shape: str, kind: str, started: bool) -> int:
         for dtype, dims in _SHAPE.findall(shape)
     ]
     if started and kind in ("all-gather", "collective-permute"):  # (operands, results, and what the hardware keeps)
-        return max(sizes)
-    return sum(sizes)
+        return int(max(sizes))
+    return int(sum(sizes))
 
 
 def _itemsize(dtype: str) -> float:

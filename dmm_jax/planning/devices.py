@@ -72,7 +72,7 @@ def topology(name: str) -> Topology:
     if kind == "gpu":
         match = re.fullmatch(r"(\d+)x(\w[\w-]*)", size)
         which = SIZES.get(match[2], match[2]) if match else None
-        if which in DEVICES and int(match[1]) > 0:
+        if which in DEVICES and which not in SLICES and int(match[1]) > 0:
             return Topology(name, DEVICES[which], int(match[1]), "gpu")
     elif kind in SLICES and re.fullmatch(r"\d+(x\d+){1,2}", size) and _product(size) > 0:
         return Topology(name, DEVICES[kind], _product(size), "tpu")
