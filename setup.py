@@ -41,6 +41,7 @@ setup(
     install_requires=RUNTIME,
     extras_require={
         "tpu": ["jax[tpu]"],
+        "plan": ["libtpu==0.0.42.*"],  # The TPU's compiler, for jax 0.10.2; it runs without a TPU.
         "cuda": ["jax[cuda13]"],
         "torch": TORCH,
         "tensorboard": ["tensorboardX>=2.6"],

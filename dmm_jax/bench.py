@@ -4,7 +4,6 @@ The networks have the published sizes and random weights, made on the device: sp
 """
 
 import json
-import pathlib
 import statistics
 import subprocess
 import sys
@@ -20,8 +19,9 @@ from flax import nnx
 
 from dmm_jax import bench_profile, flops, sharding, train
 from dmm_jax import config as config_lib
+from dmm_jax.checkpoints import published
 from dmm_jax.checkpoints.abstract import abstract_model, abstract_params
-from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
+from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.demo.random_checkpoints import SIZES
 from dmm_jax.demo.words import write_tokenizer
 from dmm_jax.diffusion.schedule import NoiseSchedule
@@ -93,14 +93,10 @@ def bench_train(config, size: str, num_steps: int, profile: str = "") -> list[di
     encoders = {"base": texts, "others": None}
     optimizer = student_lib.make_optimizer(config)
     state = student_lib.make_state(params, optimizer, mesh, config.ema_decay)
-    specs = sharding.state_specs(params, mesh)
     del params
     batch = sharding.put(random_batch(config, base), mesh, sharding.BATCH)
 
-    gradients = distill_step.build_loss_and_grads(
-        networks, objective, mesh, specs, dtype=dtype, gradient_accumulation=config.gradient_accumulation, seed=0
-    )
-    step = distill_step.build_step(gradients, optimizer, config.ema_decay)
+    step = train.define_step(config, networks, objective, optimizer, mesh, state, teachers)
     started = time.perf_counter()
     compiled, teachers = distill_step.compile_step(step, state, teachers, encoders, batch)
     compile_s = time.perf_counter() - started
@@ -168,10 +164,8 @@ def _print_profile(call, folder):
 
 
 def described(size: str) -> Checkpoint:
-    """Returns a checkpoint of a published size that has configs and no tensors."""
-    configs = SIZES[size]
-    parts = {name: Component(config, dict) for name, config in configs.items() if name != "scheduler"}
-    return Checkpoint(pathlib.Path(size), "diffusers", parts, dict(configs["scheduler"]), None, None)
+    """Returns a checkpoint of a size in `SIZES` that has configs and no tensors."""
+    return published.checkpoint(size, SIZES)
 
 
 def random_params(abstract, mesh, dtype=jnp.float32, *, fsdp: bool = False, copies: int = 0):

@@ -65,6 +65,19 @@ def build_parser() -> argparse.ArgumentParser:
     several.add_argument("--num-processes", type=int, metavar="N")
     several.add_argument("--process-id", type=int, metavar="K", help="0 to N - 1")
 
+    verb = _add(
+        verbs, "plan", _plan, "memory, work, hours and chip-hours of a run, without its devices", takes_config=True
+    )
+    verb.add_argument("--config", required=True, help="an experiment file; its checkpoints need not be there")
+    verb.add_argument(
+        "--topology", default="gpu:1x80GB", help="v5e:4x4, v5p:2x2x2, v6e:4x4, gpu:8x80GB, ...; default: gpu:1x80GB"
+    )
+    verb.add_argument(
+        "--architecture", default="sd15", choices=("sd15", "sd21", "sdxl"), help="of a base that is not there"
+    )
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
+    verb.add_argument("--no-compile", action="store_true", help="estimate in seconds, even where libtpu is installed")
+
     verb = _add(verbs, "export", _export, "a trained student as PyTorch safetensors")
     verb.add_argument("workdir", type=pathlib.Path, metavar="WORKDIR")
     verb.add_argument(
@@ -166,6 +179,30 @@ def _train(args):
             run(read_config(args.config, args.rest), args.workdir)
     except processes.Preempted as stopped:
         print(f"dmm-jax train: {stopped} Run it again to go on.", file=sys.stderr)
+
+
+def _plan(args):
+    from dmm_jax.plan import plan, smallest_change
+    from dmm_jax.plan_text import render
+
+    config = read_config(args.config, args.rest)
+    options = {"architecture": args.architecture, "compiled": False if args.no_compile else None}
+    planned = plan(config, args.topology, **options)
+    change = None if planned.fits else smallest_change(config, args.topology, say=_say, **options)
+    if args.json:
+        found = {"change": None, "changed": None} if change is None else {"change": change[0], "changed": change[1]}
+        changed = found["changed"] and found["changed"].to_json()
+        print(json.dumps(planned.to_json() | found | {"changed": changed}, indent=2))
+    else:
+        print(render(planned), end="")
+    if planned.fits:
+        return EXIT_OK
+    _say(f"It fits with {change[0]}" if change else "Nothing that was tried makes it fit: use a larger device.")
+    return EXIT_ERROR
+
+
+def _say(line):
+    print(line, file=sys.stderr, flush=True)
 
 
 def _export(args):

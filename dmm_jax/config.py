@@ -13,7 +13,7 @@ STUDENT_INITS = ("base", "average")
 STYLE_INITS = ("zero", "paper")
 FEATURE_LOSSES = ("l2", "cosine")
 DTYPES = ("float32", "bfloat16")
-ATTENTION = ("auto", "xla", "cudnn")
+ATTENTION = ("auto", "xla", "cudnn", "flash")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
 PREDICTION_TYPES = ("", "epsilon", "v_prediction")
 
@@ -55,7 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     # How it is computed.
     config.dtype = "bfloat16"  # Of the networks' arithmetic; parameters, losses, norms and softmax are float32.
-    config.attention = "auto"  # "auto": cuDNN's kernel on NVIDIA GPUs in bfloat16, else XLA's.
+    config.attention = "auto"  # "auto": "cudnn" on NVIDIA GPUs in bfloat16, "flash" on TPUs, else "xla".
     config.remat = False  # Recompute blocks in the backward pass: about a third more work, far less memory.
     config.mesh = ml_collections.ConfigDict()  # Devices along each axis; their product is the number of devices.
     config.mesh.teacher = 1  # Must divide the number of teachers.

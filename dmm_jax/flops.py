@@ -4,7 +4,7 @@ Counted on the traced program, before any compiler: what the mathematics needs, 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 from jax.extend import core
@@ -28,15 +28,17 @@ def _of_equation(equation) -> float:
     if name == "conv_general_dilated":
         kernel, spec = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec
         per_output = math.prod(kernel) / kernel[spec[0]]  # Taps times input channels of a group.
-        return 2.0 * math.prod(equation.outvars[0].aval.shape) * per_output
-    inner = [_of_jaxpr(jaxpr) for jaxpr in _inner_jaxprs(params)]
+        spread = math.prod(params["lhs_dilation"])  # Zeros between the inputs, a stride's gradient, are no work.
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * per_output / spread
+    inner = [_of_jaxpr(jaxpr) for jaxpr in inner_jaxprs(equation)]
     if name == "cond":
         return max(inner)
     return sum(inner, 0.0) * params.get("length", 1)
 
 
-def _inner_jaxprs(params):
-    for value in params.values():
+def inner_jaxprs(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
+    """Yields the programs inside an equation: bodies of loops, branches, calls."""
+    for value in equation.params.values():
         for one in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(one, core.ClosedJaxpr):
                 yield one.jaxpr

@@ -30,15 +30,30 @@ def make_mesh(teacher: int = 1, data: int = 0, fsdp: int = 1, devices=None) -> M
       ValueError: the axes do not use exactly the devices that there are.
     """
     devices = jax.devices() if devices is None else devices
-    data = data or max(len(devices) // (teacher * fsdp), 1)
-    if teacher * data * fsdp != len(devices):
-        nearest = max(size for size in range(1, teacher + 1) if len(devices) % size == 0 and teacher % size == 0)
+    shape = mesh_shape(teacher, data, fsdp, len(devices))
+    return Mesh(np.asarray(devices).reshape(tuple(shape.values())), AXES)
+
+
+def abstract_mesh(teacher: int = 1, data: int = 0, fsdp: int = 1, *, num_devices: int) -> AbstractMesh:
+    """Returns the mesh that `make_mesh` would make of so many devices, without any; raises as it does."""
+    return AbstractMesh(tuple(mesh_shape(teacher, data, fsdp, num_devices).values()), AXES)
+
+
+def mesh_shape(teacher: int, data: int, fsdp: int, num_devices: int) -> dict[str, int]:
+    """Returns the devices along each axis; `data=0` takes all that are left.
+
+    Raises:
+      ValueError: the axes do not use exactly the devices that there are.
+    """
+    data = data or max(num_devices // (teacher * fsdp), 1)
+    if teacher * data * fsdp != num_devices:
+        nearest = max(size for size in range(1, teacher + 1) if num_devices % size == 0 and teacher % size == 0)
         raise ValueError(
             f"mesh teacher={teacher} x data={data} x fsdp={fsdp} wants {teacher * data * fsdp} devices; "
-            f"there are {len(devices)}. Set config.mesh so that the product is {len(devices)}, for example "
-            f"teacher={nearest}, data={len(devices) // nearest}, fsdp=1."
+            f"there are {num_devices}. Set config.mesh so that the product is {num_devices}, for example "
+            f"teacher={nearest}, data={num_devices // nearest}, fsdp=1."
         )
-    return Mesh(np.asarray(devices).reshape(teacher, data, fsdp), AXES)
+    return dict(zip(AXES, (teacher, data, fsdp), strict=True))
 
 
 def parameter_spec(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
@@ -51,12 +66,12 @@ def parameter_spec(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     return COPY
 
 
-def state_specs(state, mesh: Mesh):
+def state_specs(state, mesh: Mesh | AbstractMesh):
     """Returns the specs of a tree of arrays or shapes that lives as the student does."""
     return jax.tree.map(lambda leaf: parameter_spec(leaf.shape, mesh), state)
 
 
-def placed(mesh: Mesh, specs):
+def placed(mesh: Mesh | AbstractMesh, specs):
     """Returns the shardings that put a tree's leaves at `specs`."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, P))
 
@@ -79,6 +94,15 @@ def batch_share(mesh: Mesh, num_teachers: int, per_teacher: int, process_index: 
         )
     sizes = num_teachers // owners.shape[0], per_teacher // owners.shape[1]
     return tuple((places[:, None] * size + np.arange(size)).ravel() for places, size in zip(slices, sizes, strict=True))
+
+
+def described(shapes, specs, mesh: Mesh | AbstractMesh):
+    """Returns a tree of shapes with the shardings that put its leaves at `specs`; nothing is allocated."""
+
+    def one(leaf, spec):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(one, shapes, specs)
 
 
 def put(tree, mesh: Mesh, spec: P):

@@ -6,7 +6,7 @@ import functools
 import math
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from dmm_jax.distill import teachers as teachers_lib
 from dmm_jax.metrics import MetricsLog
 from dmm_jax.models.text_encoders import TextEncoders
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel, merged_config
+from dmm_jax.planning import memory
 from dmm_jax.tokenizer import Tokenizers
 
 MAX_STEPS_AHEAD = 2  # Dispatched but not done: keeps the device busy, and lets a run stop soon after it is asked to.
@@ -103,25 +104,15 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
         # One compiled program a step; another for the validation set.
         objective = define_objective(config, base, tokenizer)
         specs = sharding.state_specs(state["params"], mesh)
-        gradients = distill_step.build_loss_and_grads(
-            networks,
-            objective,
-            mesh,
-            specs,
-            dtype=dtype,
-            gradient_accumulation=config.gradient_accumulation,
-            seed=config.seed,
-        )
-        step = jax.jit(
-            distill_step.build_step(gradients, optimizer, config.ema_decay),
-            donate_argnums=0,
-            out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(mesh, sharding.COPY)),
-        )
+        step = define_step(config, networks, objective, optimizer, mesh, state, frozen)
         validate = build_validator(config, names, networks, objective, mesh, specs, validation_source)
         draw_samples = build_sampler(config, base, names, student_config, mesh, workdir)
 
         iterator = data_pipeline.iterate(batches, start)
         batch = put_batch(next(iterator)) if start < config.num_steps else None
+        if batch is not None:
+            say(memory.short_table(memory.held(state, frozen, encoders, batch), mesh))
+            step, frozen = distill_step.compile_step(step, state, frozen, encoders, batch)
         bar = stack.enter_context(
             tqdm(
                 total=config.num_steps,
@@ -213,17 +204,29 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def attention_implementation(config) -> str:
-    """Resolves "auto": cuDNN's fused kernel on NVIDIA GPUs in bfloat16, XLA's elsewhere."""
+def attention_implementation(config, platform: str = "") -> str:
+    """Resolves "auto": a fused kernel on TPUs, and on NVIDIA GPUs in bfloat16; XLA's products elsewhere.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu", where it is not this process's.
+    """
+    platform = platform or jax.default_backend()
     if config.attention != "auto":
         return config.attention
-    return "cudnn" if jax.default_backend() == "gpu" and config.dtype == "bfloat16" else "xla"
+    if platform == "gpu" and config.dtype == "bfloat16":
+        return "cudnn"
+    return "flash" if platform == "tpu" else "xla"
 
 
-def define_networks(config, base, num_styles: int) -> tuple[distill_step.Networks, dict]:
-    """Returns the graph definitions of student, teachers and text encoder, and the student's config."""
+def define_networks(config, base, num_styles: int, platform: str = "") -> tuple[distill_step.Networks, dict]:
+    """Returns the graph definitions of student, teachers and text encoder, and the student's config.
+
+    Args:
+      platform: as in `attention_implementation`.
+    """
     dtype = jnp.dtype(config.dtype)
-    unet = {"dtype": dtype, "attention_implementation": attention_implementation(config)}
+    attention = attention_implementation(config, platform)
+    unet = {"dtype": dtype, "attention_implementation": attention}
     student_config = merged_config(base.unet_config, num_styles)
 
     def graph(model, described, **options):
@@ -234,6 +237,7 @@ def define_networks(config, base, num_styles: int) -> tuple[distill_step.Network
         student=graph(UNet2DConditionModel, student_config, remat=config.remat, **unet),
         teacher=graph(UNet2DConditionModel, base.unet_config, **unet),
         text_encoders=nnx.split(texts)[0],
+        check_vma=attention != "flash",
     )
     return networks, student_config
 
@@ -246,6 +250,36 @@ def define_objective(config, base, tokenizer) -> distill_step.Objective:
         feature_loss=config.feature_loss,
         prompt_dropout=config.prompt_dropout,
         empty_ids=tuple(map(tuple, np.unique(tokenizer(["", None]), axis=0).tolist())),
+    )
+
+
+def define_gradients(config, networks, objective, mesh, params) -> Callable:
+    """Returns `f(params, teachers, encoders, batch, step) -> (grads, errors)`; `params` are arrays or shapes."""
+    return distill_step.build_loss_and_grads(
+        networks,
+        objective,
+        mesh,
+        sharding.state_specs(params, mesh),
+        dtype=jnp.dtype(config.dtype),
+        gradient_accumulation=config.gradient_accumulation,
+        seed=config.seed,
+    )
+
+
+def define_step(config, networks, objective, optimizer, mesh, state, teachers) -> Callable:
+    """Returns the jitted `step(state, teachers, encoders, batch) -> (state, metrics)`, its state donated.
+
+    Args:
+      state, teachers: as arrays or as shapes; for `distill_step.compile_step`, since the teachers' layout is left open.
+    """
+    gradients = define_gradients(config, networks, objective, mesh, state["params"])
+    step = distill_step.build_step(gradients, optimizer, config.ema_decay)
+    places = sharding.placed(mesh, sharding.state_specs(state, mesh))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(None, distill_step.teacher_formats(teachers), None, None),
+        out_shardings=(places, NamedSharding(mesh, sharding.COPY)),
     )
 
 

@@ -3,7 +3,11 @@
 What a checkpoint's own files say always comes first.
 """
 
+import pathlib
+from collections.abc import Mapping
+
 from dmm_jax.checkpoints.architecture import SD1, SD2, SDXL, scheduler_config
+from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
 
 _VAE = {
     "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4, "sample_size": 512,
@@ -61,3 +65,17 @@ CONFIGS = {
         "scheduler": scheduler_config(SDXL),
     },
 }
+
+
+def checkpoint(name: str, configs: Mapping[str, Mapping] = CONFIGS) -> Checkpoint:
+    """Returns a checkpoint of published configurations without tensors, for what needs shapes alone.
+
+    Raises:
+      ValueError: there is no such name.
+    """
+    if name not in configs:
+        raise ValueError(f"there is no published architecture {name!r}; there are {', '.join(configs)}.")
+    parts = dict(configs[name])
+    scheduler = dict(parts.pop("scheduler"))
+    components = {part: Component(dict(config), dict) for part, config in parts.items()}
+    return Checkpoint(pathlib.Path(name), "published", components, scheduler, None, None)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.experimental.layout import Format, Layout
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from dmm_jax import sharding
@@ -30,6 +30,7 @@ class Networks:
     student: nnx.GraphDef
     teacher: nnx.GraphDef
     text_encoders: nnx.GraphDef  # Of one checkpoint: one, or SDXL's two.
+    check_vma: bool = True  # Whether shard_map may check what varies over the mesh: not with a library's Pallas kernel.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _on_missing_axes(function, leaf, spec):
     return function(leaf, axes) if axes else leaf
 
 
-def local_ids(mesh: Mesh, num_teachers: int, per_teacher: int) -> tuple[jax.Array, jax.Array]:
+def local_ids(mesh: Mesh | AbstractMesh, num_teachers: int, per_teacher: int) -> tuple[jax.Array, jax.Array]:
     """Returns the style ids (T,) and global sample ids (T, b) of this device's part of a batch; inside shard_map."""
     column = jax.lax.axis_index("data") * mesh.shape["fsdp"] + jax.lax.axis_index("fsdp")
     style_ids = jax.lax.axis_index("teacher") * num_teachers + jnp.arange(num_teachers)
@@ -143,7 +144,14 @@ def local_ids(mesh: Mesh, num_teachers: int, per_teacher: int) -> tuple[jax.Arra
 
 
 def build_loss_and_grads(
-    networks: Networks, objective: Objective, mesh: Mesh, specs, *, dtype, gradient_accumulation: int, seed: int
+    networks: Networks,
+    objective: Objective,
+    mesh: Mesh | AbstractMesh,
+    specs,
+    *,
+    dtype,
+    gradient_accumulation: int,
+    seed: int,
 ) -> Callable:
     """Returns `f(params, teachers, encoders, batch, step) -> (grads, errors)` under one shard_map.
 
@@ -180,7 +188,8 @@ def build_loss_and_grads(
         return grads, jax.tree.map(lambda leaf: jax.lax.psum(leaf, ("data", "fsdp")) / share, errors)
 
     in_specs = (specs, sharding.TEACHERS, sharding.COPY, sharding.BATCH, sharding.COPY)
-    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=(specs, sharding.TEACHERS))
+    out_specs = (specs, sharding.TEACHERS)
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=networks.check_vma)
 
 
 def _sum_over_micro_batches(grads_of, num_micro_batches, batch):
@@ -226,21 +235,27 @@ def build_step(loss_and_grads: Callable, optimizer: optax.GradientTransformation
     return step
 
 
-def compile_step(step: Callable, state, teachers, encoders, batch) -> tuple[jax.stages.Compiled, dict]:
-    """Compiles a step, and lays the teachers out in memory as the program wants to read them.
+def compile_step(step, state, teachers, encoders, batch) -> tuple[jax.stages.Compiled, dict]:
+    """Compiles a jitted step, and lays the teachers out in memory as the program wants to read them.
 
-    Convolutions on GPUs read their kernels with the output channel first: without this, every step would turn the
-    kernels of all teachers over.
+    Convolutions on GPUs read their kernels with the output channel first: laid out otherwise, the kernels of all
+    teachers would be turned over at every step.
+
+    Args:
+      step: jitted so that the layout of its teachers is the compiler's choice (`teacher_formats`).
 
     Returns:
-      The program, which gives `state` up, and the teachers to call it with; those that were given are given up too.
+      The program, and the teachers to call it with; those that were given are given up.
     """
-    formats = jax.tree.map(lambda leaf: Format(Layout.AUTO, leaf.sharding), teachers)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), teachers)
-    jitted = jax.jit(step, donate_argnums=0, in_shardings=(None, formats, None, None))
-    compiled = jitted.lower(state, shapes, encoders, batch).compile()
+    compiled = step.lower(state, shapes, encoders, batch).compile()
     wanted = compiled.input_formats[0][1]
     return compiled, jax.tree.map(lambda leaf, kept: jax.device_put(leaf, kept, donate=True), teachers, wanted)
+
+
+def teacher_formats(teachers):
+    """Returns shardings of a tree of arrays or shapes that leave the layout to the compiler."""
+    return jax.tree.map(lambda leaf: Format(Layout.AUTO, leaf.sharding), teachers)
 
 
 def build_validation(networks: Networks, objective: Objective, mesh: Mesh, specs, *, dtype) -> Callable:
@@ -252,4 +267,5 @@ def build_validation(networks: Networks, objective: Objective, mesh: Mesh, specs
         return sample_errors(networks, objective, whole, teachers, encoders, inputs, style_ids)[0]
 
     in_specs = (specs, sharding.TEACHERS, sharding.COPY, sharding.BATCH)
-    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=sharding.BATCH)
+    checked = networks.check_vma
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=sharding.BATCH, check_vma=checked)

@@ -116,11 +116,12 @@ def make_state(params, optimizer: optax.GradientTransformation, mesh: Mesh, ema_
 
 def state_specs(params, optimizer: optax.GradientTransformation, mesh: Mesh, ema_decay: float):
     """Returns where each leaf of the training state lives; moments and average follow their parameter."""
+    return sharding.state_specs(abstract_state(params, optimizer, ema_decay), mesh)
 
-    def shapes(params):
-        return _fresh(params, optimizer, ema_decay)
 
-    return sharding.state_specs(jax.eval_shape(shapes, params), mesh)
+def abstract_state(params, optimizer: optax.GradientTransformation, ema_decay: float) -> dict:
+    """Returns the training state around arrays or shapes of the student, as shapes."""
+    return jax.eval_shape(lambda params: _fresh(params, optimizer, ema_decay), params)
 
 
 def _fresh(params, optimizer, ema_decay):

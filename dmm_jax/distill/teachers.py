@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dmm_jax import sharding
@@ -54,6 +54,27 @@ def put_teachers(base: Checkpoint, teachers: Sequence[Checkpoint], mesh: Mesh, d
         "unet": unets,
         "encoder": sharding.make(rows.shape, np.int32, mesh, sharding.TEACHERS, rows.__getitem__),
     }, encoders
+
+
+def abstract_teachers(base: Checkpoint, num_teachers: int, num_encoders: int, mesh, dtype) -> tuple[dict, dict]:
+    """Returns the shapes and shardings of what `put_teachers` loads: teachers like the base, nothing allocated.
+
+    Args:
+      num_encoders: distinct text encoders of the teachers besides the base's.
+    """
+
+    def described(params, spec, leading=()):
+        def one(path, leaf):
+            sharded = NamedSharding(mesh, spec)
+            return jax.ShapeDtypeStruct((*leading, *leaf.shape), stored_dtype(path, dtype), sharding=sharded)
+
+        return jax.tree.map_with_path(one, params)
+
+    rows = jax.ShapeDtypeStruct((num_teachers,), jnp.int32, sharding=NamedSharding(mesh, sharding.TEACHERS))
+    unets = described(base.abstract("unet"), sharding.TEACHERS, (num_teachers,))
+    texts = {name: base.abstract(name) for name in base.text_encoders}
+    others = described(texts, sharding.COPY, (num_encoders,)) if num_encoders else None
+    return {"unet": unets, "encoder": rows}, {"base": described(texts, sharding.COPY), "others": others}
 
 
 def encoder_rows(base: Checkpoint, teachers: Sequence[Checkpoint]) -> tuple[list[int], list[Checkpoint]]:

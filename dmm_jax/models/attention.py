@@ -8,9 +8,9 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dmm_jax.models import layers
+from dmm_jax.models import flash_attention, layers
 
-IMPLEMENTATIONS = ("xla", "cudnn")
+IMPLEMENTATIONS = ("xla", "cudnn", "flash")
 FUSED_FROM_QUERIES = 256  # Fewer, and XLA's plain products are as quick as cuDNN's fused kernel.
 KEYS_MULTIPLE = 16  # Of what the fused kernel takes in its backward pass; a prompt's 77 keys are padded and masked.
 FUSED_HEAD_SIZE, FUSED_HEAD_SIZE_HOPPER = 128, 256  # At most.
@@ -25,8 +25,11 @@ def attention(
     """Returns softmax(q k^T / sqrt(K)) v per head (arXiv:1706.03762, eq. 1); logits and softmax are float32.
 
     Args:
-      implementation: "xla", or "cudnn" for the fused kernel wherever it takes the shapes (16-bit, NVIDIA only).
+      implementation: "xla", or a fused kernel wherever it takes the shapes: "cudnn" (16-bit, NVIDIA only) or "flash"
+        (TPU only).
     """
+    if implementation == "flash" and flash_attention.takes(query, key):
+        return flash_attention.flash_attention(query, key, value)
     if implementation == "cudnn" and _cudnn_takes(query):
         return _cudnn(query, key, value)
     return jax.nn.dot_product_attention(query, key, value, implementation="xla")

@@ -94,7 +94,7 @@ class UNet2DConditionModel(nnx.Module):
         Args:
           attention_head_dim: the NUMBER of heads, per level or for all (diffusers' name for it is an old accident).
           num_models: rows of the style table, where `addition_embed_type` is one of the "model_merge" kinds.
-          attention_implementation: "xla" or "cudnn"; see `dmm_jax.models.attention`.
+          attention_implementation: "xla", "cudnn" or "flash"; see `dmm_jax.models.attention`.
           remat: compute blocks again in the backward pass.
           dtype: of the arithmetic.
 

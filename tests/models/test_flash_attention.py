@@ -1,0 +1,78 @@
+"""Flash attention is attention: padded heads and blocks change nothing, in values and gradients; and memory falls."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from torch_parity import normal
+
+from dmm_jax.models import flash_attention
+from dmm_jax.models.attention import attention
+
+
+def query_key_value(length, keys, head_size, dtype=jnp.float32, std=1.0):
+    shapes = ((1, length, 2, head_size), (1, keys, 2, head_size), (1, keys, 2, head_size))
+    return [normal(*shape, std=std, seed=seed).astype(dtype) for seed, shape in enumerate(shapes)]
+
+
+def interpreted(*heads):
+    return flash_attention.flash_attention(*heads, interpret=True)
+
+
+@pytest.mark.parametrize("length, keys, head_size", [(256, 256, 40), (128, 384, 80), (128, 128, 160)])
+def test_values_and_gradients_are_those_of_plain_attention(length, keys, head_size):
+    heads = query_key_value(length, keys, head_size)
+    weights = normal(1, length, 2, head_size, seed=9)
+
+    def of(implementation):
+        return jax.value_and_grad(lambda heads: jnp.sum(implementation(*heads) * weights))(heads)
+
+    (ours, our_grads), (plain, plain_grads) = of(interpreted), of(attention)
+    assert float(ours) == pytest.approx(float(plain), rel=1e-5)
+    for one, other in zip(our_grads, plain_grads, strict=True):
+        assert one.shape == other.shape and np.abs(one - other).max() < 1e-5 * np.abs(other).max()
+
+
+def test_the_softmax_is_float32_for_bfloat16_inputs():
+    heads = query_key_value(128, 128, 64, jnp.bfloat16, std=6.0)  # The scale is 1/8: queries are not rounded by it.
+    exact = attention(*(array.astype(jnp.float32) for array in heads))
+    ours = interpreted(*heads)
+    assert ours.dtype == jnp.bfloat16
+    assert np.abs(np.asarray(ours, np.float32) - exact).max() < 2**-7 * np.abs(exact).max()
+
+
+def test_it_is_used_for_long_sequences_alone(monkeypatch):
+    used = []
+    monkeypatch.setattr(flash_attention, "flash_attention", lambda query, *_: used.append(query.shape[1]) or query)
+    for length, keys in ((1024, 1024), (4096, 4096), (512, 512), (4096, 77), (1100, 1100)):
+        query, key = (jax.ShapeDtypeStruct((1, size, 2, 40), jnp.bfloat16) for size in (length, keys))
+        jax.eval_shape(lambda query, key: attention(query, key, key, "flash"), query, key)
+    assert used == [1024, 4096]
+
+
+def test_lengths_that_no_block_divides_are_refused():
+    with pytest.raises(ValueError, match="multiples of 128"):
+        flash_attention.flash_attention(*query_key_value(100, 100, 8))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'dmm-jax[plan]'")
+def test_the_tpus_compiler_takes_it_and_needs_an_eighth_of_the_memory():
+    from dmm_jax.planning import compiler
+
+    mesh = compiler.tpu_mesh("v5e:2x2", teacher=1, data=4, fsdp=1)
+    placed = jax.sharding.NamedSharding(mesh, P("data"))
+    heads = [jax.ShapeDtypeStruct((4, 4096, 8, 40), jnp.bfloat16, sharding=placed)] * 3
+
+    def temporaries(implementation):
+        def local(*heads):
+            return jax.grad(lambda heads: jnp.sum(attention(*heads, implementation).astype(jnp.float32) ** 2))(heads)
+
+        step = jax.shard_map(local, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
+        with jax.default_matmul_precision("default"):  # The kernel takes no other for bfloat16.
+            compiled = jax.jit(step).lower(*heads).compile(compiler_options=compiler.EFFORT)
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries("flash") < temporaries("xla") / 8

@@ -1,0 +1,184 @@
+"""Collectives: how program text is read, and what the real step sends on eight fake devices."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dmm_jax.planning import collectives
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+MESH = {"teacher": 2, "data": 2, "fsdp": 2}
+LINE = "ENTRY %main (p: f32[4]) -> f32[4] {{\n  {}\n}}"
+
+
+def read(operation):
+    (found,) = collectives.parse(LINE.format(operation), MESH)
+    return found
+
+
+@pytest.mark.parametrize(
+    "groups, axes",
+    [
+        ("{{0,1},{2,3},{4,5},{6,7}}", ("fsdp",)),
+        ("{{0,2},{1,3},{4,6},{5,7}}", ("data",)),
+        ("{{0,4},{1,5},{2,6},{3,7}}", ("teacher",)),
+        ("{{0,1,2,3},{4,5,6,7}}", ("data", "fsdp")),
+        ("{{0,1,2,3,4,5,6,7}}", ("teacher", "data", "fsdp")),
+        ("{}", ("teacher", "data", "fsdp")),
+        ("[4,2]<=[8]", ("fsdp",)),
+        ("[4,2]<=[2,4]T(1,0)", ("teacher",)),
+        ("[2,4]<=[2,2,2]T(1,0,2)", ("teacher", "fsdp")),
+    ],
+)
+def test_the_axes_are_those_along_which_a_group_differs(groups, axes):
+    found = read(f"%all-reduce.7 = f32[10,3]{{1,0:T(8,128)}} all-reduce(%x), replica_groups={groups}, to_apply=%add")
+    assert (found.name, found.kind, found.axes, found.bytes) == ("all-reduce.7", "all-reduce", axes, 120)
+    assert found.group == 2 ** len(axes)
+
+
+def test_bytes_are_those_of_the_whole_array():
+    groups = "replica_groups={{0,1},{2,3},{4,5},{6,7}}"
+    assert read(f"%a = bf16[4,6]{{1,0}} all-gather(%x), {groups}, dimensions={{0}}").bytes == 48
+    assert read(f"%a = (bf16[2,6], bf16[4,6]) all-gather-start(%x), {groups}").bytes == 48
+    assert read(f"%a = f32[4,6]{{1,0}} reduce-scatter(%x), {groups}").bytes == 192
+    assert read(f"%a = (f32[4]{{0}}, /*index=1*/s8[3]) all-reduce(%x, %y), {groups}").bytes == 19
+    permuted = read(
+        "%a = (f32[4], f32[4], u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}"
+    )
+    assert (permuted.bytes, permuted.axes) == (16, ("fsdp",))
+
+
+def test_a_group_of_one_sends_nothing():
+    assert collectives.parse(LINE.format("%a = f32[4] all-reduce(%x), replica_groups={{0},{1}}"), MESH) == []
+
+
+def test_a_loops_body_counts_as_often_as_it_runs():
+    program = """
+%inner (p: f32[4]) -> f32[4] {
+  %gather = f32[4]{0} all-gather(%p), replica_groups={{0,1},{2,3},{4,5},{6,7}}
+}
+
+%body (p: f32[4]) -> f32[4] {
+  %f = f32[4]{0} fusion(%p), kind=kLoop, calls=%inner
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %w = f32[4]{0} while(%p), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""
+    (found,) = collectives.parse(program, MESH)
+    assert found.count == 5
+
+
+def test_the_tpus_fused_reduce_scatter_is_one():
+    program = """
+%all-reduce-scatter.3 (input.3: bf16[8]) -> bf16[4] {
+  %all-reduce.9 = bf16[8]{0} all-reduce(%input.3), replica_groups={{0,1},{2,3},{4,5},{6,7}}
+}
+"""
+    (found,) = collectives.parse(program, MESH)
+    assert (found.kind, found.bytes) == ("reduce-scatter", 16)
+
+
+def test_a_ring_sends_all_but_a_devices_own_share():
+    def sent(kind):
+        return collectives.Collective("a", kind, ("fsdp",), 4, 100, 3).sent
+
+    assert (sent("all-gather"), sent("reduce-scatter"), sent("all-reduce")) == (225, 225, 450)
+
+
+PROGRAM = """
+import json, sys, dataclasses
+import jax, jax.numpy as jnp
+from dmm_jax import sharding, plan
+from dmm_jax.config import from_json
+from dmm_jax.planning import collectives, memory
+config = from_json(open(sys.argv[1]).read())
+pairs = config.teachers
+for num_teachers in (4, 8):
+    config.teachers = tuple((f"{name}{k}", path) for k in range(num_teachers // 2) for name, path in pairs)
+    config.batch_size, config.mesh.teacher, config.mesh.data, config.mesh.fsdp = num_teachers * 2, 4, 1, 2
+    mesh = sharding.make_mesh(**config.mesh)
+    program = plan.Program.describe(config, "sd15", "cpu", mesh)
+    function, arguments = program.gradients("xla")  # The optimiser adds the norm's sum alone, and half the time.
+    compiled = jax.jit(function).lower(*arguments).compile()
+    exchanged = collectives.parse(compiled.as_text(), mesh.shape)
+    foretold = plan.foretold(program)
+    held = memory.held(*program.arguments)
+    print(json.dumps({
+        "found": [dataclasses.asdict(one) for one in exchanged],
+        "foretold": [dataclasses.asdict(one) for one in foretold],
+        "table": num_teachers * program.arguments[0]["params"]["model_embedding"]["embedding"].shape[1] * 4,
+        "arguments": compiled.memory_analysis().argument_size_in_bytes,
+        "held": sum(held.values()) - held["gradients"] - held["moments"],
+    }), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def programs(tiny, tmp_path_factory):
+    """The step of four and of eight teachers on a mesh of teacher 4 x fsdp 2, compiled for eight fake devices."""
+    from dmm_jax.config import to_json
+
+    path = tmp_path_factory.mktemp("collectives") / "config.json"
+    path.write_text(to_json(tiny[1]))
+    flags = (
+        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+        "--xla_llvm_disable_expensive_passes=true"
+    )
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", PROGRAM, str(path)]
+    done = subprocess.run(
+        command, env=environment | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    four, eight = (json.loads(line) for line in done.stdout.splitlines())
+    return four, eight
+
+
+def total(rows, kind, axis=""):
+    found = (row for row in rows if row["kind"] == kind and (not axis or axis in row["axes"]))
+    return sum(row["bytes"] * row["count"] for row in found)
+
+
+def test_nothing_but_gradients_crosses_the_teacher_axis(programs):
+    for program in programs:
+        gradients = [row["bytes"] for row in program["foretold"] if "teacher" in row["axes"]]
+        across = [row for row in program["found"] if "teacher" in row["axes"]]
+        assert [row["name"] for row in across if row["kind"] != "all-reduce"] == []
+        sizes = {int(size) for size in gradients}
+        strange = [row["name"] for row in across if row["bytes"] not in sizes and "psum" not in row["scope"]]
+        assert strange == []
+        assert total(across, "all-reduce") == pytest.approx(sum(gradients), rel=0.01)  # Equal ones are summed once.
+
+
+def test_no_collective_grows_with_the_number_of_teachers(programs):
+    four, eight = (program["found"] for program in programs)
+    for kind in {row["kind"] for row in eight}:
+        growth = total(eight, kind) - total(four, kind)
+        known = {row["bytes"] for row in four if row["kind"] == kind}
+        names = [row["name"] for row in eight if row["kind"] == kind and row["bytes"] not in known]
+        assert growth <= programs[1]["table"] or names == [], kind  # The style table has a row per teacher.
+
+
+def test_gathers_and_sums_are_those_foretold(programs):
+    for program in programs:
+        for kind, axis in (("all-gather", "fsdp"), ("reduce-scatter", "fsdp"), ("all-reduce", "teacher")):
+            found, foretold = (total(program[which], kind, axis) for which in ("found", "foretold"))
+            assert found == pytest.approx(foretold, rel=0.01, abs=1024), kind
+        assert [row["name"] for row in program["found"] if row["kind"] == "all-to-all"] == []
+
+
+def test_what_a_device_holds_is_what_its_program_is_given(programs):
+    for program in programs:
+        assert program["held"] == pytest.approx(program["arguments"], rel=1e-3)
+
+
+def test_the_summary_joins_kinds_and_axes():
+    ones = [collectives.Collective(name, "all-gather", ("fsdp",), 2, 2**29, 2) for name in "ab"]
+    assert collectives.summary(ones) == [{"kind": "all-gather", "axes": "fsdp", "count": 4, "gb": np.float64(2.0)}]

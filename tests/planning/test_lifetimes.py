@@ -1,0 +1,76 @@
+"""Estimated temporaries: sums that can be done by hand."""
+
+import jax
+import jax.numpy as jnp
+
+from dmm_jax.planning import lifetimes
+
+SIDE = 64
+SQUARE = SIDE * SIDE * 4  # Bytes.
+
+
+def temporaries(function, *shapes):
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return lifetimes.temporaries(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def squares(function, num_arguments=1):
+    return temporaries(function, *[(SIDE, SIDE)] * num_arguments) / SQUARE
+
+
+def test_arguments_are_not_counted_and_a_product_is():
+    assert squares(lambda x: x @ x) == 1
+
+
+def test_a_value_dies_with_its_last_reader():
+    assert squares(lambda x: ((x @ x) @ x) @ x) == 2  # One is read while the next is written.
+
+
+def test_a_value_lives_until_its_last_reader():
+    def late(x):
+        first = x @ x
+        return ((first @ x) @ x) @ first
+
+    assert squares(late) == 3
+
+
+def test_elementwise_chains_are_not_held():
+    assert squares(lambda x: jnp.exp(jnp.tanh(x @ x) * 2.0 + 1.0) @ x) == 2
+
+
+def test_a_residual_stream_is_held_once_not_by_all_that_was_added():
+    def residual(x):
+        for _ in range(6):
+            x = x + (x @ x)
+        return x
+
+    assert squares(residual) <= 3
+
+
+def test_what_the_backward_pass_reads_is_held_until_then():
+    def loss(x):
+        for _ in range(5):
+            x = jnp.tanh(x @ x)
+        return x.sum()
+
+    assert squares(jax.grad(loss)) >= 5
+
+
+def test_recomputation_saves_what_a_block_holds():
+    def block(x):
+        return jnp.tanh(jnp.tanh(jnp.tanh(x @ x) @ x) @ x)
+
+    def loss(block, x):
+        for _ in range(4):
+            x = block(x)
+        return x.sum()
+
+    plain = squares(jax.grad(lambda x: loss(block, x)))
+    assert squares(jax.grad(lambda x: loss(jax.checkpoint(block), x))) < 0.7 * plain
+
+
+def test_a_loop_holds_its_body_once_and_its_stacked_results_whole():
+    def loop(x):
+        return jax.lax.scan(lambda carry, _: ((carry @ x) @ x, carry), x, length=10)[1]
+
+    assert 10 <= squares(loop) <= 13
