@@ -316,25 +316,24 @@ def changes(config: ml_collections.ConfigDict, topology: str) -> Iterator[tuple[
         (_recompute, _accumulate, _enlarge),
     ]
     for steps in one_by_one + together + layouts + machines:
-        said, changed, where = [], config.copy_and_resolve_references(), topology
-        for step in steps:
-            what, where = step(changed, where)
-            said.append(what)
-        if all(said) and _possible(changed, where):
-            yield " ".join(_last_of_each(said)), changed, where
+        try:
+            change = _changed(config, topology, steps)
+        except ValueError:  # A mesh or batch that does not divide.
+            continue
+        if change:
+            yield change
 
 
-def _last_of_each(said):
-    return {what.partition("=")[0]: what for line in said for what in line.split()}.values()  # A later one counts.
-
-
-def _possible(config, topology) -> bool:
-    try:
-        check_layout(config, devices.topology(topology).count)
-        config_lib.check(config)
-    except ValueError:
-        return False
-    return True
+def _changed(config, topology, steps: Sequence[Callable]):
+    config, said = config.copy_and_resolve_references(), {}
+    for step in steps:
+        what, topology = step(config, topology)
+        if not what:
+            return None
+        said |= {option.partition("=")[0]: option for option in what.split()}  # Of two values the later counts.
+    config_lib.check(config)
+    check_layout(config, devices.topology(topology).count)
+    return " ".join(said.values()), config, topology
 
 
 def _recompute(config, topology):
