@@ -6,7 +6,7 @@ no TPU is needed for; without, or for GPUs, the memory of activations is an esti
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
