@@ -114,7 +114,7 @@ def prepare_samples(
                 bar.update(len(part))
             input_ids = np.asarray(tokenize([draws[int(k)].prompt for k in ids]))
             frames = np.tile(np.array([resolution, resolution, 0, 0], np.int32), (len(ids), 1))
-            yield latents, input_ids, frames, ids, int(ids[-1]) + 1
+            yield latents, input_ids, frames, ids.tolist(), int(ids[-1]) + 1
 
     return fill(out, wanted, shapes, rows, len(draws), shard_size, progress, desc="sample")
 
