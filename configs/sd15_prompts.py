@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 from prompts alone: the eight teachers draw the data, 1,500 pictures each (arXiv:2504.12364, A.3).
+"""Stable Diffusion 1.5 from prompts alone: the eight teachers draw 1,500 pictures each (arXiv:2504.12364, A.3).
 
     dmm-jax prepare --config=configs/sd15_prompts.py
     dmm-jax train --config=configs/sd15_prompts.py --workdir=runs/sd15_prompts
