@@ -6,11 +6,12 @@ The map, from the command line down; imports point downwards only:
     demo/                       the embedded world: renderer, tiny checkpoints, their recipe, the whole road
     train                       run(): mesh, data, networks, state, restore, loop
     export, sample, average     a trained student as files, and as pictures; weight averages of checkpoints
+    prepare, prepare_samples    the latent cache, from images or from what the teachers draw
     evaluation/                 features, Frechet distance, fidelity, style matrix, report
     distill/                    losses, teachers, student, the one compiled step
     pipeline, images, metrics   prompts + styles -> images; PNGs that carry their parameters; metrics.jsonl
     checkpoints/                the naming rule, safetensors, single files, folders, exports, Orbax states
-    data/                       caption sources, the latent cache, batches
+    data/                       caption sources, prompts, the latent cache, batches
     tokenizer, sharding         token ids; the mesh and which array lives where
     processes                   several processes as one run: joining, ending, SIGTERM
     models/                     NNX ports of UNet, VAE and CLIP; attributes are diffusers' keys

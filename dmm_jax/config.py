@@ -64,10 +64,16 @@ def get_config() -> ml_collections.ConfigDict:
 
     # Data: what `dmm-jax prepare` reads and writes.
     config.data = ml_collections.ConfigDict()
-    config.data.source = ""  # Folder of images and captions, or "shapes_world" for the embedded world.
+    config.data.source = ""  # Folder of images and captions; "teachers": they draw; "shapes_world": the embedded world.
+    config.data.prompts = ""  # Text file for "teachers", one prompt a line.
     config.data.cache = ""  # Folder of the latent cache.
     config.data.resolution = 512  # Pixels of a side; images are resized by their short side and cropped.
-    config.data.num_examples = 0  # How many to prepare; 0 = all of a folder. The embedded world needs a number.
+    config.data.num_examples = 0  # How many to prepare; 0 = all of a folder, each prompt once. shapes_world needs it.
+    config.data.sampling = ml_collections.ConfigDict()  # How the teachers draw.
+    config.data.sampling.num_inference_steps = 25
+    config.data.sampling.guidance_scale = 7.0
+    config.data.sampling.solver = "dpmpp_2m"
+    config.data.sampling.batch_size = 16  # Images computed at once.
 
     # What is written along the way. 0 = never.
     config.log_every = 50  # Steps between lines of metrics.jsonl.

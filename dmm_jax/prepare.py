@@ -1,4 +1,4 @@
-"""`dmm-jax prepare`: what a config's images and captions become, once, before training: latents and token ids."""
+"""`dmm-jax prepare`: what a config's images and captions, or prompts, become before training: latents, token ids."""
 
 import contextlib
 import functools
@@ -15,20 +15,25 @@ from dmm_jax.data.prepare import prepare
 from dmm_jax.data.sources import FolderSource, ImageSource, ShapesSource
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.pipeline import in_memory
+from dmm_jax.prepare_samples import prepare_samples_from_config
 from dmm_jax.tokenizer import Tokenizers
 
-SHAPES_WORLD = "shapes_world"
+SHAPES_WORLD, TEACHERS = "shapes_world", "teachers"
 IMAGES_AT_ONCE = 32
 
 
 def prepare_from_config(config) -> LatentCache:
     """Encodes `config.data.source` with the base's VAE and tokenizer into `config.data.cache`, and opens it.
 
+    "teachers" draw the latents themselves: `prepare_samples`.
+
     Raises:
       ValueError: the source, the base or the cache folder cannot be used.
     """
     if not config.data.cache:
         raise ValueError("data.cache is empty: set the folder that the latent cache is written to.")
+    if config.data.source == TEACHERS:
+        return prepare_samples_from_config(config)
     source = open_source(config)
     base = open_checkpoint(config.base)
     tokenizers = Tokenizers.from_folders(base.tokenizer_folders)
@@ -54,7 +59,9 @@ def open_source(config) -> ImageSource:
       ValueError: no source is set, or it holds no captioned images.
     """
     if not config.data.source:
-        raise ValueError(f"data.source is empty: set a folder of images and captions, or {SHAPES_WORLD!r}.")
+        raise ValueError(
+            f"data.source is empty: set a folder of images and captions, {TEACHERS!r} or {SHAPES_WORLD!r}."
+        )
     if config.data.source == SHAPES_WORLD:
         return _built_shapes(config)
     source = FolderSource(config.data.source)

@@ -8,6 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dmm_jax import images
+from dmm_jax.data.prompts import read_prompts
 from dmm_jax.folders import check_output
 from dmm_jax.pipeline import Pipeline, Style, parse_style
 
@@ -85,22 +86,3 @@ def draw(
         prompts, styles, seeds = zip(*full, strict=True)
         latents = pipeline(list(prompts), styles=list(styles), seeds=list(seeds), output="latents", **options)
         yield np.asarray(pipeline.decode(latents))[: len(part)], latents[: len(part)]
-
-
-def read_prompts(path: str | pathlib.Path) -> list[str]:
-    """Reads a text file of prompts, one a line; empty lines are passed over.
-
-    Raises:
-      ValueError: the file is missing, is no text, or holds no prompt.
-    """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no prompt file {path}. Give a text file with one prompt a line.")
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
-    lines = [line for line in lines if line]
-    if not lines:
-        raise ValueError(f"{path} holds no prompt. Write one a line.")
-    return lines

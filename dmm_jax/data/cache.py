@@ -27,11 +27,11 @@ class CacheHeader:
     vae: str  # Hash of the VAE's contents.
     tokenizer: str  # Hash of the tokenizer's files.
     resolution: int  # Pixels of a side, after scaling the short side and cropping the centre.
-    scaling_factor: float  # The latents are posterior samples times this.
+    scaling_factor: float  # The latents are posterior samples times this, or what teachers drew, which is as large.
     latent_shape: tuple[int, ...]  # (h, w, C)
     num_tokens: int  # Per prompt, of all tokenizers.
-    source: str = ""  # Hash of the images' source.
-    seed: int = 0  # Of the posterior samples.
+    source: str = ""  # Hash of the images' source; or the teachers, prompts and sampler that made the latents.
+    seed: int = 0  # Of the posterior samples, or of the first picture's noise.
     dtype: str = "float16"
     count: int = 0
     dropped: int = 0  # Images that could not be read.

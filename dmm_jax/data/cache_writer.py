@@ -119,6 +119,6 @@ class CacheWriter:
             )
         limit = float(np.finfo(LATENTS).max)
         if not (np.abs(latents) <= limit).all():  # NaN fails too.
-            raise ValueError("latents hold NaN or values beyond float16. Run the VAE in float32 or bfloat16.")
+            raise ValueError("latents hold NaN or values beyond float16. Run the networks in float32 or bfloat16.")
         if input_ids.min() < 0 or input_ids.max() > np.iinfo(TOKENS).max:
             raise ValueError(f"token ids must lie in 0 to 65535; got {input_ids.min()} to {input_ids.max()}.")

@@ -1,9 +1,11 @@
-"""Encodes images and captions once, into the latent cache that training reads."""
+"""Fills the latent cache that training reads, once: encodes images with their captions, or samples prompts."""
 
+import functools
 import pathlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
 import jax
@@ -13,7 +15,10 @@ from tqdm import tqdm
 from dmm_jax.data.cache import CacheHeader, LatentCache
 from dmm_jax.data.cache_writer import CacheWriter
 from dmm_jax.data.images import UnreadableImage, crop_of, fit_square
+from dmm_jax.data.prompts import Draws
 from dmm_jax.data.sources import Example, ImageSource
+
+Rows = tuple[np.ndarray, np.ndarray, np.ndarray, Sequence[int], int]  # The arguments of `CacheWriter.add`.
 
 
 def prepare(
@@ -50,25 +55,109 @@ def prepare(
     Raises:
         ValueError: `out` holds something else, the latents do not fit float16, or no image could be read.
     """
-    out = pathlib.Path(out)
     wanted = {"vae": vae, "tokenizer": tokenizer, "resolution": resolution, "scaling_factor": float(scaling_factor),
               "seed": seed, "source": getattr(image_source, "digest", "")}  # fmt: skip
+
+    def rows(writer: CacheWriter, bar: tqdm) -> Iterator[Rows]:
+        for examples, next_index in _groups(image_source, writer, batch_size, resolution, num_threads):
+            latents = encode_examples(examples, encode, batch_size, seed) * np.float32(scaling_factor)
+            captions, ids, frames = ([example[name] for example in examples] for name in ("caption", "id", "frame"))
+            yield latents, np.asarray(tokenize(captions)), np.array(frames, np.int32), ids, next_index
+            bar.update(next_index - bar.n)
+
+    shapes = functools.partial(_shapes, encode, tokenize, batch_size, resolution)
+    return fill(out, wanted, shapes, rows, len(image_source), shard_size, progress, desc="encode")
+
+
+def prepare_samples(
+    draws: Draws,
+    sample: Callable[[int, Sequence[str], Sequence[int]], np.ndarray],
+    tokenize: Callable[[Sequence[str]], np.ndarray],
+    out: str | pathlib.Path,
+    batch_size: int,
+    *,
+    resolution: int,
+    latent_shape: tuple[int, ...],
+    scaling_factor: float,
+    vae: str,
+    tokenizer: str,
+    source: str,
+    shard_size: int = 1024,
+    progress: bool | None = None,
+) -> LatentCache:
+    """Writes the cache of what teachers draw, as `prepare` writes that of images; the records are in the draws' order.
+
+    Within a shard it goes teacher by teacher, so that each is loaded once a shard.
+
+    Args:
+        sample: maps a teacher's number, prompts and seeds to scaled latents (B, h, w, C); it always gets `batch_size`.
+        latent_shape: (h, w, C) of these.
+        source: what else the latents follow from: teachers, prompts, sampler.
+
+    Raises:
+        ValueError: `out` holds something else, or the latents do not fit float16.
+    """
+    wanted = {"vae": vae, "tokenizer": tokenizer, "resolution": resolution, "scaling_factor": float(scaling_factor),
+              "seed": draws.seed, "source": source}  # fmt: skip
+
+    def shapes() -> dict:
+        return {"latent_shape": latent_shape, "num_tokens": int(np.asarray(tokenize([""])).shape[1])}
+
+    def rows(writer: CacheWriter, bar: tqdm) -> Iterator[Rows]:
+        for first in range(writer.next_index, len(draws), shard_size):
+            ids = np.arange(first, min(first + shard_size, len(draws)))
+            latents = np.empty((len(ids), *latent_shape), np.float32)
+            for teacher, part in _batches_by_teacher(draws, ids, batch_size):
+                full = np.resize(part, batch_size)  # Filled up, so that `sample` compiles once.
+                prompts, _, seeds = zip(*(draws[int(k)] for k in full), strict=True)
+                latents[part - first] = sample(teacher, prompts, seeds)[: len(part)]
+                bar.update(len(part))
+            input_ids = np.asarray(tokenize([draws[int(k)].prompt for k in ids]))
+            frames = np.tile(np.array([resolution, resolution, 0, 0], np.int32), (len(ids), 1))
+            yield latents, input_ids, frames, ids.tolist(), int(ids[-1]) + 1
+
+    return fill(out, wanted, shapes, rows, len(draws), shard_size, progress, desc="sample")
+
+
+def fill(
+    out: str | pathlib.Path,
+    wanted: Mapping[str, Any],
+    shapes: Callable[[], dict],
+    rows: Callable[[CacheWriter, tqdm], Iterator[Rows]],
+    total: int,
+    shard_size: int,
+    progress: bool | None,
+    desc: str,
+) -> LatentCache:
+    """Writes the cache and opens it; a finished one of just `wanted` is opened as it is.
+
+    Args:
+        wanted: fields of the header that say what is asked for.
+        shapes: finds the fields that say what a record holds.
+        rows: yields the arguments of `CacheWriter.add` from `writer.next_index` on, and moves the bar.
+        total: where the source ends.
+    """
+    out = pathlib.Path(out)
     if out.exists():
         return LatentCache(out, **wanted)
-    shapes = _shapes(encode, tokenize, batch_size, resolution)
-    writer = CacheWriter(out, CacheHeader(**wanted, **shapes), shard_size)
+    writer = CacheWriter(out, CacheHeader(**wanted, **shapes()), shard_size)
     hidden = not sys.stderr.isatty() if progress is None else not progress
-    bar = tqdm(total=len(image_source), initial=writer.next_index, desc="encode", unit="image", disable=hidden)
     try:
-        with bar:
-            for examples, next_index in _groups(image_source, writer, batch_size, resolution, num_threads):
-                latents = encode_examples(examples, encode, batch_size, seed) * np.float32(scaling_factor)
-                captions, ids, frames = ([example[name] for example in examples] for name in ("caption", "id", "frame"))
-                writer.add(latents, np.asarray(tokenize(captions)), np.array(frames, np.int32), ids, next_index)
-                bar.update(next_index - bar.n)
+        with tqdm(total=total, initial=writer.next_index, desc=desc, unit="image", disable=hidden) as bar:
+            for arguments in rows(writer, bar):
+                writer.add(*arguments)
         return writer.finish()
     finally:
         writer.abandon()
+
+
+def _batches_by_teacher(draws: Draws, ids: np.ndarray, batch_size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields teacher by teacher the places of up to `batch_size` draws."""
+    teachers = np.array([draws[int(k)].teacher for k in ids])
+    for teacher in range(draws.num_teachers):
+        own = ids[teachers == teacher]
+        for first in range(0, len(own), batch_size):
+            yield teacher, own[first : first + batch_size]
 
 
 def encode_examples(examples: Sequence[Example], encode: Callable, batch_size: int, seed: int) -> np.ndarray:
