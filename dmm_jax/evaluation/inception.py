@@ -4,6 +4,7 @@ The published file is a pickle. `python -m dmm_jax.evaluation.convert_inception`
 says from which file it came and what it held: only distances of such weights are called FID.
 """
 
+import functools
 import hashlib
 import pathlib
 from collections.abc import Mapping
@@ -65,22 +66,20 @@ def features(network: Inception, images: UInt8[np.ndarray, "n H W 3"], clean: bo
     for start in range(0, len(images), CHUNK_SIZE):
         chunk = images[start : start + CHUNK_SIZE]
         padded = np.pad(chunk, ((0, CHUNK_SIZE - len(chunk)), (0, 0), (0, 0), (0, 0)))
-        resized = resize_clean(padded, IMAGE_SIZE) if clean else _resize(padded)
+        resized = resize_clean(padded, IMAGE_SIZE) if clean else _resize_tf1(padded)
         found[start : start + len(chunk)] = _chunk_features(network.graph, network.params, resized)[: len(chunk)]
     return found
 
 
-@jax.jit
-def _resize(images: UInt8[Array, "chunk H W 3"]) -> Float[Array, "chunk 299 299 3"]:
-    return resize_tf1(images.astype(jnp.float32), IMAGE_SIZE)
+def _resize_tf1(images: UInt8[np.ndarray, "chunk H W 3"]) -> Float[Array, "chunk 299 299 3"]:
+    """Resizes outside `jit`, which fuses products with sums, so that the last bits would differ from TensorFlow's."""
+    return resize_tf1(jnp.asarray(images, jnp.float32), IMAGE_SIZE)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _chunk_features(
     graph: nnx.GraphDef, params: Mapping, images: Float[Array | np.ndarray, "chunk 299 299 3"]
 ) -> Float[Array, "chunk 2048"]:
-    # Accelerators round the factors of convolutions to 10 bits or fewer unless told not to.
+    # Accelerators round the factors of a convolution to 10 bits or fewer unless they are told not to.
     with jax.default_matmul_precision("highest"):
-        return _forward(graph, params, images)
-
-
-_forward = jax.jit(lambda graph, params, images: nnx.merge(graph, params)(images), static_argnums=0)
+        return nnx.merge(graph, params)(images)
