@@ -16,7 +16,11 @@ LAYERS = {
     "demo.experiment": 4, "demo.run": 6, "bench_profile": 0, "bench": 7, "bench_peer": 7, "cli": 8,
 }  # fmt: skip
 FORBIDDEN = {"torch", "tensorflow", "diffusers", "pickle"}
-WITH_TORCH = {"dmm_jax.verify", "dmm_jax.bench_peer"}  # What the [torch] extra is for; nothing imports them unasked.
+WITH_TORCH = {
+    "dmm_jax.verify",
+    "dmm_jax.bench_peer",
+    "dmm_jax.evaluation.convert_inception",
+}  # What the [torch] extra is for; nothing imports them unasked.
 
 
 def imports(path: pathlib.Path):
