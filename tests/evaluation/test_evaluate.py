@@ -1,6 +1,7 @@
 """`evaluate` from a trained workdir to the numbers on disk, and what it streams."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -39,12 +40,23 @@ def test_features_are_held_for_a_kernel_only():
     assert measure(network(kernel=""), iter([(IMAGES, LATENTS)]), 90).features == []
 
 
-def test_the_report_names_the_network_and_its_weights(trained, monkeypatch, capsys):
+@pytest.fixture
+def workdir(trained, tmp_path, monkeypatch):
+    """A copy of the tiny run in which little is drawn at a time."""
+    for name in ("NUM_PAIRS", "NUM_SHOWN", "NUM_MIXES"):
+        monkeypatch.setattr(module, name, 2)
+    copy = shutil.copytree(trained, tmp_path / "run")
+    config = json.loads((copy / "config.json").read_text())
+    config["evaluation"]["batch_size"] = 4
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+def test_the_report_names_the_network_and_its_weights(workdir, monkeypatch, capsys):
     monkeypatch.setattr(module, "open_network", lambda spec: network())
-    monkeypatch.setattr(module, "NUM_PAIRS", 2)
-    assert cli.main(["evaluate", str(trained), "--n", "4", "--features", "inception:weights.safetensors"]) == 0
+    assert cli.main(["evaluate", str(workdir), "--n", "4", "--features", "inception:weights.safetensors"]) == 0
     page = capsys.readouterr().out.strip()
-    told = json.loads((trained / "report" / "metrics.json").read_text())
+    told = json.loads((workdir / "report" / "metrics.json").read_text())
     assert (told["distance"], told["n"], told["kernel"]["distance"]) == ("FD (corners)", 4, "KD (corners)")
     assert told["settings"]["weights SHA-256"] == "0123" and "dpmpp_2m" in told["settings"].values()
     assert told["command"].endswith("--n 4 --features inception:weights.safetensors")

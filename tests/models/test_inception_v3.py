@@ -1,6 +1,7 @@
 """The Inception of FID beside a PyTorch twin written from the published network's description, with random weights."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -153,10 +154,10 @@ def test_features_are_the_twins():
     twin.load_state_dict({key: torch.from_numpy(array) for key, array in tensors.items()}, strict=False)
     graph, state = nnx.split(abstract_model(lambda rngs: InceptionV3(rngs=rngs)), nnx.Param)
     params = naming.from_torch(nnx.to_pure_dict(state), tensors | {"Mixed_5b.branch1x1.bn.num_batches_tracked": 7})
-    found = np.asarray(jax.jit(lambda params: nnx.merge(graph, params)(images))(params))
+    found = np.asarray(jax.jit(lambda params: nnx.merge(graph, params)(jnp.asarray(images)))(params))
     with torch.no_grad():
         expected = twin(torch.from_numpy(images).movedim(-1, 1)).numpy()
-    assert expected.std(axis=0).min() > 0 or (expected > 0).mean() > 0.9
+    assert (expected > 0).mean() > 0.5
     assert np.abs(found - expected).max() < TOLERANCE * np.abs(expected).max()
     assert {key: array.tobytes() for key, array in naming.to_torch(params).items()} == {
         key: array.tobytes() for key, array in tensors.items()
@@ -174,4 +175,4 @@ def test_batch_norm_is_pytorchs_in_inference(shape):
     hidden = RNG.normal(size=shape).astype(np.float32)
     with torch.no_grad():
         expected = twin(torch.from_numpy(hidden.reshape(-1, 3))).numpy().reshape(shape)
-    np.testing.assert_allclose(norm(hidden), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(norm(jnp.asarray(hidden)), expected, rtol=1e-5, atol=1e-5)
