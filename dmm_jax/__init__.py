@@ -6,14 +6,14 @@ The map, from the command line down; imports point downwards only:
     demo/                       the embedded world: renderer, tiny checkpoints, their recipe, the whole road
     train                       run(): mesh, data, networks, state, restore, loop
     export, sample              a trained student as files, and as pictures
-    evaluation/                 features, Frechet distance, fidelity, style matrix, report
+    evaluation/                 feature networks, FID, KID, CMMD, fidelity, style matrix, report
     distill/                    losses, teachers, student, the one compiled step
     pipeline, images, metrics   prompts + styles -> images; PNGs that carry their parameters; metrics.jsonl
     checkpoints/                the naming rule, safetensors, single files, folders, exports, Orbax states
     data/                       caption sources, the latent cache, batches
     tokenizer, sharding         token ids; the mesh and which array lives where
     processes                   several processes as one run: joining, ending, SIGTERM
-    models/                     NNX ports of UNet, VAE and CLIP; attributes are diffusers' keys
+    models/                     NNX ports of UNet, VAE, CLIP, Inception; attributes are diffusers' keys
     diffusion/                  schedules, predictions, guidance, solvers: mathematics on arrays
     config                      every option of a run
 """
