@@ -126,9 +126,14 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--batch-size", type=int, default=8, help="images computed at once")
     verb.add_argument("--dtype", default="", help="float32 or bfloat16; default: bfloat16 on accelerators")
 
-    verb = _add(verbs, "evaluate", _evaluate, "fidelity, the style matrix, FD (shapes): metrics.json and a report")
+    verb = _add(verbs, "evaluate", _evaluate, "fidelity, the style matrix, FD or FID: metrics.json and a report")
     verb.add_argument("workdir", type=pathlib.Path, metavar="WORKDIR")
     verb.add_argument("--n", type=int, default=0, help="images per style and teacher")
+    verb.add_argument(
+        "--features",
+        default="shapes",
+        help="shapes (the embedded world's, default), inception:PATH or clean-inception:PATH (FID's weights)",
+    )
 
     verb = _add(
         verbs, "bench", _bench, "images/s and TFLOP/s on random data, beside the device's peak", takes_config=True
@@ -241,7 +246,7 @@ def _options(args) -> dict:
 def _evaluate(args):
     from dmm_jax.evaluation.evaluate import evaluate
 
-    print(evaluate(args.workdir, num_images=args.n))
+    print(evaluate(args.workdir, num_images=args.n, features=args.features))
 
 
 def _bench(args):

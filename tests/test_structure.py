@@ -17,7 +17,11 @@ LAYERS = {
     "planning": 1, "plan": 5, "plan_text": 6, "prepare_samples": 3,
 }  # fmt: skip
 FORBIDDEN = {"torch", "tensorflow", "diffusers", "pickle"}
-WITH_TORCH = {"dmm_jax.verify", "dmm_jax.bench_peer"}  # What the [torch] extra is for; nothing imports them unasked.
+WITH_TORCH = {
+    "dmm_jax.verify",
+    "dmm_jax.bench_peer",
+    "dmm_jax.evaluation.convert_inception",
+}  # What the [torch] extra is for; nothing imports them unasked.
 
 
 def imports(path: pathlib.Path):

@@ -157,7 +157,7 @@ def _component(checkpoint, component) -> tuple[dict, list[dict]]:
 
 def _damages(checkpoint, component, tensors):
     found = {"not finite": [key for key in naming.spellings(tensors).values() if not naming.is_finite(tensors[key])]}
-    found["position_ids"] = [key for key in tensors if _last(key) == naming.IGNORED and not _counts(tensors[key])]
+    found["position_ids"] = [key for key in tensors if _last(key) == naming.POSITION_IDS and not _counts(tensors[key])]
     damages = []
     try:
         found = naming.differences(checkpoint.shapes(component), tensors) | found

@@ -1,8 +1,8 @@
 """THE naming rule between our parameters and PyTorch's state dicts: the path, joined by dots, is the key.
 
-`kernel` becomes `weight` with output and input axes first; `scale` and `embedding` become `weight`; `bias` stays. One
-loop over the model's own parameters drives both directions. Only two spellings in the wild differ: old VAEs name their
-attention `query, key, value, proj_attn`, and a text encoder's keys may lack the prefix `text_model.`.
+`kernel` becomes `weight` with output and input axes first; `scale` and `embedding` become `weight`; the others stay.
+One loop over the model's own parameters drives both directions. Only two spellings in the wild differ: old VAEs name
+their attention `query, key, value, proj_attn`, and a text encoder's keys may lack the prefix `text_model.`.
 """
 
 import functools
@@ -15,8 +15,12 @@ import numpy as np
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.safetensors_io import Computed, Tensors, dtype_of, shape_of
 
-LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
-IGNORED = "position_ids"  # A buffer of old text encoders, often damaged by merging; positions are always 0 to 76.
+LEAVES = {
+    "kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias",
+    "running_mean": "running_mean", "running_var": "running_var",
+}  # fmt: skip
+POSITION_IDS = "position_ids"  # A buffer of old text encoders, often damaged by merging; always 0 to 76.
+IGNORED = (POSITION_IDS, "num_batches_tracked")  # The second tells how long a batch norm was trained.
 MOST_LISTED = 20
 
 Path = tuple[str | int, ...]
@@ -210,7 +214,7 @@ def spellings(tensors: Mapping) -> dict[str, str]:
 
     A tensor that stands in both spellings keeps them both, so that the old one is reported and not dropped.
     """
-    keys = {key: None for key in tensors if key.rsplit(".", 1)[-1] != IGNORED}
+    keys = {key: None for key in tensors if key.rsplit(".", 1)[-1] not in IGNORED}
     bare_text = any(key.startswith("embeddings.token_embedding") for key in keys)
     today = {key: _today(key, bare_text) for key in keys}
     return {key if today[key] in keys else today[key]: key for key in keys}

@@ -6,19 +6,22 @@ other noise than the teachers', as the floor's are (a teacher against itself), s
 
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float, UInt8
 
 from dmm_jax import config as config_lib
 from dmm_jax import metrics as metrics_lib
 from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.data.sources import FolderSource
 from dmm_jax.demo import world
-from dmm_jax.demo.layout import CLASSIFIER, FOLDER
 from dmm_jax.evaluation import fidelity
-from dmm_jax.evaluation.features import NUM_FEATURES, features, load
 from dmm_jax.evaluation.frechet import Statistics
+from dmm_jax.evaluation.kid import NUM_SUBSETS, SUBSET_SIZE, kernel_inception_distance
+from dmm_jax.evaluation.networks import SHAPES, FeatureNetwork, open_network
 from dmm_jax.evaluation.report import Interpolation, Pairs, write_report
 from dmm_jax.evaluation.style_matrix import style_matrix
 from dmm_jax.pipeline import Pipeline
@@ -32,64 +35,113 @@ NUM_SHOWN = 6
 NUM_MIXES = 11
 
 
-def evaluate(workdir: str | pathlib.Path, num_images: int = 0) -> pathlib.Path:
+def evaluate(workdir: str | pathlib.Path, num_images: int = 0, features: str = SHAPES) -> pathlib.Path:
     """Writes `report/index.html` and `report/metrics.json` in a training workdir; returns the page's path.
 
     Args:
       num_images: per style and model; 0 takes the config's.
+      features: the network that measures, as `networks.open_network` takes it.
 
     Raises:
-      ValueError: the workdir holds no student, or the run was not on the embedded world, for which alone a distance is
-        built in: FID needs Inception weights that this version does not read yet.
+      ValueError: the workdir holds no student, the network cannot be used, or it is not for these pictures.
     """
     started, workdir = time.perf_counter(), pathlib.Path(workdir)
     config = config_lib.load(workdir)
-    if config.data.source != SHAPES_WORLD:
+    if features == SHAPES and config.data.source != SHAPES_WORLD:
         raise ValueError(
             f"FD (shapes) is a distance of the embedded world's pictures; data.source is {config.data.source!r}. "
-            "Compare by eye with `dmm-jax sample`, teacher and student from the same seeds."
+            "Give Inception's weights as --features inception:PATH, or compare by eye with `dmm-jax sample`."
         )
+    network = open_network(features)
     options = config.evaluation.to_dict()
-    num_images, batch_size = num_images or options.pop("num_images"), options.pop("batch_size")
-    options.pop("num_images", None)
+    configured, batch_size = options.pop("num_images"), options.pop("batch_size")
+    num_images = num_images or configured
     models = Models(config, workdir)
-    _, prompts = world.sample_scenes(np.random.default_rng(PROMPT_SEED), max(num_images, NUM_PAIRS))
+    prompts, told = _prompts(config, max(num_images, NUM_PAIRS))
 
-    def pictures(pipeline, style, seed, count=num_images):
+    def sample(pipeline, style, seed, count=num_images):
         jobs = [(prompt, style, seed + k) for k, prompt in enumerate(prompts[:count])]
-        return tuple(map(np.concatenate, zip(*draw(pipeline, jobs, batch_size, **options), strict=True)))
-
-    classifier = load(FOLDER / CLASSIFIER)
-
-    def statistics(images):
-        return Statistics.empty(NUM_FEATURES).update(features(*classifier, images))
+        return measure(network, draw(pipeline, jobs, batch_size, **options), num_images)
 
     teacher, again, student, pairs, paired = [], [], [], {}, {"latent MSE": {}, "PSNR (dB)": {}}
+    kernel = {"student": {}, "floor": {}}
     for name in models.names:
-        images, latents = pictures(models.teacher(name), None, TEACHER_SEED, max(num_images, NUM_PAIRS))
-        teacher.append(statistics(images[:num_images]))
-        again.append(statistics(pictures(models.teacher(name), None, OTHER_SEED)[0]))
-        student.append(statistics(pictures(models.student, name, OTHER_SEED)[0]))
-        same, same_latents = pictures(models.student, name, TEACHER_SEED, NUM_PAIRS)
-        pairs[name] = Pairs(prompts[:NUM_SHOWN], images[:NUM_SHOWN], same[:NUM_SHOWN])
-        paired["latent MSE"][name] = float(fidelity.latent_mse(latents[:NUM_PAIRS], same_latents).mean())
-        paired["PSNR (dB)"][name] = float(np.median(fidelity.psnr(images[:NUM_PAIRS], same)))
-    base, average = (statistics(pictures(model, None, OTHER_SEED)[0]) for model in (models.base, models.average))
+        own = sample(models.teacher(name), None, TEACHER_SEED, len(prompts))
+        for what, drawn, statistics in (
+            ("floor", sample(models.teacher(name), None, OTHER_SEED), again),
+            ("student", sample(models.student, name, OTHER_SEED), student),
+        ):
+            statistics.append(drawn.statistics)
+            if network.kernel:
+                kernel[what][name] = kernel_distance(own, drawn)
+        teacher.append(own.statistics)
+        same = sample(models.student, name, TEACHER_SEED, NUM_PAIRS)
+        pairs[name] = Pairs(prompts[:NUM_SHOWN], own.images[:NUM_SHOWN], same.images[:NUM_SHOWN])
+        paired["latent MSE"][name] = float(fidelity.latent_mse(own.latents, same.latents).mean())
+        paired["PSNR (dB)"][name] = float(np.median(fidelity.psnr(own.images, same.images)))
+    base, average = (sample(model, None, OTHER_SEED).statistics for model in (models.base, models.average))
 
-    results = style_matrix(models.names, student, teacher, again, base, average)
+    results = style_matrix(models.names, student, teacher, again, base, average, network.frechet)
     results["fidelity"] = paired
-    results["settings"] = options | {
-        "prompts": f"the embedded world's captions, seed {PROMPT_SEED}",
-        "noise seeds": f"{TEACHER_SEED} + k (teachers), {OTHER_SEED} + k (all others)",
-        "training steps": config.num_steps,
-        "images a step": config.batch_size,
-        "device": jax.devices()[0].device_kind,
-    }
-    results["command"] = f"dmm-jax evaluate {workdir.name}"
+    if network.kernel:
+        size = min(SUBSET_SIZE, num_images)
+        results["kernel"] = {"distance": network.kernel, "subsets": f"{NUM_SUBSETS} of {size}"} | kernel
+    results["settings"] = (
+        options
+        | network.facts
+        | {
+            "prompts": told,
+            "pixels": f"{same.images.shape[2]} x {same.images.shape[1]}",
+            "noise seeds": f"{TEACHER_SEED} + k (teachers), {OTHER_SEED} + k (all others)",
+            "training steps": config.num_steps,
+            "images a step": config.batch_size,
+            "device": jax.devices()[0].device_kind,
+        }
+    )
+    results["command"] = f"dmm-jax evaluate {workdir.name} --n {num_images} --features {features}"
     results["timings"] = {"evaluation (s)": time.perf_counter() - started}
     strip = _interpolation(models, prompts, batch_size, options)
     lines = metrics_lib.read(workdir / "metrics.jsonl")
     return write_report(workdir / "report", results, grids=pairs, interpolation=strip, metrics=lines)
+
+
+class Sample(NamedTuple):
+    """What is kept of a model's pictures: the first NUM_PAIRS themselves; all features only for a kernel's distance."""
+
+    statistics: Statistics
+    features: list[np.ndarray]
+    images: UInt8[np.ndarray, "k H W 3"]
+    latents: Float[np.ndarray, "k h w C"]
+
+
+def measure(network: FeatureNetwork, batches: Iterator[tuple[np.ndarray, np.ndarray]], num_images: int) -> Sample:
+    """Measures pictures as they are drawn, batch by batch; those after the first `num_images` are not counted."""
+    statistics, features, kept = Statistics.empty(network.num_features), [], []
+    for images, latents in batches:
+        found = network.features(images[: num_images - statistics.count])
+        statistics = statistics.update(found)
+        features += [found] if network.kernel else []
+        if sum(len(pictures) for pictures, _ in kept) < NUM_PAIRS:
+            kept.append((images, latents))
+    images, latents = map(np.concatenate, zip(*kept, strict=True))
+    return Sample(statistics, features, images[:NUM_PAIRS], latents[:NUM_PAIRS])
+
+
+def kernel_distance(a: Sample, b: Sample) -> dict[str, float]:
+    """Returns mean and standard deviation of KID's subsets, which are smaller where there are fewer pictures."""
+    one, other = (np.concatenate(sample.features) for sample in (a, b))
+    return kernel_inception_distance(one, other, subset_size=min(SUBSET_SIZE, len(one)))._asdict()
+
+
+def _prompts(config, count: int) -> tuple[list[str], str]:
+    """Returns prompts for as many pictures, and what they are; a folder's captions come again where they are fewer."""
+    rng = np.random.default_rng(PROMPT_SEED)
+    if config.data.source == SHAPES_WORLD:
+        return world.sample_scenes(rng, count)[1], f"the embedded world's captions, seed {PROMPT_SEED}"
+    captions = [caption for _, caption in FolderSource(config.data.source).rows]
+    order = rng.permutation(len(captions))
+    told = f"{min(count, len(captions))} captions of {config.data.source}, seed {PROMPT_SEED}"
+    return [captions[order[k % len(order)]] for k in range(count)], told
 
 
 class Models:

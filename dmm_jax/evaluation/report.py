@@ -56,7 +56,8 @@ def write_report(
       results: `styles`, `distance` (its name), `n` (pictures a style), `matrix` (row: student style, column: teacher),
         and per teacher `floor`, `base`, `average` and `gap_closed` = (base - student) / (base - floor), or None where
         the base is at the floor; `diagonal_is_minimum`: of every row and every column.
-        Optional: `fidelity` {measure: {style: value}, or values in the order of the styles}, `settings`, `timings`
+        Optional: `kernel` {distance: its name, subsets: their number and size, student and floor: {style: {mean,
+        std}}}, `fidelity` {measure: {style: value}, or values in the order of the styles}, `settings`, `timings`
         (seconds), `command`.
       grids: fields of `Pairs` by style. interpolation, samples: fields of the classes of those names.
       metrics: the lines of metrics.jsonl.
@@ -75,6 +76,7 @@ def write_report(
             sections.interpolation(part, *Interpolation(*interpolation)) if interpolation else "",
             sections.losses(part, metrics, results["styles"]),
             sections.fidelity(plain(results.get("fidelity")), results["styles"]),
+            sections.kernel(plain(results.get("kernel")), results["styles"]),
             sections.made(plain(results)),
         ]
         (part / "metrics.json").write_text(json.dumps(plain(results), indent=2, allow_nan=False) + "\n")

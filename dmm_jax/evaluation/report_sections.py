@@ -161,6 +161,21 @@ def fidelity(measures: Mapping | None, styles: Sequence[str]) -> str:
 {_lines(rows)}</table></div>"""
 
 
+def kernel(measured: Mapping | None, styles: Sequence[str]) -> str:
+    """Lists the kernel's distances of student and floor, mean and standard deviation over subsets; else nothing."""
+    if not measured:
+        return ""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in styles)
+    rows = []
+    for what in ("student", "floor"):
+        cells = "".join(f"<td>{_value(one['mean'])} ± {_value(one['std'])}</td>" for one in measured[what].values())
+        rows.append(f'<tr><th scope="row">{what.capitalize()}</th>{cells}</tr>')
+    return f"""<h2>{escape(measured["distance"])}</h2>
+<p>A distance without bias, for few pictures: mean ± standard deviation over {escape(measured["subsets"])} pictures.</p>
+<div class="scroll"><table class="numbers"><tr><th></th>{head}</tr>
+{_lines(rows)}</table></div>"""
+
+
 def made(results: Mapping) -> str:
     """Tells how the numbers came about: the command, the settings, the times."""
     lists = []

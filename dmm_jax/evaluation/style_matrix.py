@@ -15,6 +15,7 @@ def style_matrix(
     teacher_again: Sequence[Statistics],
     base: Statistics | Sequence[Statistics],
     average: Statistics | Sequence[Statistics],
+    distance: str = "FD (shapes)",
 ) -> dict[str, object]:
     """Returns the distances as metrics.json holds them.
 
@@ -26,6 +27,7 @@ def style_matrix(
       student, teacher: by style, in the order of `names`.
       teacher_again: the teachers' pictures from other noise than `teacher`'s.
       base, average: of the base model and of the average of the teachers' weights: one for all styles, or by style.
+      distance: its name.
 
     Raises:
       ValueError: a list has another length than `names`, or the sets differ in their number of pictures.
@@ -40,7 +42,7 @@ def style_matrix(
     )
     return {
         "styles": list(names),
-        "distance": "FD (shapes)",
+        "distance": distance,
         "n": n,
         "matrix": matrix.tolist(),
         "floor": floor.tolist(),

@@ -1,4 +1,4 @@
-"""The five layers that own parameters, with PyTorch's defaults where NNX's differ: epsilon, padding, initial weights.
+"""The six layers that own parameters, with PyTorch's defaults where NNX's differ: epsilon, padding, initial weights.
 
 Norms compute and return float32; whoever calls one casts back. Parameters are float32; `dtype` is the arithmetic's.
 """
@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 # PyTorch's default for Linear and Conv: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), which is variance 1 / (3 fan_in).
 _kernel_init = nnx.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
@@ -34,19 +35,29 @@ def linear(in_features: int, out_features: int, *, use_bias: bool = True, dtype,
 
 
 def conv(
-    in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, padding=None, dtype, rngs: nnx.Rngs
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int | tuple[int, int],
+    *,
+    stride: int = 1,
+    padding=None,
+    use_bias: bool = True,
+    dtype,
+    rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """Builds a square 2-D convolution; `padding`: ((top, bottom), (left, right)), else kernel_size // 2 all round."""
+    """Builds a 2-D convolution; `padding`: ((top, bottom), (left, right)), else half the kernel on every side."""
+    rows, columns = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
     return nnx.Conv(
         in_channels,
         out_channels,
-        (kernel_size, kernel_size),
+        (rows, columns),
         strides=stride,
-        padding=padding if padding is not None else ((kernel_size // 2,) * 2,) * 2,
+        padding=padding if padding is not None else ((rows // 2,) * 2, (columns // 2,) * 2),
+        use_bias=use_bias,
         dtype=dtype,
         param_dtype=jnp.float32,
         kernel_init=_kernel_init,
-        bias_init=_bias_init(in_channels * kernel_size**2),
+        bias_init=_bias_init(in_channels * rows * columns),
         rngs=rngs,
     )
 
@@ -88,6 +99,27 @@ def normed(
         return (output if activation is None else activation(output)).astype(hidden.dtype)
 
     return compute(params, hidden)
+
+
+class BatchNorm(nnx.Module):
+    """The batch norm of a trained network: it scales by the mean and variance that were counted in training.
+
+    Both are parameters here, as they are tensors in a state dict; `nnx.BatchNorm` keeps them apart, and averages.
+    """
+
+    def __init__(self, num_features: int, *, epsilon: float):
+        self.scale = nnx.Param(jnp.ones(num_features))
+        self.bias = nnx.Param(jnp.zeros(num_features))
+        self.running_mean = nnx.Param(jnp.zeros(num_features))
+        self.running_var = nnx.Param(jnp.ones(num_features))
+        self.epsilon = epsilon
+
+    def __call__(self, hidden: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+        """Returns (hidden - mean) / sqrt(variance + epsilon), scaled and shifted, by channel."""
+        gain = self.scale[...] * jax.lax.rsqrt(self.running_var[...] + self.epsilon)
+        shift = self.bias[...] - self.running_mean[...] * gain
+        shape = (1,) * (hidden.ndim - 1) + gain.shape
+        return hidden * gain.reshape(shape) + shift.reshape(shape)
 
 
 class Identity(nnx.Module):

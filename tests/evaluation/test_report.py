@@ -119,6 +119,17 @@ def test_sections_without_material_are_left_out(tmp_path):
         assert heading in full and heading not in bare
 
 
+def test_the_kernels_distances_stand_under_their_name(tmp_path):
+    names = ["comic", "ink", "neon"]
+    sides = {
+        what: {name: {"mean": 0.25 + k, "std": 0.125} for k, name in enumerate(names)} for what in ("student", "floor")
+    }
+    told = results(names, kernel={"distance": "KID " + HOSTILE, "subsets": "100 of 1000"} | sides)
+    section = write_report(tmp_path / "report", told).read_text().split("<h2>KID ")[1].split("<h2>")[0]
+    assert numbers(section) == [0.25, 0.125, 1.25, 0.125, 2.25, 0.125] * 2
+    assert html.escape(HOSTILE) in section and "100 of 1000 pictures" in section
+
+
 def test_summary_owns_up_when_a_style_is_nearer_another_teacher(tmp_path):
     assert "always nearest" in write_report(tmp_path / "a", results()).read_text()
     assert "always nearest" not in write_report(tmp_path / "b", results(diagonal_is_minimum=False)).read_text()

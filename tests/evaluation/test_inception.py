@@ -1,0 +1,98 @@
+"""Weights are what the user gave, and only those of the published file are called FID's."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from dmm_jax.checkpoints import naming, safetensors_io
+from dmm_jax.checkpoints.abstract import abstract_model
+from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.evaluation import convert_inception, inception
+from dmm_jax.evaluation.convert_inception import convert
+from dmm_jax.evaluation.networks import open_network
+from dmm_jax.models.inception_v3 import InceptionV3
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    """Weights of the network's shapes: zeros, but for the last layer's shift, which so becomes a feature."""
+    state = nnx.to_pure_dict(nnx.state(abstract_model(lambda rngs: InceptionV3(rngs=rngs)), nnx.Param))
+    arrays = {key: np.zeros(shape, np.float32) for key, shape in naming.torch_shapes(state).items()}
+    arrays["Mixed_7c.branch1x1.bn.bias"][:] = np.arange(320)
+    return arrays
+
+
+@pytest.fixture
+def published(tensors, tmp_path, monkeypatch):
+    """A file as the converter writes it, while another hash is that of the published one."""
+    pth, out = tmp_path / "weights.pth", tmp_path / "weights.safetensors"
+    counts = {"Conv2d_1a_3x3.bn.num_batches_tracked": torch.tensor(7)}
+    torch.save({key: torch.from_numpy(array) for key, array in tensors.items()} | counts, pth)
+    sha256 = hashlib.sha256(pth.read_bytes()).hexdigest()
+    monkeypatch.setattr(inception, "PUBLISHED_SHA256", sha256)
+    convert(pth, out, sha256)
+    return out
+
+
+def test_the_published_weights_make_fid(published):
+    network = open_network(f"inception:{published}")
+    assert (network.frechet, network.kernel) == ("FID", "KID")
+    assert network.facts["weights SHA-256"] == hashlib.sha256(published.read_bytes()).hexdigest()
+    clean = open_network(f"clean-inception:{published}")
+    assert (clean.frechet, clean.kernel) == ("clean-FID", "clean-KID") and "clean-fid" in clean.facts["resize"]
+
+
+def test_features_come_back_in_order_whatever_the_chunk(published, monkeypatch):
+    monkeypatch.setattr(inception, "CHUNK_SIZE", 1)
+    network = open_network(f"clean-inception:{published}")
+    found = network.features(RNG.integers(0, 256, (2, 16, 16, 3)).astype(np.uint8))
+    assert found.shape == (2, network.num_features) and found.dtype == np.float32
+    np.testing.assert_array_equal(found[:, :320], np.tile(np.arange(320), (2, 1)))
+
+
+def test_changed_weights_are_not_fid_though_they_say_so(published, tensors):
+    said = safetensors_io.TensorFile(published).metadata
+    other = published.with_name("other.safetensors")
+    safetensors_io.save(other, tensors | {"fc.bias": np.ones(1008, np.float32)}, said)
+    sha256 = hashlib.sha256(other.read_bytes()).hexdigest()
+    assert open_network(f"inception:{other}").frechet == f"FD (inception, unknown weights SHA-256 {sha256[:10]})"
+    assert open_network(f"inception:{other}").kernel == f"KD (inception, unknown weights SHA-256 {sha256[:10]})"
+
+
+def test_weights_of_another_file_are_not_fid(published, monkeypatch):
+    monkeypatch.undo()
+    assert open_network(f"inception:{published}").frechet.startswith("FD (inception, unknown weights SHA-256 ")
+
+
+def test_a_pickle_is_not_opened_unless_it_is_the_published_file(tmp_path, tensors):
+    pth = tmp_path / "other.pth"
+    torch.save({"fc.bias": torch.zeros(3)}, pth)
+    with pytest.raises(CheckpointError, match="only .safetensors files are opened"):
+        open_network(f"inception:{pth}")
+    with pytest.raises(CheckpointError, match=r"has SHA-256 [0-9a-f]{64}; expected 6726825d0af5f729"):
+        convert(pth, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_the_converters_errors_are_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["convert_inception", str(tmp_path / "none.pth"), str(tmp_path / "out")])
+    assert convert_inception.main() == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_another_networks_weights_are_refused(tmp_path):
+    path = tmp_path / "other.safetensors"
+    safetensors_io.save(path, {"fc.bias": np.zeros(1000, np.float32)})
+    with pytest.raises(CheckpointError, match=r"(?s)Inception of .*misshapen: fc.bias \(expected \(1008,\)"):
+        open_network(f"inception:{path}")
+
+
+@pytest.mark.parametrize("spec", ["inception", "inception:", "clip:x.safetensors", ""])
+def test_unknown_features_are_refused(spec):
+    with pytest.raises(ValueError, match="use shapes .*inception:PATH, clean-inception:PATH"):
+        open_network(spec)
