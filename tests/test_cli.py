@@ -208,4 +208,5 @@ def test_a_style_is_exported_as_a_small_file_for_the_tools_that_are_named(capsys
     )
     assert cli.main([str(one) for one in [*arguments, "--lora-base", "right", "--lora-for", "comfyui,diffusers"]]) == 0
     file = TensorFile(tmp_path / "o" / "style_lora.safetensors")
+    assert file.path.stat().st_size - file.num_bytes < 4000  # Of metadata, recipe included.
     assert len(file) == 4 and '"style": "right=1.0"' in file.metadata["dmm_jax.lora_base"]

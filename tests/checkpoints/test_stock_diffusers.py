@@ -16,8 +16,8 @@ MIX = {"anime": 0.7, "photo": 0.5, "ink": -0.2}
 PROMPTS, NEGATIVE = ["a large red circle", "a small blue star"], "green"
 STEPS, GUIDANCE = 10, 3.0
 TOLERANCE = 1e-5  # Of the latents' maximum.
-# Tensors after which the disk is full: amid the second network of a folder, amid a single file, past all hashing.
-ENOUGH = {"dmm": 460, "diffusers": 460, "single-file": 500}
+# Tensors after which the disk is full: amid the second network of a folder, amid a single file.
+ENOUGH = {"dmm": 250, "diffusers": 250, "single-file": 300}
 
 
 @pytest.fixture(scope="module")
