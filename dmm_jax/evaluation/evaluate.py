@@ -86,18 +86,8 @@ def evaluate(workdir: str | pathlib.Path, num_images: int = 0, features: str = S
     if network.kernel:
         size = min(SUBSET_SIZE, num_images)
         results["kernel"] = {"distance": network.kernel, "subsets": f"{NUM_SUBSETS} of {size}"} | kernel
-    results["settings"] = (
-        options
-        | network.facts
-        | {
-            "prompts": told,
-            "pixels": f"{same.images.shape[2]} x {same.images.shape[1]}",
-            "noise seeds": f"{TEACHER_SEED} + k (teachers), {OTHER_SEED} + k (all others)",
-            "training steps": config.num_steps,
-            "images a step": config.batch_size,
-            "device": jax.devices()[0].device_kind,
-        }
-    )
+    told = {"prompts": told, "pixels": f"{same.images.shape[2]} x {same.images.shape[1]}"}
+    results["settings"] = options | dict(network.facts) | told | _conditions(config)
     results["command"] = f"dmm-jax evaluate {workdir.name} --n {num_images} --features {features}"
     results["timings"] = {"evaluation (s)": time.perf_counter() - started}
     strip = _interpolation(models, prompts, batch_size, options)
@@ -131,6 +121,16 @@ def kernel_distance(a: Sample, b: Sample) -> dict[str, float]:
     """Returns mean and standard deviation of KID's subsets, which are smaller where there are fewer pictures."""
     one, other = (np.concatenate(sample.features) for sample in (a, b))
     return kernel_inception_distance(one, other, subset_size=min(SUBSET_SIZE, len(one)))._asdict()
+
+
+def _conditions(config) -> dict[str, str | int]:
+    """Returns what else a reader has to know to repeat the numbers."""
+    return {
+        "noise seeds": f"{TEACHER_SEED} + k (teachers), {OTHER_SEED} + k (all others)",
+        "training steps": config.num_steps,
+        "images a step": config.batch_size,
+        "device": jax.devices()[0].device_kind,
+    }
 
 
 def _prompts(config, count: int) -> tuple[list[str], str]:
