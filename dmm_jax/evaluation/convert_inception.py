@@ -11,7 +11,7 @@ import sys
 
 from dmm_jax.checkpoints import safetensors_io
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.evaluation.inception import CONTENTS, PUBLISHED_SHA256, SOURCE
+from dmm_jax.evaluation.inception import CONTENTS, PUBLISHED_SHA256, SOURCE, contents_sha256
 
 
 def convert(source: str | pathlib.Path, out: str | pathlib.Path, sha256: str = PUBLISHED_SHA256) -> None:
@@ -35,7 +35,7 @@ def convert(source: str | pathlib.Path, out: str | pathlib.Path, sha256: str = P
         )
     state_dict = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     tensors = {key: tensor.numpy() for key, tensor in state_dict.items()}
-    said = {"format": "pt", SOURCE: found, CONTENTS: safetensors_io.contents_sha256(tensors)}
+    said = {"format": "pt", SOURCE: found, CONTENTS: contents_sha256(tensors)}
     safetensors_io.save(out, tensors, said)
 
 

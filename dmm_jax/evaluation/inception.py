@@ -53,7 +53,16 @@ def load(path: str | pathlib.Path) -> Inception:
 def _published(tensors: safetensors_io.TensorFile) -> bool:
     """Tells whether the converter wrote this file from the published one, and no tensor changed since."""
     said = tensors.metadata
-    return said.get(SOURCE) == PUBLISHED_SHA256 and said.get(CONTENTS) == safetensors_io.contents_sha256(tensors)
+    return said.get(SOURCE) == PUBLISHED_SHA256 and said.get(CONTENTS) == contents_sha256(tensors)
+
+
+def contents_sha256(tensors: Mapping) -> str:
+    """Returns the SHA-256 of a state dict's keys and bytes, which converting the file elsewhere does not change."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(f"{key}\0".encode())
+        digest.update(safetensors_io.raw_bytes(tensors[key]))
+    return digest.hexdigest()
 
 
 def features(network: Inception, images: UInt8[np.ndarray, "n H W 3"], clean: bool) -> Float[np.ndarray, "n 2048"]:
