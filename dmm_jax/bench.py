@@ -79,7 +79,7 @@ def bench_train(config, size: str, num_steps: int, profile: str = "") -> list[di
     base, names = described(size), [name for name, _ in config.teachers]
     mesh = sharding.make_mesh(**config.mesh)
     dtype = jnp.dtype(config.dtype)
-    networks, student_config = train.define_networks(config, base, len(names))
+    networks, student_config = train.define_networks(config, base)
     objective = train.define_objective(
         config, base, lambda texts: np.zeros((len(texts), 77 * len(base.text_encoders)), np.int32)
     )
@@ -88,15 +88,21 @@ def bench_train(config, size: str, num_steps: int, profile: str = "") -> list[di
     teachers = {
         "unet": random_params(base.abstract("unet"), mesh, dtype, copies=len(names)),
         "encoder": sharding.put(np.full(len(names), -1, np.int32), mesh, sharding.TEACHERS),
+        "styles": sharding.put(np.array([(k, 1) for k in range(len(names))], np.int32), mesh, sharding.TEACHERS),
     }
     texts = {name: random_params(base.abstract(name), mesh, dtype) for name in base.text_encoders}
     encoders = {"base": texts, "others": None}
-    optimizer = student_lib.make_optimizer(config)
-    state = student_lib.make_state(params, optimizer, mesh, config.ema_decay)
-    del params
+    trained = {"student": params}
+    if networks.discriminator:
+        learns, fixed = train.abstract_discriminator(config, base)
+        trained["discriminator"] = random_params(learns, mesh, fsdp=True)
+        encoders |= random_params(fixed, mesh, dtype)
+    optimizers = student_lib.make_optimizers(config)
+    state = student_lib.make_state(trained, optimizers, mesh, config.ema_decay)
+    del params, trained
     batch = sharding.put(random_batch(config, base), mesh, sharding.BATCH)
 
-    step = train.define_step(config, networks, objective, optimizer, mesh, state, teachers)
+    step = train.define_step(config, networks, objective, optimizers, mesh, state, teachers)
     started = time.perf_counter()
     compiled, teachers = distill_step.compile_step(step, state, teachers, encoders, batch)
     compile_s = time.perf_counter() - started

@@ -85,6 +85,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--format", required=True, help="comma list of dmm, diffusers, single-file, style-lora")
     verb.add_argument("--style", default="", help='to fold in: NAME, or a mix such as "anime=0.7,photo=0.3"')
+    verb.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="STYLE",
+        help="NAME, or NEW_NAME=NAME; repeat for each style that is exported, in this order; default: all",
+    )
     verb.add_argument("--dtype", default="float16", choices=("float32", "float16", "bfloat16"))
     verb.add_argument(
         "--lora-base",
@@ -221,6 +228,7 @@ def _export(args):
         args.dtype,
         recipe=not args.no_recipe,
         verify=args.verify,
+        keep=args.keep,
         lora_base=args.lora_base,
         lora_for=args.lora_for.split(","),
     )

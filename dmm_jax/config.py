@@ -11,7 +11,7 @@ import ml_collections
 
 STUDENT_INITS = ("base", "average")
 STYLE_INITS = ("zero", "paper")
-FEATURE_LOSSES = ("l2", "cosine")
+FEATURE_LOSSES = ("l2", "normalized", "cosine")
 DTYPES = ("float32", "bfloat16")
 ATTENTION = ("auto", "xla", "cudnn", "flash")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
@@ -26,7 +26,9 @@ def get_config() -> ml_collections.ConfigDict:
     # Checkpoints: diffusers folders or single files.
     config.base = ""  # The student's start; its text encoder, VAE, tokenizer and schedule serve all styles.
     config.prediction_type = ""  # "epsilon" or "v_prediction", of single files that do not say it (SD2's).
-    config.teachers = ()  # ((style name, path), ...): one style per teacher, in this order.
+    # ((style name, path), ...): one style per teacher, in this order. The name "none" is the null style's, which is
+    # drawn when no style is asked for: its teacher is the base, ("none", config.base).
+    config.teachers = ()
 
     # The student.
     config.student_init = "base"  # "base", or "average": the mean of the teachers' weights.
@@ -35,12 +37,26 @@ def get_config() -> ml_collections.ConfigDict:
 
     # The loss: score + feature_loss_weight * mean over the UNet's blocks.
     config.feature_loss_weight = 0.002  # The released code's reading; the paper's (0.001 times the sum) is 0.009.
-    config.feature_loss = "l2"  # "l2": mean squared error; "cosine": 1 - cosine over channels.
+    config.feature_loss = "l2"  # Mean squared error; "normalized": over the teacher's variance; "cosine": 1 - cosine.
     config.prompt_dropout = 0.1  # Share of samples whose prompt becomes "", for student and teacher alike.
+
+    # The adversarial term: a discriminator of 2 N classes judges one-step predictions of the clean latents.
+    config.adversarial = ml_collections.ConfigDict()
+    config.adversarial.weight = 0.0  # Of the student's term, the paper's is 0.01; 0: there is no discriminator.
+    config.adversarial.learning_rate = 1e-5  # Of the discriminator, constant.
+    config.adversarial.train_backbone = True  # False: its head alone learns; the rest stays the base's.
+
+    # Incremental merging: a finished student learns the teachers as further styles, and keeps its own.
+    config.grow = ml_collections.ConfigDict()
+    config.grow.student = ""  # The workdir or DMM folder of the finished student; "": start anew.
+    config.grow.styles = ()  # Those of its styles to keep, in this order, as "name" or "new name=name"; (): all.
+    # Rows of the batch, each as large as a teacher's, in which the finished student teaches its own styles, drawn at
+    # random: replay / (teachers + replay) of the images. 0: nothing holds the old styles.
+    config.grow.replay = 1
 
     # Optimisation.
     config.num_steps = 100_000
-    config.batch_size = 48  # Images a step over all teachers and devices: a multiple of the number of teachers.
+    config.batch_size = 48  # Images a step over all rows and devices: a multiple of teachers + grow.replay.
     config.gradient_accumulation = 1  # Micro-batches a step; the result does not depend on it.
     config.learning_rate = 1e-5
     config.learning_rate_schedule = "constant"  # After the warm-up; or "cosine" down to 0 at num_steps.
@@ -58,7 +74,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.attention = "auto"  # "auto": "cudnn" on NVIDIA GPUs in bfloat16, "flash" on TPUs, else "xla".
     config.remat = False  # Recompute blocks in the backward pass: about a third more work, far less memory.
     config.mesh = ml_collections.ConfigDict()  # Devices along each axis; their product is the number of devices.
-    config.mesh.teacher = 1  # Must divide the number of teachers.
+    config.mesh.teacher = 1  # Must divide the number of teachers (+ grow.replay).
     config.mesh.data = 0  # 0: all the devices that are left.
     config.mesh.fsdp = 1  # The student and its moments are sharded along this axis.
 
@@ -100,6 +116,36 @@ def get_config() -> ml_collections.ConfigDict:
     return config
 
 
+def kept_styles(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Returns the styles that a grown student takes over, {name: name in the old student}, in row order."""
+    return as_kept(config.grow.styles)
+
+
+def as_kept(entries: Sequence[str]) -> dict[str, str]:
+    """Reads ("name", "new name=name", ...) as {new name: name}.
+
+    Raises:
+      ValueError: two have the same new name.
+    """
+    kept = {}
+    for entry in entries:
+        new, _, old = entry.partition("=")
+        if new in kept:
+            raise ValueError(f"two styles are to be called {new!r}: give each its own name, as in 'new name=name'.")
+        kept[new] = old or new
+    return kept
+
+
+def style_names(config: ml_collections.ConfigDict) -> list[str]:
+    """Returns the names of a student's styles in row order: those it keeps, then one per teacher."""
+    return [*kept_styles(config), *(name for name, _ in config.teachers)]
+
+
+def num_rows(config: ml_collections.ConfigDict) -> int:
+    """Returns the rows of a batch [rows, B/rows]: one per teacher, and those of the old student where one grows."""
+    return len(config.teachers) + (config.grow.replay if config.grow.student else 0)
+
+
 def as_teachers(values: Sequence) -> tuple[tuple[str, str], ...]:
     """Reads ((name, path), ...) or ("name=path", ...), as a command line gives them.
 
@@ -130,12 +176,12 @@ def check_mesh(config: ml_collections.ConfigDict, mesh_shape: Mapping[str, int])
       mesh_shape: devices along teacher, data and fsdp, known once the devices are.
     """
     columns = mesh_shape["data"] * mesh_shape["fsdp"]
-    unit = len(config.teachers) * config.gradient_accumulation * columns
+    unit = num_rows(config) * config.gradient_accumulation * columns
     where = f"mesh.data x mesh.fsdp = {mesh_shape['data']} x {mesh_shape['fsdp']} = {columns} devices a teacher"
     problems = []
     if config.batch_size % unit:
         problems.append(
-            f"batch_size {config.batch_size} cannot be divided: {len(config.teachers)} teachers x "
+            f"batch_size {config.batch_size} cannot be divided: {rows_told(config)} x "
             f"gradient_accumulation {config.gradient_accumulation} on {where} want a multiple of {unit}. "
             f"Use {_nearest(config.batch_size, unit)}, or fewer devices a teacher."
         )
@@ -148,25 +194,32 @@ def check_mesh(config: ml_collections.ConfigDict, mesh_shape: Mapping[str, int])
         raise ValueError("The config does not fit the devices:\n" + "\n".join(f"  - {line}" for line in problems))
 
 
+def rows_told(config: ml_collections.ConfigDict) -> str:
+    """Says what the rows of a batch are."""
+    grown = f" and {config.grow.replay} of grow.replay" if config.grow.student else ""
+    return f"{len(config.teachers)} teachers{grown}"
+
+
 def _nearest(value: int, unit: int) -> int:
     return max((value + unit // 2) // unit, 1) * unit
 
 
 def _problems(config):
-    names = [name for name, _ in config.teachers]
-    num_teachers = len(names)
+    names, num_teachers, rows = style_names(config), len(config.teachers), num_rows(config)
     yield not config.base and "base is empty: set the checkpoint that the teachers were fine-tuned from."
     yield num_teachers == 0 and "teachers is empty: list at least one (style name, path)."
     for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"teachers names the style {name!r} twice: give each teacher a name of its own."
+        yield f"the style {name!r} is there twice: give each teacher, and each style that is kept, its own name."
     for name in names:
         if not name or any(symbol in name for symbol in "=,\n"):
             yield f"style name {name!r} is empty or holds '=', ',' or a line break: such a mix could not be written."
-    parts = max(num_teachers, 1) * max(config.gradient_accumulation, 1)
+    yield config.grow.replay < 0 and f"grow.replay must not be negative; got {config.grow.replay}."
+    yield bool(config.grow.styles) and not config.grow.student and "grow.styles needs grow.student: set the student."
+    parts = max(rows, 1) * max(config.gradient_accumulation, 1)
     if config.batch_size < parts or config.batch_size % parts:
         fit = max(config.batch_size - config.batch_size % parts, parts)
         yield (
-            f"batch_size must be a positive multiple of teachers x gradient_accumulation = {parts}; "
+            f"batch_size must be a positive multiple of {rows_told(config)} x gradient_accumulation = {parts}; "
             f"got {config.batch_size}. Use {fit}."
         )
     for name in ("num_steps", "gradient_accumulation", "max_skipped_in_a_row"):
@@ -195,9 +248,12 @@ def _problems(config):
         yield config[name] not in allowed and f"{name} must be one of {', '.join(allowed)}; got {config[name]!r}."
     if config.samples.every and not config.samples.prompts:
         yield "samples.every is set but samples.prompts is empty: list the prompts to draw, or set samples.every=0."
+    for name in ("weight", "learning_rate"):
+        found = config.adversarial[name]
+        yield found < 0 and f"adversarial.{name} must not be negative; got {found}."
     sharded = config.mesh.teacher
-    if sharded < 1 or num_teachers % sharded:
-        yield f"mesh.teacher must divide the {num_teachers} teachers; got {sharded}. Use a divisor, or 1."
+    if sharded < 1 or rows % sharded:
+        yield f"mesh.teacher must divide the {rows_told(config)}; got {sharded}. Use a divisor of {rows}, or 1."
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:

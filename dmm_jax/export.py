@@ -8,6 +8,8 @@ from dmm_jax import config as config_lib
 from dmm_jax.checkpoints import style_lora
 from dmm_jax.checkpoints.export import DTYPES, FORMATS, Recipe, write
 from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.styles import select
+from dmm_jax.distill.incremental import origins
 from dmm_jax.folders import check_output
 from dmm_jax.page import whole_folder
 from dmm_jax.pipeline import parse_style, style_row
@@ -25,6 +27,7 @@ def export_workdir(
     verify: bool = False,
     lora_base: str = "",
     lora_for: Sequence[str] = ("comfyui",),
+    keep: Sequence[str] = (),
 ) -> list[pathlib.Path]:
     """Writes `out/dmm/`, `out/diffusers/`, `out/model.safetensors` and `out/style_lora.safetensors`, as `formats` says.
 
@@ -32,6 +35,7 @@ def export_workdir(
       style: the name or mix ("anime=0.7,photo=0.3") that is folded into the stock formats.
       lora_base: the name or mix whose stock export a style-lora is used on; "" for all styles in equal parts.
       lora_for: the tools that a style-lora is written for: comfyui, diffusers, a1111.
+      keep: the styles that the export has, in this order, as "name" or "new name=name"; () for all.
       recipe: also write the whole recipe, with hashes of all parents, into the files' metadata.
       verify: open what was written in stock diffusers, and compare; prints the errors. Needs the `[torch]` extra.
 
@@ -52,6 +56,8 @@ def export_workdir(
         raise ValueError(
             f"{workdir} holds a stock checkpoint; only a merged one is exported. Give the --workdir of a `train` run."
         )
+    if keep:
+        student = select(student, config_lib.as_kept(keep))
     weights = None
     if any(fmt != "dmm" for fmt in formats):
         if not style:
@@ -60,7 +66,7 @@ def export_workdir(
             )
         weights = _row(style, student.styles)
     base = _row(lora_base, student.styles) if lora_base else style_lora.equal_parts(student.styles)
-    said = describe(workdir, student, style)
+    said = describe(workdir, student, style) | ({"kept": list(keep)} if keep else {})
     title = f"{student.name}: {style}" if style else student.name
     written = {}
     with whole_folder(out) as folder:
@@ -96,7 +102,7 @@ def describe(workdir: pathlib.Path, student, style: str) -> dict:
     if student.kind != "workdir":
         return {"from": student.name, "unet_sha256": student.digest("unet"), "style": style}
     config = config_lib.load(workdir)
-    parents = {name: open_checkpoint(path) for name, path in (("base", config.base), *config.teachers)}
+    parents = {"base": open_checkpoint(config.base)} | origins(config)
     return {
         "parents": {
             name: {"file": parent.name, "unet_sha256": parent.digest("unet")} for name, parent in parents.items()

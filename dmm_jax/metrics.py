@@ -54,18 +54,26 @@ class MetricsLog:
         self._clock = (step, time.perf_counter())
 
     def train(
-        self, step: int, num_steps: int, batch_size: int, feature_loss_weight: float, metrics: Mapping, bar
+        self, step: int, num_steps: int, batch_size: int, weights: Mapping[str, float], metrics: Mapping, bar
     ) -> None:
-        """Writes the losses of one step, the speed since the last line, and the time left; waits for the device."""
+        """Writes the errors of one step, the speed since the last line, and the time left; waits for the device.
+
+        Args:
+          weights: of the errors' means in the student's loss.
+          metrics: of the step: every error per name, and numbers.
+        """
         metrics = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
         since, then = self._clock
         self.start_clock(step)
         step_time_s = (self._clock[1] - then) / max(step - since, 1)
         line = {
             "step": step,
-            "loss": float(metrics["score"].mean() + feature_loss_weight * metrics["feature"].mean()),
-            "score": dict(zip(self._names, metrics["score"].tolist(), strict=True)),
-            "feature": dict(zip(self._names, metrics["feature"].tolist(), strict=True)),
+            "loss": float(sum(weight * metrics[name].mean() for name, weight in weights.items())),
+            **{
+                name: dict(zip(self._names, error.tolist(), strict=True))
+                for name, error in metrics.items()
+                if error.ndim
+            },
             "grad_norm": float(metrics["grad_norm"]),
             "skipped_steps": int(metrics["skipped_steps"]),
             "skipped_in_a_row": int(metrics["skipped_in_a_row"]),

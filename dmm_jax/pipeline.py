@@ -26,6 +26,7 @@ from dmm_jax.models.text_encoders import TextConditioning, TextEncoders
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
 from dmm_jax.tokenizer import Tokenizers
 
+NULL_STYLE = "none"  # Its teacher is the base: what a model draws that is asked for no style.
 Style = str | Mapping[str, float] | None
 Pixels = tuple[int, int]
 
@@ -244,13 +245,14 @@ class Pipeline:
 
 
 def style_row(style: Style, names: Sequence[str]) -> np.ndarray:
-    """Returns the weights (N,) of a style name or a mix.
+    """Returns the weights (N,) of a style name or a mix; None is the null style where the model has one.
 
     Raises:
       ValueError: there is no such style, or none was given.
     """
-    if style is None:
+    if style is None and NULL_STYLE not in names:
         raise ValueError(f"this merged model needs a style for every image; it has: {', '.join(names)}.")
+    style = NULL_STYLE if style is None else style
     mix = {style: 1.0} if isinstance(style, str) else dict(style)
     row = np.zeros(len(names), np.float32)
     for name, weight in mix.items():

@@ -21,9 +21,12 @@ from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.open import CELL, open_checkpoint
 from dmm_jax.data.cache import CacheHeader
+from dmm_jax.distill import incremental
+from dmm_jax.distill import step as distill_step
 from dmm_jax.distill import student as student_lib
 from dmm_jax.distill import teachers as teachers_lib
 from dmm_jax.models.text_encoders import NUM_TIME_IDS
+from dmm_jax.models.unet_2d_condition import merged_config
 from dmm_jax.planning import collectives as collectives_lib
 from dmm_jax.planning import compiler, devices, lifetimes, memory
 
@@ -105,6 +108,7 @@ def plan(
     Raises:
       ValueError: the config cannot be run, or the topology is unknown; says what to do.
     """
+    config = incremental.resolved(config)
     config_lib.check(config)
     where = devices.topology(topology)
     compiled = where.platform == "tpu" and compiler.is_here() if compiled is None else compiled
@@ -143,10 +147,10 @@ def check_layout(config, num_devices: int) -> None:
     """Raises ValueError when the images of a teacher do not divide among its devices."""
     shape = sharding.mesh_shape(**config.mesh, num_devices=num_devices)
     columns = shape["data"] * shape["fsdp"] * config.gradient_accumulation
-    parts = columns * len(config.teachers)
+    parts = columns * config_lib.num_rows(config)
     if config.batch_size % parts:
         raise ValueError(
-            f"batch_size {config.batch_size} must be a multiple of {parts}: teachers {len(config.teachers)} x "
+            f"batch_size {config.batch_size} must be a multiple of {parts}: {config_lib.rows_told(config)} x "
             f"mesh.data {shape['data']} x mesh.fsdp {shape['fsdp']} x gradient_accumulation "
             f"{config.gradient_accumulation}. Use {max(round(config.batch_size / parts), 1) * parts}."
         )
@@ -168,16 +172,20 @@ class Program:
         """Opens what checkpoints there are, takes the others for the architecture's, and places every array."""
         base, assumptions = base_checkpoint(config, architecture)
         others, more = distinct_encoders(config, base)
-        student_config = train.define_networks(config, base, len(config.teachers), platform)[1]
-        state = _placed_state(config, student_config, mesh)
-        frozen = teachers_lib.abstract_teachers(base, len(config.teachers), others, mesh, jnp.dtype(config.dtype))
+        trained, fixed = abstract_trained(config, base)
+        state = student_lib.abstract_state(trained, student_lib.make_optimizers(config), config.ema_decay)
+        state = sharding.described(state, sharding.state_specs(state, mesh), mesh)
+        dtype, rows = jnp.dtype(config.dtype), config_lib.num_rows(config)
+        described = train.teacher_config(config, base)
+        teachers, encoders = teachers_lib.abstract_teachers(base, described, rows, others, mesh, dtype)
+        encoders |= teachers_lib.described(fixed, mesh, dtype)
         batch = abstract_batch(config, base, mesh)
-        return cls(config, base, mesh, platform, (state, *frozen, batch), (*assumptions, *more))
+        return cls(config, base, mesh, platform, (state, teachers, encoders, batch), (*assumptions, *more))
 
     def _defined(self, **changes):
         config = self.config.copy_and_resolve_references()
         config.update(changes)
-        networks, _ = train.define_networks(config, self.base, len(config.teachers), self.platform)
+        networks, _ = train.define_networks(config, self.base, self.platform)
         tokens = self.arguments[3]["input_ids"].shape[-1]
         return (
             config,
@@ -188,15 +196,16 @@ class Program:
     def step(self) -> Callable:
         """Returns the jitted step that `train` runs."""
         config, networks, objective = self._defined()
-        optimizer = student_lib.make_optimizer(config)
-        return train.define_step(config, networks, objective, optimizer, self.mesh, *self.arguments[:2])
+        optimizers = student_lib.make_optimizers(config)
+        return train.define_step(config, networks, objective, optimizers, self.mesh, *self.arguments[:2])
 
     def gradients(self, attention: str) -> tuple[Callable, tuple]:
         """Returns the function of losses and gradients, with an implementation of attention, and its arguments."""
         config, networks, objective = self._defined(attention=attention)
         state, *others = self.arguments
-        function = train.define_gradients(config, networks, objective, self.mesh, state["params"])
-        return function, (state["params"], *others, jax.ShapeDtypeStruct((), jnp.int32))
+        trained = distill_step.trained(state)
+        function = train.define_gradients(config, networks, objective, self.mesh, trained)
+        return function, (trained, *others, jax.ShapeDtypeStruct((), jnp.int32))
 
     def flops(self) -> float:
         """Returns the operations of a step's products and convolutions on one device, recomputation included."""
@@ -221,18 +230,20 @@ def distinct_encoders(config, base: Checkpoint) -> tuple[int, tuple[str, ...]]:
     return len(paths), ("every teacher brings a text encoder of its own; equal ones would be held once",)
 
 
-def _placed_state(config, student_config, mesh):
-    params = abstract_params("unet", student_config)
-    optimizer = student_lib.make_optimizer(config)
-    state = student_lib.abstract_state(params, optimizer, config.ema_decay)
-    return sharding.described(state, sharding.state_specs(state, mesh), mesh)
+def abstract_trained(config, base: Checkpoint) -> tuple[dict, dict]:
+    """Returns the shapes of what is trained, by network, and of the discriminator's parameters that are not."""
+    student = abstract_params("unet", merged_config(base.unet_config, len(config_lib.style_names(config))))
+    if not config.adversarial.weight:
+        return {"student": student}, {}
+    discriminator, fixed = train.abstract_discriminator(config, base)
+    return {"student": student, "discriminator": discriminator}, fixed
 
 
 def abstract_batch(config, base: Checkpoint, mesh) -> dict:
     """Returns the shapes of a batch (N, B/N, ...): latents, token ids of every text encoder, sizes and crops."""
     tokens = sum(config["max_position_embeddings"] for config in base.text_configs.values())
-    num_teachers, cells = len(config.teachers), config.data.resolution // CELL
-    leading = (num_teachers, config.batch_size // num_teachers)
+    rows, cells = config_lib.num_rows(config), config.data.resolution // CELL
+    leading = (rows, config.batch_size // rows)
     shapes = {
         "latents": jax.ShapeDtypeStruct((*leading, cells, cells, base.unet_config.get("in_channels", 4)), jnp.float32),
         "input_ids": jax.ShapeDtypeStruct((*leading, tokens), jnp.int32),
@@ -285,7 +296,7 @@ def _report(kinds, available, exchanged, bytes_accessed=None):
 
 def foretold(program: Program) -> list[collectives_lib.Collective]:
     """Returns the collectives that the step asks for; a compiler may join or rewrite them."""
-    config, params = program.config, program.arguments[0]["params"]
+    config, params = program.config, distill_step.trained(program.arguments[0])
     shape = dict(program.mesh.shape)
     return collectives_lib.foretell(params, shape, config.dtype, config.gradient_accumulation)
 
@@ -360,8 +371,8 @@ def _shard(config, topology):
 
 def _spread(config, topology):
     shape = sharding.mesh_shape(**config.mesh, num_devices=devices.topology(topology).count)
-    spare = shape["teacher"] * shape["data"]
-    most = max(size for size in range(1, spare + 1) if spare % size == 0 and len(config.teachers) % size == 0)
+    spare, rows = shape["teacher"] * shape["data"], config_lib.num_rows(config)
+    most = max(size for size in range(1, spare + 1) if spare % size == 0 and rows % size == 0)
     changed, config.mesh.data, config.mesh.teacher = most > shape["teacher"], 0, most
     return f"--config.mesh.teacher={most} --config.mesh.data=0" if changed else "", topology
 

@@ -9,27 +9,30 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from dmm_jax import config as config_lib
 from dmm_jax.checkpoints.open import Checkpoint, open_checkpoint
 from dmm_jax.data.cache import LatentCache
 from dmm_jax.data.prepare import prepare_samples
 from dmm_jax.data.prompts import Draws, read_prompts
 from dmm_jax.diffusion import solvers
+from dmm_jax.distill import incremental
 from dmm_jax.distill import teachers as teachers_lib
 from dmm_jax.pipeline import Pipeline
 
 
 def prepare_samples_from_config(config) -> LatentCache:
-    """Lets `config.teachers` draw `config.data.prompts` into `config.data.cache`, and opens it.
+    """Lets the teachers of all styles draw `config.data.prompts` into `config.data.cache`, and opens it.
 
     Raises:
       ValueError: prompts, sampler, teachers, base or the cache folder cannot be used.
     """
+    config = incremental.resolved(config)
     draws, sampling = _draws(config), config.data.sampling
     if sampling.batch_size < 1:
         raise ValueError(f"data.sampling.batch_size must be at least 1; got {sampling.batch_size}.")
     told = {"prediction_type": config.prediction_type}
     base = open_checkpoint(config.base, **told)
-    teachers = {name: open_checkpoint(path, **told) for name, path in config.teachers}
+    teachers = incremental.origins(config)
     teachers_lib.check_mergeable(base, teachers)
     options = {name: sampling[name] for name in ("solver", "num_inference_steps", "guidance_scale")}
     sampler = TeacherSampler(base, list(teachers.values()), config.data.resolution, config.dtype, options)
@@ -94,7 +97,7 @@ def _draws(config) -> Draws:
     if not config.teachers:
         raise ValueError("teachers is empty: list at least one (style name, path) to draw the prompts.")
     prompts = read_prompts(config.data.prompts)
-    return Draws(prompts, len(config.teachers), config.data.num_examples or len(prompts), config.seed)
+    return Draws(prompts, len(config_lib.style_names(config)), config.data.num_examples or len(prompts), config.seed)
 
 
 def _made_by(base: Checkpoint, teachers: Mapping[str, Checkpoint], draws: Draws, options: Mapping) -> str:

@@ -19,11 +19,13 @@ from tqdm import tqdm
 from dmm_jax import config as config_lib
 from dmm_jax import processes, sharding
 from dmm_jax.checkpoints.abstract import abstract_model
-from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.open import CELL, open_checkpoint
 from dmm_jax.checkpoints.states import StateStore
 from dmm_jax.data import pipeline as data_pipeline
 from dmm_jax.data.cache import LatentCache
 from dmm_jax.diffusion.schedule import NoiseSchedule
+from dmm_jax.distill import discriminator as discriminator_lib
+from dmm_jax.distill import incremental
 from dmm_jax.distill import step as distill_step
 from dmm_jax.distill import student as student_lib
 from dmm_jax.distill import teachers as teachers_lib
@@ -51,18 +53,22 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
       FloatingPointError: too many steps in a row had no finite gradient; says which style, and what to try.
       Preempted: SIGTERM came; the step that was reached is saved.
     """
+    config = incremental.resolved(config)
     config_lib.check(config)
     processes.check_joined()
     mesh = sharding.make_mesh(**config.mesh)
     config_lib.check_mesh(config, mesh.shape)
     workdir = pathlib.Path(workdir)
-    names = [name for name, _ in config.teachers]
+    styles = config_lib.style_names(config)
 
     # Checkpoints: memory-mapped, nothing is read but headers.
     told = {"prediction_type": config.prediction_type}
     base = open_checkpoint(config.base, **told)
     teachers = {name: open_checkpoint(path, **told) for name, path in config.teachers}
     teachers_lib.check_mergeable(base, teachers)
+    old = incremental.old_student(config, base)
+    lessons = incremental.lessons(teachers, old, config.grow.replay)
+    names = [lesson.name for lesson in lessons]
     for line in teachers_lib.lent_by_base(base, teachers):
         say(line)
     tokenizer = Tokenizers.from_folders(base.tokenizer_folders)
@@ -71,18 +77,27 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
     cache.check(**wanted, num_examples=config.validation_size + config.batch_size)
     open_workdir(workdir, config)
 
-    # Networks: frozen ones on the mesh in the compute dtype, the student in float32.
+    # Networks: frozen ones on the mesh in the compute dtype, what is trained in float32.
     dtype = jnp.dtype(config.dtype)
-    frozen, encoders = teachers_lib.put_teachers(base, list(teachers.values()), mesh, dtype)
-    networks, student_config = define_networks(config, base, len(names))
-    sources = [base] if config.student_init == "base" else list(teachers.values())
+    frozen, encoders = teachers_lib.put_teachers(base, lessons, teacher_config(config, base), mesh, dtype)
+    networks, student_config = define_networks(config, base)
+    sources = [old] if old else [base] if config.student_init == "base" else list(teachers.values())
     style = student_lib.style_params(student_config, config.style_init, config.seed)
-    params = student_lib.put_student([source.params("unet") for source in sources], style, student_config, mesh)
+    style = incremental.grown(style, old) if old else style
+    unets = [source.params("unet") for source in sources]
+    trained = {"student": student_lib.put_student(unets, style, student_config, mesh)}
+    if networks.discriminator:
+        params = discriminator_lib.initial_params(
+            *discriminator_arguments(config, base), base.params("unet"), config.seed
+        )
+        params, fixed = discriminator_lib.split(params, config.adversarial.train_backbone)
+        trained["discriminator"] = student_lib.put_trained(params, mesh)
+        encoders |= teachers_lib.put_params(fixed, mesh, dtype)
 
     # State: fresh, or the newest checkpoint's.
-    optimizer = student_lib.make_optimizer(config)
-    state = student_lib.make_state(params, optimizer, mesh, config.ema_decay)
-    del params
+    optimizers = student_lib.make_optimizers(config)
+    state = student_lib.make_state(trained, optimizers, mesh, config.ema_decay)
+    del trained
     failure, stopping = None, False
     with contextlib.ExitStack() as stack:
         asked_to_stop = stack.enter_context(processes.stop_requests())
@@ -97,16 +112,16 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
 
         # Data: batch k is a pure function of (seed, k).
         train_source, validation_source = cache.split(config.validation_size)
-        share = sharding.batch_share(mesh, len(names), config.batch_size // len(names))
-        batches = data_pipeline.batches(train_source, config.seed, len(names), config.batch_size, share)
+        share = sharding.batch_share(mesh, len(lessons), config.batch_size // len(lessons))
+        batches = data_pipeline.batches(train_source, config.seed, len(lessons), config.batch_size, share)
         put_batch = functools.partial(sharding.put, mesh=mesh, spec=sharding.BATCH)
 
         # One compiled program a step; another for the validation set.
         objective = define_objective(config, base, tokenizer)
         specs = sharding.state_specs(state["params"], mesh)
-        step = define_step(config, networks, objective, optimizer, mesh, state, frozen)
-        validate = build_validator(config, names, networks, objective, mesh, specs, validation_source)
-        draw_samples = build_sampler(config, base, names, student_config, mesh, workdir)
+        step = define_step(config, networks, objective, optimizers, mesh, state, frozen)
+        validate = build_validator(config, lessons, networks, objective, mesh, specs, validation_source)
+        draw_samples = build_sampler(config, base, styles, student_config, mesh, workdir)
 
         iterator = data_pipeline.iterate(batches, start)
         batch = put_batch(next(iterator)) if start < config.num_steps else None
@@ -134,7 +149,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
             stopping = asked_to_stop(number)
             last = stopping or number == config.num_steps
             if last or _due(number, config.log_every):
-                log.train(number, config.num_steps, config.batch_size, objective.feature_loss_weight, metrics, bar)
+                log.train(number, config.num_steps, config.batch_size, objective.weights, metrics, bar)
                 if log.last["skipped_in_a_row"] >= config.max_skipped_in_a_row:
                     failure = diagnosis(log.last, config)
                     break
@@ -179,10 +194,11 @@ def open_workdir(workdir: pathlib.Path, config) -> None:
     path = workdir / "config.json"
     if path.is_file():
         old = config_lib.load(workdir)
-        if old.teachers and [name for name, _ in old.teachers] != [name for name, _ in config.teachers]:
+        before, now = config_lib.style_names(old), config_lib.style_names(config)
+        if before and before != now:
             raise ValueError(
-                f"{workdir} was trained on the styles {', '.join(name for name, _ in old.teachers)}; the config lists "
-                f"{', '.join(name for name, _ in config.teachers)}. Use another --workdir."
+                f"{workdir} was trained on the styles {', '.join(before)}; the config lists {', '.join(now)}. "
+                "Use another --workdir."
             )
         for line in config_lib.differences(old, config):
             say(f"Config changed since this run was last started: {line}")
@@ -218,8 +234,8 @@ def attention_implementation(config, platform: str = "") -> str:
     return "flash" if platform == "tpu" else "xla"
 
 
-def define_networks(config, base, num_styles: int, platform: str = "") -> tuple[distill_step.Networks, dict]:
-    """Returns the graph definitions of student, teachers and text encoder, and the student's config.
+def define_networks(config, base, platform: str = "") -> tuple[distill_step.Networks, dict]:
+    """Returns the graph definitions of a config's networks, and the student's config.
 
     Args:
       platform: as in `attention_implementation`.
@@ -227,53 +243,79 @@ def define_networks(config, base, num_styles: int, platform: str = "") -> tuple[
     dtype = jnp.dtype(config.dtype)
     attention = attention_implementation(config, platform)
     unet = {"dtype": dtype, "attention_implementation": attention}
-    student_config = merged_config(base.unet_config, num_styles)
+    student_config = merged_config(base.unet_config, len(config_lib.style_names(config)))
+    discriminator = None
+    if config.adversarial.weight:
+        described = discriminator_lib.define(*discriminator_arguments(config, base), remat=config.remat, **unet)
+        discriminator = nnx.split(described)[0]
 
-    def graph(model, described, **options):
-        return nnx.split(abstract_model(lambda rngs: model.from_config(described, rngs=rngs, **options)))[0]
+    def graph(described, **options):
+        return nnx.split(
+            abstract_model(lambda rngs: UNet2DConditionModel.from_config(described, rngs=rngs, **options))
+        )[0]
 
     texts = abstract_model(lambda rngs: TextEncoders(base.text_configs, dtype=dtype, rngs=rngs))
     networks = distill_step.Networks(
-        student=graph(UNet2DConditionModel, student_config, remat=config.remat, **unet),
-        teacher=graph(UNet2DConditionModel, base.unet_config, **unet),
+        student=graph(student_config, remat=config.remat, **unet),
+        teacher=graph(teacher_config(config, base), **unet),
         text_encoders=nnx.split(texts)[0],
+        discriminator=discriminator,
         check_vma=attention != "flash",
     )
     return networks, student_config
+
+
+def teacher_config(config, base) -> dict:
+    """Returns the config of the UNet that runs all teachers': with a style table where an old student is one."""
+    kept = len(config_lib.kept_styles(config))
+    return merged_config(base.unet_config, kept) if kept and config.grow.replay else base.unet_config
+
+
+def discriminator_arguments(config, base) -> tuple[dict, int, int]:
+    """Returns the discriminator's: the base's UNet config, the number of styles, cells of a side of the latents."""
+    return base.unet_config, len(config_lib.style_names(config)), config.data.resolution // CELL
+
+
+def abstract_discriminator(config, base) -> tuple[dict, dict]:
+    """Returns the shapes of what is trained of the discriminator, and of what is not."""
+    model = discriminator_lib.define(*discriminator_arguments(config, base))
+    return discriminator_lib.split(discriminator_lib.abstract_params(model), config.adversarial.train_backbone)
 
 
 def define_objective(config, base, tokenizer) -> distill_step.Objective:
     """Gathers what is minimised: the base's noise schedule and the config's weights."""
     return distill_step.Objective(
         alphas_cumprod=tuple(NoiseSchedule.from_config(base.scheduler_config).alphas_cumprod.tolist()),
+        prediction_type=base.prediction_type,
         feature_loss_weight=config.feature_loss_weight,
         feature_loss=config.feature_loss,
+        adversarial_weight=config.adversarial.weight,
         prompt_dropout=config.prompt_dropout,
         empty_ids=tuple(map(tuple, np.unique(tokenizer(["", None]), axis=0).tolist())),
     )
 
 
-def define_gradients(config, networks, objective, mesh, params) -> Callable:
-    """Returns `f(params, teachers, encoders, batch, step) -> (grads, errors)`; `params` are arrays or shapes."""
+def define_gradients(config, networks, objective, mesh, trained) -> Callable:
+    """Returns `f(trained, teachers, encoders, batch, step) -> (grads, errors)`; `trained` are arrays or shapes."""
     return distill_step.build_loss_and_grads(
         networks,
         objective,
         mesh,
-        sharding.state_specs(params, mesh),
+        sharding.state_specs(trained, mesh),
         dtype=jnp.dtype(config.dtype),
         gradient_accumulation=config.gradient_accumulation,
         seed=config.seed,
     )
 
 
-def define_step(config, networks, objective, optimizer, mesh, state, teachers) -> Callable:
+def define_step(config, networks, objective, optimizers, mesh, state, teachers) -> Callable:
     """Returns the jitted `step(state, teachers, encoders, batch) -> (state, metrics)`, its state donated.
 
     Args:
       state, teachers: as arrays or as shapes; for `distill_step.compile_step`, since the teachers' layout is left open.
     """
-    gradients = define_gradients(config, networks, objective, mesh, state["params"])
-    step = distill_step.build_step(gradients, optimizer, config.ema_decay)
+    gradients = define_gradients(config, networks, objective, mesh, distill_step.trained(state))
+    step = distill_step.build_step(gradients, optimizers, config.ema_decay)
     places = sharding.placed(mesh, sharding.state_specs(state, mesh))
     return jax.jit(
         step,
@@ -283,11 +325,11 @@ def define_step(config, networks, objective, optimizer, mesh, state, teachers) -
     )
 
 
-def build_validator(config, names, networks, objective, mesh, specs, source):
-    """Returns `f(params, teachers, encoders) -> {style: loss per timestep bin}` on fixed latents, prompts, t, noise."""
+def build_validator(config, lessons, networks, objective, mesh, specs, source):
+    """Returns `f(params, teachers, encoders) -> {lesson: loss per timestep bin}` on fixed images, prompts and noise."""
     if not config.validation_size:
         return None
-    inputs = validation_inputs(source, len(names), config.seed, len(objective.alphas_cumprod))
+    inputs = validation_inputs(source, lessons, config.seed, len(objective.alphas_cumprod))
     bins = inputs["timesteps"][0] * NUM_TIMESTEP_BINS // len(objective.alphas_cumprod)
     on_mesh = sharding.put_whole(inputs, mesh, sharding.BATCH)
     errors = jax.jit(
@@ -298,15 +340,18 @@ def build_validator(config, names, networks, objective, mesh, specs, source):
     def validate(params, teachers, encoders):
         rows = np.asarray(errors(params, teachers, encoders, on_mesh))
         return {
-            name: [float(np.mean(row[bins == b])) for b in np.unique(bins)]
-            for name, row in zip(names, rows, strict=True)
+            lesson.name: [float(np.mean(row[bins == b])) for b in np.unique(bins)]
+            for lesson, row in zip(lessons, rows, strict=True)
         }
 
     return validate
 
 
-def validation_inputs(source, num_teachers: int, seed: int, num_timesteps: int) -> dict[str, np.ndarray]:
-    """Builds the fixed set: the same images, prompts, noise and evenly spread timesteps for every teacher."""
+def validation_inputs(source, lessons, seed: int, num_timesteps: int) -> dict[str, np.ndarray]:
+    """Builds the fixed set: the same images, prompts, noise and evenly spread timesteps for every lesson.
+
+    Where a lesson has several styles, the images take them in turn.
+    """
     examples = [source[k] for k in range(len(source))]
     rng = np.random.default_rng(seed)
     latents = np.stack([example["latents"] for example in examples]).astype(np.float32)
@@ -317,7 +362,11 @@ def validation_inputs(source, num_teachers: int, seed: int, num_timesteps: int) 
         "noise": rng.standard_normal(latents.shape, np.float32),
         "timesteps": ((np.arange(len(examples)) + 0.5) * num_timesteps / len(examples)).astype(np.int32),
     }
-    return {name: np.repeat(leaf[None], num_teachers, 0) for name, leaf in one.items()}
+    turns = np.arange(len(examples))
+    styles = np.stack([lesson.first_style + turns % lesson.num_styles for lesson in lessons])
+    return {name: np.repeat(leaf[None], len(lessons), 0) for name, leaf in one.items()} | {
+        "style_ids": styles.astype(np.int32)
+    }
 
 
 def build_sampler(config, base, names, student_config, mesh, workdir):

@@ -20,7 +20,7 @@ def test_a_valid_config_passes():
     [
         ("base", "", "base is empty"),
         ("teachers", (), "at least one"),
-        ("teachers", (("a", "x"), ("a", "y")), "'a' twice"),
+        ("teachers", (("a", "x"), ("a", "y")), "'a' is there twice"),
         ("teachers", (("a=b", "x"), ("c", "y")), "a=b"),
         ("batch_size", 7, "Use 6"),
         ("num_steps", 0, "num_steps"),
@@ -29,7 +29,7 @@ def test_a_valid_config_passes():
         ("learning_rate", -1.0, "learning_rate"),
         ("prompt_dropout", 1.0, r"\[0, 1\)"),
         ("dtype", "float8", "float32, bfloat16"),
-        ("feature_loss", "l1", "l2, cosine"),
+        ("feature_loss", "l1", "l2, normalized, cosine"),
     ],
 )
 def test_each_wrong_option_is_named_with_what_to_do(name, value, said):

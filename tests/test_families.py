@@ -14,9 +14,9 @@ from dmm_jax.checkpoints import export, naming
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.open import Component, open_checkpoint
 from dmm_jax.checkpoints.safetensors_io import TensorFile, save
+from dmm_jax.distill import incremental, teachers
 from dmm_jax.distill import step as distill_step
 from dmm_jax.distill import student as student_lib
-from dmm_jax.distill import teachers
 from dmm_jax.metrics import read
 from dmm_jax.models.unet_2d_condition import merged_config
 from dmm_jax.pipeline import Pipeline
@@ -158,9 +158,10 @@ def test_teacher_and_student_of_xl_are_told_the_same_sizes_and_prompts(xl):
     config = config_lib.load(xl[1])
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     tokenizers = Tokenizers.from_folders(base.tokenizer_folders)
-    frozen, encoders = teachers.put_teachers(base, [open_checkpoint(xl[0][name]) for name in MIX], mesh, jnp.float32)
+    lessons = incremental.lessons({name: open_checkpoint(xl[0][name]) for name in MIX}, None, 0)
+    frozen, encoders = teachers.put_teachers(base, lessons, base.unet_config, mesh, jnp.float32)
     assert np.asarray(frozen["encoder"]).tolist() == [0, 1]
-    networks, student_config = train.define_networks(config, base, len(MIX))
+    networks, student_config = train.define_networks(config, base)
     style = student_lib.style_params(student_config, "zero", 0)
     params = student_lib.put_student([base.params("unet")], style, student_config, mesh)
     objective = train.define_objective(config, base, tokenizers)
@@ -173,7 +174,7 @@ def test_teacher_and_student_of_xl_are_told_the_same_sizes_and_prompts(xl):
         "latents": rng.standard_normal((2, 2, 8, 8, 4), np.float32), "timesteps": np.array([[7, 800]] * 2),
         "noise": rng.standard_normal((2, 2, 8, 8, 4), np.float32),
         "input_ids": np.array([tokenizers([PROMPTS[0], None])] * 2),
-        "time_ids": rng.integers(0, 99, (2, 2, 6)).astype(np.int32),
+        "time_ids": rng.integers(0, 99, (2, 2, 6)).astype(np.int32), "style_ids": np.array([[0, 0], [1, 1]]),
     }  # fmt: skip
     own = {name: leaf for name, leaf in params.items() if name not in ("model_embedding", "add_embedding2")}
     same = {"unet": jax.tree.map(lambda leaf: jnp.repeat(leaf[None], 2, 0), own), "encoder": jnp.array([-1, 0])}

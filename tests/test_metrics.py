@@ -15,7 +15,7 @@ METRICS |= {"skipped_steps": np.int32(2), "skipped_in_a_row": np.int32(0)}
 def logged(folder, **options):
     with MetricsLog(folder, 0, ["left", "right"], **options) as log:
         log.start_clock(0)
-        log.train(4, 10, 8, 0.1, METRICS, None)
+        log.train(4, 10, 8, {"score": 1.0, "feature": 0.1}, METRICS, None)
         log.validation(4, {"left": [1.0], "right": [2.0]}, None)
     return log.last
 

@@ -10,7 +10,7 @@ import pytest
 from dmm_jax import cli, plan, plan_text, sharding
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.open import open_checkpoint
-from dmm_jax.distill import student, teachers
+from dmm_jax.distill import incremental, student, teachers
 from dmm_jax.models.unet_2d_condition import merged_config
 from dmm_jax.planning import compiler, devices, memory
 from tests import worlds
@@ -45,13 +45,14 @@ def held_mib(planned):
 def test_what_is_held_is_what_real_arrays_weigh(tiny, config):
     """One device: the arrays that `train` makes, weighed."""
     paths, _ = tiny
-    base, others = open_checkpoint(paths["base"]), [open_checkpoint(paths[name]) for name in worlds.NAMES]
+    base, others = open_checkpoint(paths["base"]), {name: open_checkpoint(paths[name]) for name in worlds.NAMES}
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    frozen, encoders = teachers.put_teachers(base, others, mesh, jnp.float32)
+    lessons = incremental.lessons(others, None, 0)
+    frozen, encoders = teachers.put_teachers(base, lessons, base.unet_config, mesh, jnp.float32)
     student_config = merged_config(base.unet_config, 2)
     style = student.style_params(student_config, "zero", 0)
     params = student.put_student([base.params("unet")], style, student_config, mesh)
-    state = student.make_state(params, student.make_optimizer(config), mesh, 0.0)
+    state = student.make_state({"student": params}, student.make_optimizers(config), mesh, 0.0)
 
     def weigh(tree):
         return sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / MIB

@@ -26,18 +26,21 @@ from dmm_jax.config import load, from_json
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.data.cache import LatentCache
 from dmm_jax.data.pipeline import batches
-from dmm_jax.distill import step as S, student, teachers
+from dmm_jax.distill import discriminator, incremental, step as S, student, teachers
 from dmm_jax.tokenizer import Tokenizers
 config = from_json(open(sys.argv[1]).read())
 base = open_checkpoint(config.base)
-others = [open_checkpoint(path) for _, path in config.teachers]
+lessons = incremental.lessons({name: open_checkpoint(path) for name, path in config.teachers}, None, 0)
+described = train.discriminator_arguments(config, base)
 host = batches(LatentCache(config.data.cache), 0, 8, 64)[0]
 for t, d, f in json.loads(sys.argv[2]):
     mesh = sharding.make_mesh(t, d, f, devices=jax.devices()[: t * d * f])
-    frozen, encoders = teachers.put_teachers(base, others, mesh, jnp.float32)
-    networks, student_config = train.define_networks(config, base, 8)
+    frozen, encoders = teachers.put_teachers(base, lessons, base.unet_config, mesh, jnp.float32)
+    networks, student_config = train.define_networks(config, base)
     style = student.style_params(student_config, "paper", 0)
-    params = student.put_student([base.params("unet")], style, student_config, mesh)
+    params = {"student": student.put_student([base.params("unet")], style, student_config, mesh)}
+    judge = discriminator.initial_params(*described, base.params("unet"), 0)
+    params["discriminator"] = student.put_trained(judge, mesh)
     objective = train.define_objective(config, base, Tokenizers.from_folders(base.tokenizer_folders))
     specs = sharding.state_specs(params, mesh)
     f = S.build_loss_and_grads(networks, objective, mesh, specs, dtype=jnp.float32, gradient_accumulation=1, seed=0)
@@ -53,6 +56,7 @@ def test_every_mesh_gives_the_same_gradients_and_errors(tiny, tmp_path):
 
     config = tiny[1].copy_and_resolve_references()
     config.teachers = tuple((f"{name}_{k}", path) for k in range(4) for name, path in config.teachers)
+    config.adversarial.weight = 0.1
     (tmp_path / "config.json").write_text(to_json(config))
     environment = os.environ | {"XLA_FLAGS": FLAGS, "PYTHONPATH": str(ROOT)}
     environment |= {"JAX_PLATFORMS": "cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}

@@ -185,7 +185,7 @@ def _open_workdir(path: pathlib.Path) -> Checkpoint:
 
     config = config_lib.load(path)
     base = open_checkpoint(config.base, prediction_type=config.prediction_type)
-    names = tuple(name for name, _ in config.teachers)
+    names = tuple(config_lib.style_names(config))
     unet = merged_config(base.unet_config, len(names))
 
     def load():

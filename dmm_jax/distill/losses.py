@@ -8,8 +8,9 @@ the released code takes the mean over its 9 blocks times 0.002. Ours is the mean
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 def score_error(student: Float[Array, "B h w C"], teacher: Float[Array, "B h w C"]) -> Float[Array, " B"]:
@@ -23,14 +24,26 @@ def feature_error(
     """Returns the mean over blocks of the error of their outputs, in float32 (eq. 10).
 
     Args:
-      kind: "l2", the mean squared error, or "cosine", one minus the cosine over channels.
+      kind: "l2", the mean squared error; "normalized", that over the variance of the teacher's output, so that no block
+        counts for more because its numbers are large; or "cosine", one minus the cosine over channels.
     """
-    distance = {"l2": _mean_squared, "cosine": _one_minus_cosine}[kind]
+    distance = {"l2": _mean_squared, "normalized": _normalized, "cosine": _one_minus_cosine}[kind]
     return jnp.mean(jnp.stack([distance(*pair) for pair in zip(student, teacher, strict=True)]), axis=0)
+
+
+def cross_entropy(logits: Float[Array, "B K"], classes: Int[Array, " B"]) -> Float[Array, " B"]:
+    """Returns minus the log of the probability that a classifier gives to the class, in float32 (eq. 11, 12)."""
+    chances = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return -jnp.sum(jax.nn.one_hot(classes, logits.shape[1]) * chances, axis=1)
 
 
 def _mean_squared(a, b):
     return jnp.mean(jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)), axis=(1, 2, 3))
+
+
+def _normalized(student, teacher):
+    variance = jnp.var(teacher.astype(jnp.float32), axis=(1, 2, 3))
+    return _mean_squared(student, teacher) / jnp.maximum(variance, 1e-8)
 
 
 def _one_minus_cosine(a, b):

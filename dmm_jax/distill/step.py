@@ -6,7 +6,7 @@ sample), so the result depends neither on the mesh nor on how often the run was 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
@@ -19,8 +19,12 @@ from jax.sharding import PartitionSpec as P
 
 from dmm_jax import sharding
 from dmm_jax.diffusion import schedule as noise_schedule
-from dmm_jax.distill import losses
+from dmm_jax.diffusion.prediction import to_x0
+from dmm_jax.distill import adversarial, losses
 from dmm_jax.models.text_encoders import TextConditioning
+from dmm_jax.models.unet_2d_condition import UNetOutput
+
+FOR_STYLE, FOR_DISCRIMINATOR = 3, 4  # Numbers of a sample's further keys.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Networks:
     student: nnx.GraphDef
     teacher: nnx.GraphDef
     text_encoders: nnx.GraphDef  # Of one checkpoint: one, or SDXL's two.
+    discriminator: nnx.GraphDef | None = None  # Where there is an adversarial term.
     check_vma: bool = True  # Whether shard_map may check what varies over the mesh: not with a library's Pallas kernel.
 
 
@@ -38,80 +43,130 @@ class Objective:
     """What is minimised, and how the samples are drawn."""
 
     alphas_cumprod: tuple[float, ...]
+    prediction_type: str
     feature_loss_weight: float
     feature_loss: str
+    adversarial_weight: float
     prompt_dropout: float
     empty_ids: tuple[tuple[int, ...], ...]  # Rows that stand for no prompt, equally often: "", and SDXL's zeros.
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """The student's loss: the weight of each error's mean (DMM, arXiv:2504.12364, eq. 13)."""
+        weights = {"score": 1.0, "feature": self.feature_loss_weight, "adversarial": self.adversarial_weight}
+        return {name: weight for name, weight in weights.items() if weight}
 
-def draw(objective: Objective, step_key: jax.Array, sample_ids: jax.Array, batch: dict) -> dict:
-    """Adds noise (B, h, w, C), uniform timesteps (B,) and dropped prompts to a batch: each from its sample's own key.
 
-    ONE drop mask serves student and teacher: with two, guidance of the student would be ruined (the released code's
-    fault).
+def draw(objective: Objective, step_key: jax.Array, sample_ids: jax.Array, styles: jax.Array, batch: dict) -> dict:
+    """Adds noise (B, h, w, C), uniform timesteps (B,), dropped prompts and styles (B,) to one teacher's batch.
+
+    Each comes from its sample's own key. ONE drop mask serves student and teacher: with two, guidance of the student
+    would be ruined (the released code's fault).
+
+    Args:
+      styles: (2,) the teacher's first style, and how many it teaches: each sample gets one of them.
     """
 
     def one(sample_id):
-        for_noise, for_time, for_drop = jax.random.split(jax.random.fold_in(step_key, sample_id), 3)
+        key = jax.random.fold_in(step_key, sample_id)
+        for_noise, for_time, for_drop = jax.random.split(key, 3)
         noise = jax.random.normal(for_noise, batch["latents"].shape[1:])
         timestep = jax.random.randint(for_time, (), 0, len(objective.alphas_cumprod))
-        return noise, timestep, jax.random.uniform(for_drop)
+        style_id = styles[0] + jax.random.randint(jax.random.fold_in(key, FOR_STYLE), (), 0, styles[1])
+        more = {}
+        if objective.adversarial_weight:
+            again = jax.random.fold_in(key, FOR_DISCRIMINATOR)
+            more = {"discriminator": adversarial.draw(again, noise.shape, len(objective.alphas_cumprod))}
+        return noise, timestep, jax.random.uniform(for_drop), {"style_ids": style_id} | more
 
-    noise, timesteps, drawn = jax.vmap(one)(sample_ids)
+    noise, timesteps, drawn, more = jax.vmap(one)(sample_ids)
     empty = jnp.asarray(objective.empty_ids)  # (R, L)
     row = jnp.floor(drawn / max(objective.prompt_dropout, 1e-9) * len(empty))  # Past the last: the prompt is kept.
     empty = empty[jnp.clip(row, 0, len(empty) - 1).astype(jnp.int32)]
     input_ids = jnp.where((drawn < objective.prompt_dropout)[:, None], empty, batch["input_ids"])
-    return batch | {"noise": noise, "timesteps": timesteps, "input_ids": input_ids}
+    return batch | more | {"noise": noise, "timesteps": timesteps, "input_ids": input_ids}
 
 
-def sample_errors(networks: Networks, objective: Objective, student, teachers, encoders, inputs: dict, style_ids):
-    """Returns the score errors and feature errors, each (T, b), of the teachers that live here.
+def sample_errors(networks: Networks, objective: Objective, trained, teachers, encoders, inputs: dict) -> dict:
+    """Returns the errors, each (T, b), of the teachers that live here.
 
     Args:
-      student: its parameters, whole.
+      trained: {"student": its parameters, whole}, and the "discriminator"'s where there is one.
       teachers: {"unet": parameters (T, ...), "encoder": (T,) int, -1 for the base's text encoders}.
-      encoders: {"base": parameters, "others": parameters (K, ...) or None}.
-      inputs: leaves (T, b, ...): latents, noise, timesteps, input_ids; and SDXL's time_ids.
-      style_ids: (T,) rows of the style table.
+      encoders: {"base": parameters, "others": parameters (K, ...) or None}, and the "backbone" of a discriminator
+        whose head alone is trained.
+      inputs: leaves (T, b, ...): latents, noise, timesteps, input_ids, style_ids; and SDXL's time_ids.
+
+    Returns:
+      {"score", "feature"}; with a discriminator also "adversarial", the student's, and "discriminator", its own.
     """
-    flat = jax.tree.map(lambda leaf: leaf.reshape((-1,) + leaf.shape[2:]), inputs)
+    lead = inputs["timesteps"].shape
+    flat = jax.tree.map(_samples, inputs)
     alphas_cumprod = jnp.asarray(objective.alphas_cumprod, jnp.float32)
     noisy = noise_schedule.add_noise(flat["latents"], flat["noise"], flat["timesteps"], alphas_cumprod)
     text = encode(networks, encoders["base"], flat["input_ids"])
-    num_teachers, per_teacher = inputs["timesteps"].shape
+    targets = ask_teachers(networks, objective, teachers, encoders, inputs, noisy, text)
+
+    model = nnx.merge(networks.student, trained["student"])
+    added = text.added_cond(flat.get("time_ids"))
+    styled = {"style_embedding": _style(model, flat["style_ids"]), "added_cond": added}
+    output = model(noisy, flat["timesteps"], text.encoder_hidden_states, **styled)
+    errors = {"score": losses.score_error(output.sample, targets.sample)}
+    errors["feature"] = jnp.zeros_like(errors["score"])
+    if objective.feature_loss_weight:
+        errors["feature"] = losses.feature_error(output.features, targets.features, objective.feature_loss)
+    if objective.adversarial_weight:
+        alpha_bar = alphas_cumprod[flat["timesteps"]]
+        x0 = [
+            to_x0(prediction, noisy, alpha_bar, objective.prediction_type)
+            for prediction in (output.sample, targets.sample)
+        ]
+        params = {"backbone": encoders.get("backbone")} | trained["discriminator"]
+        judge = adversarial.judge(networks.discriminator, flat["discriminator"], alphas_cumprod, text, added)
+        errors |= adversarial.errors(judge, params, *x0, flat["style_ids"], model.num_models)
+    return jax.tree.map(lambda error: error.reshape(lead), errors)
+
+
+def ask_teachers(networks: Networks, objective: Objective, teachers, encoders, inputs, noisy, text) -> UNetOutput:
+    """Returns what the teachers predict for their part of the noisy latents (B, h, w, C), one after the other.
+
+    Args:
+      text: what the base's text encoders make of the prompts; a teacher with encoders of its own asks those.
+    """
+    lead = inputs["timesteps"].shape
 
     def split(leaf):
-        return leaf.reshape((num_teachers, per_teacher) + leaf.shape[1:])
-
-    time_ids = inputs.get("time_ids")
-    with_features = objective.feature_loss_weight > 0
+        return leaf.reshape(lead + leaf.shape[1:])
 
     def ask(_, teacher):
-        unet, encoder, noisy, timesteps, input_ids, text, time_ids = teacher
+        unet, encoder, noisy, inputs, text = teacher
         if encoders["others"] is not None:
             text = jax.lax.cond(
                 encoder < 0,
                 lambda: text,
-                lambda: encode(networks, jax.tree.map(lambda leaf: leaf[encoder], encoders["others"]), input_ids),
+                lambda: encode(
+                    networks, jax.tree.map(lambda leaf: leaf[encoder], encoders["others"]), inputs["input_ids"]
+                ),
             )
-        added = text.added_cond(time_ids)
-        output = nnx.merge(networks.teacher, unet)(noisy, timesteps, text.encoder_hidden_states, added_cond=added)
-        return None, (output.sample, output.features if with_features else ())
+        model = nnx.merge(networks.teacher, unet)
+        styled = {"style_embedding": _style(model, inputs["style_ids"]) if model.num_models else None}
+        added = text.added_cond(inputs.get("time_ids"))
+        output = model(noisy, inputs["timesteps"], text.encoder_hidden_states, **styled, added_cond=added)
+        return None, output._replace(features=output.features if objective.feature_loss_weight else ())
 
-    given = (split(noisy), inputs["timesteps"], inputs["input_ids"], jax.tree.map(split, text), time_ids)
-    _, targets = jax.lax.scan(ask, None, (teachers["unet"], teachers["encoder"], *given))
-    targets = jax.lax.stop_gradient(jax.tree.map(lambda leaf: leaf.reshape((-1,) + leaf.shape[2:]), targets))
+    given = {name: inputs[name] for name in ("timesteps", "input_ids", "style_ids", "time_ids") if name in inputs}
+    rows = (teachers["unet"], teachers["encoder"], split(noisy), given, jax.tree.map(split, text))
+    _, targets = jax.lax.scan(ask, None, rows)
+    return jax.lax.stop_gradient(jax.tree.map(_samples, targets))
 
-    model = nnx.merge(networks.student, student)
-    rows = jax.nn.one_hot(jnp.repeat(style_ids, per_teacher), model.num_models)
-    styled = {"style_embedding": model.style_embedding(rows), "added_cond": text.added_cond(flat.get("time_ids"))}
-    output = model(noisy, flat["timesteps"], text.encoder_hidden_states, **styled)
-    score = losses.score_error(output.sample, targets[0])
-    feature = jnp.zeros_like(score)
-    if with_features:
-        feature = losses.feature_error(output.features, targets[1], objective.feature_loss)
-    return split(score), split(feature)
+
+def _samples(leaf):
+    return leaf.reshape((-1,) + leaf.shape[2:])  # (T b, ...)
+
+
+def _style(model, style_ids):
+    """Returns rows of a table of styles; zeros for a style that it does not hold."""
+    return model.style_embedding(jax.nn.one_hot(style_ids, model.num_models))
 
 
 def encode(networks: Networks, text_encoders, input_ids) -> TextConditioning:
@@ -134,13 +189,13 @@ def _on_missing_axes(function, leaf, spec):
     return function(leaf, axes) if axes else leaf
 
 
-def local_ids(mesh: Mesh | AbstractMesh, num_teachers: int, per_teacher: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the style ids (T,) and global sample ids (T, b) of this device's part of a batch; inside shard_map."""
+def local_ids(mesh: Mesh | AbstractMesh, num_teachers: int, per_teacher: int) -> jax.Array:
+    """Returns the numbers (T, b) of the samples in this device's part of a batch; inside shard_map."""
     column = jax.lax.axis_index("data") * mesh.shape["fsdp"] + jax.lax.axis_index("fsdp")
-    style_ids = jax.lax.axis_index("teacher") * num_teachers + jnp.arange(num_teachers)
-    in_style = column * per_teacher + jnp.arange(per_teacher)
+    rows = jax.lax.axis_index("teacher") * num_teachers + jnp.arange(num_teachers)
+    in_row = column * per_teacher + jnp.arange(per_teacher)
     columns = mesh.shape["data"] * mesh.shape["fsdp"]
-    return style_ids, style_ids[:, None] * (columns * per_teacher) + in_style[None, :]
+    return rows[:, None] * (columns * per_teacher) + in_row[None, :]
 
 
 def build_loss_and_grads(
@@ -153,30 +208,29 @@ def build_loss_and_grads(
     gradient_accumulation: int,
     seed: int,
 ) -> Callable:
-    """Returns `f(params, teachers, encoders, batch, step) -> (grads, errors)` under one shard_map.
+    """Returns `f(trained, teachers, encoders, batch, step) -> (grads, errors)` under one shard_map.
 
-    grads are of the mean over the whole batch, placed like params; errors are per teacher, (N,).
+    grads are of the mean over the whole batch, placed like the parameters: the student's of its loss, the
+    discriminator's of its own. errors are per teacher, (N,).
     """
     varying = partial(jax.lax.pcast, to="varying")
 
-    def loss_fn(params, sample_ids, batch, teachers, encoders, style_ids, step_key):
-        whole = jax.tree.map_with_path(partial(gather, dtype=dtype), params, specs)
-        inputs = jax.vmap(partial(draw, objective, step_key))(sample_ids, batch)
-        score, feature = sample_errors(networks, objective, whole, teachers, encoders, inputs, style_ids)
-        loss = jnp.mean(score) + objective.feature_loss_weight * jnp.mean(feature)
-        return loss / (mesh.size * gradient_accumulation), {
-            "score": jnp.mean(score, 1),
-            "feature": jnp.mean(feature, 1),
-        }
+    def loss_fn(trained, sample_ids, batch, teachers, encoders, step_key):
+        whole = jax.tree.map_with_path(partial(gather, dtype=dtype), trained, specs)
+        inputs = jax.vmap(partial(draw, objective, step_key))(sample_ids, teachers["styles"], batch)
+        errors = sample_errors(networks, objective, whole, teachers, encoders, inputs)
+        weights = objective.weights | {"discriminator": 1.0}  # Neither of the two moves the other's parameters.
+        loss = sum(weights[name] * jnp.mean(error) for name, error in errors.items() if name in weights)
+        return loss / (mesh.size * gradient_accumulation), jax.tree.map(lambda error: jnp.mean(error, 1), errors)
 
-    def local(params, teachers, encoders, batch, step):
-        style_ids, sample_ids = local_ids(mesh, *batch["input_ids"].shape[:2])
+    def local(trained, teachers, encoders, batch, step):
+        sample_ids = local_ids(mesh, *batch["input_ids"].shape[:2])
         step_key = jax.random.fold_in(jax.random.key(seed), step)
-        params = jax.tree.map(partial(_on_missing_axes, varying), params, specs)
+        trained = jax.tree.map(partial(_on_missing_axes, varying), trained, specs)
 
         def grads_of(sample_ids, batch):
             differentiate = jax.value_and_grad(loss_fn, has_aux=True)
-            (_, errors), grads = differentiate(params, sample_ids, batch, teachers, encoders, style_ids, step_key)
+            (_, errors), grads = differentiate(trained, sample_ids, batch, teachers, encoders, step_key)
             return grads, errors
 
         if gradient_accumulation == 1:
@@ -208,31 +262,44 @@ def _micro_batches(leaf, num_micro_batches):
     return jnp.moveaxis(leaf, 1, 0)  # (A, T, b / A, ...)
 
 
-def build_step(loss_and_grads: Callable, optimizer: optax.GradientTransformation, ema_decay: float) -> Callable:
+def build_step(loss_and_grads: Callable, optimizers: Mapping, ema_decay: float) -> Callable:
     """Returns `step(state, teachers, encoders, batch) -> (state, metrics)`: one update, ready to be compiled.
 
     Where the gradient or a loss is not finite, params, moments and average stay as they are: the step is counted as
     skipped, and nothing else happens.
+
+    Args:
+      optimizers: optax's, of what is trained: "student", perhaps "discriminator".
     """
 
     def step(state, teachers, encoders, batch):
-        grads, errors = loss_and_grads(state["params"], teachers, encoders, batch, state["step"])
-        grad_norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        new = {"params": params, "opt_state": opt_state}
+        grads, errors = loss_and_grads(trained(state), teachers, encoders, batch, state["step"])
+        new = _updated(optimizers["student"], grads["student"], state)
         if ema_decay:
-            new["ema"] = optax.incremental_update(params, state["ema"], 1.0 - ema_decay)
-        finite = jnp.isfinite(grad_norm) & jnp.isfinite(errors["score"] + errors["feature"]).all()
+            new["ema"] = optax.incremental_update(new["params"], state["ema"], 1.0 - ema_decay)
+        if "discriminator" in grads:
+            new["discriminator"] = _updated(optimizers["discriminator"], grads["discriminator"], state["discriminator"])
+        norms = {name: optax.tree.norm(grad) for name, grad in grads.items()}
+        finite = jnp.isfinite(jnp.stack([sum(norms.values()), *(error.sum() for error in errors.values())])).all()
         new = jax.tree.map(partial(jnp.where, finite), new, {name: state[name] for name in new})
-        counters = {
-            "step": state["step"] + 1,
+        skipped = {
             "skipped_steps": state["skipped_steps"] + ~finite,
             "skipped_in_a_row": jnp.where(finite, 0, state["skipped_in_a_row"] + 1),
         }
-        return new | counters, errors | {"grad_norm": grad_norm} | {k: v for k, v in counters.items() if k != "step"}
+        return new | skipped | {"step": state["step"] + 1}, errors | skipped | {"grad_norm": norms["student"]}
 
     return step
+
+
+def trained(state: Mapping) -> dict:
+    """Returns the parameters in a training state, by network: the student's, perhaps the discriminator's."""
+    there = {"student": state} | {name: state[name] for name in ("discriminator",) if name in state}
+    return {name: held["params"] for name, held in there.items()}
+
+
+def _updated(optimizer, grads, held) -> dict:
+    updates, opt_state = optimizer.update(grads, held["opt_state"], held["params"])
+    return {"params": optax.apply_updates(held["params"], updates), "opt_state": opt_state}
 
 
 def compile_step(step, state, teachers, encoders, batch) -> tuple[jax.stages.Compiled, dict]:
@@ -259,12 +326,12 @@ def teacher_formats(teachers):
 
 
 def build_validation(networks: Networks, objective: Objective, mesh: Mesh, specs, *, dtype) -> Callable:
-    """Returns `f(params, teachers, encoders, inputs) -> score errors (N, V)`; inputs hold noise and timesteps."""
+    """Returns `f(params, teachers, encoders, inputs) -> score errors (N, V)`; inputs hold noise, timesteps, styles."""
+    objective = dataclasses.replace(objective, feature_loss_weight=0.0, adversarial_weight=0.0)
 
     def local(params, teachers, encoders, inputs):
         whole = jax.tree.map_with_path(partial(gather, dtype=dtype), params, specs)
-        style_ids, _ = local_ids(mesh, *inputs["input_ids"].shape[:2])
-        return sample_errors(networks, objective, whole, teachers, encoders, inputs, style_ids)[0]
+        return sample_errors(networks, objective, {"student": whole}, teachers, encoders, inputs)["score"]
 
     in_specs = (specs, sharding.TEACHERS, sharding.COPY, sharding.BATCH)
     checked = networks.check_vma

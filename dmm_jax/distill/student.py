@@ -53,9 +53,18 @@ def put_student(sources: Sequence[Mapping], style: Mapping, config: Mapping, mes
         def read(index):
             return sum(np.asarray(source[index], np.float32) for source in leaves) / np.float32(len(leaves))
 
-        return sharding.make(leaf.shape, jnp.float32, mesh, sharding.parameter_spec(leaf.shape, mesh), read)
+        return _put(leaf.shape, read, mesh)
 
     return jax.tree.map_with_path(one, abstract)
+
+
+def put_trained(params: Mapping, mesh: Mesh):
+    """Places host parameters as the student's are: float32, sharded."""
+    return jax.tree.map(lambda leaf: _put(leaf.shape, leaf.__getitem__, mesh), params)
+
+
+def _put(shape, read, mesh):
+    return sharding.make(shape, jnp.float32, mesh, sharding.parameter_spec(shape, mesh), read)
 
 
 def _at(tree, keys):
@@ -73,20 +82,27 @@ def learning_rate_schedule(config) -> optax.Schedule:
     return optax.join_schedules([warmup, rest], [config.warmup_steps]) if warmup else rest
 
 
-def make_optimizer(config) -> optax.GradientTransformation:
-    """Returns AdamW behind a global-norm clip, at `learning_rate_schedule`."""
+def make_optimizers(config) -> dict[str, optax.GradientTransformation]:
+    """Returns AdamW behind a global-norm clip for each network that is trained: "student", perhaps "discriminator"."""
+    optimizers = {"student": _adamw(config, learning_rate_schedule(config))}
+    if config.style_learning_rate_scale != 1.0:
+        optimizers["student"] = optax.chain(optimizers["student"], _scale_style(config.style_learning_rate_scale))
+    if config.adversarial.weight:
+        optimizers["discriminator"] = _adamw(config, config.adversarial.learning_rate)
+    return optimizers
+
+
+def _adamw(config, learning_rate):
     parts = [optax.clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []
     parts.append(
         optax.adamw(
-            learning_rate_schedule(config),
+            learning_rate,
             b1=config.adam_b1,
             b2=config.adam_b2,
             eps=config.adam_eps,
             weight_decay=config.weight_decay,
         )
     )
-    if config.style_learning_rate_scale != 1.0:
-        parts.append(_scale_style(config.style_learning_rate_scale))
     return optax.chain(*parts)
 
 
@@ -104,27 +120,27 @@ def _scale_style(scale):
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def make_state(params, optimizer: optax.GradientTransformation, mesh: Mesh, ema_decay: float) -> dict:
-    """Returns the training state around the student: counters, params, moments, and the average when it is kept."""
-    specs = state_specs(params, optimizer, mesh, ema_decay)
+def make_state(trained: Mapping, optimizers: Mapping, mesh: Mesh, ema_decay: float) -> dict:
+    """Returns the training state: counters, the student's params and moments, the average and discriminator if any.
 
-    def init(params):
-        return _fresh(params, optimizer, ema_decay)
+    Args:
+      trained: parameters on the mesh: "student", perhaps "discriminator".
+    """
+    specs = sharding.state_specs(abstract_state(trained, optimizers, ema_decay), mesh)
 
-    return jax.jit(init, out_shardings=sharding.placed(mesh, specs))(params)
+    def init(trained):
+        return _fresh(trained, optimizers, ema_decay)
 
-
-def state_specs(params, optimizer: optax.GradientTransformation, mesh: Mesh, ema_decay: float):
-    """Returns where each leaf of the training state lives; moments and average follow their parameter."""
-    return sharding.state_specs(abstract_state(params, optimizer, ema_decay), mesh)
-
-
-def abstract_state(params, optimizer: optax.GradientTransformation, ema_decay: float) -> dict:
-    """Returns the training state around arrays or shapes of the student, as shapes."""
-    return jax.eval_shape(lambda params: _fresh(params, optimizer, ema_decay), params)
+    return jax.jit(init, out_shardings=sharding.placed(mesh, specs))(trained)
 
 
-def _fresh(params, optimizer, ema_decay):
+def abstract_state(trained: Mapping, optimizers: Mapping, ema_decay: float) -> dict:
+    """Returns the training state around arrays or shapes of what is trained, as shapes."""
+    return jax.eval_shape(lambda trained: _fresh(trained, optimizers, ema_decay), trained)
+
+
+def _fresh(trained, optimizers, ema_decay):
     counters = {name: jnp.int32(0) for name in ("step", "skipped_steps", "skipped_in_a_row")}
-    state = counters | {"params": params, "opt_state": optimizer.init(params)}
-    return state | ({"ema": jax.tree.map(jnp.copy, params)} if ema_decay else {})
+    held = {name: {"params": net, "opt_state": optimizers[name].init(net)} for name, net in trained.items()}
+    average = {"ema": jax.tree.map(jnp.copy, trained["student"])} if ema_decay else {}
+    return counters | held.pop("student") | average | held

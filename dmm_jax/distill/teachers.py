@@ -3,6 +3,7 @@
 Checkpoints are memory-mapped and read shard by shard, so the host never holds a second copy of a network.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dmm_jax import sharding
+from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.compare import merge_obstacles
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.open import Checkpoint
@@ -35,46 +37,80 @@ def lent_by_base(base: Checkpoint, teachers: Mapping[str, Checkpoint]) -> list[s
     return lines
 
 
-def put_teachers(base: Checkpoint, teachers: Sequence[Checkpoint], mesh: Mesh, dtype) -> tuple[dict, dict]:
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """What one row of the batch is taught: by whom, and which styles of the student's."""
+
+    name: str
+    teacher: Checkpoint  # Stock; or a merged student, whose first rows are the student's own.
+    first_style: int
+    num_styles: int = 1
+
+
+def put_teachers(
+    base: Checkpoint, lessons: Sequence[Lesson], unet_config: Mapping, mesh: Mesh, dtype
+) -> tuple[dict, dict]:
     """Loads what the step needs of the frozen networks.
 
+    Args:
+      unet_config: of the UNet that runs the teachers': the base's; with a style table where one is a merged student.
+
     Returns:
-      teachers: {"unet": parameters (N, ...), "encoder": (N,) int32 row of `others`, -1 for the base's}.
+      teachers: {"unet": parameters (T, ...), "encoder": (T,) int32 row of `others`, -1 for the base's, "styles":
+        (T, 2) int32, the first style and how many}. A style table that a teacher lacks adds nothing.
       encoders: {"base": parameters, "others": parameters (K, ...) of the distinct other encoders, or None}.
     """
-    unets = put_stacked([teacher.params("unet") for teacher in teachers], mesh, sharding.TEACHERS, dtype)
+    teachers = [lesson.teacher for lesson in lessons]
+    shapes = abstract_params("unet", unet_config)
+    unets = put_stacked([_with_table(teacher.params("unet"), shapes) for teacher in teachers], mesh, dtype)
     rows, distinct = encoder_rows(base, teachers)
     others = [teacher.text_params(base) for teacher in distinct]
     encoders = {
         "base": put_params(base.text_params(), mesh, dtype),
-        "others": put_stacked(others, mesh, sharding.COPY, dtype) if others else None,
+        "others": put_stacked(others, mesh, dtype, sharding.COPY) if others else None,
     }
-    rows = np.asarray(rows, np.int32)
-    return {
-        "unet": unets,
-        "encoder": sharding.make(rows.shape, np.int32, mesh, sharding.TEACHERS, rows.__getitem__),
-    }, encoders
+    numbers = {"encoder": rows, "styles": [(lesson.first_style, lesson.num_styles) for lesson in lessons]}
+    numbers = {name: np.asarray(value, np.int32) for name, value in numbers.items()}
+    return {"unet": unets} | sharding.put_whole(numbers, mesh, sharding.TEACHERS), encoders
 
 
-def abstract_teachers(base: Checkpoint, num_teachers: int, num_encoders: int, mesh, dtype) -> tuple[dict, dict]:
-    """Returns the shapes and shardings of what `put_teachers` loads: teachers like the base, nothing allocated.
+def _with_table(params, shapes):
+    """Adds the style table and its MLP that a stock UNet lacks, all zeros: it adds nothing to the time embedding."""
+    return {name: params[name] if name in params else _zeros(shapes[name]) for name in shapes}
+
+
+def _zeros(shapes):
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+
+
+def abstract_teachers(
+    base: Checkpoint, unet_config: Mapping, num_teachers: int, num_encoders: int, mesh, dtype
+) -> tuple[dict, dict]:
+    """Returns the shapes and shardings of what `put_teachers` loads; nothing is allocated.
 
     Args:
+      unet_config: of the UNet that runs the teachers'.
       num_encoders: distinct text encoders of the teachers besides the base's.
     """
 
-    def described(params, spec, leading=()):
-        def one(path, leaf):
-            sharded = NamedSharding(mesh, spec)
-            return jax.ShapeDtypeStruct((*leading, *leaf.shape), stored_dtype(path, dtype), sharding=sharded)
-
-        return jax.tree.map_with_path(one, params)
-
-    rows = jax.ShapeDtypeStruct((num_teachers,), jnp.int32, sharding=NamedSharding(mesh, sharding.TEACHERS))
-    unets = described(base.abstract("unet"), sharding.TEACHERS, (num_teachers,))
+    numbers = {
+        name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, sharding.TEACHERS))
+        for name, shape in (("encoder", (num_teachers,)), ("styles", (num_teachers, 2)))
+    }
+    unets = described(abstract_params("unet", unet_config), mesh, dtype, sharding.TEACHERS, (num_teachers,))
     texts = {name: base.abstract(name) for name in base.text_encoders}
-    others = described(texts, sharding.COPY, (num_encoders,)) if num_encoders else None
-    return {"unet": unets, "encoder": rows}, {"base": described(texts, sharding.COPY), "others": others}
+    others = described(texts, mesh, dtype, leading=(num_encoders,)) if num_encoders else None
+    return {"unet": unets} | numbers, {"base": described(texts, mesh, dtype), "others": others}
+
+
+def described(params: Mapping, mesh, dtype, spec: P = sharding.COPY, leading: tuple[int, ...] = ()):
+    """Returns the shapes and shardings of frozen parameters on the mesh; nothing is allocated."""
+
+    def one(path, leaf):
+        sharded = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct((*leading, *leaf.shape), stored_dtype(path, dtype), sharding=sharded)
+
+    return jax.tree.map_with_path(one, params)
 
 
 def encoder_rows(base: Checkpoint, teachers: Sequence[Checkpoint]) -> tuple[list[int], list[Checkpoint]]:
@@ -102,7 +138,7 @@ def put_params(params: Mapping, mesh: Mesh, dtype):
     return jax.tree.map_with_path(one, params)
 
 
-def put_stacked(networks: Sequence[Mapping], mesh: Mesh, spec: P, dtype):
+def put_stacked(networks: Sequence[Mapping], mesh: Mesh, dtype, spec: P = sharding.TEACHERS):
     """Stacks equal networks along a new first axis placed at `spec`, reading only what each device needs."""
 
     def one(path, *leaves):

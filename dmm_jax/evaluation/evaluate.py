@@ -18,6 +18,7 @@ from dmm_jax import metrics as metrics_lib
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.data.sources import FolderSource
 from dmm_jax.demo import world
+from dmm_jax.distill.incremental import origins
 from dmm_jax.evaluation import fidelity
 from dmm_jax.evaluation.frechet import Statistics
 from dmm_jax.evaluation.kid import NUM_SUBSETS, SUBSET_SIZE, kernel_inception_distance
@@ -149,9 +150,9 @@ class Models:
 
     def __init__(self, config, workdir: pathlib.Path):
         """Opens the run's checkpoints; each UNet is brought to the device when it is asked for."""
-        self.names = [name for name, _ in config.teachers]
+        self.names = config_lib.style_names(config)
         self._base = open_checkpoint(config.base, prediction_type=config.prediction_type)
-        self._teachers = {name: open_checkpoint(path) for name, path in config.teachers}
+        self._teachers = origins(config)
         student = open_checkpoint(workdir)
         frame = Pipeline.of_student(self._base, student.unet_config, self.names, dtype=config.dtype)
         self.student = frame.with_unet(student.params("unet"))

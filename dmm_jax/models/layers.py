@@ -148,10 +148,20 @@ def constructor_arguments(build, config: Mapping, inert: Mapping) -> dict:
     Raises:
       ValueError: names every field that this port does not compute, with its value.
     """
-    known = {name for name in inspect.signature(build).parameters if name not in ("self", "dtype", "rngs")}
+    known = _parameters(build)
     fields = {name: value for name, value in config.items() if not name.startswith("_")}
     others = {name: value for name, value in fields.items() if name not in known}
     wrong = [f"{name}={value!r}" for name, value in others.items() if value not in inert.get(name, (None, False))]
     if wrong:
         raise ValueError(f"this architecture is not supported: {', '.join(sorted(wrong))} cannot be computed.")
     return {name: value for name, value in fields.items() if name in known}
+
+
+def all_arguments(build: Callable, given: Mapping) -> Config:
+    """Returns every field that `build` takes: as given, else its default."""
+    return Config({name: given.get(name, parameter.default) for name, parameter in _parameters(build).items()})
+
+
+def _parameters(build) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(build).parameters
+    return {name: parameter for name, parameter in parameters.items() if name not in ("self", "dtype", "rngs")}

@@ -58,7 +58,94 @@ class UNetOutput(NamedTuple):
     features: tuple[Array, ...]  # Outputs of the down blocks, the mid block and the up blocks, in the compute dtype.
 
 
-class UNet2DConditionModel(nnx.Module):
+class Encoded(NamedTuple):
+    """The UNet's way down, and what its way up needs."""
+
+    hidden: Float[Array, "B h w C"]  # The middle block's output.
+    skips: list[Array]  # Finest first.
+    features: list[Array]  # Outputs of the down blocks and the middle block.
+    temb: Float[Array, "B E"]
+    states: Float[Array, "B L D"]
+
+
+class UNet2DEncoder(nnx.Module):
+    """The UNet as far as its middle block, with the embeddings of time, style and sizes."""
+
+    def __init__(self, config: "layers.Config", *, dtype, rngs: nnx.Rngs):
+        """Builds the way down.
+
+        Args:
+          config: every argument of `UNet2DConditionModel`.
+          dtype: of the arithmetic.
+
+        Raises:
+          ValueError: a field that does not fit the others.
+        """
+        _check(config)
+        self.config, self.dtype, self.num_models = config, jnp.dtype(dtype), config["num_models"]
+        common = {"dtype": dtype, "rngs": rngs}
+        widths, levels = config["block_out_channels"], len(config["block_out_channels"])
+        time_embed_dim, remat = 4 * widths[0], config["remat"]
+        num_layers = _per_level(config["layers_per_block"], levels)
+        resnet = _resnet(config)
+        self.conv_in = layers.conv(config["in_channels"], widths[0], 3, **common)
+        self.time_embedding = TimestepEmbedding(widths[0], time_embed_dim, **common)
+        self._add_embeddings(time_embed_dim, **common)
+        blocks = []
+        for level, (kind, width) in enumerate(zip(config["down_block_types"], widths, strict=True)):
+            last = level + 1 == levels
+            there = _attention(config, level) if DOWN_TYPES[kind] else None
+            before = widths[max(level - 1, 0)]
+            blocks.append(DownBlock(before, width, num_layers[level], resnet, there, not last, remat=remat, **common))
+        self.down_blocks = nnx.List(blocks)
+        self.mid_block = MidBlock(widths[-1], resnet, _attention(config, levels - 1), remat=remat, **common)
+
+    def _add_embeddings(self, width, *, dtype, rngs):
+        kind = self.config["addition_embed_type"]
+        if kind in TEXT_TIME_TYPES:
+            inputs = self.config["projection_class_embeddings_input_dim"]
+            self.add_embedding = TimestepEmbedding(inputs, width, dtype=dtype, rngs=rngs)
+        if kind in MERGED_TYPES:
+            table = {"embedding_init": nnx.initializers.normal(1.0), "dtype": jnp.float32, "param_dtype": jnp.float32}
+            self.model_embedding = nnx.Embed(self.num_models, width, **table, rngs=rngs)
+            setattr(self, style_mlp_name(self.config), TimestepEmbedding(width, width, dtype=dtype, rngs=rngs))
+
+    def encode(
+        self,
+        latents: Float[Array, "B h w C"],
+        timesteps: Num[Array, " B"],
+        encoder_hidden_states: Float[Array, "B L D"],
+        style_embedding: Float[Array, "B E"] | None = None,
+        added_cond: Mapping[str, Array] | None = None,
+    ) -> Encoded:
+        """Runs the way down; arguments and errors as of `UNet2DConditionModel.__call__`."""
+        _check_size(*latents.shape[1:3], multiple=2 ** (len(self.down_blocks) - 1))
+        _check_conditioning(self.config, style_embedding, added_cond)
+        temb = self._time_embedding(timesteps, style_embedding, added_cond)
+        states = encoder_hidden_states.astype(self.dtype)
+        skips, features = [self.conv_in(latents.astype(self.dtype))], []
+        for block in self.down_blocks:
+            skips += block(skips[-1], temb, states)
+            features.append(skips[-1])
+        hidden = self.mid_block(skips[-1], temb, states)
+        return Encoded(hidden, skips, [*features, hidden], temb, states)
+
+    def _time_embedding(self, timesteps, style_embedding, added_cond) -> Float[Array, "B E"]:
+        config = self.config
+        waves = {"flip_sin_to_cos": config["flip_sin_to_cos"], "freq_shift": config["freq_shift"]}
+        sinusoids = timestep_sinusoids(timesteps, config["block_out_channels"][0], **waves)
+        temb = self.time_embedding(sinusoids.astype(self.dtype))
+        if added_cond is not None:
+            ids, ids_width = added_cond["time_ids"], config["addition_time_embed_dim"]
+            sizes = timestep_sinusoids(ids.reshape(-1), ids_width, **waves).reshape(len(ids), -1)  # (B, 6 D)
+            both = jnp.concatenate([added_cond["text_embeds"].astype(jnp.float32), sizes], axis=-1)
+            temb = temb + self.add_embedding(both.astype(self.dtype))
+        if style_embedding is not None:
+            temb = temb + getattr(self, style_mlp_name(config))(style_embedding.astype(self.dtype))
+        return temb
+
+
+class UNet2DConditionModel(UNet2DEncoder):
     """The network; arguments are the fields of its config.json, with diffusers' defaults."""
 
     def __init__(
@@ -101,59 +188,25 @@ class UNet2DConditionModel(nnx.Module):
         Raises:
           ValueError: a field that does not fit the others.
         """
-        given, not_config = dict(locals()), ("self", "rngs", "dtype", "__class__")
-        self.config = layers.Config({name: value for name, value in given.items() if name not in not_config})
-        _check(self.config)
-        self.dtype = jnp.dtype(dtype)
-        self.num_models = num_models
+        config = layers.all_arguments(UNet2DConditionModel.__init__, locals())
+        super().__init__(config, dtype=dtype, rngs=rngs)
         common = {"dtype": dtype, "rngs": rngs}
         widths, levels = list(block_out_channels), len(block_out_channels)
-        time_embed_dim = 4 * widths[0]
-        resnet = {"temb_channels": time_embed_dim, "num_groups": norm_num_groups, "epsilon": norm_eps}
-        heads, depths = _per_level(attention_head_dim, levels), _per_level(transformer_layers_per_block, levels)
         num_layers = _per_level(layers_per_block, levels)
-
-        def attention(level: int) -> dict[str, Any]:
-            return {
-                "context_width": cross_attention_dim,
-                "num_heads": heads[level],
-                "num_layers": depths[level],
-                "use_linear_projection": use_linear_projection,
-                "num_groups": norm_num_groups,
-                "implementation": attention_implementation,
-            }
-
-        self.conv_in = layers.conv(in_channels, widths[0], 3, **common)
-        self.time_embedding = TimestepEmbedding(widths[0], time_embed_dim, **common)
-        self._add_embeddings(time_embed_dim, **common)
-        blocks, skips = [], [widths[0]]
-        for level, (kind, width) in enumerate(zip(down_block_types, widths, strict=True)):
-            last = level + 1 == levels
-            there = attention(level) if DOWN_TYPES[kind] else None
-            before = widths[max(level - 1, 0)]
-            blocks.append(DownBlock(before, width, num_layers[level], resnet, there, not last, remat=remat, **common))
-            skips += [width] * (num_layers[level] + (not last))
-        self.down_blocks = nnx.List(blocks)
-        self.mid_block = MidBlock(widths[-1], resnet, attention(-1), remat=remat, **common)
+        skips = [widths[0]]
+        for level, width in enumerate(widths):
+            skips += [width] * (num_layers[level] + (level + 1 < levels))
         blocks = []
         for level, kind in zip(reversed(range(levels)), up_block_types, strict=True):
             taken = [skips.pop() for _ in range(num_layers[level] + 1)]
-            there = attention(level) if UP_TYPES[kind] else None
+            there = _attention(config, level) if UP_TYPES[kind] else None
             before = widths[min(level + 1, levels - 1)]
-            blocks.append(UpBlock(before, taken, widths[level], resnet, there, level > 0, remat=remat, **common))
+            blocks.append(
+                UpBlock(before, taken, widths[level], _resnet(config), there, level > 0, remat=remat, **common)
+            )
         self.up_blocks = nnx.List(blocks)
         self.conv_norm_out = layers.group_norm(norm_num_groups, widths[0], epsilon=norm_eps, rngs=rngs)
         self.conv_out = layers.conv(widths[0], out_channels, 3, **common)
-
-    def _add_embeddings(self, width, *, dtype, rngs):
-        kind = self.config["addition_embed_type"]
-        if kind in TEXT_TIME_TYPES:
-            inputs = self.config["projection_class_embeddings_input_dim"]
-            self.add_embedding = TimestepEmbedding(inputs, width, dtype=dtype, rngs=rngs)
-        if kind in MERGED_TYPES:
-            table = {"embedding_init": nnx.initializers.normal(1.0), "dtype": jnp.float32, "param_dtype": jnp.float32}
-            self.model_embedding = nnx.Embed(self.num_models, width, **table, rngs=rngs)
-            setattr(self, style_mlp_name(self.config), TimestepEmbedding(width, width, dtype=dtype, rngs=rngs))
 
     @classmethod
     def from_config(cls, config: Mapping, *, rngs: nnx.Rngs, **options) -> "UNet2DConditionModel":
@@ -163,6 +216,11 @@ class UNet2DConditionModel(nnx.Module):
           ValueError: fields or values that this port does not compute; all are named.
         """
         return cls(**(layers.constructor_arguments(cls.__init__, config, INERT) | options), rngs=rngs)
+
+    @classmethod
+    def arguments(cls, config: Mapping, **options) -> "layers.Config":
+        """Returns every argument of the constructor, defaults too, that `from_config` would call it with."""
+        return layers.all_arguments(cls.__init__, layers.constructor_arguments(cls.__init__, config, INERT) | options)
 
     def style_embedding(self, weights: Float[Array, "B N"]) -> Float[Array, "B E"]:
         """Mixes rows of the style table: what `__call__` takes as `style_embedding` (arXiv:2504.12364, 4.5).
@@ -195,37 +253,36 @@ class UNet2DConditionModel(nnx.Module):
         Raises:
           ValueError: latents that the levels cannot halve, or conditioning that is missing or has no place.
         """
-        _check_size(*latents.shape[1:3], multiple=2 ** (len(self.down_blocks) - 1))
-        _check_conditioning(self.config, style_embedding, added_cond)
-        temb = self._time_embedding(timesteps, style_embedding, added_cond)
-        states = encoder_hidden_states.astype(self.dtype)
-        hidden = self.conv_in(latents.astype(self.dtype))
-        skips, features = [hidden], []
-        for block in self.down_blocks:
-            skips += block(skips[-1], temb, states)
-            features.append(skips[-1])
-        hidden = self.mid_block(skips[-1], temb, states)
-        features.append(hidden)
+        down = self.encode(latents, timesteps, encoder_hidden_states, style_embedding, added_cond)
+        hidden, skips, features = down.hidden, list(down.skips), list(down.features)
         for block in self.up_blocks:
             taken = [skips.pop() for _ in block.resnets]
-            hidden = block(hidden, taken, temb, states)
+            hidden = block(hidden, taken, down.temb, down.states)
             features.append(hidden)
         hidden = layers.normed(self.conv_norm_out, hidden, jax.nn.silu)
         return UNetOutput(self.conv_out(hidden).astype(jnp.float32), tuple(features))
 
-    def _time_embedding(self, timesteps, style_embedding, added_cond) -> Float[Array, "B E"]:
-        config = self.config
-        waves = {"flip_sin_to_cos": config["flip_sin_to_cos"], "freq_shift": config["freq_shift"]}
-        sinusoids = timestep_sinusoids(timesteps, config["block_out_channels"][0], **waves)
-        temb = self.time_embedding(sinusoids.astype(self.dtype))
-        if added_cond is not None:
-            ids, ids_width = added_cond["time_ids"], config["addition_time_embed_dim"]
-            sizes = timestep_sinusoids(ids.reshape(-1), ids_width, **waves).reshape(len(ids), -1)  # (B, 6 D)
-            both = jnp.concatenate([added_cond["text_embeds"].astype(jnp.float32), sizes], axis=-1)
-            temb = temb + self.add_embedding(both.astype(self.dtype))
-        if style_embedding is not None:
-            temb = temb + getattr(self, style_mlp_name(config))(style_embedding.astype(self.dtype))
-        return temb
+
+def _resnet(config: Mapping) -> dict[str, Any]:
+    """Returns what all resnets of a UNet share."""
+    return {
+        "temb_channels": 4 * config["block_out_channels"][0],
+        "num_groups": config["norm_num_groups"],
+        "epsilon": config["norm_eps"],
+    }
+
+
+def _attention(config: Mapping, level: int) -> dict[str, Any]:
+    """Returns the arguments of a level's transformers."""
+    levels = len(config["block_out_channels"])
+    return {
+        "context_width": config["cross_attention_dim"],
+        "num_heads": _per_level(config["attention_head_dim"], levels)[level],
+        "num_layers": _per_level(config["transformer_layers_per_block"], levels)[level],
+        "use_linear_projection": config["use_linear_projection"],
+        "num_groups": config["norm_num_groups"],
+        "implementation": config["attention_implementation"],
+    }
 
 
 def _per_level(value, levels: int) -> list:

@@ -26,15 +26,18 @@ def whole(tree) -> int:
 def held(state: Mapping, teachers, encoders, batch) -> dict[str, int]:
     """Returns the bytes per device of what lives from step to step, by kind; gradients live within one.
 
+    Gradients are float32, placed like the parameters.
+
     Args:
-      state: the training state: "params", "opt_state", perhaps "ema", and counters.
+      state: the training state: "params", "opt_state", perhaps "ema" and "discriminator", and counters.
     """
     params = state["params"]
     kinds = {
         "student": per_device(params),
         "moments": per_device(state["opt_state"]),
         "average": per_device(state.get("ema", {})),
-        "gradients": per_device(params),  # float32, placed like the parameters.
+        "discriminator": per_device(state.get("discriminator", {})),
+        "gradients": per_device(params) + per_device(state.get("discriminator", {"params": {}})["params"]),
         "teachers": per_device(teachers),
         "text encoders": per_device(encoders),
         "batch": per_device(batch),

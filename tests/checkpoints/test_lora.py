@@ -16,6 +16,7 @@ from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.inspect import inspect, render
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.safetensors_io import save
+from dmm_jax.distill import incremental
 from dmm_jax.distill import teachers as teachers_lib
 from tests import families
 
@@ -358,7 +359,8 @@ def test_a_lora_is_a_teacher_like_any_other(folder, base, tmp_path):
     teachers = {name: open_checkpoint(text) for name, text in named}
     teachers_lib.check_mergeable(base, teachers)
     mesh = sharding.make_mesh(teacher=1, data=1, fsdp=1)
-    frozen, encoders = teachers_lib.put_teachers(base, list(teachers.values()), mesh, np.float32)
+    lessons = incremental.lessons(teachers, None, 0)
+    frozen, encoders = teachers_lib.put_teachers(base, lessons, base.unet_config, mesh, np.float32)
     (kernel,) = (leaf for path, leaf in naming.flat(frozen["unet"]) if naming.torch_key(path) == f"{DENSE}.weight")
     before = stored(base, "unet", DENSE)
     terms = (0.8 * ALPHA / RANK, *found["unet", DENSE])

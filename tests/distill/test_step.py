@@ -13,10 +13,12 @@ from dmm_jax import sharding, train
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.data.cache import LatentCache
 from dmm_jax.data.pipeline import batches
+from dmm_jax.distill import incremental, student, teachers
 from dmm_jax.distill import step as distill_step
-from dmm_jax.distill import student, teachers
 from dmm_jax.tokenizer import Tokenizers
 from tests import worlds
+
+ONE_STYLE = jnp.array([0, 1])  # The first, and how many.
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +26,13 @@ def run(tiny):
     """Everything that a step needs, on one device."""
     paths, config = tiny
     base = open_checkpoint(paths["base"])
-    others = [open_checkpoint(paths[name]) for name in worlds.NAMES]
+    others = {name: open_checkpoint(paths[name]) for name in worlds.NAMES}
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    frozen, encoders = teachers.put_teachers(base, others, mesh, jnp.float32)
-    networks, student_config = train.define_networks(config, base, 2)
+    lessons = incremental.lessons(others, None, 0)
+    frozen, encoders = teachers.put_teachers(base, lessons, base.unet_config, mesh, jnp.float32)
+    networks, student_config = train.define_networks(config, base)
     style = student.style_params(student_config, "zero", 0)
-    params = student.put_student([base.params("unet")], style, student_config, mesh)
+    params = {"student": student.put_student([base.params("unet")], style, student_config, mesh)}
     objective = train.define_objective(config, base, Tokenizers.from_folders(base.tokenizer_folders))
     batch = batches(LatentCache(config.data.cache), 0, 2, 8)[0]
     specs = sharding.state_specs(params, mesh)
@@ -37,7 +40,7 @@ def run(tiny):
         distill_step.build_loss_and_grads, networks, objective, mesh, specs, dtype=jnp.float32, seed=0
     )
     return {"build": build, "args": (params, frozen, encoders, batch, jnp.int32(3)), "networks": networks,
-            "objective": objective, "base": base, "others": others}  # fmt: skip
+            "objective": objective, "base": base, "others": list(others.values())}  # fmt: skip
 
 
 def test_micro_batches_do_not_change_the_gradient(run):
@@ -49,8 +52,9 @@ def test_micro_batches_do_not_change_the_gradient(run):
 
 def test_a_student_that_starts_as_its_only_teacher_has_no_error_and_no_gradient(run):
     params, frozen, encoders, batch, step = run["args"]
-    same = {"unet": jax.tree.map(lambda leaf: jnp.repeat(leaf[None], 2, 0), {k: v for k, v in params.items()
-            if k not in ("model_embedding", "add_embedding")}), "encoder": jnp.array([-1, -1])}  # fmt: skip
+    own = {k: v for k, v in params["student"].items() if k not in ("model_embedding", "add_embedding")}
+    same = frozen | {"unet": jax.tree.map(lambda leaf: jnp.repeat(leaf[None], 2, 0), own)}
+    same["encoder"] = jnp.array([-1, -1])
     grads, errors = jax.jit(run["build"](gradient_accumulation=1))(params, same, encoders, batch, step)
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(errors)) < 1e-9
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads)) < 1e-4
@@ -61,10 +65,7 @@ def test_teachers_on_the_mesh_equal_teachers_alone(run):
     params, frozen, encoders, batch, step = run["args"]
     _, both = jax.jit(run["build"](gradient_accumulation=1))(*run["args"])
     for row in range(2):
-        alone = {
-            "unet": jax.tree.map(lambda leaf, row=row: leaf[jnp.array([row, row])], frozen["unet"]),
-            "encoder": frozen["encoder"][jnp.array([row, row])],
-        }
+        alone = jax.tree.map(lambda leaf, row=row: leaf[jnp.array([row, row])], frozen)
         _, errors = jax.jit(run["build"](gradient_accumulation=1))(params, alone, encoders, batch, step)
         assert np.allclose(errors["score"][row], both["score"][row], rtol=1e-5)
 
@@ -73,9 +74,10 @@ def test_noise_timesteps_and_drops_are_functions_of_seed_step_and_sample_alone(r
     objective, (_, _, _, batch, _) = run["objective"], run["args"]
     one = {name: leaf[0] for name, leaf in batch.items()}
     key = jax.random.key(1)
-    whole = distill_step.draw(objective, key, jnp.arange(4), one)
-    part = distill_step.draw(objective, key, jnp.arange(2, 4), jax.tree.map(lambda leaf: leaf[2:], one))
-    for name in ("noise", "timesteps", "input_ids"):
+    styles = jnp.array([3, 5])
+    whole = distill_step.draw(objective, key, jnp.arange(4), styles, one)
+    part = distill_step.draw(objective, key, jnp.arange(2, 4), styles, jax.tree.map(lambda leaf: leaf[2:], one))
+    for name in ("noise", "timesteps", "input_ids", "style_ids"):
         assert np.array_equal(whole[name][2:], part[name])
     assert len({int(t) for t in whole["timesteps"]}) > 1
 
@@ -83,7 +85,7 @@ def test_noise_timesteps_and_drops_are_functions_of_seed_step_and_sample_alone(r
 def test_dropped_prompts_become_the_empty_one_at_the_rate_asked_for(run):
     objective, (_, _, _, batch, _) = run["objective"], run["args"]
     many = {"latents": jnp.zeros((2000, 1, 1, 4)), "input_ids": jnp.repeat(batch["input_ids"][0][:1], 2000, 0)}
-    drawn = distill_step.draw(objective, jax.random.key(0), jnp.arange(2000), many)
+    drawn = distill_step.draw(objective, jax.random.key(0), jnp.arange(2000), ONE_STYLE, many)
     empty = np.all(np.asarray(drawn["input_ids"]) == np.asarray(objective.empty_ids), axis=1)
     assert empty.mean() == pytest.approx(objective.prompt_dropout, abs=0.02)
 
@@ -91,7 +93,7 @@ def test_dropped_prompts_become_the_empty_one_at_the_rate_asked_for(run):
 def test_dropped_prompts_are_spread_evenly_over_what_stands_for_none(run):
     objective = dataclasses.replace(run["objective"], empty_ids=((7, 7), (-1, -1)), prompt_dropout=0.4)
     many = {"latents": jnp.zeros((4000, 1, 1, 4)), "input_ids": jnp.full((4000, 2), 3)}
-    drawn = np.asarray(distill_step.draw(objective, jax.random.key(0), jnp.arange(4000), many)["input_ids"])
+    drawn = np.asarray(distill_step.draw(objective, jax.random.key(0), jnp.arange(4000), ONE_STYLE, many)["input_ids"])
     assert {tuple(row) for row in drawn.tolist()} == {(3, 3), (7, 7), (-1, -1)}
     shares = [(drawn[:, 0] == token).mean() for token in (7, -1)]
     assert shares == pytest.approx([0.2, 0.2], abs=0.02)
@@ -107,15 +109,15 @@ def steps_with(grad_at, numbers):
     """Runs updates on a toy whose gradient at step k is `grad_at(k)`; returns the state after each of `numbers`."""
     config = config_lib.get_config()
     config.learning_rate, config.warmup_steps = 0.1, 2
-    optimizer = student.make_optimizer(config)
+    optimizers = student.make_optimizers(config)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    state = student.make_state({"w": jnp.arange(3.0)}, optimizer, mesh, ema_decay=0.5)
+    state = student.make_state({"student": {"w": jnp.arange(3.0)}}, optimizers, mesh, ema_decay=0.5)
 
     def loss_and_grads(params, teachers, encoders, batch, step):
         errors = {"score": jnp.ones(2), "feature": jnp.where(batch == 7, jnp.inf, jnp.ones(2))}
-        return {"w": params["w"] * grad_at(batch)}, errors
+        return {"student": {"w": params["student"]["w"] * grad_at(batch)}}, errors
 
-    step = jax.jit(distill_step.build_step(loss_and_grads, optimizer, ema_decay=0.5))
+    step = jax.jit(distill_step.build_step(loss_and_grads, optimizers, ema_decay=0.5))
     states, logged = [], []
     for number in numbers:
         state, metrics = step(state, None, None, jnp.float32(number))

@@ -1,0 +1,92 @@
+"""The adversarial term: who moves what, which class is whose, and a run with a discriminator in it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmm_jax import train
+from dmm_jax.distill import adversarial
+from dmm_jax.metrics import read
+
+STYLES = jnp.array([0, 1, 1])
+
+
+def judged(params, x0):
+    """A discriminator of 2 x 2 classes that is one matrix."""
+    return x0.reshape(len(x0), -1) @ params
+
+
+@pytest.fixture
+def drawn():
+    student, teacher = jax.random.normal(jax.random.key(0), (2, 3, 2, 2, 4))
+    return jax.random.normal(jax.random.key(1), (16, 4)), student, teacher
+
+
+def test_the_student_moves_no_discriminator_and_is_moved_by_none(drawn):
+    def mean(name, params, student, teacher):
+        return adversarial.errors(judged, params, student, teacher, STYLES, 2)[name].mean()
+
+    for name, moved in (("adversarial", [False, True, False]), ("discriminator", [True, False, False])):
+        grads = jax.grad(mean, argnums=(1, 2, 3))(name, *drawn)
+        assert [bool(jnp.abs(grad).max() > 0) for grad in grads] == moved
+
+
+def test_teacher_i_is_class_i_and_the_student_in_its_style_class_n_plus_i():
+    """Logits that are sure of exactly these classes have no error; the student, seen through, has a large one."""
+    classes = jnp.concatenate([STYLES + 2, STYLES])
+    judge = lambda params, x0: params * jax.nn.one_hot(classes[x0[:, 0, 0, 0].astype(int)], 4)  # noqa: E731
+    student, teacher = jnp.arange(6.0).reshape(2, 3, 1, 1, 1)
+    found = adversarial.errors(judge, 50.0, student, teacher, STYLES, 2)
+    assert np.abs(found["discriminator"]).max() < 1e-6
+    np.testing.assert_allclose(found["adversarial"], 50.0, rtol=1e-5)
+
+
+def steps(workdir):
+    return [line for line in read(workdir / "metrics.jsonl") if "score" in line]
+
+
+@pytest.fixture(scope="module")
+def config(tiny):
+    config = tiny[1].copy_and_resolve_references()
+    config.adversarial.weight, config.adversarial.learning_rate = 0.01, 3e-3
+    config.num_steps, config.checkpoint_every, config.validation_size, config.warmup_steps = 30, 20, 0, 0
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """A run of 30 steps that was stopped after 20, and one that was not."""
+    folders = [tmp_path_factory.mktemp("adversarial") / name for name in ("whole", "stopped")]
+    train.run(config, folders[0])
+    first = config.copy_and_resolve_references()
+    first.num_steps = 20
+    train.run(first, folders[1])
+    train.run(config, folders[1])
+    return folders
+
+
+def test_the_discriminators_error_falls(finished):
+    found = [sum(line["discriminator"].values()) for line in steps(finished[0])]
+    assert np.mean(found[-5:]) < np.mean(found[:5]) - 1e-3
+
+
+def test_the_loss_that_is_logged_is_the_students(finished):
+    line = steps(finished[0])[0]
+    mean = {name: np.mean(list(line[name].values())) for name in ("score", "feature", "adversarial")}
+    assert line["loss"] == pytest.approx(mean["score"] + 0.002 * mean["feature"] + 0.01 * mean["adversarial"])
+
+
+def test_a_run_that_was_stopped_goes_on_bit_for_bit_discriminator_and_all(finished):
+    lines = [steps(folder) for folder in finished]
+    for name in ("score", "adversarial", "discriminator", "grad_norm"):
+        assert [line[name] for line in lines[0]] == [line[name] for line in lines[1]]
+
+
+def test_with_a_fixed_backbone_the_head_alone_is_trained_and_saved(config, tmp_path, capsys):
+    config = config.copy_and_resolve_references()
+    config.adversarial.train_backbone, config.num_steps = False, 2
+    line = train.run(config, tmp_path / "run")
+    assert np.isfinite(line["loss"])
+    keys = (tmp_path / "run" / "checkpoints" / "2" / "state" / "_METADATA").read_text()
+    assert "discriminator" in keys and "'head'" in keys and "'backbone'" not in keys

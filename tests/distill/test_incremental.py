@@ -1,0 +1,120 @@
+"""Growing: the old styles are kept by the student that was, new ones are learned, names and parents are carried on."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dmm_jax import config as config_lib
+from dmm_jax import train
+from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.distill import incremental
+from dmm_jax.export import describe, export_workdir
+from dmm_jax.metrics import read
+from dmm_jax.pipeline import Pipeline
+
+
+@pytest.fixture(scope="module")
+def config(tiny, trained):
+    """A student of `left` and `right` that keeps both, one renamed, and learns the base as its null style."""
+    config = tiny[1].copy_and_resolve_references()
+    config.grow.student, config.grow.styles = str(trained), ("right", "links=left")
+    config.teachers = (("none", config.base),)
+    return config
+
+
+@pytest.fixture(scope="module")
+def grown(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("grown") / "run"
+    train.run(config, workdir)
+    return workdir
+
+
+def table(path):
+    return np.asarray(open_checkpoint(path).tensors("unet")["model_embedding.weight"])
+
+
+def test_before_the_first_update_a_grown_student_is_the_old_one(config, trained, tmp_path):
+    config = config.copy_and_resolve_references()
+    config.learning_rate, config.num_steps, config.weight_decay = 0.0, 1, 0.0
+    line = train.run(config, tmp_path / "run")
+    assert max(line["validation"]["replay"]) < 1e-9 < 1e-4 < max(line["validation"]["none"])
+    rows = table(tmp_path / "run")
+    assert rows.shape[0] == 3
+    np.testing.assert_array_equal(rows[:2], table(trained)[[1, 0]])
+
+
+def test_old_and_new_styles_are_learned_under_their_names(grown):
+    assert open_checkpoint(grown).styles == ("right", "links", "none")
+    lines = [line for line in read(grown / "metrics.jsonl") if "score" in line]
+    assert all(sorted(line["score"]) == ["none", "replay"] for line in lines)
+
+
+def test_every_style_of_the_old_student_is_replayed(config, grown):
+    """Each with its own row: the error of a row that is exchanged shows."""
+    cut = config.copy_and_resolve_references()
+    cut.grow.styles = ("right",)
+    old = incremental.old_student(cut, open_checkpoint(config.base))
+    lessons = incremental.lessons({"none": open_checkpoint(config.base)}, old, 2)
+    found = [(lesson.name, lesson.first_style, lesson.num_styles) for lesson in lessons]
+    assert found == [("none", 1, 1), ("replay", 0, 1), ("replay 2", 0, 1)]
+    both = incremental.old_student(config, open_checkpoint(config.base))
+    assert [(one.first_style, one.num_styles) for one in incremental.lessons({}, both, 1)] == [(0, 2)]
+
+
+def test_the_teacher_of_an_old_style_is_the_checkpoint_that_it_came_from_over_all_rounds(tiny, config, grown):
+    again = config.copy_and_resolve_references()
+    again.grow.student, again.grow.styles = str(grown), ("erste=right", "none")
+    again.teachers = (("third", str(tiny[0]["left"])),)
+    origins = incremental.origins(again)
+    assert {name: str(one.path) for name, one in origins.items()} == {
+        "erste": str(tiny[0]["right"]), "none": config.base, "third": str(tiny[0]["left"]),
+    }  # fmt: skip
+
+
+def test_the_recipe_holds_the_hashes_of_all_parents(tiny, grown):
+    parents = describe(grown, open_checkpoint(grown), "")["parents"]
+    paths = {"base": "base", "right": "right", "links": "left", "none": "base"}
+    assert {name: parent["unet_sha256"] for name, parent in parents.items()} == {
+        name: open_checkpoint(tiny[0][path]).digest("unet") for name, path in paths.items()
+    }
+
+
+def test_no_style_is_the_null_style(grown):
+    pipeline = Pipeline.from_pretrained(grown)
+    none, named = (pipeline.style_weights(style, 1) for style in (None, "none"))
+    np.testing.assert_array_equal(none, named)
+    assert none.tolist() == [[0.0, 0.0, 1.0]]
+
+
+def test_a_dmm_folder_grows_too_and_its_styles_are_their_own_teachers(config, grown, tmp_path):
+    (folder,) = export_workdir(grown, tmp_path / "out", ["dmm"], dtype="float32", keep=["null=none", "right"])
+    assert open_checkpoint(folder).styles == ("null", "right")
+    np.testing.assert_array_equal(table(folder), table(grown)[[2, 0]])
+    from_folder = config.copy_and_resolve_references()
+    from_folder.grow.student, from_folder.grow.styles = str(folder), ()
+    resolved = incremental.resolved(from_folder)
+    assert config_lib.style_names(resolved) == ["null", "right", "none"]
+    origins = incremental.origins(resolved)
+    bias = "time_embedding.linear_2.bias"
+    assert not np.array_equal(origins["null"].tensors("unet")[bias], origins["right"].tensors("unet")[bias])
+    assert json.loads(config_lib.to_json(resolved))["grow"]["styles"] == ["null", "right"]
+
+
+def test_what_cannot_grow_is_refused(tiny, config, trained):
+    base = open_checkpoint(config.base)
+    wrong = config.copy_and_resolve_references()
+    wrong.grow.styles = ("lefft",)
+    with pytest.raises(CheckpointError, match="no style 'lefft'; did you mean 'left'"):
+        incremental.old_student(wrong, base)
+    wrong.grow.student, wrong.grow.styles = config.base, ()
+    with pytest.raises(CheckpointError, match="stock checkpoint"):
+        incremental.resolved(wrong)
+    wrong.grow.student, wrong.grow.styles = "", ("left",)
+    with pytest.raises(ValueError, match="needs grow.student"):
+        config_lib.check(wrong)
+    twice = config.copy_and_resolve_references()
+    twice.grow.styles = ("a=left", "a=right")
+    with pytest.raises(ValueError, match="two styles are to be called 'a'"):
+        config_lib.check(twice)
