@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dmm_jax import cli, plan, plan_text, sharding
+from dmm_jax import cli, plan, plan_text, sharding, train
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.distill import incremental, student, teachers
@@ -61,6 +61,19 @@ def test_what_is_held_is_what_real_arrays_weigh(tiny, config):
     expected = {"student": weigh(params), "moments": weigh(state["opt_state"]), "teachers": weigh(frozen)}
     expected |= {"text encoders": weigh(encoders), "batch": 32 * (8 * 8 * 4 * 4 + 77 * 4 + 6 * 4) / MIB}
     assert held_mib(planned) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_discriminator_weighs_its_parameters_and_moments_and_its_head_alone_less(config):
+    config.adversarial.weight = 0.01
+    sizes = []
+    for config.adversarial.train_backbone in (True, False):
+        learns, fixed = train.abstract_discriminator(config, open_checkpoint(config.base))
+        held, counts = memory.whole(learns), 2 * 4  # AdamW counts its updates, and its schedule's.
+        found = plan.plan(config, "gpu:1x80GB").memory
+        assert found["discriminator"] == pytest.approx(3 * held, abs=counts)
+        sizes.append(found["gradients"])
+        assert sizes[-1] == pytest.approx(found["student"] + held)
+    assert sizes[0] > sizes[1] and fixed
 
 
 def test_meshes_divide_what_they_shard(config):
