@@ -8,6 +8,7 @@
 | student, its moments and its average     | copy    | copy | largest dimension that divides |
 """
 
+import collections
 import math
 
 import jax
@@ -26,12 +27,27 @@ SMALLEST_SHARDED = 1024  # Elements: below, a collective costs more than the mem
 def make_mesh(teacher: int = 1, data: int = 0, fsdp: int = 1, devices=None) -> Mesh:
     """Lays the devices out as (teacher, data, fsdp); `data=0` takes all that are left.
 
+    TPU slices come one after the other, so that over the network between them go `teacher` and `data` alone: the sums of
+    the student's gradients, once a step. `fsdp` gathers the student and stays within a slice.
+
     Raises:
-      ValueError: the axes do not use exactly the devices that there are.
+      ValueError: the axes do not use exactly the devices that there are, or `fsdp` would lie across slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(teacher, data, fsdp, len(devices))
-    return Mesh(np.asarray(devices).reshape(tuple(shape.values())), AXES)
+    slices = collections.Counter(map(_slice, devices))
+    if any(size % fsdp for size in slices.values()):
+        sizes = ", ".join(map(str, slices.values()))
+        raise ValueError(
+            f"mesh.fsdp={fsdp} would lie across TPU slices, of {sizes} devices: it gathers the student several times a "
+            f"step, too much for the network between them. Use a divisor of {math.gcd(*slices.values())}."
+        )
+    return Mesh(np.asarray(sorted(devices, key=_slice)).reshape(tuple(shape.values())), AXES)
+
+
+def _slice(device) -> int:
+    """Returns the number of the TPU slice that a device belongs to; there is one where devices are no TPUs."""
+    return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
 
 
 def abstract_mesh(teacher: int = 1, data: int = 0, fsdp: int = 1, *, num_devices: int) -> AbstractMesh:

@@ -76,6 +76,21 @@ def test_a_mesh_that_does_not_use_all_devices_is_refused():
         sharding.make_mesh(2, 1, 1, devices=jax.devices()[:1])
 
 
+def pod(*slices):
+    """Returns TPU devices, numbered through, of the slices given."""
+    devices = [Device(number, number) for number, _ in enumerate(slices)]
+    for device, number in zip(devices, slices, strict=True):
+        device.platform, device.slice_index = "tpu", number
+    return devices
+
+
+def test_teachers_lie_across_slices_and_shards_within_one():
+    mesh = sharding.make_mesh(2, 1, 2, devices=pod(0, 1, 0, 1))
+    assert [[device.slice_index for device in row] for row in mesh.devices.reshape(2, 2)] == [[0, 0], [1, 1]]
+    with pytest.raises(ValueError, match="mesh.fsdp=4 would lie across TPU slices, of 2, 2 devices.*divisor of 2"):
+        sharding.make_mesh(1, 1, 4, devices=pod(0, 1, 0, 1))
+
+
 def test_large_parameters_are_sharded_along_the_largest_dimension_that_divides():
     mesh = AbstractMesh((1, 1, 4), sharding.AXES)
     assert sharding.parameter_spec((3, 3, 320, 1280), mesh) == P(None, None, None, "fsdp")
