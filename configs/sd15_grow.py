@@ -2,8 +2,8 @@
 
     dmm-jax train --config=configs/sd15_grow.py --workdir=runs/sd15_grown
 
-A third of every batch is the finished student teaching its own styles. Hardware: one GPU with 80 GB, as for sd15.py. Not
-run at this size with real weights: no hours or numbers to expect.
+A third of every batch is the finished student teaching its own styles. Hardware: one GPU with 80 GB, as for sd15.py.
+Not run at this size with real weights: no hours or numbers to expect.
 """
 
 from dmm_jax import config as config_lib

@@ -27,8 +27,8 @@ SMALLEST_SHARDED = 1024  # Elements: below, a collective costs more than the mem
 def make_mesh(teacher: int = 1, data: int = 0, fsdp: int = 1, devices=None) -> Mesh:
     """Lays the devices out as (teacher, data, fsdp); `data=0` takes all that are left.
 
-    TPU slices come one after the other, so that over the network between them go `teacher` and `data` alone: the sums of
-    the student's gradients, once a step. `fsdp` gathers the student and stays within a slice.
+    TPU slices come one after the other, so that over the network between them go `teacher` and `data` alone: the sums
+    of the student's gradients, once a step. `fsdp` gathers the student and stays within a slice.
 
     Raises:
       ValueError: the axes do not use exactly the devices that there are, or `fsdp` would lie across slices.

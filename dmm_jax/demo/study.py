@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from dmm_jax import config as config_lib
 from dmm_jax import train
 from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.average import mean_params
@@ -167,18 +166,23 @@ class Judge:
         models = {"base": self.base.params("unet"), "weight average": mean_params(unets)}
         drawn = {name: self.sample(self.stock.with_unet(unet), None, OTHER_SEED) for name, unet in models.items()}
         again = {name: self.sample(self._teacher(name), None, OTHER_SEED) for name in STYLES}
-        found = {what: {name: frechet_distance(one, self.teachers[name]) for name in STYLES} for what, one in drawn.items()}
-        return found | {"floor": {name: frechet_distance(again[name], self.teachers[name]) for name in STYLES}}
+        found = {what: self._distances(dict.fromkeys(STYLES, one)) for what, one in drawn.items()}
+        return found | {"floor": self._distances(again)}
+
+    def _distances(self, drawn: Mapping[str, Statistics]) -> dict[str, float]:
+        return {name: frechet_distance(drawn[name], self.teachers[name]) for name in STYLES}
 
     def student(self, workdir: pathlib.Path) -> dict[str, float]:
         """Returns the distance of each style to its own teacher."""
         student = open_checkpoint(workdir)
         pipeline = Pipeline.of_student(self.base, student.unet_config, student.styles, dtype=self.config.dtype)
         pipeline = pipeline.with_unet(student.params("unet"))
-        return {name: frechet_distance(self.sample(pipeline, name, OTHER_SEED), self.teachers[name]) for name in STYLES}
+        return self._distances({name: self.sample(pipeline, name, OTHER_SEED) for name in STYLES})
 
 
-def train_row(out: pathlib.Path, stages: Sequence[Stage], num_steps: int, seed: int, folder: pathlib.Path) -> pathlib.Path:
+def train_row(
+    out: pathlib.Path, stages: Sequence[Stage], num_steps: int, seed: int, folder: pathlib.Path
+) -> pathlib.Path:
     """Trains a row's stages below `folder`; returns the workdir of the last."""
     workdir, done = None, 0
     for number, stage in enumerate(stages):
