@@ -2,7 +2,8 @@
 
 Prompts, styles, seeds, the guidance scale and the solver's tables are arguments of the programs: only the shape of a
 batch and the number of evaluations make a new one. A batch may hold another mix of styles in every image, since a style
-enters as one vector beside the timestep embedding (DMM, arXiv:2504.12364, 4.5).
+enters as one vector beside the timestep embedding (DMM, arXiv:2504.12364, 4.5). A batch is divided among all devices of
+the process where their number divides it.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dmm_jax import sharding
 from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.compare import whole_obstacles
 from dmm_jax.checkpoints.errors import CheckpointError
@@ -153,11 +155,13 @@ class Pipeline:
 
         A prompt that is None is no prompt: "" for Stable Diffusion 1 and 2, zeros for XL.
         """
-        return _encode(self.text_encoders.graph, self.text_encoders.params, self.tokenizers(prompts))
+        input_ids = sharding.spread(self.tokenizers(prompts))
+        return _encode(self.text_encoders.graph, self.text_encoders.params, input_ids)
 
     def decode(self, latents):
         """Decodes scaled latents (B, h, w, 4) to uint8 images (B, H, W, 3)."""
-        return _decode(self.vae.graph, self.vae.params, jnp.asarray(latents, jnp.float32))
+        latents = sharding.spread(jnp.asarray(latents, jnp.float32))
+        return _decode(self.vae.graph, self.vae.params, latents)
 
     @property
     def cells(self) -> int:
@@ -226,6 +230,7 @@ class Pipeline:
         added = text.added_cond(jnp.tile(jnp.array(told, jnp.float32), (len(text.encoder_hidden_states), 1)))
         plan = solvers.plan(solver, self.schedule, num_inference_steps)
         states = text.encoder_hidden_states
+        latents, keys, weights, scales = sharding.spread((latents, keys, weights, scales))
         drawn = _denoise(self.unet.graph, guided, self.unet.params, plan, latents, keys, states, added, weights, scales)
         return np.asarray(drawn if output == "latents" else self.decode(drawn))
 
@@ -286,7 +291,12 @@ def parse_style(text: str) -> Style:
 
 
 def in_memory(params: Mapping, dtype):
-    """Puts parameters on the default device: kernels in `dtype`, tables, norms and biases in float32."""
+    """Puts parameters on every device of this process, as `in_dtype` has them."""
+    return sharding.on_each_device(in_dtype(params, dtype))
+
+
+def in_dtype(params: Mapping, dtype):
+    """Returns kernels in `dtype`; tables, norms and biases in float32."""
 
     def one(path, leaf):
         return jnp.asarray(leaf, dtype if path[-1].key == "kernel" else jnp.float32)

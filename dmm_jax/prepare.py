@@ -1,7 +1,6 @@
 """`dmm-jax prepare`: what a config's images and captions, or prompts, become before training: latents, token ids."""
 
 import contextlib
-import functools
 import pathlib
 import sys
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dmm_jax import sharding
 from dmm_jax.checkpoints.open import Checkpoint, open_checkpoint
 from dmm_jax.data.cache import LatentCache
 from dmm_jax.data.prepare import prepare
@@ -99,4 +99,5 @@ def build_encoder(base: Checkpoint, dtype: str):
         noise = jax.vmap(lambda key: jax.random.normal(key, posterior.mean.shape[1:]))(keys)
         return posterior.mean + posterior.std * noise
 
-    return model.scaling_factor, functools.partial(encode, in_memory(base.params("vae"), jnp.dtype(dtype)))
+    params = in_memory(base.params("vae"), jnp.dtype(dtype))
+    return model.scaling_factor, lambda images, keys: encode(params, *sharding.spread((images, keys)))

@@ -134,6 +134,26 @@ def put_whole(tree, mesh: Mesh, spec: P):
     return jax.tree.map(lambda leaf: make(leaf.shape, leaf.dtype, mesh, spec, leaf.__getitem__), tree)
 
 
+def on_each_device(tree):
+    """Puts arrays whole on each of this process's devices, where a batch is to be divided among them by `spread`."""
+    return jax.device_put(tree, NamedSharding(_own_devices(), COPY))
+
+
+def spread(tree):
+    """Divides batches along their first axis among this process's devices; what does not divide is whole on each."""
+    mesh = _own_devices()
+
+    def one(leaf):
+        divides = leaf.shape[0] % mesh.size == 0
+        return jax.device_put(leaf, NamedSharding(mesh, P("batch") if divides else COPY))
+
+    return jax.tree.map(one, tree)
+
+
+def _own_devices() -> Mesh:
+    return Mesh(np.asarray(jax.local_devices()), ("batch",))
+
+
 def make(shape: tuple[int, ...], dtype, mesh: Mesh, spec: P, read) -> jax.Array:
     """Builds one array shard by shard: `read(index)` returns the part that a device needs, and nothing else is held."""
     sharding = NamedSharding(mesh, spec)

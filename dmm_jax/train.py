@@ -374,10 +374,10 @@ def build_sampler(config, base, names, student_config, mesh, workdir):
     if not config.samples.every:
         return None
     from dmm_jax import images
-    from dmm_jax.pipeline import Pipeline, in_memory
+    from dmm_jax.pipeline import Pipeline, in_dtype
 
     dtype = jnp.dtype(config.dtype)
-    whole = jax.jit(lambda params: in_memory(params, dtype), out_shardings=NamedSharding(mesh, sharding.COPY))
+    whole = jax.jit(lambda params: in_dtype(params, dtype), out_shardings=NamedSharding(mesh, sharding.COPY))
     first = processes.is_first()
     pipeline = Pipeline.of_student(base, student_config, names, dtype=config.dtype) if first else None
     prompts = [prompt for prompt in config.samples.prompts for _ in names]

@@ -1,4 +1,9 @@
-"""The pipeline: styles, mixes, seeds, one compilation a shape."""
+"""The pipeline: styles, mixes, seeds, one compilation a shape, any number of devices."""
+
+import os
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -84,3 +89,29 @@ def test_styles_are_read_as_the_command_line_writes_them():
     assert parse_style("anime=0.7, photo=0.3") == {"anime": 0.7, "photo": 0.3}
     with pytest.raises(ValueError, match="NAME=WEIGHT"):
         parse_style("anime=much")
+
+
+ON_TWO_DEVICES = """
+import sys, jax, numpy as np
+from dmm_jax import pipeline as lib, sharding
+shards = []
+denoise = lib._denoise
+lib._denoise = lambda *given: (shards.append(len(given[4].addressable_shards[0].data)), denoise(*given))[1]
+student = lib.Pipeline.from_pretrained(sys.argv[1])
+options = {"num_inference_steps": 2, "guidance_scale": 2.0, "output": "latents"}
+drawn = [student(["a large red circle"] * n, styles="left", **options) for n in (2, 3)]
+assert shards == [1, 3], shards
+np.savez(sys.argv[2], *drawn)
+"""
+
+
+def test_a_batch_is_divided_among_the_devices_and_comes_out_the_same(student, trained, tmp_path):
+    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)}
+    environment |= {"JAX_PLATFORMS": "cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    command = [sys.executable, "-c", ON_TWO_DEVICES, str(trained), str(tmp_path / "drawn.npz")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for two in np.load(tmp_path / "drawn.npz").values():
+        one = student(["a large red circle"] * len(two), styles="left", output="latents", **QUICK)
+        assert np.abs(one - two).max() < 1e-5 * np.abs(one).max()

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Shaped, UInt8
 
+from dmm_jax import sharding
 from dmm_jax.checkpoints import naming, safetensors_io
 from dmm_jax.demo.scenes import COLOURS, RELATIONS, SHAPES, SIZES, Content
 from dmm_jax.models.layers import conv, group_norm, linear
@@ -93,7 +94,7 @@ def features(graph: nnx.GraphDef, params: Mapping, images: UInt8[np.ndarray, "n 
     for start in range(0, len(images), CHUNK_SIZE):
         chunk = images[start : start + CHUNK_SIZE]
         padded = np.pad(chunk, ((0, CHUNK_SIZE - len(chunk)), (0, 0), (0, 0), (0, 0)))
-        found[start : start + len(chunk)] = _chunk_features(graph, params, padded)[: len(chunk)]
+        found[start : start + len(chunk)] = _chunk_features(graph, params, sharding.spread(padded))[: len(chunk)]
     return found
 
 

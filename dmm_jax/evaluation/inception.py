@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
+from dmm_jax import sharding
 from dmm_jax.checkpoints import naming, safetensors_io
 from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.evaluation.resize import resize_clean, resize_tf1
@@ -75,7 +76,7 @@ def features(network: Inception, images: UInt8[np.ndarray, "n H W 3"], clean: bo
     for start in range(0, len(images), CHUNK_SIZE):
         chunk = images[start : start + CHUNK_SIZE]
         padded = np.pad(chunk, ((0, CHUNK_SIZE - len(chunk)), (0, 0), (0, 0), (0, 0)))
-        resized = resize_clean(padded, IMAGE_SIZE) if clean else _resize_tf1(padded)
+        resized = sharding.spread(resize_clean(padded, IMAGE_SIZE) if clean else _resize_tf1(padded))
         found[start : start + len(chunk)] = _chunk_features(network.graph, network.params, resized)[: len(chunk)]
     return found
 
