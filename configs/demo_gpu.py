@@ -20,4 +20,5 @@ def get_config():
     config.evaluation.num_images = 2000
     config.evaluation.batch_size = 500
     config.evaluation.num_inference_steps = 25
+    config.evaluation.weight_merges = ("average", "task_arithmetic", "ties", "dare")
     return config

@@ -39,4 +39,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.evaluation.num_images = 250
     config.evaluation.num_inference_steps = 8
     config.evaluation.guidance_scale = 2.5
+    config.evaluation.weight_merges = ("average", "ties")
     return config

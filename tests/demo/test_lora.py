@@ -60,7 +60,7 @@ def test_the_shipped_file_says_what_kohyas_do():
 
 
 def test_its_pictures_are_blueprints():
-    """On 250 pictures they lie at 22.5 from the renderer's, other blueprints of the renderer's at 20.6, the base at 59."""
+    """Of 250 pictures: 22.5 from the renderer's, where others of the renderer's are at 20.6 and the base's at 59."""
     count, network = 32, open_network(SHAPES)
     scenes, prompts = world.sample_scenes(np.random.default_rng(0), count)
     truth = world.render(scenes, world.STYLES["blueprint"].repeat(count))
