@@ -13,11 +13,12 @@ def get_config():
     config = experiment.get_config()
     config.data.num_examples = 8192
     config.num_steps = 3000
-    config.batch_size = 256
+    config.batch_size = 260
     config.log_every = 250
     config.validation_every = 1000
     config.checkpoint_every = 3000
     config.evaluation.num_images = 2000
     config.evaluation.batch_size = 500
     config.evaluation.num_inference_steps = 25
+    config.evaluation.weight_merges = ("average", "task_arithmetic", "ties", "dare")
     return config

@@ -3,6 +3,8 @@
     dmm-jax prepare --config=configs/sd15.py
     dmm-jax train --config=configs/sd15.py --workdir=runs/sd15
 
+The student starts as the base; with `--config.student_init=average` as the mean of the teachers.
+
 Hardware: one GPU with 80 GB or more. Not run yet at this size with real weights: no hours or numbers to expect.
 """
 

@@ -12,6 +12,7 @@ import ml_collections
 STUDENT_INITS = ("base", "average")
 STYLE_INITS = ("zero", "paper")
 FEATURE_LOSSES = ("l2", "normalized", "cosine")
+WEIGHT_MERGES = ("average", "task_arithmetic", "ties", "dare")
 DTYPES = ("float32", "bfloat16")
 ATTENTION = ("auto", "xla", "cudnn", "flash")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
@@ -113,6 +114,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.evaluation.num_inference_steps = 25
     config.evaluation.guidance_scale = 7.0
     config.evaluation.solver = "dpmpp_2m"
+    config.evaluation.weight_merges = ("average",)  # Shown beside the student: "average" and perhaps others.
     return config
 
 
@@ -246,6 +248,12 @@ def _problems(config):
     }
     for name, allowed in choices.items():
         yield config[name] not in allowed and f"{name} must be one of {', '.join(allowed)}; got {config[name]!r}."
+    merges = tuple(config.evaluation.weight_merges)
+    if "average" not in merges or not set(merges) <= set(WEIGHT_MERGES) or len(set(merges)) < len(merges):
+        yield (
+            f"evaluation.weight_merges must hold 'average', and each of {', '.join(WEIGHT_MERGES)} at most once; "
+            f"got {merges}."
+        )
     if config.samples.every and not config.samples.prompts:
         yield "samples.every is set but samples.prompts is empty: list the prompts to draw, or set samples.every=0."
     for name in ("weight", "learning_rate"):

@@ -3,6 +3,7 @@
 import pytest
 
 from dmm_jax import config as config_lib
+from dmm_jax.checkpoints.average import METHODS
 
 
 def valid():
@@ -37,6 +38,16 @@ def test_each_wrong_option_is_named_with_what_to_do(name, value, said):
     config[name] = value
     with pytest.raises(ValueError, match=said):
         config_lib.check(config)
+
+
+@pytest.mark.parametrize("merges", [(), ("ties",), ("average", "soup"), ("average", "average")])
+def test_weight_merges_are_the_average_and_others_that_there_are(merges):
+    config = valid()
+    config.evaluation.weight_merges = merges
+    with pytest.raises(ValueError, match="must hold 'average', and each of average, task_arithmetic, ties, dare"):
+        config_lib.check(config)
+    config.evaluation.weight_merges = tuple(METHODS)
+    config_lib.check(config)
 
 
 def test_sample_grids_need_prompts():

@@ -38,6 +38,18 @@ def test_a_run_that_was_stopped_twice_equals_one_that_never_stopped_bit_for_bit(
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("start, sources", [("base", ["base"]), ("average", ["left", "right"])])
+def test_the_student_starts_from_the_base_or_from_the_mean_of_the_teachers(tiny, tmp_path, start, sources):
+    config = stopped_at(tiny[1], 1)  # The first step's rate is the warm-up's: 0.
+    config.student_init = start
+    train.run(config, tmp_path / "run")
+    found = open_checkpoint(tmp_path / "run").tensors("unet")
+    unets = [open_checkpoint(tiny[0][name]).tensors("unet") for name in sources]
+    for key in unets[0]:
+        mean = sum(np.asarray(unet[key], np.float64) for unet in unets) / len(unets)
+        np.testing.assert_allclose(found[key], mean, rtol=1e-6, atol=1e-8, err_msg=key)
+
+
 def test_the_loss_of_every_teacher_is_written(trained):
     lines = [line for line in read(trained / "metrics.jsonl") if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]

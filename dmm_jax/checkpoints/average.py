@@ -1,4 +1,4 @@
-"""Weight averages: what people merge checkpoints by today, tensor by tensor, with no training. UNets alone are merged.
+"""Weight averages: what people merge checkpoints by today, tensor by tensor, with no training.
 
 A difference, or delta, is a teacher's tensor minus the base's. All arithmetic is float32, one tensor in memory at a
 time. These are baselines: one network that is a compromise, where distillation keeps the styles apart.
@@ -16,8 +16,8 @@ from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
 from dmm_jax.checkpoints.safetensors_io import Computed, Tensors
 
-# Methods, and what each takes beside weights, with its default. Scales 0.4 and 1 and density 0.2 are what TIES' paper
-# (section 4) gives for merging without a validation set, density 0.1 is DARE's drop rate of 0.9.
+# Methods, and what each takes beside weights, with its default. Without a validation set, TIES' paper (section 4) takes
+# scale (its lambda) 1 and density (its k) 20 % for TIES, scale 0.4 for task arithmetic; 0.1 is DARE's drop rate of 0.9.
 METHODS = {
     "average": {},
     "task_arithmetic": {"scale": 0.4},
@@ -117,31 +117,37 @@ class Method:
         return task_arithmetic(base, deltas, self.weights, self.scale)
 
 
-def merged(base: Checkpoint, teachers: Sequence[Checkpoint], method: Method) -> Checkpoint:
-    """Returns the base with a merged UNet, each of whose tensors is computed when it is read.
+def merged(
+    base: Checkpoint, teachers: Sequence[Checkpoint], method: Method, components: Sequence[str] = ("unet",)
+) -> Checkpoint:
+    """Returns the base with a merged UNet (or other networks), each of whose tensors is computed when it is read.
 
     Teachers are summed in the order of their contents' hashes, so that the same ones in any order, under any name and
     in any file format give the same bits.
 
     Args:
-      base: the common ancestor, whose VAE, text encoders and schedule are kept.
+      base: the common ancestor, of which everything else is kept.
       teachers: checkpoints that fit it.
       method: how; its weights are in the order of `teachers`.
+      components: the networks that are merged; of a teacher without one, the base's counts.
     """
     pairs = sorted(zip(teachers, method.weights, strict=True), key=lambda pair: (pair[0].digest("unet"), pair[1]))
     names = [teacher.digest("unet") for teacher, _ in pairs]
     method = dataclasses.replace(method, weights=tuple(weight for _, weight in pairs))
-    shapes = base.shapes("unet")
-    ours, *theirs = (
-        naming.checked(shapes, one.tensors("unet"), f"unet of {one.path}") for one in (base, *(one for one, _ in pairs))
-    )
+    ordered = [teacher for teacher, _ in pairs]
+    found = {name: _merged_network(name, base, ordered, names, method) for name in components}
+    return dataclasses.replace(base, components={**base.components, **found})
+
+
+def _merged_network(component, base, teachers, names, method) -> Component:
+    shapes, owners = base.shapes(component), (base, *(teacher.lent(component, base) for teacher in teachers))
+    ours, *theirs = (naming.checked(shapes, one.tensors(component), f"{component} of {one.path}") for one in owners)
 
     def read(key):
-        teachers = (np.asarray(unet[key], np.float32) for unet in theirs)
-        return method.merge(np.asarray(ours[key], np.float32), teachers, names, key)
+        tensors = (np.asarray(network[key], np.float32) for network in theirs)
+        return method.merge(np.asarray(ours[key], np.float32), tensors, names, key)
 
     entries = {
         key: Computed(shape, np.dtype(np.float32), functools.partial(read, key)) for key, shape in shapes.items()
     }
-    unet = Component(base.unet_config, lambda: Tensors(entries))
-    return dataclasses.replace(base, components={**base.components, "unet": unet})
+    return Component(base.config(component), lambda: Tensors(entries))

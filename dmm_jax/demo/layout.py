@@ -9,8 +9,10 @@ import numpy as np
 
 from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.export import Recipe, write_folder, write_single_file
+from dmm_jax.checkpoints.lora import PLUS
 from dmm_jax.checkpoints.open import WEIGHTS, Checkpoint, Component
 from dmm_jax.checkpoints.safetensors_io import TensorFile, save
+from dmm_jax.demo.lora import save_lora
 
 FOLDER = pathlib.Path(__file__).parent / "checkpoints"
 BASE = "base"
@@ -23,6 +25,12 @@ class Teacher:
 
     file: str  # A folder's or a single file's name.
     own_text_encoder: bool = False  # It was fine-tuned with the UNet.
+    lora: bool = False  # The file holds low-rank updates of the base's UNet.
+
+    def path(self, folder: pathlib.Path = FOLDER) -> str:
+        """Returns the teacher as a checkpoint is given."""
+        path = str(folder / self.file)
+        return f"{folder / BASE}{PLUS}{path}" if self.lora else path
 
 
 TEACHERS = {
@@ -30,44 +38,54 @@ TEACHERS = {
     "cartoon": Teacher("cartoon.safetensors"),
     "ink": Teacher("ink.safetensors", own_text_encoder=True),
     "neon": Teacher("neon"),
+    "blueprint": Teacher("blueprint_lora.safetensors", lora=True),
 }
 
 
 def teacher_paths(folder: pathlib.Path = FOLDER) -> tuple[tuple[str, str], ...]:
     """Returns ((style, path), ...) as a config's `teachers` wants them."""
-    return tuple((name, str(folder / teacher.file)) for name, teacher in TEACHERS.items())
+    return tuple((name, teacher.path(folder)) for name, teacher in TEACHERS.items())
 
 
-def save_world(folder: pathlib.Path, configs: Mapping, base: Mapping, teachers: Mapping, classifier: Mapping) -> None:
-    """Writes the base as a diffusers folder and each teacher in its own form, in float16; the classifier in float32.
+def save_base(
+    folder: pathlib.Path, configs: Mapping, base: Mapping, tokenizer: pathlib.Path, classifier: Mapping
+) -> None:
+    """Writes the base as a diffusers folder in float16, and the classifier in float32.
 
     Args:
       configs: config.json of unet, vae and text_encoder, and the scheduler's.
       base: parameters of unet, vae and text_encoder.
-      teachers: {style: parameters of unet and text_encoder}.
+      tokenizer: the folder of its files.
     """
-    tokenizer = folder / "tokenizer"
-
-    def checkpoint(name, params, components, tokenizer_folder=None):
-        parts = {part: Component(configs[part], lambda part=part: naming.to_torch(params[part])) for part in components}
-        return Checkpoint(pathlib.Path(name), "diffusers", parts, dict(configs["scheduler"]), tokenizer_folder, None)
-
-    everything = checkpoint(BASE, base, ("unet", "vae", "text_encoder"), tokenizer)
-    write_folder(folder / BASE, everything, "float16", Recipe("shapes", [], None))
-    for name, teacher in TEACHERS.items():
-        parts = ("unet", "text_encoder") if teacher.own_text_encoder else ("unet",)
-        stock = checkpoint(name, teachers[name], parts)
-        recipe = Recipe(f"shapes, {name}", [], None)
-        if teacher.file.endswith(".safetensors"):
-            write_single_file(folder / teacher.file, stock, "float16", recipe)
-        else:
-            write_folder(folder / teacher.file, stock, "float16", recipe)
-    as_variant(folder / TEACHERS["comic"].file / "unet")
-    in_parts(folder / TEACHERS["neon"].file / "unet", 2)
+    stock = _checkpoint(BASE, configs, base, ("unet", "vae", "text_encoder"), tokenizer)
+    write_folder(folder / BASE, stock, "float16", Recipe("shapes", [], None))
     save(folder / CLASSIFIER, naming.to_torch(classifier), {"format": "pt"})
-    for path in tokenizer.iterdir():
-        path.unlink()
-    tokenizer.rmdir()
+
+
+def save_teacher(folder: pathlib.Path, configs: Mapping, name: str, params: Mapping, said: Mapping) -> None:
+    """Writes a teacher in its own form, in float16.
+
+    Args:
+      params: of unet and text_encoder; of a LoRA, its factors under "lora".
+      said: what a LoRA's metadata tells of its training.
+    """
+    teacher = TEACHERS[name]
+    if teacher.lora:
+        save_lora(folder / teacher.file, name, params["lora"], said)
+        return
+    parts = ("unet", "text_encoder") if teacher.own_text_encoder else ("unet",)
+    write = write_single_file if teacher.file.endswith(".safetensors") else write_folder
+    stock = _checkpoint(name, configs, params, parts)
+    write(folder / teacher.file, stock, "float16", Recipe(f"shapes, {name}", [], None))
+    if name == "comic":
+        as_variant(folder / teacher.file / "unet")
+    if name == "neon":
+        in_parts(folder / teacher.file / "unet", 2)
+
+
+def _checkpoint(name, configs, params, components, tokenizer_folder=None) -> Checkpoint:
+    parts = {part: Component(configs[part], lambda part=part: naming.to_torch(params[part])) for part in components}
+    return Checkpoint(pathlib.Path(name), "diffusers", parts, dict(configs["scheduler"]), tokenizer_folder, None)
 
 
 def as_variant(folder: pathlib.Path) -> None:

@@ -1,9 +1,11 @@
 """How the embedded world was trained: VAE, base (UNet + text encoder), one teacher per style, and the shape classifier.
 
     python -m dmm_jax.demo.recipe --out world        # about 8 minutes on one H200
+    python -m dmm_jax.demo.recipe --out world --only blueprint        # the LoRA, on the base that ships
 
 Everything is drawn by the renderer while it trains, so the recipe needs no data. The base learns the whole family of
-styles without being told which; each teacher is the base fine-tuned on one style, as people fine-tune Stable Diffusion.
+styles without being told which; each teacher is the base fine-tuned on one style, as people fine-tune Stable Diffusion:
+whole, or by a LoRA.
 """
 
 import argparse
@@ -21,8 +23,9 @@ import optax
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from dmm_jax.demo import world
-from dmm_jax.demo.layout import TEACHERS, save_world
+from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.demo import lora, world
+from dmm_jax.demo.layout import BASE, FOLDER, TEACHERS, save_base, save_teacher
 from dmm_jax.diffusion.schedule import NoiseSchedule, add_noise
 from dmm_jax.evaluation.features import ShapeFeatures
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
@@ -93,7 +96,7 @@ class Fit:
     """AdamW with warm-up and cosine decay on `loss_fn(params, data, rows, key)`; compiled once, used for many fits."""
 
     def __init__(self, loss_fn: Callable, plan: "Plan", learning_rate: float, average: float = 0.999):
-        self.plan = plan
+        self.plan, self.learning_rate = plan, learning_rate
         self.optimizer = optax.chain(
             optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.99), optax.add_decayed_weights(1e-4)
         )
@@ -157,6 +160,7 @@ class Plan:
     num_steps: int
     batch_size: int
     seconds: float = 0.0  # Ends earlier, learning rate and all, where the device would take longer; 0 = no limit.
+    bank_share: float = 1.0  # Pictures to train on, as a share of the bank.
 
 
 def make_bank(seed: int, size: int, tokenizer: Tokenizer, style: str | None = None) -> dict:
@@ -258,14 +262,111 @@ PLANS = {
     "classifier": Plan(3_000, 256, 13.0),
     "vae": Plan(8_000, 128, 62.0),
     "base": Plan(16_000, 512, 90.0),
-    "teacher": Plan(2_000, 512, 12.0),
+    "teacher": Plan(2_000, 512, 12.0, bank_share=1 / 8),
+    "lora": Plan(300, 64, bank_share=1 / 64),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """What teachers are fine-tuned from."""
+
+    base: dict  # Parameters of unet, vae and text_encoder.
+    text_config: dict
+    tokenizer: Tokenizer
+
+    @property
+    def configs(self) -> dict:
+        """config.json of the networks, and the scheduler's."""
+        return {"unet": UNET_CONFIG, "vae": VAE_CONFIG, "text_encoder": self.text_config, "scheduler": SCHEDULER_CONFIG}
+
+
+def shipped_world() -> World:
+    """Reads the base that ships, in float32."""
+    base = open_checkpoint(FOLDER / BASE)
+    params = {part: base.params(part, np.float32) for part in ("unet", "vae", "text_encoder")}
+    return World(params, base.config("text_encoder"), Tokenizer.from_folder(FOLDER / BASE / "tokenizer"))
+
+
+def train_world(out: pathlib.Path, plans: Mapping[str, Plan], bank_size: int, dtype) -> World:
+    """Trains VAE, classifier and base, and writes them to `out`."""
+    words = out / "raw" / "tokenizer"
+    world.write_tokenizer(words)
+    tokenizer = Tokenizer.from_folder(words)
+    text_config = TEXT_CONFIG | token_numbers(words)
+    bank = make_bank(0, bank_size, tokenizer)
+    raw = functools.partial(once, out / "raw")
+    vae = raw("vae", lambda: train_vae(bank, plans["vae"], dtype))
+    classifier = raw("classifier", lambda: train_classifier(bank, plans["classifier"]))
+    unet = params_of(UNet2DConditionModel.from_config(UNET_CONFIG, rngs=nnx.Rngs(2)))[1]
+    text = params_of(CLIPTextModel.from_config(text_config, rngs=nnx.Rngs(2)))[1]
+    loss_fn = denoising_loss(*graphs_of(text_config, tokenizer, dtype), train_text=True)
+    fit = Fit(loss_fn, plans["base"], 2e-3, average=0.9995)
+    base = raw("base", lambda: fit({"unet": unet, "text_encoder": text}, add_latents(bank, vae, dtype), "base", seed=2))
+    found = World(base | {"vae": vae}, text_config, tokenizer)
+    save_base(out, found.configs, found.base, words, classifier)
+    return found
+
+
+def graphs_of(text_config: Mapping, tokenizer: Tokenizer, dtype) -> tuple[dict[str, nnx.GraphDef], jax.Array]:
+    """Returns the structures of UNet and text encoder, and the token ids of the empty prompt."""
+    unet = UNet2DConditionModel.from_config(UNET_CONFIG, dtype=dtype, rngs=nnx.Rngs(0))
+    text = CLIPTextModel.from_config(text_config, dtype=dtype, rngs=nnx.Rngs(0))
+    text.text_model.embeddings.token_embedding = OneHotEmbed.like(text.text_model.embeddings.token_embedding)
+    return {"unet": params_of(unet)[0], "text_encoder": params_of(text)[0]}, jnp.asarray(tokenizer([""])[0])
+
+
+class Tuner:
+    """Fine-tunes the base on one style after the other; each way of training is compiled once."""
+
+    def __init__(self, source: World, plans: Mapping[str, Plan], bank_size: int, dtype):
+        self.source, self.bank_size, self.dtype = source, bank_size, dtype
+        graphs = graphs_of(source.text_config, source.tokenizer, dtype)
+        unet_alone = denoising_loss(*graphs, train_text=False)
+
+        def lora_loss(params, data, rows, key):
+            return unet_alone({"unet": lora.folded(data["unet"], params["lora"])}, data, rows, key)
+
+        self.unet_alone = Fit(unet_alone, plans["teacher"], 5e-4)
+        self.with_text = Fit(denoising_loss(*graphs, train_text=True), plans["teacher"], 5e-4)
+        self.lora = Fit(lora_loss, plans["lora"], 4e-3)
+
+    def __call__(self, name: str) -> dict:
+        """Returns a teacher's parameters of unet and perhaps text_encoder; of a LoRA, its factors under "lora"."""
+        number, teacher, base = list(TEACHERS).index(name), TEACHERS[name], self.source.base
+        fit = self.lora if teacher.lora else self.with_text if teacher.own_text_encoder else self.unet_alone
+        bank = make_bank(100 + number, int(self.bank_size * fit.plan.bank_share), self.source.tokenizer, style=name)
+        data = add_latents(bank, base["vae"], self.dtype)
+        if teacher.own_text_encoder:
+            return fit({"unet": base["unet"], "text_encoder": base["text_encoder"]}, data, name, seed=10 + number)
+        data["text_encoder"] = base["text_encoder"]
+        if not teacher.lora:
+            return fit({"unet": base["unet"]}, data, name, seed=10 + number)
+        data["unet"] = jax.tree.map(jnp.asarray, base["unet"])
+        factors = lora.new_factors(base["unet"], jax.random.key(number))
+        return fit({"lora": factors}, data, name, seed=10 + number)
+
+    @property
+    def said(self) -> dict[str, object]:
+        """What a LoRA's metadata tells of its training, under kohya-ss's names."""
+        plan, rate = self.lora.plan, self.lora.learning_rate
+        return {
+            "learning_rate": rate,
+            "unet_lr": rate,
+            "lr_scheduler": "cosine",
+            "max_train_steps": plan.num_steps,
+            "total_batch_size": plan.batch_size,
+            "num_train_images": int(self.bank_size * plan.bank_share),
+            "resolution": f"({world.IMAGE_SIZE}, {world.IMAGE_SIZE})",
+            "sd_model_name": BASE,
+        }
 
 
 def main() -> None:
     """Trains the world and writes it in the formats found in the wild; what `raw/` holds is not trained again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=pathlib.Path)
+    parser.add_argument("--only", choices=list(TEACHERS), help="this teacher alone, on the base that ships")
     parser.add_argument("--effort", type=float, default=1.0, help="times every number of steps; 1 is the shipped world")
     parser.add_argument("--bank-size", type=int, default=262_144)
     args = parser.parse_args()
@@ -274,43 +375,13 @@ def main() -> None:
         name: dataclasses.replace(plan, num_steps=max(int(args.effort * plan.num_steps), 2))
         for name, plan in PLANS.items()
     }
-    raw = functools.partial(once, args.out / "raw")
-
-    world.write_tokenizer(args.out / "tokenizer")
-    tokenizer = Tokenizer.from_folder(args.out / "tokenizer")
-    text_config = TEXT_CONFIG | token_numbers(args.out / "tokenizer")
     dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
-    bank = make_bank(0, args.bank_size, tokenizer)
-    vae = raw("vae", lambda: train_vae(bank, plans["vae"], dtype))
-    classifier = raw("classifier", lambda: train_classifier(bank, plans["classifier"]))
-
-    unet = UNet2DConditionModel.from_config(UNET_CONFIG, dtype=dtype, rngs=nnx.Rngs(2))
-    text = CLIPTextModel.from_config(text_config, dtype=dtype, rngs=nnx.Rngs(2))
-    text.text_model.embeddings.token_embedding = OneHotEmbed.like(text.text_model.embeddings.token_embedding)
-    (unet_graph, unet), (text_graph, text) = params_of(unet), params_of(text)
-    graphs = {"unet": unet_graph, "text_encoder": text_graph}
-    empty_ids = jnp.asarray(tokenizer([""])[0])
-    with_text, without_text = (denoising_loss(graphs, empty_ids, train_text) for train_text in (True, False))
-    base_fit = Fit(with_text, plans["base"], 2e-3, average=0.9995)
-    base = raw(
-        "base", lambda: base_fit({"unet": unet, "text_encoder": text}, add_latents(bank, vae, dtype), "base", seed=2)
-    )
-
-    tune, tune_with_text = (Fit(loss_fn, plans["teacher"], 5e-4) for loss_fn in (without_text, with_text))
-
-    def train_teacher(name, number, own_text_encoder):
-        own = add_latents(make_bank(100 + number, args.bank_size // 8, tokenizer, style=name), vae, dtype)
-        if own_text_encoder:
-            return tune_with_text(base, own, name, seed=10 + number)
-        own["text_encoder"] = base["text_encoder"]
-        return tune({"unet": base["unet"]}, own, name, seed=10 + number)
-
-    teachers = {
-        name: base | raw(name, functools.partial(train_teacher, name, number, teacher.own_text_encoder))
-        for number, (name, teacher) in enumerate(TEACHERS.items())
-    }
-    configs = {"unet": UNET_CONFIG, "vae": VAE_CONFIG, "text_encoder": text_config, "scheduler": SCHEDULER_CONFIG}
-    save_world(args.out, configs, base | {"vae": vae}, teachers, classifier)
+    args.out.mkdir(parents=True, exist_ok=True)
+    source = shipped_world() if args.only else train_world(args.out, plans, args.bank_size, dtype)
+    tune = Tuner(source, plans, args.bank_size, dtype)
+    for name in [args.only] if args.only else TEACHERS:
+        params = once(args.out / "raw", name, functools.partial(tune, name))
+        save_teacher(args.out, source.configs, name, source.base | params, tune.said)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {time.perf_counter() - started:.0f} s")
 
 

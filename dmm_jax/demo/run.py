@@ -33,7 +33,7 @@ def demo(workdir: pathlib.Path, config=None) -> pathlib.Path:
         check_output(workdir)
     config.data.cache = str(workdir / "cache")
     config_lib.check(config)
-    with _stretch("Inspect: one base, four fine-tuned teachers, in the formats found in the wild"):
+    with _stretch("Inspect: one base, five fine-tuned teachers, one of them a LoRA, in the formats found in the wild"):
         print(render(inspect([pathlib.Path(config.base), *(pathlib.Path(path) for _, path in config.teachers)])))
     with _stretch("Prepare: pictures and captions to latents and token ids"):
         prepare_from_config(config)

@@ -1,4 +1,4 @@
-"""`dmm-jax evaluate`: the student against its teachers, with the floor, the base and the weight average beside it.
+"""`dmm-jax evaluate`: the student against its teachers, with the floor, the base and weight averages beside it.
 
 Teacher j's pictures are M's columns, student style i's its rows (arXiv:2504.12364, 4.2). The student's are drawn from
 other noise than the teachers', as the floor's are (a teacher against itself), so that the two can be compared.
@@ -15,6 +15,8 @@ from jaxtyping import Float, UInt8
 
 from dmm_jax import config as config_lib
 from dmm_jax import metrics as metrics_lib
+from dmm_jax.average import parse_method
+from dmm_jax.checkpoints.average import METHODS, merged
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.data.sources import FolderSource
 from dmm_jax.demo import world
@@ -56,6 +58,7 @@ def evaluate(workdir: str | pathlib.Path, num_images: int = 0, features: str = S
     network = open_network(features)
     options = config.evaluation.to_dict()
     configured, batch_size = options.pop("num_images"), options.pop("batch_size")
+    methods = options.pop("weight_merges")
     num_images = num_images or configured
     models = Models(config, workdir)
     prompts, told = _prompts(config, max(num_images, NUM_PAIRS))
@@ -80,15 +83,16 @@ def evaluate(workdir: str | pathlib.Path, num_images: int = 0, features: str = S
         pairs[name] = Pairs(prompts[:NUM_SHOWN], own.images[:NUM_SHOWN], same.images[:NUM_SHOWN])
         paired["latent MSE"][name] = float(fidelity.latent_mse(own.latents, same.latents).mean())
         paired["PSNR (dB)"][name] = float(np.median(fidelity.psnr(own.images, same.images)))
-    base, average = (sample(model, None, OTHER_SEED).statistics for model in (models.base, models.average))
+    base = sample(models.base, None, OTHER_SEED).statistics
+    merges = {method: sample(models.merged(method), None, OTHER_SEED).statistics for method in methods}
 
-    results = style_matrix(models.names, student, teacher, again, base, average, network.frechet)
+    results = style_matrix(models.names, student, teacher, again, base, merges, network.frechet)
     results["fidelity"] = paired
     if network.kernel:
         size = min(SUBSET_SIZE, num_images)
         results["kernel"] = {"distance": network.kernel, "subsets": f"{NUM_SUBSETS} of {size}"} | kernel
     told = {"prompts": told, "pixels": f"{same.images.shape[2]} x {same.images.shape[1]}"}
-    results["settings"] = options | dict(network.facts) | told | _conditions(config)
+    results["settings"] = options | dict(network.facts) | told | _conditions(config) | _merge_options(methods)
     results["command"] = f"dmm-jax evaluate {workdir.name} --n {num_images} --features {features}"
     results["timings"] = {"evaluation (s)": time.perf_counter() - started}
     strip = _interpolation(models, prompts, batch_size, options)
@@ -134,6 +138,12 @@ def _conditions(config) -> dict[str, str | int]:
     }
 
 
+def _merge_options(methods: Sequence[str]) -> dict[str, str]:
+    """Returns the numbers that weight merges were made with, of those that take any."""
+    taken = {method: METHODS[method].items() for method in methods if METHODS[method]}
+    return {method: ", ".join(f"{option} {value:g}" for option, value in given) for method, given in taken.items()}
+
+
 def _prompts(config, count: int) -> tuple[list[str], str]:
     """Returns prompts for as many pictures, and what they are; a folder's captions come again where they are fewer."""
     rng = np.random.default_rng(PROMPT_SEED)
@@ -169,18 +179,12 @@ class Models:
         pipeline = self._stock.with_unet(teacher.params("unet"))
         return pipeline.with_text_encoders(teacher.text_params(self._base))
 
-    @property
-    def average(self) -> Pipeline:
-        """The plain mean of the teachers' weights, text encoders included: what merging was before distillation."""
+    def merged(self, method: str) -> Pipeline:
+        """One network of the teachers' weights, text encoders included: what merging was before distillation."""
         teachers = list(self._teachers.values())
-        unet = mean_params([teacher.params("unet") for teacher in teachers])
-        encoders = mean_params([teacher.text_params(self._base) for teacher in teachers])
-        return self._stock.with_unet(unet).with_text_encoders(encoders)
-
-
-def mean_params(networks: Sequence[Mapping]) -> dict:
-    """Returns the mean of equal networks' parameters, in float32."""
-    return jax.tree.map(lambda *leaves: sum(np.asarray(leaf, np.float32) for leaf in leaves) / len(leaves), *networks)
+        networks = ("unet", *self._base.text_encoders)
+        found = merged(self._base, teachers, parse_method(method, len(teachers)), networks)
+        return self._stock.with_unet(found.params("unet")).with_text_encoders(found.text_params())
 
 
 def _interpolation(models: Models, prompts: Sequence[str], batch_size: int, options: Mapping) -> Interpolation | None:

@@ -17,6 +17,7 @@ from PIL import Image
 DIFFERENCE_GAIN = 4  # What the difference of two pictures is multiplied by before it is shown.
 _TILE_PX = 192  # Pictures in strips are brought near this side: by whole factors up, smoothly down.
 _DPI = 200
+MERGES = {"average": "weight average", "task_arithmetic": "task arithmetic", "ties": "TIES", "dare": "DARE"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +34,13 @@ class Theme:
 
 LIGHT = Theme(
     "light", "#1c1b19", "#66625a", "#dcd7cc", ("#0b5a5e", "#3f9a94", "#a9d3c6", "#f0ead8", "#f6f1e6"),
-    {"base": "#b9b2a4", "average": "#d98b2b", "student": "#0b6e6e", "floor": "#1c1b19"},
+    {"base": "#b9b2a4", "average": "#d98b2b", "task_arithmetic": "#7a4fa3", "ties": "#c2453d", "dare": "#3c7bc9",
+     "student": "#0b6e6e", "floor": "#1c1b19"},
 )  # fmt: skip
 DARK = Theme(
     "dark", "#e9e6df", "#9f9a90", "#3a3d41", ("#8fe3d6", "#3fa79f", "#1f6468", "#233438", "#212527"),
-    {"base": "#6d6a64", "average": "#e5a04b", "student": "#63c3bd", "floor": "#e9e6df"},
+    {"base": "#6d6a64", "average": "#e5a04b", "task_arithmetic": "#b795dd", "ties": "#ec7f76", "dare": "#7fb0ee",
+     "student": "#63c3bd", "floor": "#e9e6df"},
 )  # fmt: skip
 _LINES = {
     "light": ("#0b6e6e", "#d98b2b", "#7a4fa3", "#c2453d", "#3c7bc9", "#6b8e23", "#a0522d", "#d4639a"),
@@ -52,16 +55,18 @@ def render(draw: Callable[[Theme], Figure]) -> dict[str, bytes]:
 
 
 def matrix(results: Mapping, theme: Theme) -> Figure:
-    """Draws the style matrix as a heat map: above it base and weight average, below it the floor, all on one scale."""
+    """Draws the style matrix as a heat map: above it base and weight merges, below it the floor, all on one scale."""
     names = [_label(name) for name in results["styles"]]
+    merges = results["weight_merges"]
+    above = np.asarray([results["base"], *(results[method] for method in merges)], float)
     blocks = [
-        (["base model", "weight average"], np.asarray([results["base"], results["average"]], float)),
+        (["base model", *(MERGES[method] for method in merges)], above),
         ([f"student: {name}" for name in names], np.asarray(results["matrix"], float)),
         (["floor"], np.asarray([results["floor"]], float)),
     ]
     num = len(names)
     width = min(0.9, 7.8 / num)
-    figure = _figure(width * num, 0.75 * width * (num + 3.4))
+    figure = _figure(width * num, 0.75 * width * (num + len(merges) + 2.4))
     axes = figure.subplots(3, 1, gridspec_kw={"height_ratios": [len(rows) for rows, _ in blocks], "hspace": 0.12})
     norm = _norm(np.concatenate([values.ravel() for _, values in blocks]))
     for ax, (rows, values) in zip(axes, blocks, strict=True):
@@ -88,10 +93,11 @@ def _heat(ax, rows, values, norm, theme, fontsize):
 
 
 def distances(results: Mapping, theme: Theme) -> Figure:
-    """Draws, for each style, where base, weight average, student and floor stand; small is near the teacher."""
+    """Draws, for each style, where base, weight merges, student and floor stand; small is near the teacher."""
     names = [_label(name) for name in results["styles"]]
+    merges = results["weight_merges"]
     rows = {
-        "base": results["base"], "average": results["average"],
+        "base": results["base"], **{method: results[method] for method in merges},
         "student": np.diagonal(np.asarray(results["matrix"], float)), "floor": results["floor"],
     }  # fmt: skip
     values = np.asarray(list(rows.values()), float)
@@ -99,7 +105,7 @@ def distances(results: Mapping, theme: Theme) -> Figure:
     ax = figure.subplots()
     places = np.arange(len(names))
     ax.hlines(places, np.nanmin(values, 0), np.nanmax(values, 0), color=theme.line, lw=2, zorder=1)
-    labels = {"base": "base model", "average": "weight average", "student": "student", "floor": "floor"}
+    labels = {"base": "base model", **MERGES, "student": "student", "floor": "floor"}
     for name, row in rows.items():
         size, shape = (95, "o") if name == "student" else (60, "|" if name == "floor" else "o")
         ax.scatter(row, places, s=size if shape == "o" else 190, marker=shape, lw=2.2 if shape == "|" else 0,
@@ -111,8 +117,8 @@ def distances(results: Mapping, theme: Theme) -> Figure:
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlabel(f"{results['distance']} to the teacher", color=theme.soft, fontsize=9)
     _quiet(ax, theme, grid="x")
-    ax.legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False, labelcolor=theme.ink, fontsize=9,
-              borderaxespad=0.2, handletextpad=0.3, columnspacing=1.6)  # fmt: skip
+    ax.legend(ncols=len(rows), loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False, labelcolor=theme.ink,
+              fontsize=9, borderaxespad=0.2, handletextpad=0.3, columnspacing=1.6)  # fmt: skip
     return figure
 
 

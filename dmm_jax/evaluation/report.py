@@ -11,7 +11,10 @@ from jaxtyping import UInt8
 from dmm_jax.evaluation import report_sections as sections
 from dmm_jax.page import render, whole_folder
 
-_NEEDED = ("styles", "distance", "n", "matrix", "floor", "base", "average", "gap_closed", "diagonal_is_minimum")
+_NEEDED = (
+    "styles", "distance", "n", "matrix", "floor", "base", "average", "weight_merges", "gap_closed",
+    "diagonal_is_minimum",
+)  # fmt: skip
 
 
 class Pairs(NamedTuple):
@@ -55,7 +58,8 @@ def write_report(
     Args:
       results: `styles`, `distance` (its name), `n` (pictures a style), `matrix` (row: student style, column: teacher),
         and per teacher `floor`, `base`, `average` and `gap_closed` = (base - student) / (base - floor), or None where
-        the base is at the floor; `diagonal_is_minimum`: of every row and every column.
+        the base is at the floor; `weight_merges`: the names of such rows, of which `average` is one;
+        `diagonal_is_minimum`: of every row and every column.
         Optional: `kernel` {distance: its name, subsets: their number and size, student and floor: {style: {mean,
         std}}}, `fidelity` {measure: {style: value}, or values in the order of the styles}, `settings`, `timings`
         (seconds), `command`.
@@ -87,13 +91,14 @@ def write_report(
 
 def check(results: Mapping) -> None:
     """Raises ValueError naming every key of `results` that is missing or has the wrong shape."""
-    missing = [key for key in _NEEDED if key not in results]
+    merges = results.get("weight_merges", ())
+    missing = [key for key in dict.fromkeys((*_NEEDED, *merges)) if key not in results]
     if missing:
         raise ValueError(
             f"the results of the evaluation lack {', '.join(missing)}; a report needs {', '.join(_NEEDED)}."
         )
     num = len(results["styles"])
-    shapes = {"matrix": (num, num)} | dict.fromkeys(("floor", "base", "average", "gap_closed"), (num,))
+    shapes = {"matrix": (num, num)} | dict.fromkeys(("floor", "base", *merges, "gap_closed"), (num,))
     wrong = [
         f"{key} is {np.shape(results[key])}, expected {shape}"
         for key, shape in shapes.items()

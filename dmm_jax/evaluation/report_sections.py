@@ -11,16 +11,20 @@ from dmm_jax.evaluation import figures
 from dmm_jax.page import escape
 
 
-def average_gap_closed(results: Mapping) -> list[float | None]:
-    """Returns the share of the way from base to floor that the weight average closes; None where there is no way."""
-    rows = zip(results["base"], results["average"], results["floor"], strict=True)
-    return [(base - average) / (base - floor) if base > floor else None for base, average, floor in rows]
+def merge_gap_closed(results: Mapping, method: str) -> list[float | None]:
+    """Returns the share of the way from base to floor that a weight merge closes; None where there is no way."""
+    rows = zip(results["base"], results[method], results["floor"], strict=True)
+    return [(base - merge) / (base - floor) if base > floor else None for base, merge, floor in rows]
 
 
 def summary(results: Mapping, title: str) -> str:
-    """Tells in one paragraph, and four numbers, what distillation buys."""
+    """Tells in one paragraph, and a number for each model, what distillation buys."""
     names, student = results["styles"], np.diagonal(np.asarray(results["matrix"], float))
-    closed = {"average": average_gap_closed(results), "student": results["gap_closed"]}
+    closed = {"average": merge_gap_closed(results, "average"), "student": results["gap_closed"]}
+    merges = [
+        f"<div><dt>{_merge(method)}</dt><dd>{_value(np.mean(results[method]))}</dd></div>"
+        for method in results["weight_merges"]
+    ]
     ending = (
         "Asked for a style, the student is always nearest the teacher of that style."
         if np.all(results["diagonal_is_minimum"])
@@ -33,7 +37,7 @@ distance between the base model and the teachers; the student closes
 <strong>{_percent(_mean(closed["student"]))}</strong>. {ending}</p>
 <dl class="score">
 <div><dt>Base model</dt><dd>{_value(np.mean(results["base"]))}</dd></div>
-<div><dt>Weight average</dt><dd>{_value(np.mean(results["average"]))}</dd></div>
+{_lines(merges)}
 <div class="ours"><dt>Student</dt><dd>{_value(np.mean(student))}</dd></div>
 <div><dt>Floor</dt><dd>{_value(np.mean(results["floor"]))}</dd></div>
 </dl>
@@ -62,13 +66,14 @@ def samples(
 
 
 def gains(part: pathlib.Path, results: Mapping) -> str:
-    """Compares base, weight average, student and floor, style by style, as a figure and as a table."""
+    """Compares base, weight merges, student and floor, style by style, as a figure and as a table."""
     distance, student = escape(results["distance"]), np.diagonal(np.asarray(results["matrix"], float)).tolist()
     text = f"{distance} between each teacher's pictures and those of the other models; the bar is the teacher's floor."
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in [*results["styles"], "mean"])
+    merges = results["weight_merges"]
     rows = [
         _row("Base model", results["base"], None),
-        _row("Weight average", results["average"], average_gap_closed(results)),
+        *(_row(_merge(method), results[method], merge_gap_closed(results, method)) for method in merges),
         _row("Student", student, results["gap_closed"], mark=' class="student"'),
         _row("Floor", results["floor"], None),
     ]
@@ -77,6 +82,11 @@ def gains(part: pathlib.Path, results: Mapping) -> str:
 <div class="scroll"><table class="numbers"><tr><th></th>{head}</tr>
 {_lines(rows)}</table></div>
 <p class="soft note">Gap closed: how far a model comes on the way from the base model (0%) to the floor (100%).</p>"""
+
+
+def _merge(method):
+    name = figures.MERGES[method]
+    return name[0].upper() + name[1:]
 
 
 def _row(label, values, closed, mark=""):
@@ -92,7 +102,7 @@ def _row(label, values, closed, mark=""):
 def matrix(part: pathlib.Path, results: Mapping) -> str:
     """Shows the style matrix."""
     text = """Rows: a model, or the student asked for one style. Columns: the teacher it is compared with. The outlined
-diagonal should be the smallest of its row and of its column, and come close to the floor. Base model and weight average
+diagonal should be the smallest of its row and of its column, and come close to the floor. Base model and merged weights
 know no styles, so they have one row each."""
     figure = _figure(part, "matrix", lambda theme: figures.matrix(results, theme), text, mark=' class="beside"')
     return f"<h2>Every style against every teacher</h2>\n{figure}"

@@ -1,6 +1,6 @@
 """Every style of the student against every teacher, with what to hold it against: the numbers of metrics.json."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -14,7 +14,7 @@ def style_matrix(
     teacher: Sequence[Statistics],
     teacher_again: Sequence[Statistics],
     base: Statistics | Sequence[Statistics],
-    average: Statistics | Sequence[Statistics],
+    merged: Mapping[str, Statistics | Sequence[Statistics]],
     distance: str = "FD (shapes)",
 ) -> dict[str, object]:
     """Returns the distances as metrics.json holds them.
@@ -26,29 +26,31 @@ def style_matrix(
     Args:
       student, teacher: by style, in the order of `names`.
       teacher_again: the teachers' pictures from other noise than `teacher`'s.
-      base, average: of the base model and of the average of the teachers' weights: one for all styles, or by style.
+      base: of the base model: one for all styles, or by style.
+      merged: of each merge of the teachers' weights, by its method; each becomes a row of that name.
       distance: its name.
 
     Raises:
       ValueError: a list has another length than `names`, or the sets differ in their number of pictures.
     """
-    base, average = ([one] * len(names) if isinstance(one, Statistics) else list(one) for one in (base, average))
-    sets = {"student": student, "teacher": teacher, "teacher_again": teacher_again, "base": base, "average": average}
-    n = _count(names, sets)
+    others = {"base": base, **merged}
+    others = {what: [one] * len(names) if isinstance(one, Statistics) else one for what, one in others.items()}
+    n = _count(names, {"student": student, "teacher": teacher, "teacher_again": teacher_again, **others})
     matrix = np.array([[frechet_distance(row, column) for column in teacher] for row in student])
-    floor, base, average = (
+    floor, *rows = (
         np.array([frechet_distance(*pair) for pair in zip(row, teacher, strict=True)])
-        for row in (teacher_again, base, average)
+        for row in (teacher_again, *others.values())
     )
+    rows = dict(zip(others, rows, strict=True))
     return {
         "styles": list(names),
         "distance": distance,
         "n": n,
         "matrix": matrix.tolist(),
         "floor": floor.tolist(),
-        "base": base.tolist(),
-        "average": average.tolist(),
-        "gap_closed": _gap_closed(np.diagonal(matrix), base, floor),
+        **{what: row.tolist() for what, row in rows.items()},
+        "weight_merges": list(merged),
+        "gap_closed": _gap_closed(np.diagonal(matrix), rows["base"], floor),
         "diagonal_is_minimum": _diagonal_is_minimum(matrix),
         "trace": float(np.trace(matrix)),
         "floor_trace": float(floor.sum()),

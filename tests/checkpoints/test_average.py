@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dmm_jax.checkpoints import average as lib
+from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.average import Method, merged
 from dmm_jax.checkpoints.checkpoint import Component
 from dmm_jax.checkpoints.errors import CheckpointError
@@ -144,6 +145,18 @@ def test_what_is_not_the_unet_is_the_bases(base, teachers):
     assert found.components["vae"] is base.components["vae"]
     assert found.components["text_encoder"] is base.components["text_encoder"]
     assert found.scheduler_config == base.scheduler_config and found.tokenizer_folder == base.tokenizer_folder
+
+
+def test_text_encoders_are_merged_where_asked_and_the_bases_counts_for_a_teacher_without(base, teachers):
+    own = {key: base.tensors("text_encoder")[key] + np.float32(3.0) for key in base.tensors("text_encoder")}
+    encoder = Component(base.config("text_encoder"), lambda: own)
+    one = dataclasses.replace(teachers[0], components={**teachers[0].components, "text_encoder": encoder})
+    found = merged(base, [one, *teachers[1:]], Method("average", (1.0, 1.0, 1.0)), ("unet", "text_encoder"))
+    unet_alone = merged(base, teachers, Method("average", (1.0, 1.0, 1.0)))
+    for key, name in naming.spellings(base.tensors("text_encoder")).items():
+        expected = base.tensors("text_encoder")[name] + np.float32(1.0)
+        np.testing.assert_allclose(found.tensors("text_encoder")[key], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found.tensors("unet")["conv_out.bias"], unet_alone.tensors("unet")["conv_out.bias"])
 
 
 def test_merging_reads_a_tensor_when_it_is_asked_for_and_no_other(base, teachers, monkeypatch):

@@ -65,6 +65,18 @@ def test_the_report_names_the_network_and_its_weights(workdir, monkeypatch, caps
     assert "FD (corners)" in text and "KD (corners)" in text
 
 
+def test_each_weight_merge_is_a_row_of_its_own(workdir, monkeypatch):
+    config = json.loads((workdir / "config.json").read_text())
+    config["evaluation"]["weight_merges"] = ["average", "ties"]
+    (workdir / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(module, "open_network", lambda spec: network(kernel=""))
+    page = module.evaluate(workdir, 4, "inception:weights.safetensors")
+    told = json.loads((workdir / "report" / "metrics.json").read_text())
+    assert told["weight_merges"] == ["average", "ties"] and told["settings"]["ties"] == "scale 1, density 0.2"
+    assert len({tuple(told[what]) for what in ("average", "ties", "base")}) == 3
+    assert '<th scope="row">TIES' in page.read_text(encoding="utf-8")
+
+
 def test_the_kernels_subsets_are_as_large_as_there_are_pictures():
     one, other = (measure(network(), iter([(part, LATENTS)]), 40) for part in (IMAGES[:40], IMAGES[40:80]))
     expected = kernel_inception_distance(corners(IMAGES[:40]), corners(IMAGES[40:80]), subset_size=40)

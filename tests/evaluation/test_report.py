@@ -27,6 +27,7 @@ def results(names=("comic", "ink", "neon"), **changes):
         "floor": floor.tolist(),
         "base": base.tolist(),
         "average": rng.uniform(10, 15, num).tolist(),
+        "weight_merges": ["average"],
         "gap_closed": ((base - np.diagonal(matrix)) / (base - floor)).tolist(),
         "diagonal_is_minimum": True,
         "fidelity": {"latent_mse": dict.fromkeys(names, 0.0123456)},
@@ -80,6 +81,19 @@ def test_the_table_has_the_weight_averages_share_of_the_gap(tmp_path):
     text = write_report(tmp_path / "report", told).read_text()
     row = text.split('<th scope="row">Weight average')[1].split("</tr>")[0]
     assert numbers(row) == [7.0, 0.375] * 4
+
+
+def test_every_weight_merge_has_a_row_in_the_table(tmp_path):
+    merges = {"average": [7.0] * 3, "ties": [4.0] * 3, "dare": [9.0] * 3, "task_arithmetic": [10.0] * 3}
+    told = results(base=[10.0] * 3, floor=[2.0] * 3, **merges, weight_merges=list(merges))
+    text = write_report(tmp_path / "report", told).read_text()
+    for label, shown in (("TIES", [4.0, 0.75]), ("DARE", [9.0, 0.125]), ("Task arithmetic", [10.0, 0.0])):
+        assert numbers(text.split(f'<th scope="row">{label}')[1].split("</tr>")[0]) == shown * 4
+
+
+def test_a_weight_merge_that_is_named_must_be_there(tmp_path):
+    with pytest.raises(ValueError, match="lack ties"):
+        write_report(tmp_path / "report", results(weight_merges=["average", "ties"]))
 
 
 def test_metrics_json_is_the_results(tmp_path):

@@ -19,9 +19,10 @@ def at(place) -> Statistics:
 
 def sets(student=PLACES + [1.0, 0.0], **other) -> dict:
     places = {"student": student, "teacher": PLACES, "teacher_again": PLACES + [0.0, 0.5]} | other
+    merged = {"average": at([3.0, 3.0]), "ties": at([2.0, 3.0])}
     return {what: [at(place) for place in rows] for what, rows in places.items()} | {
+        "merged": merged,
         "base": at([4.0, 4.0]),
-        "average": at([3.0, 3.0]),
     }
 
 
@@ -38,6 +39,8 @@ def test_references_are_distances_to_each_teacher():
     np.testing.assert_allclose(found["floor"], [0.25] * 3, rtol=1e-9)
     np.testing.assert_allclose(found["base"], np.sum((PLACES - 4.0) ** 2, axis=-1), rtol=1e-9)
     np.testing.assert_allclose(found["average"], np.sum((PLACES - 3.0) ** 2, axis=-1), rtol=1e-9)
+    np.testing.assert_allclose(found["ties"], np.sum((PLACES - [2.0, 3.0]) ** 2, axis=-1), rtol=1e-9)
+    assert found["weight_merges"] == ["average", "ties"]
     assert found["trace"] == pytest.approx(3.0) and found["floor_trace"] == pytest.approx(0.75)
 
 
