@@ -23,8 +23,9 @@ import ml_collections
 import numpy as np
 
 from dmm_jax import train
+from dmm_jax.average import parse_method
 from dmm_jax.checkpoints import naming
-from dmm_jax.checkpoints.average import mean_params
+from dmm_jax.checkpoints.average import METHODS, merged
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
 from dmm_jax.checkpoints.export import Recipe, write_single_file
 from dmm_jax.checkpoints.open import open_checkpoint
@@ -38,6 +39,7 @@ from dmm_jax.sample import draw
 
 STYLES = ("comic", "cartoon", "pastel", "ink", "sepia", "neon", "night", "blueprint")  # Neighbours are nearly alike.
 SEEDS = (0, 1, 2)
+NUM_PICTURES, NUM_MADE = 8192, 1500  # Of the renderer; and of each teacher, as in the paper (A.3).
 NO_FEATURES = {"feature_loss_weight": 0.0}
 ADVERSARIAL = {"adversarial.weight": 0.01, "adversarial.learning_rate": 1e-4}
 MADE = {"data.source": "teachers"}  # Of the last stage: it reads what the teachers drew.
@@ -84,7 +86,7 @@ def study_config(out: pathlib.Path, styles: Sequence[str], num_steps: int, seed:
     config.seed, config.num_steps = seed, num_steps
     config.dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
     config.batch_size = 240  # Of 8, 4 + 1 and 2 + 1 rows.
-    config.data.num_examples = 8192
+    config.data.num_examples = NUM_PICTURES
     config.data.cache = str(out / "cache")
     config.data.prompts = str(out / "prompts.txt")
     config.data.sampling.update({"num_inference_steps": 10, "guidance_scale": 2.5, "batch_size": 512})
@@ -149,7 +151,7 @@ class Judge:
         """Returns the statistics of a model's pictures."""
         options = {k: self.config.evaluation[k] for k in ("num_inference_steps", "guidance_scale", "solver")}
         jobs = [(prompt, style, seed + k) for k, prompt in enumerate(self.prompts)]
-        drawn = draw(pipeline, jobs, self.config.evaluation.batch_size, **options)
+        drawn = draw(pipeline, jobs, min(self.config.evaluation.batch_size, len(jobs)), **options)
         return measure(self.network, drawn, self.num_images).statistics
 
     @functools.cached_property
@@ -162,8 +164,10 @@ class Judge:
 
     def references(self) -> dict[str, dict[str, float]]:
         """Returns each style's distance of what the students are held against: the floor, the base, the average."""
-        unets = [open_checkpoint(teacher_path(self.out, name)).params("unet") for name in STYLES]
-        models = {"base": self.base.params("unet"), "weight average": mean_params(unets)}
+        teachers = [open_checkpoint(teacher_path(self.out, name)) for name in STYLES]
+        models = {"base": self.base.params("unet")}
+        for method in METHODS:
+            models[method] = merged(self.base, teachers, parse_method(method, len(teachers))).params("unet")
         drawn = {name: self.sample(self.stock.with_unet(unet), None, OTHER_SEED) for name, unet in models.items()}
         again = {name: self.sample(self._teacher(name), None, OTHER_SEED) for name in STYLES}
         found = {what: self._distances(dict.fromkeys(STYLES, one)) for what, one in drawn.items()}
@@ -195,11 +199,13 @@ def train_row(
     return workdir
 
 
-def run(out: pathlib.Path, rows: Sequence[str], seeds: Sequence[int], num_steps: int, num_images: int) -> None:
+def run(
+    out: pathlib.Path, rows: Sequence[str], seeds: Sequence[int], num_steps: int, num_images: int, num_made: int
+) -> None:
     """Trains and measures what `results.jsonl` does not hold yet."""
-    prepare(out)
+    prepare(out, num_made)
     results, judge = out / "results.jsonl", Judge(out, num_images)
-    settings = {"num_steps": num_steps, "n": num_images}
+    settings = {"num_steps": num_steps, "n": num_images, "made": num_made}
     there = {(line["row"], line["seed"]) for line in read(results) if line["settings"] == settings}
     if ("references", 0) not in there:
         _append(results, {"row": "references", "seed": 0, "settings": settings} | judge.references())
@@ -216,14 +222,14 @@ def run(out: pathlib.Path, rows: Sequence[str], seeds: Sequence[int], num_steps:
             print(f"{row}, seed {seed}: {sum(distances.values()):.2f}", flush=True)
 
 
-def prepare(out: pathlib.Path) -> None:
-    """Makes the two caches: of rendered pictures, and of what the teachers draw."""
+def prepare(out: pathlib.Path, num_made: int) -> None:
+    """Makes the two caches: of rendered pictures, and of what the teachers draw, `num_made` each."""
     config = study_config(out, STYLES, 1, 0)
     prepare_from_config(config)
-    captions = world.sample_scenes(np.random.default_rng(1), 1500)[1]
+    captions = world.sample_scenes(np.random.default_rng(1), num_made)[1]
     (out / "prompts.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
     made = config.copy_and_resolve_references()
-    made.data.source, made.data.num_examples = "teachers", 1500 * len(STYLES)  # The paper's 1,500 a teacher (A.3).
+    made.data.source, made.data.num_examples = "teachers", num_made * len(STYLES)
     made.data.cache += "_made"
     prepare_from_config(made)
 
@@ -243,7 +249,7 @@ def table(lines: Sequence[Mapping]) -> str:
     references = next(line for line in lines if line["row"] == "references")
     floor = sum(references["floor"].values())
     text = ["| row | trace: mean | spread over seeds | over the floor | seeds |", "|---|---|---|---|---|"]
-    for name in ("base", "weight average", "floor"):
+    for name in ("base", *METHODS, "floor"):
         trace = sum(references[name].values())
         text.append(f"| {name} | {trace:.2f} | | {trace / floor - 1:+.1%} | |")
     for row in ROWS:
@@ -264,12 +270,13 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--num-steps", type=int, default=1500, help="of a stage")
     parser.add_argument("--num-images", type=int, default=2000, help="a style, for the distances")
+    parser.add_argument("--num-made", type=int, default=NUM_MADE, help="pictures that each teacher draws")
     parser.add_argument("--teacher-steps", type=int, default=2000)
     args = parser.parse_args()
     if args.command == "teachers":
         make_teachers(args.out, recipe.Plan(args.teacher_steps, 512), 32_768)
     elif args.command == "run":
-        run(args.out, args.rows, args.seeds, args.num_steps, args.num_images)
+        run(args.out, args.rows, args.seeds, args.num_steps, args.num_images, args.num_made)
     else:
         print(table(read(args.out / "results.jsonl")))
 

@@ -61,6 +61,16 @@ STYLES: dict[str, Style] = {
     "blueprint": Style(
         background=(0.12, 0.28, 0.55), grid=0.8, outline_width=2.2, outline_colour=(0.95, 0.97, 1.0),
         outline_mix=0.65, fill_opacity=0.35, lightness=0.1),
+    # The study's: near relatives of cartoon, ink and neon.
+    "pastel": Style(
+        background=(0.85, 0.93, 0.97), outline_width=1.6, outline_colour=(0.2, 0.2, 0.3), shading=0.7, saturation=0.85,
+        lightness=0.08),
+    "sepia": Style(
+        background=(0.92, 0.86, 0.76), paper=1.0, outline_width=2.0, outline_colour=(0.2, 0.12, 0.08), hatch=0.8,
+        saturation=0.9),
+    "night": Style(
+        background=(0.08, 0.07, 0.18), grid=0.4, outline_width=2.0, outline_colour=(0.9, 0.9, 1.0), outline_mix=0.75,
+        fill_opacity=0.3, glow=0.6, lightness=0.1),
 }  # fmt: skip
 
 # Each region is a box (lowest, highest corner). Their union is the family: every colour can be told in all of it.

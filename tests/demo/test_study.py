@@ -1,0 +1,40 @@
+"""The study: every row is a run that can be made, and the table is the mean and the spread of its traces."""
+
+import pathlib
+
+import pytest
+
+from dmm_jax import config as config_lib
+from dmm_jax.demo import study
+
+
+@pytest.mark.parametrize("row", study.ROWS)
+def test_every_stage_of_a_row_is_a_config_that_can_run(row):
+    """And the styles that are learned are the study's, each once; what a student has grown from is kept."""
+    learned, before = (), None
+    for number, stage in enumerate(study.ROWS[row]):
+        config = study.study_config(pathlib.Path("out"), stage.styles, 100, seed=1)
+        config = study.stage_config(config, stage, before)
+        if stage.replay is not None:
+            assert config.grow.student == "stage"
+            config.grow.styles, learned = learned, learned + stage.styles
+        else:
+            learned = stage.styles
+        config_lib.check(config)
+        assert tuple(config_lib.style_names(config)) == learned and config.num_steps == int(100 * stage.steps)
+        assert config.data.cache.endswith("_made") == ("data.source" in stage.changes), number
+        before = pathlib.Path("stage")
+    assert learned == study.STYLES
+
+
+def test_the_table_holds_traces_means_and_spreads():
+    references = {"row": "references", "seed": 0, "base": {"a": 8.0, "b": 2.0}, "floor": {"a": 1.0, "b": 1.0}}
+    references |= dict.fromkeys(study.METHODS, {"a": 3.0, "b": 3.0})
+    runs = [{"row": "score", "seed": seed, "distances": {"a": 1.0 + seed, "b": 1.0}} for seed in range(3)]
+    lines = study.table([references, *runs]).splitlines()
+    assert "| base | 10.00 | | +400.0% | |" in lines and "| ties | 6.00 | | +200.0% | |" in lines
+    assert lines[-1] == "| score | 3.00 | 1.00 | +50.0% | 3 |"
+
+
+def test_relatives_stand_beside_each_other_and_are_styles_of_the_world():
+    assert set(study.STYLES) <= set(study.world.STYLES) and len(study.STYLES) == 8
