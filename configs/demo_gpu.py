@@ -2,7 +2,8 @@
 
     dmm-jax demo --config=configs/demo_gpu.py --workdir=demo-gpu
 
-Expect every style to close at least 95 % of the distance from the base to the floor.
+Expect every style to close at least 95 % of the distance from the base to the floor (measured before `blueprint` was
+among the teachers, which are five now).
 """
 
 from dmm_jax.demo import experiment

@@ -39,7 +39,7 @@ def demo(workdir: pathlib.Path, config=None) -> pathlib.Path:
         prepare_from_config(config)
     with _stretch("Merge: distil the teachers into one student with a style vector each"):
         train.run(config, workdir)
-    with _stretch("Evaluate: student against teachers, base and weight average"):
+    with _stretch("Evaluate: student against teachers, base and merged weights"):
         page = evaluate(workdir)
     with _stretch(f"Export: DMM folder, stock diffusers folder, stock single file (style {MIX})"):
         shutil.rmtree(workdir / "export", ignore_errors=True)
