@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 from PIL import Image
 
+from dmm_jax import sharding
 from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.checkpoint import Place
@@ -127,7 +128,7 @@ def _read(which: str, folder: pathlib.Path, files: Sequence[TensorFile]) -> tupl
     graph, state = nnx.split(abstract_model(lambda rngs: build(**arguments, rngs=rngs)), nnx.Param)
     where = f"CLIP's {which} encoder of {folder}"
     params = naming.from_torch(nnx.to_pure_dict(state), Tensors(places), np.float32, where=where)
-    return graph, jax.tree.map(jnp.asarray, params)
+    return graph, sharding.on_each_device(params)
 
 
 def _arguments(which: str, folder: pathlib.Path) -> dict:
@@ -161,7 +162,7 @@ def image_embeddings(clip: Clip, images: UInt8[np.ndarray, "n H W 3"]) -> Float[
     """Returns the embeddings of pictures on the host, of length 1."""
 
     def embed(chunk):
-        return _embed_images(clip.graph, clip.params, preprocess(chunk, clip.image_size))
+        return _embed_images(clip.graph, clip.params, sharding.spread(preprocess(chunk, clip.image_size)))
 
     return _in_chunks(embed, images, clip.arguments["projection_dim"])
 
@@ -184,6 +185,34 @@ def clip_scores(images: Float[np.ndarray, "n P"], prompts: Float[np.ndarray, "n 
     The paper's factor is 2.5; 100 is torchmetrics'.
     """
     return SCORE_SCALE * np.maximum(np.sum(images.astype(np.float64) * prompts, axis=1), 0.0)
+
+
+class Scorer(NamedTuple):
+    """Gives pictures the CLIPScores of the prompts that they were drawn from, in one order for all models."""
+
+    clip: Clip
+    prompts: Float[np.ndarray, "n P"]
+
+    @classmethod
+    def open(cls, folder: str, prompts: Sequence[str]) -> "Scorer":
+        """Reads a CLIP and embeds the prompts; raises as `load` and `text_embeddings` do."""
+        clip = load(folder)
+        return cls(clip, text_embeddings(clip, prompts))
+
+    def __call__(self, images: UInt8[np.ndarray, "k H W 3"], first: int) -> Float[np.ndarray, " k"]:
+        """Returns the scores of the pictures from number `first` on."""
+        return clip_scores(image_embeddings(self.clip, images), self.prompts[first : first + len(images)])
+
+    @property
+    def name(self) -> str:
+        """What the score is called, with its weights."""
+        return f"CLIPScore ({self.clip.weights})"
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What has to be known to repeat a score, for the report."""
+        rule = {"rule": f"{SCORE_SCALE:g} max(cos, 0), mean over the pictures"}
+        return {f"CLIPScore's {key}": value for key, value in (self.clip.facts | rule).items()}
 
 
 def _in_chunks(embed: Callable, rows: Shaped[np.ndarray, "n ..."], width: int) -> Float[np.ndarray, "n P"]:

@@ -31,20 +31,24 @@ def pictures(count=5, height=24, width=40):
     return RNG.integers(0, 256, (count, height, width, 3)).astype(np.uint8)
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    """A random CLIP as transformers writes it, and its twin."""
-    folder = tmp_path_factory.mktemp("clip")
+def write_clip(folder, **text):
+    """Writes a random CLIP as transformers does, and returns its twin."""
     torch.manual_seed(0)
-    config = transformers.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=8)
+    config = transformers.CLIPConfig(text_config=TEXT | text, vision_config=VISION, projection_dim=8)
     twin = transformers.CLIPModel(config).eval()
     with torch.no_grad():
         for module in twin.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
     twin.save_pretrained(folder)
-    write_files(folder, pad_token=END, model_max_length=12)
-    return folder, twin
+    return twin
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A random CLIP and its twin."""
+    folder = tmp_path_factory.mktemp("clip")
+    return write_files(folder, pad_token=END, model_max_length=12), write_clip(folder)
 
 
 @pytest.fixture
@@ -85,6 +89,13 @@ def test_the_scores_are_those_of_transformers(written, monkeypatch):
 def test_a_score_is_100_for_equal_directions_and_0_beyond_a_right_angle():
     axes = np.eye(3, dtype=np.float32)
     np.testing.assert_array_equal(clip.clip_scores(axes, np.stack([axes[0], axes[2], -axes[2]])), [100, 0, 0])
+
+
+def test_prompts_are_scored_with_the_pictures_that_were_drawn_from_them(written):
+    images, scorer = pictures(), clip.Scorer.open(str(written[0]), PROMPTS)
+    whole = scorer(images, 0)
+    np.testing.assert_allclose(scorer(images[2:4], 2), whole[2:4], atol=1e-4)
+    assert not np.allclose(scorer(images[2:4], 0), whole[2:4], atol=1e-2)
 
 
 def test_weights_are_named_when_their_hash_is_known(folder, monkeypatch):
