@@ -14,7 +14,7 @@ The map, from the command line down; imports point downwards only:
     data/                       caption sources, prompts, the latent cache, batches
     tokenizer, sharding         token ids; the mesh and which array lives where
     processes                   several processes as one run: joining, ending, SIGTERM
-    models/                     NNX ports of UNet, VAE, CLIP, Inception; attributes are diffusers' keys
+    models/                     NNX ports of UNet, VAE, CLIP, Inception, LPIPS; attributes are diffusers' keys
     diffusion/                  schedules, predictions, guidance, solvers: mathematics on arrays
     config                      every option of a run
 """

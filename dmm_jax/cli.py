@@ -135,11 +135,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     verb = _add(verbs, "evaluate", _evaluate, "fidelity, the style matrix, FD or FID: metrics.json and a report")
     verb.add_argument("workdir", type=pathlib.Path, metavar="WORKDIR")
-    verb.add_argument("--n", type=int, default=0, help="images per style and teacher")
+    verb.add_argument("--n", dest="num_images", type=int, default=0, help="images per style and teacher")
     verb.add_argument(
         "--features",
         default="shapes",
-        help="shapes (the embedded world's, default), inception:PATH or clean-inception:PATH (FID's weights)",
+        help="shapes (the embedded world's, default), inception:PATH or clean-inception:PATH (FID's weights), "
+        "clip:PATH (a CLIP's folder: CMMD)",
+    )
+    verb.add_argument("--clip", dest="clip_folder", default="", metavar="PATH", help="a CLIP's folder: adds CLIPScore")
+    verb.add_argument(
+        "--lpips", dest="lpips_file", default="", metavar="PATH", help="LPIPS's weights: adds it to the fidelity"
     )
 
     verb = _add(
@@ -254,7 +259,7 @@ def _options(args) -> dict:
 def _evaluate(args):
     from dmm_jax.evaluation.evaluate import evaluate
 
-    print(evaluate(args.workdir, num_images=args.n, features=args.features))
+    print(evaluate(**_options(args)))
 
 
 def _bench(args):

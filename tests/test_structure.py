@@ -21,6 +21,7 @@ WITH_TORCH = {
     "dmm_jax.verify",
     "dmm_jax.bench_peer",
     "dmm_jax.evaluation.convert_inception",
+    "dmm_jax.evaluation.convert_lpips",
 }  # What the [torch] extra is for; nothing imports them unasked.
 
 

@@ -17,7 +17,7 @@ from dmm_jax.checkpoints.safetensors_io import Computed, Tensors, dtype_of, shap
 
 LEAVES = {
     "kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias",
-    "running_mean": "running_mean", "running_var": "running_var",
+    "running_mean": "running_mean", "running_var": "running_var", "class_embedding": "class_embedding",
 }  # fmt: skip
 POSITION_IDS = "position_ids"  # A buffer of old text encoders, often damaged by merging; always 0 to 76.
 IGNORED = (POSITION_IDS, "num_batches_tracked")  # The second tells how long a batch norm was trained.

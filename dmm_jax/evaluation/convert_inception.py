@@ -9,6 +9,8 @@ import io
 import pathlib
 import sys
 
+import numpy as np
+
 from dmm_jax.checkpoints import safetensors_io
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.evaluation.inception import CONTENTS, PUBLISHED_SHA256, SOURCE, contents_sha256
@@ -24,19 +26,32 @@ def convert(source: str | pathlib.Path, out: str | pathlib.Path, sha256: str = P
       CheckpointError: the file is another one.
       FileNotFoundError: there is no such file.
     """
+    tensors = published_tensors(source, sha256, "pt_inception-2015-12-05-6726825d.pth")
+    said = {"format": "pt", SOURCE: sha256, CONTENTS: contents_sha256(tensors)}
+    safetensors_io.save(out, tensors, said)
+
+
+def published_tensors(source: str | pathlib.Path, sha256: str, name: str) -> dict[str, np.ndarray]:
+    """Returns the state dict of a pickle whose hash is known.
+
+    Args:
+      name: of the published file, for errors.
+
+    Raises:
+      CheckpointError: the file is another one.
+      FileNotFoundError: there is no such file.
+    """
     import torch
 
-    raw = pathlib.Path(source).read_bytes()  # 96 MB; what is hashed is what is opened.
+    raw = pathlib.Path(source).read_bytes()  # At most 244 MB; what is hashed is what is opened.
     found = hashlib.sha256(raw).hexdigest()
     if found != sha256:
         raise CheckpointError(
-            f"{source} has SHA-256 {found}; expected {sha256}, that of pt_inception-2015-12-05-6726825d.pth. "
+            f"{source} has SHA-256 {found}; expected {sha256}, that of {name}. "
             "It is a pickle, so no other file is opened. Fetch it again."
         )
     state_dict = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    tensors = {key: tensor.numpy() for key, tensor in state_dict.items()}
-    said = {"format": "pt", SOURCE: found, CONTENTS: contents_sha256(tensors)}
-    safetensors_io.save(out, tensors, said)
+    return {key: tensor.numpy() for key, tensor in state_dict.items()}
 
 
 def main() -> int:

@@ -6,7 +6,8 @@ other noise than the teachers', as the floor's are (a teacher against itself), s
 
 import pathlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,12 +22,11 @@ from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.data.sources import FolderSource
 from dmm_jax.demo import world
 from dmm_jax.distill.incremental import origins
-from dmm_jax.evaluation import fidelity
-from dmm_jax.evaluation.frechet import Statistics
-from dmm_jax.evaluation.kid import NUM_SUBSETS, SUBSET_SIZE, kernel_inception_distance
+from dmm_jax.evaluation import clip, fidelity, lpips
+from dmm_jax.evaluation.kid import NUM_SUBSETS, SUBSET_SIZE, Features, kernel_inception_distance
 from dmm_jax.evaluation.networks import SHAPES, FeatureNetwork, open_network
 from dmm_jax.evaluation.report import Interpolation, Pairs, write_report
-from dmm_jax.evaluation.style_matrix import style_matrix
+from dmm_jax.evaluation.style_matrix import Kept, style_matrix
 from dmm_jax.pipeline import Pipeline
 from dmm_jax.sample import draw
 
@@ -38,12 +38,20 @@ NUM_SHOWN = 6
 NUM_MIXES = 11
 
 
-def evaluate(workdir: str | pathlib.Path, num_images: int = 0, features: str = SHAPES) -> pathlib.Path:
+def evaluate(
+    workdir: str | pathlib.Path,
+    num_images: int = 0,
+    features: str = SHAPES,
+    clip_folder: str = "",
+    lpips_file: str = "",
+) -> pathlib.Path:
     """Writes `report/index.html` and `report/metrics.json` in a training workdir; returns the page's path.
 
     Args:
       num_images: per style and model; 0 takes the config's.
       features: the network that measures, as `networks.open_network` takes it.
+      clip_folder: of a CLIP, which adds CLIPScore.
+      lpips_file: the weights of LPIPS, which adds it to the fidelity.
 
     Raises:
       ValueError: the workdir holds no student, the network cannot be used, or it is not for these pictures.
@@ -53,47 +61,56 @@ def evaluate(workdir: str | pathlib.Path, num_images: int = 0, features: str = S
     if features == SHAPES and config.data.source != SHAPES_WORLD:
         raise ValueError(
             f"FD (shapes) is a distance of the embedded world's pictures; data.source is {config.data.source!r}. "
-            "Give Inception's weights as --features inception:PATH, or compare by eye with `dmm-jax sample`."
+            "Give Inception's weights as --features inception:PATH or CLIP's as clip:PATH, or compare by eye with "
+            "`dmm-jax sample`."
         )
     network = open_network(features)
+    perceptual = lpips.load(lpips_file) if lpips_file else None
     options = config.evaluation.to_dict()
     configured, batch_size = options.pop("num_images"), options.pop("batch_size")
     methods = options.pop("weight_merges")
     num_images = num_images or configured
     models = Models(config, workdir)
     prompts, told = _prompts(config, max(num_images, NUM_PAIRS))
+    scorer = clip.Scorer.open(clip_folder, prompts) if clip_folder else None
 
     def sample(pipeline, style, seed, count=num_images):
         jobs = [(prompt, style, seed + k) for k, prompt in enumerate(prompts[:count])]
-        return measure(network, draw(pipeline, jobs, batch_size, **options), num_images)
+        return measure(network, draw(pipeline, jobs, batch_size, **options), num_images, scorer)
 
-    teacher, again, student, pairs, paired = [], [], [], {}, {"latent MSE": {}, "PSNR (dB)": {}}
+    kept, scores, pairs, paired = defaultdict(list), defaultdict(list), {}, defaultdict(dict)
     kernel = {"student": {}, "floor": {}}
     for name in models.names:
-        own = sample(models.teacher(name), None, TEACHER_SEED, len(prompts))
-        for what, drawn, statistics in (
-            ("floor", sample(models.teacher(name), None, OTHER_SEED), again),
-            ("student", sample(models.student, name, OTHER_SEED), student),
-        ):
-            statistics.append(drawn.statistics)
-            if network.kernel:
-                kernel[what][name] = kernel_distance(own, drawn)
-        teacher.append(own.statistics)
+        own, again = (sample(models.teacher(name), None, seed, len(prompts)) for seed in (TEACHER_SEED, OTHER_SEED))
+        other = sample(models.student, name, OTHER_SEED)
+        for what, drawn in (("teacher", own), ("teacher_again", again), ("student", other)):
+            kept[what].append(drawn.kept)
+            scores[what].append(drawn.score)
+        if network.kernel:
+            kernel["student"][name], kernel["floor"][name] = (kernel_distance(own, one) for one in (other, again))
         same = sample(models.student, name, TEACHER_SEED, NUM_PAIRS)
         pairs[name] = Pairs(prompts[:NUM_SHOWN], own.images[:NUM_SHOWN], same.images[:NUM_SHOWN])
-        paired["latent MSE"][name] = float(fidelity.latent_mse(own.latents, same.latents).mean())
-        paired["PSNR (dB)"][name] = float(np.median(fidelity.psnr(own.images, same.images)))
-    base = sample(models.base, None, OTHER_SEED).statistics
-    merges = {method: sample(models.merged(method), None, OTHER_SEED).statistics for method in methods}
+        for what, value in paired_fidelity(own, same, again, perceptual).items():
+            paired[what][name] = value
+    others: dict[str, Kept] = {}
+    for what in ("base", *methods):
+        drawn = sample(models.base if what == "base" else models.merged(what), None, OTHER_SEED)
+        others[what], scores[what] = drawn.kept, [drawn.score] * len(models.names)
 
-    results = style_matrix(models.names, student, teacher, again, base, merges, network.frechet)
-    results["fidelity"] = paired
+    rows = kept | {"base": others.pop("base"), "merged": others}
+    results = style_matrix(models.names, **rows, distance=network.distance, between=network.between)
+    results["fidelity"] = dict(paired)
     if network.kernel:
         size = min(SUBSET_SIZE, num_images)
         results["kernel"] = {"distance": network.kernel, "subsets": f"{NUM_SUBSETS} of {size}"} | kernel
+    facts = dict(network.facts)
+    if scorer is not None:
+        results["clip_score"] = {"name": scorer.name} | scores
+        facts |= scorer.facts
+    facts |= {} if perceptual is None else perceptual.facts
     told = {"prompts": told, "pixels": f"{same.images.shape[2]} x {same.images.shape[1]}"}
-    results["settings"] = options | dict(network.facts) | told | _conditions(config) | _merge_options(methods)
-    results["command"] = f"dmm-jax evaluate {workdir.name} --n {num_images} --features {features}"
+    results["settings"] = options | facts | told | _conditions(config) | _merge_options(methods)
+    results["command"] = _command(workdir.name, n=num_images, features=features, clip=clip_folder, lpips=lpips_file)
     results["timings"] = {"evaluation (s)": time.perf_counter() - started}
     strip = _interpolation(models, prompts, batch_size, options)
     lines = metrics_lib.read(workdir / "metrics.jsonl")
@@ -101,31 +118,76 @@ def evaluate(workdir: str | pathlib.Path, num_images: int = 0, features: str = S
 
 
 class Sample(NamedTuple):
-    """What is kept of a model's pictures: the first NUM_PAIRS themselves; all features only for a kernel's distance."""
+    """What is kept of a model's pictures: the first NUM_PAIRS themselves; all features only where a kernel compares.
 
-    statistics: Statistics
-    features: list[np.ndarray]
+    Attributes:
+      kept: what the network's distance compares.
+      features: for KID; empty where it is not measured.
+      score: the mean CLIPScore; None without a CLIP.
+    """
+
+    kept: Kept
+    features: Features
+    score: float | None
     images: UInt8[np.ndarray, "k H W 3"]
     latents: Float[np.ndarray, "k h w C"]
 
 
-def measure(network: FeatureNetwork, batches: Iterator[tuple[np.ndarray, np.ndarray]], num_images: int) -> Sample:
-    """Measures pictures as they are drawn, batch by batch; those after the first `num_images` are not counted."""
-    statistics, features, kept = Statistics.empty(network.num_features), [], []
+def measure(
+    network: FeatureNetwork,
+    batches: Iterator[tuple[np.ndarray, np.ndarray]],
+    num_images: int,
+    scorer: Callable[[np.ndarray, int], np.ndarray] | None = None,
+) -> Sample:
+    """Measures pictures as they are drawn, batch by batch; those after the first `num_images` are not counted.
+
+    Args:
+      scorer: gives pictures their CLIPScores; told how many came before them.
+    """
+    kept, features, scores, shown = network.empty(), Features(), [], []
     for images, latents in batches:
-        found = network.features(images[: num_images - statistics.count])
-        statistics = statistics.update(found)
-        features += [found] if network.kernel else []
-        if sum(len(pictures) for pictures, _ in kept) < NUM_PAIRS:
-            kept.append((images, latents))
-    images, latents = map(np.concatenate, zip(*kept, strict=True))
-    return Sample(statistics, features, images[:NUM_PAIRS], latents[:NUM_PAIRS])
+        counted = images[: num_images - kept.count]
+        scores += [scorer(counted, kept.count)] if scorer is not None else []
+        found = network.features(counted)
+        kept = kept.update(found)
+        features = features.update(found) if network.kernel else features
+        if sum(len(pictures) for pictures, _ in shown) < NUM_PAIRS:
+            shown.append((images, latents))
+    images, latents = map(np.concatenate, zip(*shown, strict=True))
+    score = float(np.concatenate(scores).mean()) if scores else None
+    return Sample(kept, features, score, images[:NUM_PAIRS], latents[:NUM_PAIRS])
 
 
 def kernel_distance(a: Sample, b: Sample) -> dict[str, float]:
     """Returns mean and standard deviation of KID's subsets, which are smaller where there are fewer pictures."""
-    one, other = (np.concatenate(sample.features) for sample in (a, b))
+    one, other = (sample.features.rows for sample in (a, b))
     return kernel_inception_distance(one, other, subset_size=min(SUBSET_SIZE, len(one)))._asdict()
+
+
+def paired_fidelity(
+    teacher: Sample, student: Sample, again: Sample, perceptual: lpips.Lpips | None = None
+) -> dict[str, float]:
+    """Returns how near the student draws to its teacher from the same noise, each number with its floor.
+
+    The floor is the teacher against itself from other noise: what the prompt alone makes alike.
+    """
+    measures = {  # Two equal pictures have an infinite PSNR: of that, the median.
+        "latent MSE": lambda a, b: fidelity.latent_mse(a.latents, b.latents).mean(),
+        "PSNR (dB)": lambda a, b: np.median(fidelity.psnr(a.images, b.images)),
+    }
+    if perceptual is not None:
+        measures[perceptual.name] = lambda a, b: lpips.distances(perceptual, a.images, b.images).mean()
+    found = {}
+    for what, measured in measures.items():
+        found[what] = float(measured(teacher, student))
+        found[f"{what}, floor"] = float(measured(teacher, again))
+    return found
+
+
+def _command(workdir: str, **options: str | int) -> str:
+    """Returns what to type to get the same numbers; options that were not given are left out."""
+    given = [f"--{option} {value}" for option, value in options.items() if value]
+    return " ".join(["dmm-jax evaluate", workdir, *given])
 
 
 def _conditions(config) -> dict[str, str | int]:

@@ -94,18 +94,26 @@ def _heat(ax, rows, values, norm, theme, fontsize):
 
 def distances(results: Mapping, theme: Theme) -> Figure:
     """Draws, for each style, where base, weight merges, student and floor stand; small is near the teacher."""
-    names = [_label(name) for name in results["styles"]]
-    merges = results["weight_merges"]
-    rows = {
-        "base": results["base"], **{method: results[method] for method in merges},
-        "student": np.diagonal(np.asarray(results["matrix"], float)), "floor": results["floor"],
-    }  # fmt: skip
-    values = np.asarray(list(rows.values()), float)
+    rows = {name: results[name] for name in ("base", *results["weight_merges"])}
+    rows |= {"student": np.diagonal(np.asarray(results["matrix"], float)), "floor": results["floor"]}
+    return _places(results["styles"], rows, theme, f"{results['distance']} to the teacher", bar="floor")
+
+
+def clip_scores(results: Mapping, theme: Theme) -> Figure:
+    """Draws, for each style, how well the pictures of base, weight merges, student and teacher fit their prompts."""
+    scores = results["clip_score"]
+    rows = {name: scores[name] for name in ("base", *results["weight_merges"], "student")}
+    return _places(results["styles"], rows | {"floor": scores["teacher"]}, theme, scores["name"], bar="teacher")
+
+
+def _places(styles, rows, theme, title, bar):
+    """Draws a line a style, with a mark for each of `rows`; that of the last, `bar`, is upright."""
+    names, values = [_label(name) for name in styles], np.asarray(list(rows.values()), float)
     figure = _figure(11.0, 0.9 + 0.42 * len(names))
     ax = figure.subplots()
     places = np.arange(len(names))
     ax.hlines(places, np.nanmin(values, 0), np.nanmax(values, 0), color=theme.line, lw=2, zorder=1)
-    labels = {"base": "base model", **MERGES, "student": "student", "floor": "floor"}
+    labels = {"base": "base model", **MERGES, "student": "student", "floor": bar}
     for name, row in rows.items():
         size, shape = (95, "o") if name == "student" else (60, "|" if name == "floor" else "o")
         ax.scatter(row, places, s=size if shape == "o" else 190, marker=shape, lw=2.2 if shape == "|" else 0,
@@ -115,7 +123,7 @@ def distances(results: Mapping, theme: Theme) -> Figure:
         _plain_ticks(ax.xaxis)
     ax.set_yticks(places, names)
     ax.set_ylim(len(names) - 0.5, -0.5)
-    ax.set_xlabel(f"{results['distance']} to the teacher", color=theme.soft, fontsize=9)
+    ax.set_xlabel(title, color=theme.soft, fontsize=9)
     _quiet(ax, theme, grid="x")
     ax.legend(ncols=len(rows), loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False, labelcolor=theme.ink,
               fontsize=9, borderaxespad=0.2, handletextpad=0.3, columnspacing=1.6)  # fmt: skip

@@ -1,5 +1,6 @@
 """Distances by kernels, in float64 on the host: KID (arXiv:1801.01401), for small n, and CMMD (arXiv:2401.09603)."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,27 @@ NUM_SUBSETS, SUBSET_SIZE = 100, 1000
 SUBSET_SEED = 2020  # torch-fidelity's, whose subsets these are.
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 ROWS_AT_ONCE = 1024  # Of the kernel matrix.
+
+
+@dataclass(frozen=True)
+class Features:
+    """The features seen so far, all of them: a kernel compares each with each."""
+
+    parts: tuple[Float[np.ndarray, "_ D"], ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Of pictures."""
+        return sum(map(len, self.parts))
+
+    @property
+    def rows(self) -> Float[np.ndarray, "n D"]:
+        """One a picture."""
+        return np.concatenate(self.parts)
+
+    def update(self, features: Float[np.ndarray, "n D"]) -> "Features":
+        """Returns the same with n more."""
+        return Features((*self.parts, features))
 
 
 class Kid(NamedTuple):

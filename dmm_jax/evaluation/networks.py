@@ -7,10 +7,13 @@ from typing import NamedTuple
 import numpy as np
 
 from dmm_jax.demo.layout import CLASSIFIER, FOLDER
-from dmm_jax.evaluation import features, inception
+from dmm_jax.evaluation import clip, features, inception
+from dmm_jax.evaluation.frechet import Statistics, frechet_distance
+from dmm_jax.evaluation.kid import CMMD_SCALE, CMMD_SIGMA, Features, cmmd
 from dmm_jax.models.inception_v3 import NUM_FEATURES as NUM_INCEPTION_FEATURES
 
 SHAPES = "shapes"
+CLIP = "clip"
 RESIZES = {"inception": "TensorFlow 1 bilinear to 299", "clean-inception": "clean-fid bicubic to 299"}
 
 
@@ -18,20 +21,23 @@ class FeatureNetwork(NamedTuple):
     """A network as `evaluate` uses it.
 
     Attributes:
-      features: pictures uint8 (n, H, W, 3) to features float32 (n, num_features).
-      frechet, kernel: the names of its distances; `kernel` is empty where none is measured.
+      features: pictures uint8 (n, H, W, 3) to features float32 (n, D).
+      distance: its name.
+      empty, between: what is kept of no picture yet, and the distance of two such; `update` adds features.
+      kernel: the name of KID where it is told beside the distance, else empty.
       facts: what has to be known to repeat a number, for the report.
     """
 
     features: Callable[[np.ndarray], np.ndarray]
-    num_features: int
-    frechet: str
+    distance: str
+    empty: Callable[[], Statistics | Features]
+    between: Callable[..., float]
     kernel: str
     facts: Mapping[str, str]
 
 
 def open_network(spec: str) -> FeatureNetwork:
-    """Opens `shapes`, `inception:PATH` or `clean-inception:PATH`.
+    """Opens `shapes`, `inception:PATH`, `clean-inception:PATH` or `clip:PATH`.
 
     Raises:
       ValueError: there is no such network, or a path is missing.
@@ -41,13 +47,19 @@ def open_network(spec: str) -> FeatureNetwork:
     if spec == SHAPES:
         classifier = functools.partial(features.features, *features.load(FOLDER / CLASSIFIER))
         facts = {"features": "the embedded world's classifier"}
-        return FeatureNetwork(classifier, features.NUM_FEATURES, "FD (shapes)", "", facts)
-    if kind not in RESIZES or not path:
+        return _frechet(classifier, features.NUM_FEATURES, "FD (shapes)", "", facts)
+    if kind not in (*RESIZES, CLIP) or not path:
         raise ValueError(
-            f"unknown features {spec!r}; use {SHAPES} (of the embedded world) or one of "
-            f"{', '.join(f'{name}:PATH' for name in RESIZES)}, where PATH is Inception's weights as .safetensors."
+            f"unknown features {spec!r}; use {SHAPES} (of the embedded world), one of "
+            f"{', '.join(f'{name}:PATH' for name in RESIZES)}, where PATH is Inception's weights as .safetensors, "
+            f"or {CLIP}:PATH, where PATH is a CLIP's folder."
         )
-    return _inception(inception.load(path), kind)
+    return _clip(clip.load(path)) if kind == CLIP else _inception(inception.load(path), kind)
+
+
+def _frechet(compute, num_features: int, distance: str, kernel: str, facts: Mapping[str, str]) -> FeatureNetwork:
+    empty = functools.partial(Statistics.empty, num_features)
+    return FeatureNetwork(compute, distance, empty, frechet_distance, kernel, facts)
 
 
 def _inception(network: inception.Inception, kind: str) -> FeatureNetwork:
@@ -57,4 +69,14 @@ def _inception(network: inception.Inception, kind: str) -> FeatureNetwork:
         names = [f"{name} ({kind}, unknown weights SHA-256 {network.sha256[:10]})" for name in ("FD", "KD")]
     facts = {"features": "Inception 2015-12-05, 2048", "weights SHA-256": network.sha256, "resize": RESIZES[kind]}
     compute = functools.partial(inception.features, network, clean=clean)
-    return FeatureNetwork(compute, NUM_INCEPTION_FEATURES, *names, facts)
+    return _frechet(compute, NUM_INCEPTION_FEATURES, *names, facts)
+
+
+def _clip(network: clip.Clip) -> FeatureNetwork:
+    compute = functools.partial(clip.image_embeddings, network)
+    facts = network.facts | {"kernel": f"Gaussian of width {CMMD_SIGMA:g}, times {CMMD_SCALE:g}, biased"}
+    return FeatureNetwork(compute, f"CMMD ({network.weights})", Features, _cmmd, "", facts)
+
+
+def _cmmd(a: Features, b: Features) -> float:
+    return cmmd(a.rows, b.rows)

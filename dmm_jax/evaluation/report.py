@@ -61,8 +61,9 @@ def write_report(
         the base is at the floor; `weight_merges`: the names of such rows, of which `average` is one;
         `diagonal_is_minimum`: of every row and every column.
         Optional: `kernel` {distance: its name, subsets: their number and size, student and floor: {style: {mean,
-        std}}}, `fidelity` {measure: {style: value}, or values in the order of the styles}, `settings`, `timings`
-        (seconds), `command`.
+        std}}}, `clip_score` {name, and in the order of the styles: base, each weight merge, student, teacher,
+        teacher_again}, `fidelity` {measure: {style: value}, or values in the order of the styles}, `settings`,
+        `timings` (seconds), `command`.
       grids: fields of `Pairs` by style. interpolation, samples: fields of the classes of those names.
       metrics: the lines of metrics.jsonl.
 
@@ -81,6 +82,7 @@ def write_report(
             sections.losses(part, metrics, results["styles"]),
             sections.fidelity(plain(results.get("fidelity")), results["styles"]),
             sections.kernel(plain(results.get("kernel")), results["styles"]),
+            sections.clip_score(part, results),
             sections.made(plain(results)),
         ]
         (part / "metrics.json").write_text(json.dumps(plain(results), indent=2, allow_nan=False) + "\n")

@@ -166,7 +166,8 @@ def fidelity(measures: Mapping | None, styles: Sequence[str]) -> str:
         cells = "".join(f"<td><small>{escape(key)}</small>{_shown(one)}</td>" for key, one in values.items())
         rows.append(f'<tr><th scope="row">{escape(_words(name))}</th>{cells}</tr>')
     return f"""<h2>Paired fidelity</h2>
-<p>Teacher and student start from the same noise, so that their pictures can be compared one by one.</p>
+<p>Teacher and student start from the same noise, so that their pictures can be compared one by one. The floor is the
+teacher against itself from other noise: what the prompt alone makes alike.</p>
 <div class="scroll"><table class="numbers">
 {_lines(rows)}</table></div>"""
 
@@ -182,6 +183,27 @@ def kernel(measured: Mapping | None, styles: Sequence[str]) -> str:
         rows.append(f'<tr><th scope="row">{what.capitalize()}</th>{cells}</tr>')
     return f"""<h2>{escape(measured["distance"])}</h2>
 <p>A distance without bias, for few pictures: mean ± standard deviation over {escape(measured["subsets"])} pictures.</p>
+<div class="scroll"><table class="numbers"><tr><th></th>{head}</tr>
+{_lines(rows)}</table></div>"""
+
+
+def clip_score(part: pathlib.Path, results: Mapping) -> str:
+    """Compares how well the models' pictures fit their prompts, as a figure and as a table; nothing without a CLIP."""
+    scores = results.get("clip_score")
+    if not scores:
+        return ""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in [*results["styles"], "mean"])
+    rows = [
+        _row("Base model", scores["base"], None),
+        *(_row(_merge(method), scores[method], None) for method in results["weight_merges"]),
+        _row("Student", scores["student"], None, mark=' class="student"'),
+        _row("Teacher", scores["teacher"], None),
+        _row("Teacher, other noise", scores["teacher_again"], None),
+    ]
+    text = f"""The mean over {results["n"]:,} pictures of 100 times the cosine between a picture and its prompt, never
+below 0; the bar is the teacher. What the teacher's two rows differ by is chance."""
+    return f"""<h2>{escape(scores["name"])}: do the pictures show what was asked for?</h2>
+{_figure(part, "clip_scores", lambda theme: figures.clip_scores(results, theme), text)}
 <div class="scroll"><table class="numbers"><tr><th></th>{head}</tr>
 {_lines(rows)}</table></div>"""
 

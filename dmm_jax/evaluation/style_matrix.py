@@ -1,21 +1,25 @@
 """Every style of the student against every teacher, with what to hold it against: the numbers of metrics.json."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
 
 from dmm_jax.evaluation.frechet import Statistics, frechet_distance
+from dmm_jax.evaluation.kid import Features
+
+Kept = Statistics | Features  # Of a model's pictures.
 
 
 def style_matrix(
     names: Sequence[str],
-    student: Sequence[Statistics],
-    teacher: Sequence[Statistics],
-    teacher_again: Sequence[Statistics],
-    base: Statistics | Sequence[Statistics],
-    merged: Mapping[str, Statistics | Sequence[Statistics]],
+    student: Sequence[Kept],
+    teacher: Sequence[Kept],
+    teacher_again: Sequence[Kept],
+    base: Kept | Sequence[Kept],
+    merged: Mapping[str, Kept | Sequence[Kept]],
     distance: str = "FD (shapes)",
+    between: Callable[..., float] = frechet_distance,
 ) -> dict[str, object]:
     """Returns the distances as metrics.json holds them.
 
@@ -28,17 +32,17 @@ def style_matrix(
       teacher_again: the teachers' pictures from other noise than `teacher`'s.
       base: of the base model: one for all styles, or by style.
       merged: of each merge of the teachers' weights, by its method; each becomes a row of that name.
-      distance: its name.
+      distance, between: its name, and how it is computed.
 
     Raises:
       ValueError: a list has another length than `names`, or the sets differ in their number of pictures.
     """
     others = {"base": base, **merged}
-    others = {what: [one] * len(names) if isinstance(one, Statistics) else one for what, one in others.items()}
+    others = {what: list(one) if isinstance(one, Sequence) else [one] * len(names) for what, one in others.items()}
     n = _count(names, {"student": student, "teacher": teacher, "teacher_again": teacher_again, **others})
-    matrix = np.array([[frechet_distance(row, column) for column in teacher] for row in student])
+    matrix = np.array([[between(row, column) for column in teacher] for row in student])
     floor, *rows = (
-        np.array([frechet_distance(*pair) for pair in zip(row, teacher, strict=True)])
+        np.array([between(*pair) for pair in zip(row, teacher, strict=True)])
         for row in (teacher_again, *others.values())
     )
     rows = dict(zip(others, rows, strict=True))
@@ -57,7 +61,7 @@ def style_matrix(
     }
 
 
-def _count(names: Sequence[str], sets: dict[str, Sequence[Statistics]]) -> int:
+def _count(names: Sequence[str], sets: dict[str, Sequence[Kept]]) -> int:
     """Checks the sets and returns the number of pictures in each; the distance's bias falls with it."""
     wrong = [f"{what} has {len(one)}" for what, one in sets.items() if len(one) != len(names)]
     if wrong or not names:

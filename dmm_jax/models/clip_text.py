@@ -64,10 +64,10 @@ class CLIPTextEmbeddings(nnx.Module):
 
 
 class CLIPAttention(nnx.Module):
-    """Multi-head self-attention; a token sees itself and those before it."""
+    """Multi-head self-attention; if `causal`, a token sees itself and those before it, else all."""
 
-    def __init__(self, width: int, num_heads: int, *, dtype, rngs: nnx.Rngs):
-        self.num_heads = num_heads
+    def __init__(self, width: int, num_heads: int, *, causal: bool = True, dtype, rngs: nnx.Rngs):
+        self.num_heads, self.causal = num_heads, causal
         self.q_proj = layers.linear(width, width, dtype=dtype, rngs=rngs)
         self.k_proj = layers.linear(width, width, dtype=dtype, rngs=rngs)
         self.v_proj = layers.linear(width, width, dtype=dtype, rngs=rngs)
@@ -80,7 +80,7 @@ class CLIPAttention(nnx.Module):
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         # The "xla" implementation holds logits and softmax in float32 whatever the inputs are.
-        attended = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="xla")
+        attended = jax.nn.dot_product_attention(query, key, value, is_causal=self.causal, implementation="xla")
         return self.out_proj(rearrange(attended, "B L N K -> B L (N K)"))
 
 
@@ -108,11 +108,12 @@ class CLIPEncoderLayer(nnx.Module):
         hidden_act: str,
         layer_norm_eps: float,
         *,
+        causal: bool = True,
         dtype,
         rngs: nnx.Rngs,
     ):
         self.layer_norm1 = layers.layer_norm(width, epsilon=layer_norm_eps, rngs=rngs)
-        self.self_attn = CLIPAttention(width, num_heads, dtype=dtype, rngs=rngs)
+        self.self_attn = CLIPAttention(width, num_heads, causal=causal, dtype=dtype, rngs=rngs)
         self.layer_norm2 = layers.layer_norm(width, epsilon=layer_norm_eps, rngs=rngs)
         self.mlp = CLIPMLP(width, intermediate_size, hidden_act, dtype=dtype, rngs=rngs)
 
@@ -125,8 +126,8 @@ class CLIPEncoderLayer(nnx.Module):
 class CLIPEncoder(nnx.Module):
     """The stack of layers."""
 
-    def __init__(self, num_layers: int, *layer_args, dtype, rngs: nnx.Rngs):
-        self.layers = nnx.List([CLIPEncoderLayer(*layer_args, dtype=dtype, rngs=rngs) for _ in range(num_layers)])
+    def __init__(self, num_layers: int, *layer_args, **options):
+        self.layers = nnx.List([CLIPEncoderLayer(*layer_args, **options) for _ in range(num_layers)])
 
     def __call__(self, hidden: Float[Array, "B L D"]) -> tuple[Float[Array, "B L D"], ...]:
         """Returns the input and then the output of every layer."""

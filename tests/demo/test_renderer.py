@@ -99,11 +99,15 @@ def test_hues_are_recognisable(name):
     assert (likeness.argmax(axis=1) == np.arange(len(COLOURS))).all()
 
 
-def test_named_styles_differ_and_comic_is_nearest_to_cartoon():
+def test_named_styles_differ_and_the_relatives_are_nearest():
     images = {name: _render(SCENES, style) for name, style in STYLES.items()}
-    distance = {name: np.abs(images["comic"] - images[name]).mean() for name in STYLES if name != "comic"}
-    assert min(distance, key=distance.get) == "cartoon"
-    assert distance["cartoon"] > 0.01 and sorted(distance.values())[1] > 3 * distance["cartoon"]
+    distances = {
+        one: {other: np.abs(images[one] - images[other]).mean() for other in STYLES if other != one} for one in STYLES
+    }
+    assert min(min(row.values()) for row in distances.values()) > 0.01
+    for one, other in [("comic", "cartoon"), ("pastel", "cartoon"), ("sepia", "ink"), ("night", "neon")]:
+        assert min(distances[one], key=distances[one].get) == other
+        assert distances[one]["blueprint"] > 2 * distances[one][other]
 
 
 def test_each_field_of_a_style_shows():

@@ -41,17 +41,17 @@ def published(tensors, tmp_path, monkeypatch):
 
 def test_the_published_weights_make_fid(published):
     network = open_network(f"inception:{published}")
-    assert (network.frechet, network.kernel) == ("FID", "KID")
+    assert (network.distance, network.kernel) == ("FID", "KID")
     assert network.facts["weights SHA-256"] == hashlib.sha256(published.read_bytes()).hexdigest()
     clean = open_network(f"clean-inception:{published}")
-    assert (clean.frechet, clean.kernel) == ("clean-FID", "clean-KID") and "clean-fid" in clean.facts["resize"]
+    assert (clean.distance, clean.kernel) == ("clean-FID", "clean-KID") and "clean-fid" in clean.facts["resize"]
 
 
 def test_features_come_back_in_order_whatever_the_chunk(published, monkeypatch):
     monkeypatch.setattr(inception, "CHUNK_SIZE", 1)
     network = open_network(f"clean-inception:{published}")
     found = network.features(RNG.integers(0, 256, (2, 16, 16, 3)).astype(np.uint8))
-    assert found.shape == (2, network.num_features) and found.dtype == np.float32
+    assert found.shape == (2, 2048) and found.dtype == np.float32
     np.testing.assert_array_equal(found[:, :320], np.tile(np.arange(320), (2, 1)))
 
 
@@ -60,13 +60,13 @@ def test_changed_weights_are_not_fid_though_they_say_so(published, tensors):
     other = published.with_name("other.safetensors")
     safetensors_io.save(other, tensors | {"fc.bias": np.ones(1008, np.float32)}, said)
     sha256 = hashlib.sha256(other.read_bytes()).hexdigest()
-    assert open_network(f"inception:{other}").frechet == f"FD (inception, unknown weights SHA-256 {sha256[:10]})"
+    assert open_network(f"inception:{other}").distance == f"FD (inception, unknown weights SHA-256 {sha256[:10]})"
     assert open_network(f"inception:{other}").kernel == f"KD (inception, unknown weights SHA-256 {sha256[:10]})"
 
 
 def test_weights_of_another_file_are_not_fid(published, monkeypatch):
     monkeypatch.undo()
-    assert open_network(f"inception:{published}").frechet.startswith("FD (inception, unknown weights SHA-256 ")
+    assert open_network(f"inception:{published}").distance.startswith("FD (inception, unknown weights SHA-256 ")
 
 
 def test_a_pickle_is_not_opened_unless_it_is_the_published_file(tmp_path, tensors):
@@ -92,7 +92,7 @@ def test_another_networks_weights_are_refused(tmp_path):
         open_network(f"inception:{path}")
 
 
-@pytest.mark.parametrize("spec", ["inception", "inception:", "clip:x.safetensors", ""])
+@pytest.mark.parametrize("spec", ["inception", "inception:", "clip:", "vgg:x.safetensors", ""])
 def test_unknown_features_are_refused(spec):
-    with pytest.raises(ValueError, match="use shapes .*inception:PATH, clean-inception:PATH"):
+    with pytest.raises(ValueError, match="use shapes .*inception:PATH, clean-inception:PATH, .*clip:PATH"):
         open_network(spec)

@@ -144,6 +144,17 @@ def test_the_kernels_distances_stand_under_their_name(tmp_path):
     assert html.escape(HOSTILE) in section and "100 of 1000 pictures" in section
 
 
+def test_the_clip_scores_stand_model_by_model_with_their_mean(tmp_path):
+    names = ["comic", "ink", "neon"]
+    models = ("base", "average", "student", "teacher", "teacher_again")
+    scores = {what: [20.5 + k, 21.5 + k, 22.5 + k] for k, what in enumerate(models)}
+    page = write_report(tmp_path / "report", results(names, clip_score={"name": "CLIPScore " + HOSTILE} | scores))
+    section = page.read_text().split("<h2>CLIPScore ")[1].split("<h2>")[0]
+    expected = [value for k, what in enumerate(models) for value in (*scores[what], 21.5 + k)]
+    assert numbers(section) == expected and "2,000 pictures" in section
+    assert (page.parent / "clip_scores_dark.png").is_file()
+
+
 def test_summary_owns_up_when_a_style_is_nearer_another_teacher(tmp_path):
     assert "always nearest" in write_report(tmp_path / "a", results()).read_text()
     assert "always nearest" not in write_report(tmp_path / "b", results(diagonal_is_minimum=False)).read_text()

@@ -13,7 +13,9 @@ from dmm_jax.checkpoints.abstract import abstract_model
 
 SCALES = (1.7, 0.3)  # Times PyTorch's initial weights: a wrong GELU shows at the first, a wrong epsilon at the second.
 TOLERANCE = 1e-5  # Of the output's maximum.
-LAST = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+LAST = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"} | {
+    "class_embedding": "class_embedding"
+}
 
 
 def abstract(build, *args, **kwargs):
