@@ -27,14 +27,15 @@ from dmm_jax.demo.words import write_tokenizer
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.distill import step as distill_step
 from dmm_jax.distill import student as student_lib
-from dmm_jax.metrics import peak_memory
+from dmm_jax.distill.packing import Packing
+from dmm_jax.metrics import HostClock, peak_memory
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.text_encoders import NUM_TIME_IDS, TextEncoders
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
 from dmm_jax.pipeline import Network, Pipeline
 from dmm_jax.tokenizer import Tokenizers
 
-JOBS = ("train", "sample")
+JOBS = ("train", "sample", "host")
 WARMUP = 3  # Calls before the timed ones.
 PEAK_SIZE = 8192  # Rows and columns of the square product that measures the matrix peak.
 SAMPLING = {"num_inference_steps": 25, "guidance_scale": 7.0, "solver": "dpmpp_2m_karras"}
@@ -59,6 +60,8 @@ def bench(
       profile: a folder for a trace of two more calls; their kernels, summed by name, are printed on stderr.
       batch_size: images at once, for sampling; training has the config's.
     """
+    if job == "host":
+        return bench_host(config, size, num_steps)
     peak = matmul_peak()
     lines = (
         bench_train(config, size, num_steps, profile)
@@ -74,7 +77,7 @@ def bench(
 
 
 def bench_train(config, size: str, num_steps: int, profile: str = "") -> list[dict]:
-    """Times the training step as `train` compiles it, on a batch that lies on the device."""
+    """Times the training step as `train` compiles it, and the handing over of a batch."""
     config_lib.check(config)
     base, names = described(size), [name for name, _ in config.teachers]
     mesh = sharding.make_mesh(**config.mesh)
@@ -100,22 +103,29 @@ def bench_train(config, size: str, num_steps: int, profile: str = "") -> list[di
     optimizers = student_lib.make_optimizers(config)
     state = student_lib.make_state(trained, optimizers, mesh, config.ema_decay)
     del params, trained
-    batch = sharding.put(random_batch(config, base), mesh, sharding.BATCH)
+    on_host = random_batch(config, base)
+    batch = sharding.put(on_host, mesh, sharding.BATCH)
 
-    step = train.define_step(config, networks, objective, optimizers, mesh, state, teachers)
+    packing = Packing(state, mesh)
+    step = train.define_step(config, networks, objective, optimizers, mesh, state, teachers, packing)
+    state = packing.pack(state)
     started = time.perf_counter()
     compiled, teachers = distill_step.compile_step(step, state, teachers, encoders, batch)
     compile_s = time.perf_counter() - started
-    host_s = []
+    clocks = {part: HostClock() for part in ("dispatch", "batch")}
 
     def once():
-        nonlocal state
-        started = time.perf_counter()
+        nonlocal state, batch
+        clocks["dispatch"].restart()
         state, metrics = compiled(state, teachers, encoders, batch)
-        host_s.append(time.perf_counter() - started)
+        clocks["dispatch"].step_done()
+        clocks["batch"].restart()
+        batch = sharding.put(on_host, mesh, sharding.BATCH)
+        clocks["batch"].step_done()
         return metrics["grad_norm"]
 
     step_s = median_s(once, num_steps)
+    host_ms = {part: clock.median_ms() for part, clock in clocks.items()}
     _print_profile(once, profile)
     tflop = config.batch_size * train_tflop(base, student_config)
     return [
@@ -124,7 +134,8 @@ def bench_train(config, size: str, num_steps: int, profile: str = "") -> list[di
             "images_per_s": config.batch_size / step_s,
             "tflop_per_s": tflop / step_s,
             "step_s": step_s,
-            "host_ms": 1e3 * statistics.median(host_s),
+            "host_ms": sum(host_ms.values()),
+            "host_parts_ms": host_ms,
             "compile_s": compile_s,
             "planned_memory_gb": planned_memory_gb(compiled),
             "batch": config.batch_size,
@@ -133,6 +144,53 @@ def bench_train(config, size: str, num_steps: int, profile: str = "") -> list[di
         }
         | peak_memory()
     ]
+
+
+def bench_host(config, size: str, num_steps: int) -> list[dict]:
+    """Times what the host alone pays for a step: a program with a step's arguments and results, and no work.
+
+    First with the state as a checkpoint holds it, then packed as `train` runs it. An array costs the same at any size:
+    `narrow` has the arrays of Stable Diffusion 1.5.
+    """
+    base, names = described(size), [name for name, _ in config.teachers]
+    mesh = sharding.make_mesh(**config.mesh)
+    student_config = train.merged_config(base.unet_config, len(names))
+    trained = {"student": random_params(abstract_params("unet", student_config), mesh, fsdp=True)}
+    state = student_lib.make_state(trained, student_lib.make_optimizers(config), mesh, config.ema_decay)
+    teachers = random_params(base.abstract("unet"), mesh, jnp.dtype(config.dtype), copies=len(names))
+    encoders = {name: random_params(base.abstract(name), mesh, jnp.dtype(config.dtype)) for name in base.text_encoders}
+    on_host = random_batch(config, base)
+    packing = Packing(state, mesh)
+    lines = []
+    for job, held in (("host, whole state", state), ("host", packing.pack(jax.tree.map(jnp.copy, state)))):
+        lines.append(_host_line(job, held, teachers, encoders, on_host, mesh, num_steps) | {"batch": config.batch_size})
+    return lines
+
+
+def _host_line(job, state, teachers, encoders, on_host, mesh, num_steps):
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = jax.jit(
+        lambda state, teachers, encoders, batch: jax.lax.optimization_barrier(state),
+        donate_argnums=0,
+        keep_unused=True,
+        out_shardings=places,
+    )
+    batch = sharding.put(on_host, mesh, sharding.BATCH)
+    compiled = step.lower(state, teachers, encoders, batch).compile()
+    parts = {part: HostClock() for part in ("dispatch", "batch")}
+    for number in range(WARMUP + num_steps):
+        if number == WARMUP:
+            jax.tree.map(HostClock.median_ms, parts)
+        parts["dispatch"].restart()
+        state = compiled(state, teachers, encoders, batch)
+        parts["dispatch"].step_done()
+        parts["batch"].restart()
+        batch = sharding.put(on_host, mesh, sharding.BATCH)
+        parts["batch"].step_done()
+        jax.block_until_ready((state, batch))
+    host_parts_ms = {part: clock.median_ms() for part, clock in parts.items()}
+    arrays = {"in": len(jax.tree.leaves((state, teachers, encoders, batch))), "out": len(jax.tree.leaves(state))}
+    return {"job": job, "host_ms": sum(host_parts_ms.values()), "host_parts_ms": host_parts_ms, "arrays": arrays}
 
 
 def bench_sample(config, size: str, num_steps: int, batch_size: int, profile: str = "") -> list[dict]:
@@ -337,7 +395,17 @@ def with_ratios(lines: list[dict], others: list[dict]) -> list[dict]:
 
 def table(lines: list[dict]) -> str:
     """Lays measured lines out for people."""
-    columns = ("job", "batch", "images_per_s", "tflop_per_s", "share_of_peak", "step_s", "peak_memory_gb", "compile_s")
+    columns = (
+        "job",
+        "batch",
+        "images_per_s",
+        "tflop_per_s",
+        "share_of_peak",
+        "step_s",
+        "host_ms",
+        "peak_memory_gb",
+        "compile_s",
+    )
     rows = [columns] + [tuple(_cell(line.get(column)) for column in columns) for line in lines]
     widths = [max(len(row[k]) for row in rows) for k in range(len(columns))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,13 +1,44 @@
 """What a run says while it runs: metrics.jsonl always, a progress bar on a terminal, plain lines elsewhere."""
 
+import contextlib
 import json
 import pathlib
+import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
+
+
+class HostClock:
+    """What a step costs the host: the time from a step's end to the next one's, less the waiting for the device."""
+
+    def __init__(self):
+        self._steps_s: list[float] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins the step under way anew."""
+        self._then, self._waited_s = time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Leaves the block out of the step's time."""
+        started = time.perf_counter()
+        yield
+        self._waited_s += time.perf_counter() - started
+
+    def step_done(self) -> None:
+        """Ends a step."""
+        self._steps_s.append(time.perf_counter() - self._then - self._waited_s)
+        self.restart()
+
+    def median_ms(self) -> float | None:
+        """Returns the median milliseconds of the steps since the last call; None where none has ended."""
+        steps_s, self._steps_s = self._steps_s, []
+        return 1e3 * statistics.median(steps_s) if steps_s else None
 
 
 class MetricsLog:
@@ -31,6 +62,7 @@ class MetricsLog:
         self._writer = _tensorboard(workdir) if tensorboard and writes else None
         self._file = self._opened(start) if writes else None
         self._clock = None
+        self.host = HostClock()
         self.last: dict = {}
 
     def __enter__(self):
@@ -50,8 +82,9 @@ class MetricsLog:
             self._writer.close()
 
     def start_clock(self, step: int) -> None:
-        """Marks the moment from which images/s is counted."""
+        """Marks the moment from which images/s and the host's time are counted."""
         self._clock = (step, time.perf_counter())
+        self.host.restart()
 
     def train(
         self, step: int, num_steps: int, batch_size: int, weights: Mapping[str, float], metrics: Mapping, bar
@@ -62,9 +95,9 @@ class MetricsLog:
           weights: of the errors' means in the student's loss.
           metrics: of the step: every error per name, and numbers.
         """
-        metrics = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
-        since, then = self._clock
-        self.start_clock(step)
+        with self.host.waiting():
+            metrics = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
+        (since, then), self._clock = self._clock, (step, time.perf_counter())
         step_time_s = (self._clock[1] - then) / max(step - since, 1)
         line = {
             "step": step,
@@ -78,6 +111,7 @@ class MetricsLog:
             "skipped_steps": int(metrics["skipped_steps"]),
             "skipped_in_a_row": int(metrics["skipped_in_a_row"]),
             "images_per_s": batch_size / step_time_s,
+            "host_ms": self.host.median_ms(),
         } | peak_memory()
         self._write(line)
         left = time.strftime("%H:%M:%S", time.gmtime((num_steps - step) * step_time_s))

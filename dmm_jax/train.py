@@ -29,6 +29,7 @@ from dmm_jax.distill import incremental
 from dmm_jax.distill import step as distill_step
 from dmm_jax.distill import student as student_lib
 from dmm_jax.distill import teachers as teachers_lib
+from dmm_jax.distill.packing import Packing
 from dmm_jax.metrics import MetricsLog
 from dmm_jax.models.text_encoders import TextEncoders
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel, merged_config
@@ -119,7 +120,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
         # One compiled program a step; another for the validation set.
         objective = define_objective(config, base, tokenizer)
         specs = sharding.state_specs(state["params"], mesh)
-        step = define_step(config, networks, objective, optimizers, mesh, state, frozen)
+        packing = Packing(state, mesh)
+        step = define_step(config, networks, objective, optimizers, mesh, state, frozen, packing)
         validate = build_validator(config, lessons, networks, objective, mesh, specs, validation_source)
         draw_samples = build_sampler(config, base, styles, student_config, mesh, workdir)
 
@@ -127,6 +129,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
         batch = put_batch(next(iterator)) if start < config.num_steps else None
         if batch is not None:
             say(memory.short_table(memory.held(state, frozen, encoders, batch), mesh))
+            state = packing.pack(state)
             step, frozen = distill_step.compile_step(step, state, frozen, encoders, batch)
         bar = stack.enter_context(
             tqdm(
@@ -145,8 +148,10 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
                 batch = put_batch(next(iterator))  # While the device works.
             running.append(metrics)
             if len(running) > MAX_STEPS_AHEAD:
-                jax.block_until_ready(running.popleft())
+                with log.host.waiting():
+                    jax.block_until_ready(running.popleft())
             stopping = asked_to_stop(number)
+            log.host.step_done()
             last = stopping or number == config.num_steps
             if last or _due(number, config.log_every):
                 log.train(number, config.num_steps, config.batch_size, objective.weights, metrics, bar)
@@ -154,11 +159,12 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
                     failure = diagnosis(log.last, config)
                     break
             if validate and not stopping and (last or _due(number, config.validation_every)):
-                log.validation(number, validate(state["params"], frozen, encoders), bar)
+                log.validation(number, validate(packing.unpack(state)["params"], frozen, encoders), bar)
             if draw_samples and not stopping and (last or _due(number, config.samples.every)):
-                draw_samples(number, state.get("ema", state["params"]))
+                whole = packing.unpack(state)
+                draw_samples(number, whole.get("ema", whole["params"]))
             if last or _due(number, config.checkpoint_every):
-                store.save(number, state)
+                store.save(number, packing.unpack(state))
             bar.update()
             if stopping:
                 break
@@ -308,15 +314,18 @@ def define_gradients(config, networks, objective, mesh, trained) -> Callable:
     )
 
 
-def define_step(config, networks, objective, optimizers, mesh, state, teachers) -> Callable:
+def define_step(config, networks, objective, optimizers, mesh, state, teachers, packing: Packing | None = None):
     """Returns the jitted `step(state, teachers, encoders, batch) -> (state, metrics)`, its state donated.
 
     Args:
       state, teachers: as arrays or as shapes; for `distill_step.compile_step`, since the teachers' layout is left open.
+      packing: of the state, where the step is to take and return it packed.
     """
     gradients = define_gradients(config, networks, objective, mesh, distill_step.trained(state))
     step = distill_step.build_step(gradients, optimizers, config.ema_decay)
     places = sharding.placed(mesh, sharding.state_specs(state, mesh))
+    if packing:
+        step, places = packing.around(step), packing.places
     return jax.jit(
         step,
         donate_argnums=0,

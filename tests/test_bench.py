@@ -55,3 +55,9 @@ def test_a_peer_that_fails_is_an_error_with_its_last_words(monkeypatch, capsys):
     monkeypatch.setattr(bench.sys, "executable", "/bin/false")
     assert cli.main(["bench", "sample", "--against", "torch"]) == 1
     assert "[torch] extra" in capsys.readouterr().err
+
+
+def test_packing_the_state_halves_the_arrays_that_a_step_hands_over():
+    whole, packed = bench.bench("host", config(), "tiny", num_steps=2)
+    assert packed["arrays"]["out"] < whole["arrays"]["out"] / 2
+    assert packed["host_ms"] == pytest.approx(sum(packed["host_parts_ms"].values()))

@@ -2,11 +2,12 @@
 
 import struct
 import sys
+import time
 
 import numpy as np
 import pytest
 
-from dmm_jax.metrics import MetricsLog, read
+from dmm_jax.metrics import HostClock, MetricsLog, read
 
 METRICS = {"score": np.array([1.0, 3.0]), "feature": np.array([10.0, 30.0]), "grad_norm": np.float32(0.5)}
 METRICS |= {"skipped_steps": np.int32(2), "skipped_in_a_row": np.int32(0)}
@@ -53,8 +54,20 @@ def test_a_process_that_does_not_write_knows_the_numbers_and_says_nothing(tmp_pa
     quiet = logged(tmp_path / "quiet", writes=False, tensorboard=True)
     assert not list((tmp_path / "quiet").iterdir()) and capsys.readouterr().err == ""
     loud = logged(tmp_path / "loud")
-    assert {k: v for k, v in quiet.items() if k != "images_per_s"} == {
-        k: v for k, v in loud.items() if k != "images_per_s"
+    assert {k: v for k, v in quiet.items() if k not in ("images_per_s", "host_ms")} == {
+        k: v for k, v in loud.items() if k not in ("images_per_s", "host_ms")
     }
     assert len(read(tmp_path / "loud" / "metrics.jsonl")) == 2
     assert "2 steps skipped" in capsys.readouterr().err
+
+
+def test_the_hosts_time_of_a_step_leaves_out_the_waiting_and_is_the_median():
+    clock = HostClock()
+    for worked in (0.02, 0.02, 0.2):
+        clock.restart()
+        time.sleep(worked)
+        with clock.waiting():
+            time.sleep(0.1)
+        clock.step_done()
+    assert 20 <= clock.median_ms() < 100
+    assert clock.median_ms() is None  # Told already.

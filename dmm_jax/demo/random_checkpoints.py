@@ -41,7 +41,14 @@ _SMALL = {  # The same structure, for tests.
     "text_encoder": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 1},
     "scheduler": {},
 }
-SIZES = CONFIGS | {"tiny": {name: config | _SMALL[name] for name, config in CONFIGS["sd15"].items()}}
+_NARROW = _SMALL | {  # Every layer of Stable Diffusion 1.5 and hardly any work: what its number of arrays costs.
+    "unet": {"block_out_channels": [32] * 4, "cross_attention_dim": 64, "sample_size": 8},
+    "text_encoder": _SMALL["text_encoder"] | {"num_hidden_layers": 12},
+}
+SIZES = CONFIGS | {
+    size: {name: config | changes[name] for name, config in CONFIGS["sd15"].items()}
+    for size, changes in (("tiny", _SMALL), ("narrow", _NARROW))
+}
 
 
 def random_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:

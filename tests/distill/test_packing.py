@@ -1,0 +1,67 @@
+"""A packed state is the same state in fewer arrays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmm_jax import sharding
+from dmm_jax.distill.packing import Packing
+
+MESH = sharding.make_mesh(data=1, devices=jax.devices()[:1])
+
+
+def tree(mesh=MESH):
+    shapes = {"a": (3,), "b": (2, 3), "c": {"d": (4096,), "e": (), "f": (5,)}}
+    values = jax.tree.map(
+        lambda shape: np.arange(np.prod(shape), dtype=np.float32).reshape(shape), shapes, is_leaf=_is_shape
+    )
+    specs = sharding.state_specs(values, mesh)
+    return jax.tree.map(
+        jax.device_put, values | {"step": np.int32(7)}, sharding.placed(mesh, specs | {"step": sharding.COPY})
+    )
+
+
+def _is_shape(leaf):
+    return isinstance(leaf, tuple)
+
+
+def same(left, right):
+    return jax.tree.structure(left) == jax.tree.structure(right) and all(
+        np.array_equal(a, b) for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+    )
+
+
+def test_what_was_packed_is_unpacked_bit_for_bit_and_large_arrays_are_not_copied():
+    whole = tree()
+    packing = Packing(whole, MESH)
+    packed = packing.pack(whole)
+    assert packed["small"].shape == (3 + 4096 + 5,) and len(packed["large"]) == 3
+    assert packing.unpack(packed)["b"] is whole["b"]
+    assert same(packing.unpack(packed), whole)
+
+
+def test_a_packed_step_computes_what_the_step_computes():
+    whole = tree()
+    packing = Packing(whole, MESH)
+
+    def step(state, factor):
+        return jax.tree.map(lambda leaf: (leaf * factor).astype(leaf.dtype), state), {"sum": state["a"].sum()}
+
+    packed, results = jax.jit(packing.around(step), out_shardings=(packing.places, None))(packing.pack(whole), 3)
+    assert same(packing.unpack(packed), step(whole, 3)[0]) and results["sum"] == 3.0
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+def test_what_is_sharded_stays_where_it_is():
+    mesh = sharding.make_mesh(data=1, fsdp=2, devices=jax.devices()[:2])
+    whole = tree(mesh)
+    packing = Packing(whole, mesh)
+    assert packing.pack(whole)["small"].shape == (3 + 5,)
+    assert packing.unpack(packing.pack(whole))["c"]["d"].sharding == whole["c"]["d"].sharding
+
+
+def test_a_tree_without_small_arrays_packs_too():
+    whole = {"x": jnp.ones((2, 2))}
+    packing = Packing(whole, MESH)
+    assert same(packing.unpack(packing.pack(whole)), whole)
