@@ -9,6 +9,7 @@ The map, from the command line down; imports point downwards only:
     prepare, prepare_samples    the latent cache, from images or from what the teachers draw
     evaluation/                 features, Frechet distance, fidelity, style matrix, report
     distill/                    losses, teachers, student, the one compiled step
+    styles                      names, mixes and schedules over timesteps as rows of weights
     pipeline, images, metrics   prompts + styles -> images; PNGs that carry their parameters; metrics.jsonl
     checkpoints/                the naming rule, safetensors, single files, folders, exports, Orbax states
     data/                       caption sources, prompts, the latent cache, batches

@@ -110,7 +110,11 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("model", metavar="MODEL", help="a workdir, a diffusers or DMM folder, or a single file")
     verb.add_argument("--prompts", required=True, type=pathlib.Path, help="a text file, one prompt a line")
     verb.add_argument(
-        "--style", action="append", default=[], help="NAME or mix; repeat for a column each; default: all styles"
+        "--style",
+        action="append",
+        default=[],
+        help="NAME, mix, or schedule: photo:600:anime is photo down to timestep 600, then anime; photo:800-400:anime "
+        "fades; repeat for a column each; default: all styles",
     )
     verb.add_argument("--out", required=True, type=pathlib.Path, help="a new or empty folder")
     verb.add_argument("--base", default=None, help="another checkpoint, for what a single file lacks (VAE, tokenizer)")

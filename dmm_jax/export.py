@@ -10,7 +10,7 @@ from dmm_jax.checkpoints.export import DTYPES, FORMATS, Recipe, write
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.folders import check_output
 from dmm_jax.page import whole_folder
-from dmm_jax.pipeline import parse_style, style_row
+from dmm_jax.styles import parse_style, style_row
 
 STOCK = ("diffusers", "single-file")  # What stock diffusers opens by itself.
 
