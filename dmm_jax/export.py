@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dmm_jax import config as config_lib
 from dmm_jax.checkpoints import style_lora
 from dmm_jax.checkpoints.export import DTYPES, FORMATS, Recipe, write
+from dmm_jax.checkpoints.fitted_style import with_fitted_styles
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.folders import check_output
 from dmm_jax.page import whole_folder
@@ -25,12 +26,14 @@ def export_workdir(
     verify: bool = False,
     lora_base: str = "",
     lora_for: Sequence[str] = ("comfyui",),
+    extra_styles: Sequence[pathlib.Path] = (),
 ) -> list[pathlib.Path]:
     """Writes `out/dmm/`, `out/diffusers/`, `out/model.safetensors` and `out/style_lora.safetensors`, as `formats` says.
 
     Args:
       style: the name or mix ("anime=0.7,photo=0.3") that is folded into the stock formats.
       lora_base: the name or mix whose stock export a style-lora is used on; "" for all styles in equal parts.
+      extra_styles: files of `dmm-jax fit-style`, a style each, which join the student's own.
       lora_for: the tools that a style-lora is written for: comfyui, diffusers, a1111.
       recipe: also write the whole recipe, with hashes of all parents, into the files' metadata.
       verify: open what was written in stock diffusers, and compare; prints the errors. Needs the `[torch]` extra.
@@ -52,6 +55,7 @@ def export_workdir(
         raise ValueError(
             f"{workdir} holds a stock checkpoint; only a merged one is exported. Give the --workdir of a `train` run."
         )
+    student = with_fitted_styles(student, extra_styles)
     weights = None
     if any(fmt != "dmm" for fmt in formats):
         if not style:

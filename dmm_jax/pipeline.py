@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Float
 
 from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.compare import whole_obstacles
 from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.fitted_style import with_fitted_styles
 from dmm_jax.checkpoints.open import Checkpoint, open_checkpoint
 from dmm_jax.diffusion import guidance, solvers
 from dmm_jax.diffusion.schedule import NoiseSchedule
@@ -68,18 +70,20 @@ class Pipeline:
         return self.source.name
 
     @classmethod
-    def from_pretrained(cls, path, dtype: str = "float32", base=None) -> "Pipeline":
+    def from_pretrained(cls, path, dtype: str = "float32", base=None, extra_styles: Sequence = ()) -> "Pipeline":
         """Opens a diffusers folder (stock or DMM), a single file, or the workdir of a training run.
 
         Args:
           path: the checkpoint; nothing is fetched from a network.
           dtype: of the arithmetic and of the kernels in memory.
           base: another checkpoint, for what `path` lacks (a single file has no tokenizer).
+          extra_styles: files of `dmm-jax fit-style`, a style each, after the checkpoint's own.
 
         Raises:
-          ValueError: the checkpoint is damaged, incomplete or of an unknown architecture.
+          ValueError: the checkpoint is damaged, incomplete or of an unknown architecture, or an extra style was fitted
+            to another.
         """
-        checkpoint = open_checkpoint(path, base=base)
+        checkpoint = with_fitted_styles(open_checkpoint(path, base=base), extra_styles)
         names = tuple(checkpoint.styles or ())
         return cls.of_student(checkpoint, checkpoint.unet_config, names, dtype=dtype).with_unet(
             checkpoint.params("unet")
@@ -130,7 +134,7 @@ class Pipeline:
         return self.vae.params["decoder"]["conv_in"]["kernel"].dtype
 
     def style_weights(
-        self, styles: Style | Sequence[Style], batch_size: int, timesteps: Sequence[float]
+        self, styles: Style | Sequence[Style], batch_size: int, timesteps: Float[np.ndarray, " S"]
     ) -> np.ndarray | None:
         """Turns names, mixes and schedules into weights at each timestep (S, B, N); None for a stock checkpoint.
 
@@ -148,7 +152,7 @@ class Pipeline:
                 raise ValueError("this checkpoint has no styles: it is a stock one. Leave styles out.")
             return None
         last = self.schedule.num_train_timesteps
-        return np.stack([style_rows(style, self.styles, np.asarray(timesteps), last) for style in styles], axis=1)
+        return np.stack([style_rows(style, self.styles, timesteps, last) for style in styles], axis=1)
 
     def encode_prompts(self, prompts: Sequence[str | None]) -> TextConditioning:
         """Returns encoder_hidden_states (B, 77, D) and pooled (B, P), float32; pooled is None but for SDXL.

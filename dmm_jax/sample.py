@@ -29,6 +29,7 @@ def sample(
     width: int,
     batch_size: int,
     dtype: str,
+    extra_style: Sequence[pathlib.Path] = (),
 ) -> pathlib.Path:
     """Draws every prompt in every style and returns the path of the index page; arguments as on the command line.
 
@@ -40,11 +41,12 @@ def sample(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    pipeline = Pipeline.from_pretrained(model, dtype=dtype, base=base)
+    pipeline = Pipeline.from_pretrained(model, dtype=dtype, base=base, extra_styles=extra_style)
     given = [parse_style(text, pipeline.schedule.num_train_timesteps) for text in style]
     styles: list[Style] = given or list(pipeline.styles) or [None]
     labels = list(style) or list(pipeline.styles) or [pipeline.name]
-    pipeline.style_weights(styles, len(styles), timesteps=[0.0])  # Unknown names are told before anything is drawn.
+    # Unknown names, and schedules with gaps, are told before anything is drawn.
+    pipeline.style_weights(styles, len(styles), timesteps=np.zeros(1))
     jobs = [(prompt, one, seed + row) for row, prompt in enumerate(lines) for one in styles]
     options = {
         "num_inference_steps": steps,
