@@ -7,6 +7,7 @@ weights @ table, N numbers.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,6 @@ def build_held_out(frozen: Frozen, objective: Objective) -> Callable:
     alphas_cumprod = jnp.asarray(objective.alphas_cumprod, jnp.float32)
 
     def mean_loss(params, row, inputs):
-        one = lambda batch: denoising_errors(frozen, alphas_cumprod, params, row, batch)  # noqa: E731
-        return jnp.mean(jax.lax.map(one, inputs))
+        return jnp.mean(jax.lax.map(partial(denoising_errors, frozen, alphas_cumprod, params, row), inputs))
 
     return jax.jit(mean_loss)
