@@ -2,13 +2,15 @@
 
 The map, from the command line down; imports point downwards only:
 
-    cli                         the verbs: demo inspect prepare train export average sample evaluate
+    cli                         the verbs: demo inspect prepare train export average fit-style sample evaluate
     demo/                       the embedded world: renderer, tiny checkpoints, their recipe, the whole road
     train                       run(): mesh, data, networks, state, restore, loop
     export, sample, average     a trained student as files, and as pictures; weight averages of checkpoints
+    fit_style                   a new style vector from a handful of images
     prepare, prepare_samples    the latent cache, from images or from what the teachers draw
     evaluation/                 features, Frechet distance, fidelity, style matrix, report
     distill/                    losses, teachers, student, the one compiled step
+    styles                      names, mixes and schedules over timesteps as rows of weights
     pipeline, images, metrics   prompts + styles -> images; PNGs that carry their parameters; metrics.jsonl
     checkpoints/                the naming rule, safetensors, single files, folders, exports, Orbax states
     data/                       caption sources, prompts, the latent cache, batches

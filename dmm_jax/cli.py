@@ -92,6 +92,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="STYLE",
         help="NAME, or NEW_NAME=NAME; repeat for each style that is exported, in this order; default: all",
     )
+    verb.add_argument(
+        "--extra-style", action="append", default=[], type=pathlib.Path, metavar="FILE", help="of fit-style; repeat"
+    )
     verb.add_argument("--dtype", default="float16", choices=("float32", "float16", "bfloat16"))
     verb.add_argument(
         "--lora-base",
@@ -113,11 +116,34 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--seed", type=int, help="of what dare drops; default: 0")
     verb.add_argument("--dtype", default="float16", choices=("float32", "float16", "bfloat16"))
 
+    verb = _add(verbs, "fit-style", _fit_style, "one new style vector from a handful of images; all else is frozen")
+    verb.add_argument("model", metavar="MODEL", help="a merged model: a workdir or a DMM folder")
+    verb.add_argument("--images", required=True, type=pathlib.Path, help="a folder of images with captions")
+    verb.add_argument("--name", required=True, help="of the new style")
+    verb.add_argument("--out", required=True, type=pathlib.Path, metavar="FILE", help="a new .safetensors file")
+    verb.add_argument("--base", default=None, help="another checkpoint, for what MODEL lacks")
+    verb.add_argument("--from", dest="start", default="", help="NAME or mix to start from; default: equal parts")
+    verb.add_argument("--mix-only", action="store_true", help="learn the weights of a mix of existing styles alone")
+    verb.add_argument("--steps", type=int, default=500)
+    verb.add_argument("--batch-size", type=int, default=8)
+    verb.add_argument("--learning-rate", type=float, default=0.03, help="of AdamW, falling to 0 as a cosine")
+    verb.add_argument("--prompt-dropout", type=float, default=0.1)
+    verb.add_argument("--resolution", type=int, default=0, help="pixels of a side; default: the model's")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--dtype", default="", help="float32 or bfloat16; default: bfloat16 on accelerators")
+
     verb = _add(verbs, "sample", _sample, "draw prompts in styles: PNGs, grid.png, index.html")
     verb.add_argument("model", metavar="MODEL", help="a workdir, a diffusers or DMM folder, or a single file")
     verb.add_argument("--prompts", required=True, type=pathlib.Path, help="a text file, one prompt a line")
     verb.add_argument(
-        "--style", action="append", default=[], help="NAME or mix; repeat for a column each; default: all styles"
+        "--style",
+        action="append",
+        default=[],
+        help="NAME, mix, or schedule: photo:600:anime is photo down to timestep 600, then anime; photo:800-400:anime "
+        "fades; repeat for a column each; default: all styles",
+    )
+    verb.add_argument(
+        "--extra-style", action="append", default=[], type=pathlib.Path, metavar="FILE", help="of fit-style; repeat"
     )
     verb.add_argument("--out", required=True, type=pathlib.Path, help="a new or empty folder")
     verb.add_argument("--base", default=None, help="another checkpoint, for what a single file lacks (VAE, tokenizer)")
@@ -236,6 +262,7 @@ def _export(args):
         keep=args.keep,
         lora_base=args.lora_base,
         lora_for=args.lora_for.split(","),
+        extra_styles=args.extra_style,
     )
     print("\n".join(map(str, paths)))
 
@@ -250,6 +277,12 @@ def _sample(args):
     from dmm_jax.sample import sample
 
     print(sample(**_options(args)))
+
+
+def _fit_style(args):
+    from dmm_jax.fit_style import fit_style, report
+
+    print(report(fit_style(**_options(args))))
 
 
 def _options(args) -> dict:

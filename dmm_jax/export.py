@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dmm_jax import config as config_lib
 from dmm_jax.checkpoints import style_lora
 from dmm_jax.checkpoints.export import DTYPES, FORMATS, Recipe, write
+from dmm_jax.checkpoints.fitted_style import with_fitted_styles
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.styles import select
 from dmm_jax.distill.incremental import origins
 from dmm_jax.folders import check_output
 from dmm_jax.page import whole_folder
-from dmm_jax.pipeline import parse_style, style_row
+from dmm_jax.styles import parse_style, style_row
 
 STOCK = ("diffusers", "single-file")  # What stock diffusers opens by itself.
 
@@ -28,12 +29,14 @@ def export_workdir(
     lora_base: str = "",
     lora_for: Sequence[str] = ("comfyui",),
     keep: Sequence[str] = (),
+    extra_styles: Sequence[pathlib.Path] = (),
 ) -> list[pathlib.Path]:
     """Writes `out/dmm/`, `out/diffusers/`, `out/model.safetensors` and `out/style_lora.safetensors`, as `formats` says.
 
     Args:
       style: the name or mix ("anime=0.7,photo=0.3") that is folded into the stock formats.
       lora_base: the name or mix whose stock export a style-lora is used on; "" for all styles in equal parts.
+      extra_styles: files of `dmm-jax fit-style`, a style each, which join the student's own.
       lora_for: the tools that a style-lora is written for: comfyui, diffusers, a1111.
       keep: the styles that the export has, in this order, as "name" or "new name=name"; () for all.
       recipe: also write the whole recipe, with hashes of all parents, into the files' metadata.
@@ -56,6 +59,7 @@ def export_workdir(
         raise ValueError(
             f"{workdir} holds a stock checkpoint; only a merged one is exported. Give the --workdir of a `train` run."
         )
+    student = with_fitted_styles(student, extra_styles)
     if keep:
         student = select(student, config_lib.as_kept(keep))
     weights = None

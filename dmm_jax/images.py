@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from dmm_jax import page
 from dmm_jax.folders import check_output
+from dmm_jax.styles import Style, style_text
 
 MAX_GRID_PIXELS = 178_000_000  # Pillow refuses to open a picture of more than 178 956 970 pixels.
 SMALL_SIDE = 160  # Smaller pictures are enlarged by a whole number in grids, so that labels can be read beside them.
@@ -39,13 +40,7 @@ class Parameters:
     height: int
     model: str
     model_hash: str
-    styles: str | Mapping | None = None
-
-    def style_text(self) -> str | None:
-        """Returns the style as it is written on the command line: `anime`, or `anime=0.7,photo=0.3`."""
-        if isinstance(self.styles, Mapping):
-            return ",".join(f"{name}={weight:g}" for name, weight in self.styles.items())
-        return self.styles
+    styles: Style = None
 
     def a1111_text(self) -> str:
         """Returns the text that AUTOMATIC1111's web UI writes as `parameters`, and that its readers take apart.
@@ -61,7 +56,7 @@ class Parameters:
             "Size": f"{self.width}x{self.height}",
             "Model hash": self.model_hash,
             "Model": self.model,
-            "Style": self.style_text(),
+            "Style": style_text(self.styles),
         }
         lines = [self.prompt]
         if self.negative_prompt:

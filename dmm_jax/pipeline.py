@@ -1,13 +1,12 @@
 """Prompts and styles to images: three compiled programs (text encoders, denoiser, decoder), one compilation a shape.
 
 Prompts, styles, seeds, the guidance scale and the solver's tables are arguments of the programs: only the shape of a
-batch and the number of evaluations make a new one. A batch may hold another mix of styles in every image, since a style
-enters as one vector beside the timestep embedding (DMM, arXiv:2504.12364, 4.5). A batch is divided among all devices of
-the process where their number divides it.
+batch and the number of evaluations make a new one. A batch may hold another mix of styles in every image, and each
+image another at every evaluation, since a style enters as one vector beside the timestep embedding (DMM,
+arXiv:2504.12364, 4.5). A batch is divided among all devices of the process where their number divides it.
 """
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Mapping, Sequence
 
@@ -15,21 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Float
 
 from dmm_jax import sharding
 from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.compare import whole_obstacles
 from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.fitted_style import with_fitted_styles
 from dmm_jax.checkpoints.open import Checkpoint, open_checkpoint
 from dmm_jax.diffusion import guidance, solvers
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.text_encoders import TextConditioning, TextEncoders
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
+from dmm_jax.styles import Style, is_schedule, style_rows
 from dmm_jax.tokenizer import Tokenizers
 
-NULL_STYLE = "none"  # Its teacher is the base: what a model draws that is asked for no style.
-Style = str | Mapping[str, float] | None
 Pixels = tuple[int, int]
 
 
@@ -71,18 +71,20 @@ class Pipeline:
         return self.source.name
 
     @classmethod
-    def from_pretrained(cls, path, dtype: str = "float32", base=None) -> "Pipeline":
+    def from_pretrained(cls, path, dtype: str = "float32", base=None, extra_styles: Sequence = ()) -> "Pipeline":
         """Opens a diffusers folder (stock or DMM), a single file, or the workdir of a training run.
 
         Args:
           path: the checkpoint; nothing is fetched from a network.
           dtype: of the arithmetic and of the kernels in memory.
           base: another checkpoint, for what `path` lacks (a single file has no tokenizer).
+          extra_styles: files of `dmm-jax fit-style`, a style each, after the checkpoint's own.
 
         Raises:
-          ValueError: the checkpoint is damaged, incomplete or of an unknown architecture.
+          ValueError: the checkpoint is damaged, incomplete or of an unknown architecture, or an extra style was fitted
+            to another.
         """
-        checkpoint = open_checkpoint(path, base=base)
+        checkpoint = with_fitted_styles(open_checkpoint(path, base=base), extra_styles)
         names = tuple(checkpoint.styles or ())
         return cls.of_student(checkpoint, checkpoint.unet_config, names, dtype=dtype).with_unet(
             checkpoint.params("unet")
@@ -132,13 +134,15 @@ class Pipeline:
     def _dtype(self):
         return self.vae.params["decoder"]["conv_in"]["kernel"].dtype
 
-    def style_weights(self, styles: Style | Sequence[Style], batch_size: int) -> np.ndarray | None:
-        """Turns names and mixes into rows of weights (B, N); None for a stock checkpoint.
+    def style_weights(
+        self, styles: Style | Sequence[Style], batch_size: int, timesteps: Float[np.ndarray, " S"]
+    ) -> np.ndarray | None:
+        """Turns names, mixes and schedules into weights at each timestep (B, S, N); None for a stock checkpoint.
 
         Raises:
           ValueError: a name that is not there (the nearest is suggested), none given, or one for a stock checkpoint.
         """
-        if styles is None or isinstance(styles, (str, Mapping)):
+        if styles is None or isinstance(styles, (str, Mapping)) or is_schedule(styles):
             styles = [styles] * batch_size
         if len(styles) != batch_size:
             raise ValueError(
@@ -148,7 +152,8 @@ class Pipeline:
             if any(style is not None for style in styles):
                 raise ValueError("this checkpoint has no styles: it is a stock one. Leave styles out.")
             return None
-        return np.stack([style_row(style, self.styles) for style in styles])
+        last = self.schedule.num_train_timesteps
+        return np.stack([style_rows(style, self.styles, timesteps, last) for style in styles])
 
     def encode_prompts(self, prompts: Sequence[str | None]) -> TextConditioning:
         """Returns encoder_hidden_states (B, 77, D) and pooled (B, P), float32; pooled is None but for SDXL.
@@ -190,8 +195,9 @@ class Pipeline:
         Args:
           prompts: B of them.
           negative_prompts: one for all, one each, or None for none: "", and zeros for Stable Diffusion XL.
-          styles: a name, a mix such as {"anime": 0.7, "photo": 0.3} (rows are mixed before the MLP), or
-            one of these per prompt. Needed by a merged model; a stock one takes none.
+          styles: a name, a mix such as {"anime": 0.7, "photo": 0.3} (rows are mixed before the MLP), a schedule of
+            these over timesteps such as [(1000, "photo"), (600, "anime")] (`dmm_jax.styles.style_rows`), or one of
+            them per prompt. Needed by a merged model; a stock one takes none.
           seeds: one per prompt (default 0, 1, ...): the same seed draws the same noise whatever batch it is in.
           latents: unit noise (B, h, w, C) instead of seeds.
           height, width: pixels; 0 is the size that the model was trained at.
@@ -214,7 +220,8 @@ class Pipeline:
             [negative_prompts] * batch_size if isinstance(negative_prompts, (str, type(None))) else negative_prompts
         )
         _check_length("negative_prompts", negatives, batch_size)
-        weights = self.style_weights(styles, batch_size)
+        plan = solvers.plan(solver, self.schedule, num_inference_steps)
+        weights = self.style_weights(styles, batch_size, plan.timesteps)
         seeds = list(range(batch_size)) if seeds is None else list(seeds)
         _check_length("seeds", seeds, batch_size)
         keys = jax.vmap(jax.random.key)(jnp.asarray([seed % 2**32 for seed in seeds], jnp.uint32))
@@ -228,7 +235,6 @@ class Pipeline:
         )
         told = (*(original_size or (height, width)), *crops_coords_top_left, *(target_size or (height, width)))
         added = text.added_cond(jnp.tile(jnp.array(told, jnp.float32), (len(text.encoder_hidden_states), 1)))
-        plan = solvers.plan(solver, self.schedule, num_inference_steps)
         states = text.encoder_hidden_states
         latents, keys, weights, scales = sharding.spread((latents, keys, weights, scales))
         drawn = _denoise(self.unet.graph, guided, self.unet.params, plan, latents, keys, states, added, weights, scales)
@@ -247,47 +253,6 @@ class Pipeline:
         if latents.shape[0] != len(keys) or latents.shape[3:] != shape[2:]:
             raise ValueError(f"latents must be unit noise of shape {(len(keys), *shape)}; got {latents.shape}.")
         return latents
-
-
-def style_row(style: Style, names: Sequence[str]) -> np.ndarray:
-    """Returns the weights (N,) of a style name or a mix; None is the null style where the model has one.
-
-    Raises:
-      ValueError: there is no such style, or none was given.
-    """
-    if style is None and NULL_STYLE not in names:
-        raise ValueError(f"this merged model needs a style for every image; it has: {', '.join(names)}.")
-    style = NULL_STYLE if style is None else style
-    mix = {style: 1.0} if isinstance(style, str) else dict(style)
-    row = np.zeros(len(names), np.float32)
-    for name, weight in mix.items():
-        if name not in names:
-            near = difflib.get_close_matches(name, names, 1, 0.0)
-            raise ValueError(f"there is no style {name!r}; did you mean {near[0]!r}? There are: {', '.join(names)}.")
-        row[list(names).index(name)] = weight
-    if not mix or not np.isfinite(row).all():
-        raise ValueError(f"a mix needs at least one style and finite weights; got {mix}.")
-    return row
-
-
-def parse_style(text: str) -> Style:
-    """Reads a style as the command line writes it: `anime`, or `anime=0.7,photo=0.3`.
-
-    Raises:
-      ValueError: a weight is no number.
-    """
-    if "=" not in text:
-        return text.strip()
-    mix = {}
-    for part in text.split(","):
-        name, _, weight = part.partition("=")
-        try:
-            mix[name.strip()] = float(weight)
-        except ValueError:
-            raise ValueError(
-                f"style {text!r}: {part!r} is no NAME=WEIGHT. Write for example 'anime=0.7,photo=0.3'."
-            ) from None
-    return mix
 
 
 def in_memory(params: Mapping, dtype):
@@ -331,12 +296,12 @@ def _denoise(graph, guided, params, plan, noise, keys, text, added, weights, gui
     """Runs the solver; an image's pair (negative, prompt) stays adjacent, so that a sharded batch stays put."""
     unet = nnx.merge(graph, params)
     repeats = 2 if guided else 1
-    style = None if weights is None else jnp.repeat(unet.style_embedding(weights), repeats, axis=0)
 
-    def denoise(latents, timestep):
+    def denoise(latents, timestep, weights=None):
+        style = None if weights is None else jnp.repeat(unet.style_embedding(weights), repeats, axis=0)
         latents = jnp.repeat(latents, repeats, axis=0)
         timesteps = jnp.broadcast_to(timestep, latents.shape[:1])
         prediction = unet(latents, timesteps, text, style_embedding=style, added_cond=added).sample
         return guidance.guide(prediction[0::2], prediction[1::2], guidance_scales) if guided else prediction
 
-    return solvers.sample(plan, denoise, noise, keys)
+    return solvers.sample(plan, denoise, noise, keys, *([] if weights is None else [jnp.swapaxes(weights, 0, 1)]))

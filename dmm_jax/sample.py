@@ -10,7 +10,8 @@ from tqdm import tqdm
 from dmm_jax import images
 from dmm_jax.data.prompts import read_prompts
 from dmm_jax.folders import check_output
-from dmm_jax.pipeline import Pipeline, Style, parse_style
+from dmm_jax.pipeline import Pipeline
+from dmm_jax.styles import Style, parse_style
 
 
 def sample(
@@ -28,6 +29,7 @@ def sample(
     width: int,
     batch_size: int,
     dtype: str,
+    extra_style: Sequence[pathlib.Path] = (),
 ) -> pathlib.Path:
     """Draws every prompt in every style and returns the path of the index page; arguments as on the command line.
 
@@ -39,10 +41,12 @@ def sample(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    pipeline = Pipeline.from_pretrained(model, dtype=dtype, base=base)
-    styles: list[Style] = [parse_style(text) for text in style] or list(pipeline.styles) or [None]
+    pipeline = Pipeline.from_pretrained(model, dtype=dtype, base=base, extra_styles=extra_style)
+    given = [parse_style(text, pipeline.schedule.num_train_timesteps) for text in style]
+    styles: list[Style] = given or list(pipeline.styles) or [None]
     labels = list(style) or list(pipeline.styles) or [pipeline.name]
-    pipeline.style_weights(styles, len(styles))  # Unknown names are told before anything is drawn.
+    # Unknown names, and schedules with gaps, are told before anything is drawn.
+    pipeline.style_weights(styles, len(styles), timesteps=np.zeros(1))
     jobs = [(prompt, one, seed + row) for row, prompt in enumerate(lines) for one in styles]
     options = {
         "num_inference_steps": steps,

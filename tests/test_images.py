@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from dmm_jax import images, page
+from dmm_jax.styles import parse_style, style_text
 
 HOSTILE = "<script>alert(\"x\")</script> ../../etc/passwd & 'q'"
 
@@ -76,6 +77,14 @@ def test_parameters_round_trip_through_the_png(tmp_path, prompt):
         assert read.text["parameters"] == told.a1111_text()
         assert images.Parameters(**json.loads(read.text["dmm_jax"])) == told
         np.testing.assert_array_equal(np.asarray(read), picture)
+
+
+def test_a_schedule_is_written_as_the_command_line_reads_it(tmp_path):
+    schedule = [(1000, {"anime": 0.7, "ink": 0.3}), ((800, 400), "photo")]
+    images.save_png(tmp_path / "a.png", pictures(1)[0], parameters(styles=schedule))
+    with Image.open(tmp_path / "a.png") as read:
+        assert 'Style: "anime=0.7,ink=0.3:800-400:photo"' in read.text["parameters"]
+        assert parse_style(style_text(json.loads(read.text["dmm_jax"])["styles"])) == schedule
 
 
 def test_grid_shows_every_picture_in_its_place():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dmm_jax import pipeline as pipeline_lib
-from dmm_jax.pipeline import Pipeline, parse_style
+from dmm_jax.pipeline import Pipeline
 from tests import worlds
 
 PROMPTS = ["a large red circle", "a small blue star"]
@@ -84,11 +84,33 @@ def test_a_stock_checkpoint_takes_no_style(tiny):
         stock(PROMPTS, styles="left", **QUICK)
 
 
-def test_styles_are_read_as_the_command_line_writes_them():
-    assert parse_style("anime") == "anime"
-    assert parse_style("anime=0.7, photo=0.3") == {"anime": 0.7, "photo": 0.3}
-    with pytest.raises(ValueError, match="NAME=WEIGHT"):
-        parse_style("anime=much")
+SWITCHED = [(1000, "left"), (500, "right")]
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "heun"])
+def test_a_schedule_of_one_style_is_that_style(student, solver):
+    options = QUICK | {"output": "latents", "solver": solver}
+    constant = [[(1000, "left")], [(1000, "left"), (500, "left")]]
+    assert np.array_equal(student(PROMPTS, styles="left", **options), student(PROMPTS, styles=constant, **options))
+
+
+def test_a_schedule_that_switches_after_the_last_evaluation_is_its_first_style(student):
+    options = QUICK | {"output": "latents"}  # Evaluations at timesteps 999 and 500.
+    late, switched = (student(PROMPTS, styles=[(1000, "left"), (at, "right")], **options) for at in (400, 600))
+    left = student(PROMPTS, styles="left", **options)
+    assert np.array_equal(late, left)
+    assert not np.array_equal(switched, left)
+
+
+def test_images_of_one_batch_have_schedules_of_their_own_and_compile_nothing(student):
+    options = QUICK | {"output": "latents", "seeds": [5, 6]}
+    faded = [(1000, "right"), ((900, 100), {"left": 0.5, "right": 0.5})]
+    alone = [student(PROMPTS, styles=style, **options) for style in (SWITCHED, faded)]
+    before = pipeline_lib._denoise._cache_size()
+    both = student(PROMPTS, styles=[SWITCHED, faded], **options)
+    assert np.array_equal(both, [alone[0][0], alone[1][1]])
+    student(PROMPTS, styles=["left", SWITCHED], **options)
+    assert pipeline_lib._denoise._cache_size() == before
 
 
 ON_TWO_DEVICES = """

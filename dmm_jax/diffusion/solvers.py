@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from dmm_jax.diffusion.schedule import NoiseSchedule
 
@@ -92,16 +92,19 @@ def plan(solver: str, schedule: NoiseSchedule, num_inference_steps: int) -> Samp
 
 def sample(
     plan: SamplingPlan,
-    denoise: Callable[[Array, Array], Array],
+    denoise: Callable[..., Array],
     noise: Float[Array, "B h w C"],
     keys: Key[Array, " B"] | None = None,
+    *tables: Shaped[Array | np.ndarray, "S ..."],
 ) -> Float[Array, "B h w C"]:
     """Runs a solver from unit noise to clean latents; one `lax.scan`, one iteration an evaluation.
 
     Args:
-      denoise: maps (latents scaled as the network expects them, timestep ()) to the network's prediction.
+      denoise: maps (latents scaled as the network expects them, timestep (), a row of each table) to the network's
+        prediction.
       noise: unit normal.
       keys: one PRNG key per image, for the stochastic solvers; an image's noise does not depend on its batch.
+      tables: what else differs between evaluations, a row for each.
 
     Raises:
       ValueError: a stochastic solver without keys.
@@ -111,8 +114,8 @@ def sample(
 
     def evaluate(carry, numbered_row):
         latents, memory = carry
-        number, row = numbered_row
-        prediction = denoise(latents * row["c_in"], row["timesteps"])
+        number, row, others = numbered_row
+        prediction = denoise(latents * row["c_in"], row["timesteps"], *others)
         x0 = row["c_skip"] * latents + row["c_out"] * prediction
         stepped = row["keep"] * latents + row["pull"] * x0 + row["recall"] * memory
         if plan.stochastic:
@@ -121,7 +124,8 @@ def sample(
 
     rows = {name: jnp.asarray(getattr(plan, name)) for name in COLUMNS}
     start = noise.astype(jnp.float32) * plan.init_noise_sigma
-    (latents, _), _ = jax.lax.scan(evaluate, (start, jnp.zeros_like(start)), (jnp.arange(len(plan.timesteps)), rows))
+    evaluations = (jnp.arange(len(plan.timesteps)), rows, tables)
+    (latents, _), _ = jax.lax.scan(evaluate, (start, jnp.zeros_like(start)), evaluations)
     return latents
 
 

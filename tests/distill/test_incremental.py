@@ -83,9 +83,9 @@ def test_the_recipe_holds_the_hashes_of_all_parents(tiny, grown):
 
 def test_no_style_is_the_null_style(grown):
     pipeline = Pipeline.from_pretrained(grown)
-    none, named = (pipeline.style_weights(style, 1) for style in (None, "none"))
+    none, named = (pipeline.style_weights(style, 1, np.array([999.0])) for style in (None, "none"))
     np.testing.assert_array_equal(none, named)
-    assert none.tolist() == [[0.0, 0.0, 1.0]]
+    assert none.tolist() == [[[0.0, 0.0, 1.0]]]
 
 
 def test_a_dmm_folder_grows_too_and_its_styles_are_their_own_teachers(config, grown, tmp_path):

@@ -1,0 +1,178 @@
+"""`dmm-jax fit-style`: a vector for a new style from a handful of images, by the frozen student's own loss."""
+
+import pathlib
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from dmm_jax.checkpoints.fitted_style import write_fitted_style
+from dmm_jax.data.prepare import encode_examples
+from dmm_jax.data.sources import FolderSource
+from dmm_jax.distill import fit_style as fitting
+from dmm_jax.distill.step import Objective
+from dmm_jax.pipeline import Pipeline
+from dmm_jax.prepare import IMAGES_AT_ONCE, build_encoder
+from dmm_jax.styles import parse_style, style_row, style_text
+
+HELD_OUT_DRAWS = 256  # Of noise and timestep, in all; at least one an image.
+
+
+def fit_style(
+    model: str,
+    images: pathlib.Path,
+    name: str,
+    out: pathlib.Path,
+    base: str | None = None,
+    start: str = "",
+    mix_only: bool = False,
+    steps: int = 500,
+    batch_size: int = 8,
+    learning_rate: float = 0.03,
+    prompt_dropout: float = 0.1,
+    resolution: int = 0,
+    seed: int = 0,
+    dtype: str = "",
+) -> dict:
+    """Fits one row of the style table to captioned images, writes it, and returns what the file says of itself.
+
+    Arguments as on the command line. "loss" holds the denoising loss on noise and timesteps that were not trained on
+    (of the same images): of the start, of each style that exists, and of what was fitted.
+
+    Raises:
+      ValueError: the model, the images, the name or the output cannot be used.
+      FloatingPointError: the loss is not finite.
+    """
+    out = pathlib.Path(out)
+    if out.exists():
+        raise ValueError(f"{out} is there already; nothing is overwritten. Give a new file.")
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out must be a .safetensors file; got {out}.")
+    for number, least, option in (
+        (steps, 1, "steps"),
+        (batch_size, 1, "batch-size"),
+        (learning_rate, 0, "learning-rate"),
+    ):
+        if not number >= least:
+            raise ValueError(f"--{option} must be at least {least}; got {number}.")
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    pipeline = Pipeline.from_pretrained(model, dtype=dtype, base=base)
+    weights = _start(pipeline, name, start)
+    side = resolution or pipeline.unet.merged().config["sample_size"] * pipeline.cells
+    data = _encoded(pipeline, FolderSource(images, side), side, dtype, seed)
+    batch_size = min(batch_size, len(data["latents"]))
+
+    # What is learned, and by what.
+    frozen = fitting.Frozen(pipeline.unet.graph, pipeline.text_encoders.graph, pipeline.schedule.prediction_type)
+    params = {"unet": pipeline.unet.params, "text_encoders": pipeline.text_encoders.params}
+    objective = Objective(
+        alphas_cumprod=tuple(pipeline.schedule.alphas_cumprod.tolist()),
+        feature_loss_weight=0.0,
+        feature_loss="l2",
+        prompt_dropout=prompt_dropout,
+        empty_ids=tuple(map(tuple, np.unique(pipeline.tokenizers(["", None]), axis=0).tolist())),
+    )
+    optimizer = optax.adamw(optax.cosine_decay_schedule(learning_rate, steps), weight_decay=0.0)
+    told = {"batch_size": batch_size, "mix_only": mix_only, "seed": seed}
+    step = fitting.build_fit_step(frozen, objective, optimizer, **told)
+    held_out = fitting.build_held_out(frozen, objective)
+    inputs = held_out_inputs(data, batch_size, len(objective.alphas_cumprod), seed)
+
+    def loss_of(row):
+        return float(held_out(params, row, inputs))
+
+    def row_of(weights):
+        return fitting.row_of(jnp.asarray(weights, jnp.float32)[None], params, True)
+
+    # The loop: one compiled step; the batch is drawn within it, from (seed, step).
+    learned = jnp.asarray(weights)[None] if mix_only else row_of(weights)
+    loss = {"start": loss_of(row_of(weights))}
+    loss["styles"] = {style: loss_of(row_of(style_row(style, pipeline.styles))) for style in pipeline.styles}
+    state = {"step": jnp.int32(0), "learned": jnp.copy(learned), "opt_state": optimizer.init(learned)}
+    began = time.perf_counter()
+    with tqdm(total=steps, unit="step", desc=name, dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
+        for _ in range(steps):
+            state, now = step(state, params, data)
+            bar.update()
+            if bar.n % 20 == 0:
+                bar.set_postfix(loss=f"{float(now):.4f}")
+    row = np.asarray(fitting.row_of(state["learned"], params, mix_only))[0]
+    loss["fitted"] = loss_of(jnp.asarray(row)[None])
+    if not np.isfinite(loss["fitted"]):
+        raise FloatingPointError(f"the loss is {loss['fitted']} after {steps} steps. Try a lower --learning-rate.")
+    said = {
+        "name": name,
+        "unet_sha256": pipeline.source.digest("unet"),
+        "model": pipeline.name,
+        "images": len(data["latents"]),
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "from": start or "equal parts",
+        "loss": loss,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    if mix_only:
+        said["mix"] = dict(zip(pipeline.styles, np.asarray(state["learned"])[0].tolist(), strict=True))
+    write_fitted_style(out, row, said)
+    return said
+
+
+def report(said: dict) -> str:
+    """Says in a few lines whether anything was learned: the losses, the best existing style's beside them."""
+    loss = said["loss"]
+    best = min(loss["styles"], key=loss["styles"].get)
+    lines = [
+        f"{said['name']}: {said['steps']} steps on {said['images']} images in {said['seconds']} s. "
+        "Denoising loss of these images, on noise that was not trained on:",
+        f"  start ({said['from']}): {loss['start']:.5f}",
+        f"  best style there was ({best}): {loss['styles'][best]:.5f}",
+        f"  fitted: {loss['fitted']:.5f}",
+    ]
+    if "mix" in said:
+        lines.append(f"  as a mix: {style_text(said['mix'])}")
+    if not loss["fitted"] < min(loss["start"], loss["styles"][best]):
+        lines.append(f"Nothing was gained on {best}: use that style, or try more --steps or another --learning-rate.")
+    return "\n".join(lines)
+
+
+def _start(pipeline, name, start):
+    """Returns the weights (N,) of the style to start from."""
+    if not pipeline.styles:
+        raise ValueError(f"{pipeline.source.path} is a stock checkpoint; a style is fitted to a merged model.")
+    if name in pipeline.styles:
+        raise ValueError(f"there is a style {name!r} in {pipeline.source.path}. Give --name another.")
+    if not name or not name.isprintable() or parse_style(f"{name}=1") != {name: 1.0}:
+        raise ValueError(f"a style's name must be writable in a mix, without '=', ',' or line breaks; got {name!r}.")
+    if start:
+        return style_row(parse_style(start), pipeline.styles)
+    return np.full(len(pipeline.styles), 1.0 / len(pipeline.styles), np.float32)
+
+
+def _encoded(pipeline, source, side, dtype, seed) -> dict[str, np.ndarray]:
+    """Returns latents (I, h, w, C), input_ids (I, L) and time_ids (I, 6) of all images, on the device."""
+    scaling_factor, encode = build_encoder(pipeline.source, dtype)
+    examples = [source[index] for index in range(len(source))]
+    parts = [examples[first : first + IMAGES_AT_ONCE] for first in range(0, len(examples), IMAGES_AT_ONCE)]
+    at_once = min(IMAGES_AT_ONCE, len(examples))
+    latents = np.concatenate([encode_examples(part, encode, at_once, seed) for part in parts]) * scaling_factor
+    input_ids = pipeline.tokenizers([example["caption"] for example in examples])
+    time_ids = np.tile(np.array([side, side, 0, 0, side, side], np.float32), (len(examples), 1))
+    return jax.device_put({"latents": np.float32(latents), "input_ids": np.int32(input_ids), "time_ids": time_ids})
+
+
+def held_out_inputs(data, batch_size: int, num_timesteps: int, seed: int) -> dict:
+    """Returns fixed samples (K, B, ...): every image equally often, evenly spread timesteps, noise of their own."""
+    num_images = len(data["latents"])
+    num_batches = -(-max(HELD_OUT_DRAWS, num_images) // batch_size)
+    places = np.arange(num_batches * batch_size) % num_images
+    rng = np.random.default_rng([seed, 1])
+    timesteps = rng.permutation((np.arange(len(places)) + 0.5) / len(places) * num_timesteps).astype(np.int32)
+    noise = rng.standard_normal((len(places), *data["latents"].shape[1:]), np.float32)
+    flat = {key: np.asarray(leaf)[places] for key, leaf in data.items()} | {"noise": noise, "timesteps": timesteps}
+    return jax.device_put({key: leaf.reshape(num_batches, batch_size, *leaf.shape[1:]) for key, leaf in flat.items()})

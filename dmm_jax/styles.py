@@ -1,0 +1,155 @@
+"""Styles as people write them, a name, a mix or a schedule over timesteps, turned into rows of weights.
+
+A style enters the network as one vector beside the timestep embedding, a weighted sum of the style table's rows (DMM,
+arXiv:2504.12364, 4.5). So it may differ in every image of a batch, and in every evaluation of the solver: one style for
+the structure, which is drawn at high timesteps, and one for the detail.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+Mix = str | Mapping[str, float]
+Schedule = Sequence[Sequence]  # Of pairs: from which timestep down, or in which span (high, low), and which mix.
+Style = Mix | Schedule | None
+NULL_STYLE = "none"  # Its teacher is the base: what a model draws that is asked for no style.
+_START = re.compile(r":([0-9.]+(?:-[0-9.]+)?):")
+
+
+def style_row(style: Style, names: Sequence[str]) -> Float[np.ndarray, " N"]:
+    """Returns the weights of a style name or a mix; None is the null style where the model has one.
+
+    Raises:
+      ValueError: there is no such style, none was given, or a schedule was, which is more than one row.
+    """
+    if style is None and NULL_STYLE not in names:
+        raise ValueError(f"this merged model needs a style for every image; it has: {', '.join(names)}.")
+    if is_schedule(style):
+        raise ValueError(
+            f"{style_text(style)!r} is a schedule over timesteps: a style that is folded into a checkpoint is one for "
+            "all of them. Give a name or a mix."
+        )
+    if not isinstance(style, (str, Mapping, type(None))):
+        raise ValueError(
+            f"a style is a name, a mix such as {{'anime': 0.7, 'photo': 0.3}} or a schedule such as "
+            f"[(1000, 'photo'), (600, 'anime')]; got {style!r}."
+        )
+    style = NULL_STYLE if style is None else style
+    mix = {style: 1.0} if isinstance(style, str) else dict(style)
+    row = np.zeros(len(names), np.float32)
+    for name, weight in mix.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1, 0.0)
+            raise ValueError(f"there is no style {name!r}; did you mean {near[0]!r}? There are: {', '.join(names)}.")
+        row[list(names).index(name)] = weight
+    if not mix or not np.isfinite(row).all():
+        raise ValueError(f"a mix needs at least one style and finite weights; got {mix}.")
+    return row
+
+
+def style_rows(
+    style: Style, names: Sequence[str], timesteps: Float[np.ndarray, " S"], num_train_timesteps: int
+) -> Float[np.ndarray, "S N"]:
+    """Returns the weights of a style at every evaluation of a solver, by the evaluation's own timestep.
+
+    Args:
+      style: a name, a mix, or a schedule: [(1000, "photo"), (600, "anime")] is photo until timestep 600, and anime from
+        there down; [(1000, "photo"), ((800, 400), "anime")] fades linearly from photo, at 800, to anime, at 400.
+
+    Raises:
+      ValueError: as `style_row`; or a schedule that leaves timesteps without a style, or with two.
+    """
+    if not is_schedule(style):
+        return np.tile(style_row(style, names), (len(timesteps), 1))
+    spans = [tuple(np.broadcast_to(np.asarray(start, float), 2)) for start, _ in style]
+    _check_spans(spans, style, num_train_timesteps)
+    rows = np.zeros((len(timesteps), len(names)), np.float32)
+    for number, ((high, low), (_, mix)) in enumerate(zip(spans, style, strict=True)):
+        come = (np.asarray(timesteps) <= low).astype(np.float32) if number else np.ones(len(timesteps), np.float32)
+        if high > low:
+            come = np.clip((high - np.asarray(timesteps)) / (high - low), 0.0, 1.0).astype(np.float32)
+        rows = (1.0 - come[:, None]) * rows + come[:, None] * style_row(mix, names)
+    return rows
+
+
+def is_schedule(style) -> bool:
+    """Tells a schedule, a sequence of pairs (timestep or span, style), from a style and from a sequence of styles."""
+    return (
+        isinstance(style, Sequence)
+        and not isinstance(style, str)
+        and bool(style)
+        and all(isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2 for pair in style)
+        and all(isinstance(mix, (str, Mapping)) and not isinstance(start, (str, Mapping)) for start, mix in style)
+    )
+
+
+def _check_spans(spans, style, num_train_timesteps):
+    last = num_train_timesteps - 1
+    if spans[0][0] != spans[0][1] or not spans[0][1] >= last:
+        raise ValueError(
+            f"a schedule's first style must hold from the first timestep, {num_train_timesteps}, on; "
+            f"got {spans[0][0]:g} for {style_text([*style[:1]])!r}: the timesteps above have no style."
+        )
+    for (_, above), (high, low) in zip(spans, spans[1:], strict=False):
+        if not (0.0 <= low <= high <= above and low < above):
+            raise ValueError(
+                f"a schedule's timesteps must fall, from {num_train_timesteps} to 0 at least, and its fades must not "
+                f"overlap; got {high:g} to {low:g} below {above:g} in {style_text(style)!r}."
+            )
+
+
+def parse_style(text: str, num_train_timesteps: int = 1000) -> Style:
+    """Reads a style as the command line writes it: `anime`, `anime=0.7,photo=0.3`, or a schedule of these.
+
+    `photo:600:anime` is photo until timestep 600, and anime from there down to 0; `photo:800-400:anime` fades from one
+    to the other.
+
+    Raises:
+      ValueError: a weight or a timestep is no number.
+    """
+    first, *rest = _START.split(text)  # A name may hold a colon, too: only timesteps between two make a schedule.
+    if not rest:
+        return _parse_mix(text)
+    later = [(_parse_start(start, text), _parse_mix(mix)) for start, mix in zip(rest[0::2], rest[1::2], strict=True)]
+    return [(float(num_train_timesteps), _parse_mix(first)), *later]
+
+
+def _parse_start(part, text) -> float | tuple[float, float]:
+    high, dash, low = part.partition("-")
+    try:
+        return (float(high), float(low)) if dash else float(high)
+    except ValueError:
+        raise ValueError(
+            f"style {text!r}: {part!r} is no timestep. Write for example 'photo:600:anime', or 'photo:800-400:anime' "
+            "to fade."
+        ) from None
+
+
+def _parse_mix(text: str) -> Mix:
+    if "=" not in text:
+        return text.strip()
+    mix = {}
+    for part in text.split(","):
+        name, _, weight = part.partition("=")
+        try:
+            mix[name.strip()] = float(weight)
+        except ValueError:
+            raise ValueError(
+                f"style {text!r}: {part!r} is no NAME=WEIGHT. Write for example 'anime=0.7,photo=0.3'."
+            ) from None
+    return mix
+
+
+def style_text(style: Style) -> str | None:
+    """Returns a style as the command line writes it; `parse_style` reads it back."""
+    if isinstance(style, Mapping):
+        return ",".join(f"{name}={weight:g}" for name, weight in style.items())
+    if not is_schedule(style):
+        return style
+    parts = [style_text(style[0][1])]
+    for start, mix in style[1:]:
+        parts += ["-".join(f"{at:g}" for at in np.atleast_1d(start)), style_text(mix)]
+    return ":".join(parts)
