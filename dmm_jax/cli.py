@@ -196,6 +196,7 @@ def _add(verbs, name: str, run: Callable, about: str, takes_config: bool = False
 def _demo(args):
     from dmm_jax.demo.run import demo
 
+    _keep_programs()
     demo(args.workdir, read_config(args.config) if args.config else None)
 
 
@@ -210,7 +211,7 @@ def _inspect(args):
 def _prepare(args):
     from dmm_jax.prepare import prepare_from_config
 
-    prepare_from_config(read_config(args.config, args.rest))
+    prepare_from_config(_config(args.config, args.rest))
 
 
 def _train(args):
@@ -219,7 +220,7 @@ def _train(args):
 
     try:
         with processes.joined(args.distributed, args.coordinator, args.num_processes, args.process_id):
-            run(read_config(args.config, args.rest), args.workdir)
+            run(_config(args.config, args.rest), args.workdir)
     except processes.Preempted as stopped:
         print(f"dmm-jax train: {stopped} Run it again to go on.", file=sys.stderr)
 
@@ -276,6 +277,7 @@ def _average(args):
 def _sample(args):
     from dmm_jax.sample import sample
 
+    _keep_programs()
     print(sample(**_options(args)))
 
 
@@ -292,18 +294,31 @@ def _options(args) -> dict:
 def _evaluate(args):
     from dmm_jax.evaluation.evaluate import evaluate
 
+    _keep_programs()
     print(evaluate(**_options(args)))
 
 
 def _bench(args):
     from dmm_jax import bench
 
-    config = read_config(args.config or bench.__file__, args.rest)
+    config = _config(args.config or bench.__file__, args.rest)
     batch_size = config.batch_size if args.job == "train" else args.batch_size
     others = bench.peer(args.job, args.size, batch_size, args.num_steps) if args.against else []
     measured = bench.bench(args.job, config, args.size, args.num_steps, args.batch_size, args.profile)
     lines = bench.with_ratios(measured, others)
     print("\n".join(map(json.dumps, others + lines)) if args.json else bench.table(others + lines))
+
+
+def _keep_programs(folder=""):
+    from dmm_jax import compilation
+
+    compilation.keep(folder)
+
+
+def _config(path, overrides):
+    config = read_config(path, overrides)
+    _keep_programs(config.compilation_cache)
+    return config
 
 
 def read_config(path: str, overrides: Sequence[str] = ()):

@@ -79,6 +79,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.mesh.data = 0  # 0: all the devices that are left.
     config.mesh.fsdp = 1  # The student and its moments are sharded along this axis.
 
+    config.compilation_cache = ""  # Folder of compiled programs; "": ~/.cache/dmm_jax/xla; "off": keep none.
+
     # Data: what `dmm-jax prepare` reads and writes.
     config.data = ml_collections.ConfigDict()
     config.data.source = ""  # Folder of images and captions; "teachers": they draw; "shapes_world": the embedded world.

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
+from jax.sharding import PartitionSpec as P
 
 from dmm_jax import sharding
 from dmm_jax.distill.packing import Packing
@@ -52,13 +52,11 @@ def test_a_packed_step_computes_what_the_step_computes():
     assert same(packing.unpack(packed), step(whole, 3)[0]) and results["sum"] == 3.0
 
 
-@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
-def test_what_is_sharded_stays_where_it_is():
-    mesh = sharding.make_mesh(data=1, fsdp=2, devices=jax.devices()[:2])
-    whole = tree(mesh)
-    packing = Packing(whole, mesh)
-    assert packing.pack(whole)["small"].shape == (3 + 5,)
-    assert packing.unpack(packing.pack(whole))["c"]["d"].sharding == whole["c"]["d"].sharding
+def test_what_fsdp_shards_is_not_packed():
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree())
+    mesh = sharding.abstract_mesh(fsdp=2, num_devices=2)
+    packing = Packing(sharding.described(shapes, sharding.state_specs(shapes, mesh), mesh), mesh)
+    assert [place.spec for place in packing.places["large"]].count(P("fsdp")) == 1  # The vector of 4096.
 
 
 def test_a_tree_without_small_arrays_packs_too():
