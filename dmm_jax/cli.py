@@ -284,6 +284,7 @@ def _sample(args):
 def _fit_style(args):
     from dmm_jax.fit_style import fit_style, report
 
+    _keep_programs()
     print(report(fit_style(**_options(args))))
 
 
