@@ -18,6 +18,7 @@ The map, from the command line down; imports point downwards only:
     processes                   several processes as one run: joining, ending, SIGTERM
     models/                     NNX ports of UNet, VAE, CLIP, Inception, LPIPS; attributes are diffusers' keys
     diffusion/                  schedules, predictions, guidance, solvers: mathematics on arrays
+    compilation                 the folder of compiled programs
     config                      every option of a run
 """
 
