@@ -67,12 +67,14 @@ def fit_style(
     batch_size = min(batch_size, len(data["latents"]))
 
     # What is learned, and by what.
-    frozen = fitting.Frozen(pipeline.unet.graph, pipeline.text_encoders.graph, pipeline.schedule.prediction_type)
+    frozen = fitting.Frozen(pipeline.unet.graph, pipeline.text_encoders.graph)
     params = {"unet": pipeline.unet.params, "text_encoders": pipeline.text_encoders.params}
     objective = Objective(
         alphas_cumprod=tuple(pipeline.schedule.alphas_cumprod.tolist()),
+        prediction_type=pipeline.schedule.prediction_type,
         feature_loss_weight=0.0,
         feature_loss="l2",
+        adversarial_weight=0.0,
         prompt_dropout=prompt_dropout,
         empty_ids=tuple(map(tuple, np.unique(pipeline.tokenizers(["", None]), axis=0).tolist())),
     )
@@ -147,14 +149,14 @@ def _start(pipeline, name, start):
         raise ValueError(f"{pipeline.source.path} is a stock checkpoint; a style is fitted to a merged model.")
     if name in pipeline.styles:
         raise ValueError(f"there is a style {name!r} in {pipeline.source.path}. Give --name another.")
-    if not name or not name.isprintable() or parse_style(f"{name}=1") != {name: 1.0}:
+    if not name or not name.isprintable() or set("=,") & set(name) or parse_style(name) != name:
         raise ValueError(f"a style's name must be writable in a mix, without '=', ',' or line breaks; got {name!r}.")
     if start:
         return style_row(parse_style(start), pipeline.styles)
     return np.full(len(pipeline.styles), 1.0 / len(pipeline.styles), np.float32)
 
 
-def _encoded(pipeline, source, side, dtype, seed) -> dict[str, np.ndarray]:
+def _encoded(pipeline, source, side, dtype, seed) -> dict[str, jax.Array]:
     """Returns latents (I, h, w, C), input_ids (I, L) and time_ids (I, 6) of all images, on the device."""
     scaling_factor, encode = build_encoder(pipeline.source, dtype)
     examples = [source[index] for index in range(len(source))]

@@ -22,26 +22,27 @@ from dmm_jax.distill.step import Objective, draw
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """The structure of the networks, and what the UNet predicts."""
+    """The structure of the networks."""
 
     unet: nnx.GraphDef
     text_encoders: nnx.GraphDef
-    prediction_type: str
 
 
 def denoising_errors(
-    frozen: Frozen, alphas_cumprod: Float[Array, " num_timesteps"], params, row: Float[Array, "1 E"], inputs: dict
+    frozen: Frozen, objective: Objective, params, row: Float[Array, "1 E"], inputs: dict
 ) -> Float[Array, " B"]:
     """Returns each sample's mean squared error of the UNet's prediction, in a style (arXiv:2006.11239, eq. 14).
 
     Args:
+      objective: of which the schedule and the prediction type are read.
       params: {"unet": ..., "text_encoders": ...}.
       inputs: leaves (B, ...): latents, noise, timesteps, input_ids, time_ids (which only SDXL is told).
     """
+    alphas_cumprod = jnp.asarray(objective.alphas_cumprod, jnp.float32)
     text = nnx.merge(frozen.text_encoders, params["text_encoders"])(inputs["input_ids"])
     noisy = add_noise(inputs["latents"], inputs["noise"], inputs["timesteps"], alphas_cumprod)
     target = inputs["noise"]
-    if frozen.prediction_type == "v_prediction":
+    if objective.prediction_type == "v_prediction":
         alpha_bar = alphas_cumprod[inputs["timesteps"]]
         target = prediction.velocity(inputs["latents"], inputs["noise"], alpha_bar)
     style = jnp.broadcast_to(row, (len(noisy), row.shape[1]))
@@ -81,21 +82,20 @@ def build_fit_step(
     """Returns the jitted `step(state, params, images) -> (state, loss)`, its state donated.
 
     Args:
-      objective: of which the schedule, the prompt dropout and the empty prompts are read.
+      objective: of which the schedule, the prediction type, the prompt dropout and the empty prompts are read.
 
     The state is {"step", "learned", "opt_state"}; `images` has leaves (I, ...): latents, input_ids, time_ids.
     """
-    alphas_cumprod = jnp.asarray(objective.alphas_cumprod, jnp.float32)
 
     def step(state, params, images):
         places = sample_places(seed, state["step"], batch_size, len(images["latents"]))
         batch = jax.tree.map(lambda leaf: leaf[places], images)
         key = jax.random.fold_in(jax.random.key(seed + 1), state["step"])
-        inputs = draw(objective, key, jnp.arange(batch_size), batch)
+        inputs = draw(objective, key, jnp.arange(batch_size), jnp.array([0, 1]), batch)
 
         def loss_of(learned):
             row = row_of(learned, params, mix_only)
-            return jnp.mean(denoising_errors(frozen, alphas_cumprod, params, row, inputs))
+            return jnp.mean(denoising_errors(frozen, objective, params, row, inputs))
 
         loss, grads = jax.value_and_grad(loss_of)(state["learned"])
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["learned"])
@@ -107,9 +107,8 @@ def build_fit_step(
 
 def build_held_out(frozen: Frozen, objective: Objective) -> Callable:
     """Returns the jitted `f(params, row (1, E), inputs) -> mean loss`; inputs have leaves (K, B, ...)."""
-    alphas_cumprod = jnp.asarray(objective.alphas_cumprod, jnp.float32)
 
     def mean_loss(params, row, inputs):
-        return jnp.mean(jax.lax.map(partial(denoising_errors, frozen, alphas_cumprod, params, row), inputs))
+        return jnp.mean(jax.lax.map(partial(denoising_errors, frozen, objective, params, row), inputs))
 
     return jax.jit(mean_loss)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from dmm_jax import sharding
 
@@ -16,7 +16,7 @@ from dmm_jax import sharding
 class Packing:
     """How a tree of arrays on a mesh becomes {"small": one vector, "large": the other arrays} and back."""
 
-    def __init__(self, tree, mesh: Mesh):
+    def __init__(self, tree, mesh: Mesh | AbstractMesh):
         """Packs the float32 vectors that every device holds whole; `tree` may be of shapes with shardings."""
         leaves, self._structure = jax.tree.flatten(tree)
         self._is_small = [_is_small(leaf) for leaf in leaves]

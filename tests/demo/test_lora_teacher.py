@@ -11,7 +11,7 @@ from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.safetensors_io import TensorFile
 from dmm_jax.demo import lora, world
 from dmm_jax.demo.layout import BASE, FOLDER, TEACHERS
-from dmm_jax.evaluation.frechet import Statistics, frechet_distance
+from dmm_jax.evaluation.frechet import frechet_distance
 from dmm_jax.evaluation.networks import SHAPES, open_network
 from dmm_jax.pipeline import Pipeline
 
@@ -76,4 +76,4 @@ def test_its_pictures_are_blueprints():
 
 
 def _statistics(network, images):
-    return Statistics.empty(network.num_features).update(network.features(images))
+    return network.empty().update(network.features(images))

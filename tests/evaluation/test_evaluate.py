@@ -131,7 +131,7 @@ def test_each_fidelity_has_its_floor_from_other_noise():
 
 
 def test_lpips_compares_the_pairs_of_pictures(monkeypatch):
-    own, same, again = (measure(network(), iter([(IMAGES[k:], LATENTS[k:])]), 30) for k in (0, 30, 60))
+    own, same, again = (measure(network(), iter([(IMAGES[k : k + 30], LATENTS[k : k + 30])]), 30) for k in (0, 30, 60))
     monkeypatch.setattr(module.lpips, "distances", lambda network, a, b: a[:, 0, 0, 0].astype(float) - b[:, 0, 0, 0])
     found = module.paired_fidelity(own, same, again, module.lpips.Lpips(None, {}, "", True))
     for what, first in (("LPIPS (alex)", 30), ("LPIPS (alex), floor", 60)):
