@@ -5,6 +5,8 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Nearly all of a test's time is compiling; programs that run once need no optimising.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402

@@ -15,9 +15,10 @@ from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.clip_text import CLIPTextModel
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
 
+# Two channels in a group of a norm: with one, the norms would take away whatever timestep and style have added.
 UNET = {
     "_class_name": "UNet2DConditionModel", "sample_size": 8, "down_block_types": ["CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D"], "block_out_channels": [32], "layers_per_block": 1,
+    "up_block_types": ["CrossAttnUpBlock2D"], "block_out_channels": [64], "layers_per_block": 1,
     "cross_attention_dim": 64, "attention_head_dim": 8,
 }  # fmt: skip
 VAE = VAE_CONFIG | {"block_out_channels": [32] * 4}
