@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         "checkpoints", nargs="+", type=pathlib.Path, metavar="CKPT", help="diffusers folders or .safetensors files"
     )
     verb.add_argument("--json", action="store_true", help="print one JSON object")
+    verb.add_argument("--deep", action="store_true", help="read large files whole, too: hashes, and all damage")
 
     verb = _add(
         verbs, "prepare", _prepare, "images and captions to a cache of latents and token ids", takes_config=True
@@ -203,7 +204,7 @@ def _demo(args):
 def _inspect(args):
     from dmm_jax.checkpoints.inspect import inspect, render
 
-    report = inspect(args.checkpoints)
+    report = inspect(args.checkpoints, args.deep)
     print(json.dumps(report, indent=2) if args.json else render(report))
     return EXIT_OK if report["mergeable"] else EXIT_ERROR
 

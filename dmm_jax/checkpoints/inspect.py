@@ -1,10 +1,12 @@
 """What checkpoints hold, in which state they are, and whether they can be merged: the report behind `dmm-jax inspect`.
 
-Every tensor is read once or twice and none is kept, so that a checkpoint may be larger than memory.
+A small checkpoint is read whole. Of a large one, headers and pieces of every tensor are read, unless all is asked for:
+then every tensor is read once or twice and none is kept, so that a checkpoint may be larger than memory.
 """
 
 import collections
 import hashlib
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -18,6 +20,7 @@ from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.inspect_text import render
 from dmm_jax.checkpoints.naming import listed, printable
 from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.safetensors_io import dtype_of, shape_of
 
 __all__ = ["inspect", "render"]
 # The published sizes: words for ModelSpec's name, block_out_channels, cross_attention_dim.
@@ -26,6 +29,8 @@ FULL_SIZES = {
     "Stable Diffusion 2": (SD2, [320, 640, 1280, 1280], 1024),
     "Stable Diffusion XL": (SDXL, [320, 640, 1280], 2048),
 }
+WHOLE_BYTES = 2**28  # Checkpoints up to this size are read whole.
+PIECE_BYTES = 2**15  # Of larger ones, so much at the start, in the middle and at the end of every tensor.
 SHORT_HASH = 10  # Hexadecimal digits of a file's SHA-256 by which hubs call it ("AutoV2").
 MEANINGS = {  # Of "config" and "unreadable", the error says it.
     "missing": "the network cannot be built without them",
@@ -37,16 +42,19 @@ MEANINGS = {  # Of "config" and "unreadable", the error says it.
 HARMLESS = ("position_ids",)
 
 
-def inspect(paths: Sequence[pathlib.Path]) -> dict:
+def inspect(paths: Sequence[pathlib.Path], deep: bool = False) -> dict:
     """Returns the report on checkpoints, fit for JSON; the first path is the base of a merge, the others its teachers.
 
+    Args:
+      deep: read all of every checkpoint; else of those above `WHOLE_BYTES` only pieces, and no hash is told.
+
     Returns:
-      checkpoints: what was found in each; "error" says why one could not be opened.
+      checkpoints: what was found in each; "error" says why one could not be opened, "read" is "all" or "sample".
       mergeable: whether nothing stands in the way of a merge; of a single path, whether it is sound.
       obstacles: a sentence for each thing that does.
     """
     found = [_opened(pathlib.Path(path)) for path in paths]
-    reports = [_report(path, checkpoint, error) for path, checkpoint, error in found]
+    reports = [_report(path, checkpoint, error, deep) for path, checkpoint, error in found]
     obstacles = [line for report in reports for line in _own_obstacles(report)]
     obstacles += _obstacles_between([checkpoint for _, checkpoint, _ in found], reports)
     return {"checkpoints": reports, "mergeable": not obstacles, "obstacles": obstacles}
@@ -82,24 +90,26 @@ def _obstacles_between(checkpoints: Sequence[Checkpoint | None], reports) -> lis
     return lines
 
 
-def _report(path: pathlib.Path, checkpoint: Checkpoint | None, error: str) -> dict:
+def _report(path: pathlib.Path, checkpoint: Checkpoint | None, error: str, deep: bool) -> dict:
     root, name = path, path.absolute().name
     if checkpoint is not None and checkpoint.loras:
         root, name = checkpoint.root, checkpoint.name
     report = {
         "path": str(path), "name": name, "error": error, "kind": None, "architecture": None,
         "prediction_type": None, "styles": None, "tokenizer": False, "files": [], "hash": None, "components": {},
-        "ema_tensors": 0, "unused_tensors": 0, "unsupported": "", "damage": [], "loras": [],
+        "ema_tensors": 0, "unused_tensors": 0, "unsupported": "", "damage": [], "loras": [], "read": "all",
     }  # fmt: skip
     files = [root] if root.is_file() else checkpoint.files if checkpoint else []
-    report["files"] = [_file(file, root) for file in files]
-    if path.is_file():
+    whole = deep or sum(file.stat().st_size for file in files) <= WHOLE_BYTES
+    report["read"] = "all" if whole else "sample"
+    report["files"] = [_file(file, root, whole) for file in files]
+    if path.is_file() and whole:
         report["hash"] = report["files"][0]["sha256"][:SHORT_HASH]
     if checkpoint is None:
         return report
     ema = [key for key in checkpoint.unused if key.startswith(single_file.EMA)]
     for component in checkpoint.components:
-        report["components"][component], damage = _component(checkpoint, component)
+        report["components"][component], damage = _component(checkpoint, component, whole)
         report["damage"] += damage
     return report | {
         "kind": checkpoint.kind,
@@ -116,7 +126,7 @@ def _report(path: pathlib.Path, checkpoint: Checkpoint | None, error: str) -> di
 
 def _lora(lora) -> dict:
     """Returns what a LoRA file is and what it changes."""
-    file = _file(lora.path, lora.path)
+    file = _file(lora.path, lora.path, whole=True)
     return file | {
         "hash": file["sha256"][:SHORT_HASH], "weight": lora.weight, "ranks": lora.ranks, "networks": lora.networks,
     }  # fmt: skip
@@ -130,33 +140,34 @@ def family(unet_config: Mapping) -> str:
     return published[0] if published else f"UNet of block_out_channels {printable(str(widths))}"
 
 
-def _file(file: pathlib.Path, path: pathlib.Path) -> dict:
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+def _file(file: pathlib.Path, path: pathlib.Path, whole: bool) -> dict:
     name = file.name if file == path else file.relative_to(path).as_posix()
-    return {"file": name, "bytes": file.stat().st_size, "sha256": digest}
+    return {"file": name, "bytes": file.stat().st_size, "sha256": _sha256(file) if whole else None}
 
 
-def _component(checkpoint, component) -> tuple[dict, list[dict]]:
+def _sha256(file):
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _component(checkpoint, component, whole) -> tuple[dict, list[dict]]:
     """Returns what a network holds, and its damage."""
     try:
         tensors = checkpoint.tensors(component)
     except (ValueError, OSError) as error:
         return {}, [_damage(component, "unreadable", [], str(error))]
-    names = naming.spellings(tensors)
-    arrays = ((array.size, str(array.dtype)) for array in map(tensors.__getitem__, names.values()))  # None is kept.
-    sizes, dtypes = zip(*arrays, strict=True) if names else ((), ())
+    keys = naming.spellings(tensors).values()
     held = {
-        "parameters": sum(sizes),
-        "tensors": len(sizes),
-        "dtypes": dict(collections.Counter(dtypes).most_common()),
-        "digest": checkpoint.digest(component),
+        "parameters": sum(math.prod(shape_of(tensors, key)) for key in keys),
+        "tensors": len(keys),
+        "dtypes": dict(collections.Counter(str(dtype_of(tensors, key)) for key in keys).most_common()),
+        "digest": checkpoint.digest(component) if whole else None,
     }
-    return held, _damages(checkpoint, component, tensors)
+    return held, _damages(checkpoint, component, tensors, whole)
 
 
-def _damages(checkpoint, component, tensors):
-    found = {"not finite": [key for key in naming.spellings(tensors).values() if not naming.is_finite(tensors[key])]}
+def _damages(checkpoint, component, tensors, whole):
+    found = {"not finite": [key for key in naming.spellings(tensors).values() if not _is_finite(tensors[key], whole)]}
     found["position_ids"] = [key for key in tensors if _last(key) == naming.POSITION_IDS and not _counts(tensors[key])]
     damages = []
     try:
@@ -164,6 +175,14 @@ def _damages(checkpoint, component, tensors):
     except CheckpointError as error:
         damages.append(_damage(component, "config", [], str(error)))
     return damages + [_damage(component, kind, keys, MEANINGS[kind]) for kind, keys in found.items() if keys]
+
+
+def _is_finite(array: np.ndarray, whole: bool) -> bool:
+    length = PIECE_BYTES // array.itemsize
+    if whole or array.size <= 3 * length:
+        return naming.is_finite(array)
+    values, middle = array.reshape(-1), array.size // 2
+    return all(map(naming.is_finite, (values[:length], values[middle : middle + length], values[-length:])))
 
 
 def _last(key):

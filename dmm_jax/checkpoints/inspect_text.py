@@ -8,6 +8,7 @@ COLUMNS = ("checkpoint", "kind", "architecture", "predicts", "network", "paramet
 RIGHT = ("parameters",)
 SHOWN_DIGITS = 10  # Of a digest; two networks whose digits are equal are equal.
 GAP = "  "
+SAMPLE = "sample"  # What "read" says of a checkpoint that was not read whole.
 
 
 def render(report: Mapping) -> str:
@@ -33,7 +34,7 @@ def _cells(held) -> tuple[str, ...]:
     if not held:
         return "-", "-", "-"
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in held["dtypes"].items())
-    return f"{held['parameters']:,}", dtypes, held["digest"][:SHOWN_DIGITS]
+    return f"{held['parameters']:,}", dtypes, (held["digest"] or "not read")[:SHOWN_DIGITS]
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
@@ -52,7 +53,10 @@ def _notes(checkpoint) -> Iterator[str]:
     if checkpoint["hash"]:
         yield f"{GAP}hash: {checkpoint['hash']} (as hubs show it)"
     for file in checkpoint["files"]:
-        yield f"{GAP}SHA-256 {file['sha256']} {printable(file['file'])} ({file['bytes']:,} bytes)"
+        digest = f"SHA-256 {file['sha256']} " if file["sha256"] else ""
+        yield f"{GAP}{digest}{printable(file['file'])} ({file['bytes']:,} bytes)"
+    if checkpoint["read"] == SAMPLE:
+        yield f"{GAP}read: the start, middle and end of every tensor; --deep reads all of it, and tells the hashes"
     for lora in checkpoint["loras"]:
         yield f"{GAP}{_lora(lora)}"
     if checkpoint["ema_tensors"]:
@@ -76,7 +80,9 @@ def _lora(lora) -> str:
 def _verdict(report) -> str:
     first, *others = (printable(checkpoint["name"]) for checkpoint in report["checkpoints"])
     if report["mergeable"]:
-        return f"These checkpoints can be merged on {first}: {', '.join(others)}." if others else f"{first} is sound."
+        said = f"These checkpoints can be merged on {first}: {', '.join(others)}" if others else f"{first} is sound"
+        sampled = any(checkpoint["read"] == SAMPLE for checkpoint in report["checkpoints"])
+        return said + (", as far as it was read." if sampled else ".")
     lines = [f"{GAP}- {line}" for line in report["obstacles"]]
     heading = "These checkpoints cannot be merged:" if others else f"{first} cannot be used:"
     return "\n".join([heading, *lines])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dmm_jax.checkpoints import export
+from dmm_jax.checkpoints import inspect as module
 from dmm_jax.checkpoints.inspect import family, inspect, render
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.safetensors_io import TensorFile, save
@@ -76,6 +77,24 @@ def test_a_single_file_is_described_with_the_hash_that_hubs_show(single_file, fo
     assert found["kind"] == "single-file" and not found["tokenizer"] and found["damage"] == []
     counts = {name: held["parameters"] for name, held in found["components"].items()}
     assert counts == {name: held["parameters"] for name, held in only(inspect([folder]))["components"].items()}
+
+
+def test_a_large_file_is_read_in_pieces_unless_all_is_asked_for(single_file, monkeypatch):
+    monkeypatch.setattr(module, "WHOLE_BYTES", single_file.stat().st_size - 1)
+    monkeypatch.setattr(module, "PIECE_BYTES", 64)
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    whole = only(inspect([single_file], deep=True))
+    sampled = inspect([single_file])
+    assert whole["read"] == "all" and whole["hash"] and only(sampled)["read"] == "sample"
+    assert only(sampled)["hash"] is None and only(sampled)["files"][0]["sha256"] is None
+    assert "--deep" in render(sampled) and "as far as it was read" in render(sampled)
+    for name, held in only(sampled)["components"].items():
+        assert held == whole["components"][name] | {"digest": None}
+    for place, seen in ((0, True), (-1, True), (100, False)):
+        edit(single_file, lambda tensors, place=place: tensors[key].reshape(-1).__setitem__(place, np.nan))
+        assert inspect([single_file])["mergeable"] is not seen
+        assert not inspect([single_file], deep=True)["mergeable"]
+        edit(single_file, lambda tensors, place=place: tensors[key].reshape(-1).__setitem__(place, 0.0))
 
 
 def test_the_published_sizes_are_called_by_their_names():
