@@ -97,11 +97,19 @@ def test_every_tensor_with_nan_or_infinity_is_named(toy, value, dtype):
     naming.from_torch(toy, tensors, check_finite=False)
 
 
-def test_a_value_beyond_the_first_block_is_looked_at_too():
-    array = np.zeros((1 << 22) + 1, np.float16)
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+def test_a_value_beyond_the_first_block_is_looked_at_too(dtype):
+    array = np.zeros((1 << 18) + 1, dtype)
     assert naming.is_finite(array)
     array[-1] = np.nan
     assert not naming.is_finite(array)
+
+
+def test_a_float64_beyond_float32_is_not_finite_and_the_largest_of_each_dtype_is():
+    assert not naming.is_finite(np.array([1e300]))
+    for dtype in (np.float16, ml_dtypes.bfloat16, np.float32):
+        assert naming.is_finite(np.array([ml_dtypes.finfo(dtype).max, ml_dtypes.finfo(dtype).tiny], dtype))
+    assert naming.is_finite(np.array([-1], np.int32)) and naming.is_finite(np.zeros(0, np.float16))
 
 
 def state_dict(module):
