@@ -23,6 +23,13 @@ install_import_hook("dmm_jax", "beartype.beartype")
 import pytest  # noqa: E402
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_one_module():
+    """Programs are let go after each module, and memory with them; what comes again is loaded from the folder."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A tiny world on disk and a config that trains on it, its cache prepared; copy the config before changing it."""

@@ -201,6 +201,16 @@ def with_loras(base: Checkpoint, path: pathlib.Path, files: Sequence[tuple[pathl
     )
 
 
+def refuse_alone(file: TensorFile) -> None:
+    """Raises CheckpointError for a LoRA that is given without the base that it changes; says how to give both."""
+    _refuse_other_kinds(file)
+    if any(key.endswith(tuple(ROLES)) for key in file):
+        raise CheckpointError(
+            f"{file.path} is a LoRA, which changes a checkpoint and is none. Give it with its base, as one text: "
+            f"'BASE + {file.path}*0.8', where 0.8 is the weight."
+        )
+
+
 def _folded(component, part: Component, loras: Sequence[Lora], shapes) -> Component:
     """Returns a network with the LoRAs that count folded in; the same one where none does."""
     updates = {}

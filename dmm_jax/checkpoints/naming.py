@@ -205,8 +205,10 @@ def is_finite(array: np.ndarray) -> bool:
     values, step = array.reshape(-1), 1 << 18
     dtype = np.float32 if array.itemsize > 4 else array.dtype
     exponent = np.array(np.inf, dtype).view(f"u{np.dtype(dtype).itemsize}")
-    blocks = (values[start : start + step].astype(dtype, copy=False) for start in range(0, values.size, step))
-    return all((block.view(exponent.dtype) & exponent).max() != exponent for block in blocks)
+    blocks = (values[start : start + step] for start in range(0, values.size, step))
+    with np.errstate(over="ignore"):
+        bits = (block.astype(dtype, copy=False).view(exponent.dtype) for block in blocks)
+        return all((block & exponent).max() != exponent for block in bits)
 
 
 # Of the VAE's attention; the UNet's lies deeper, below `transformer_blocks`.

@@ -91,6 +91,7 @@ def _open_single_file(path: pathlib.Path) -> Checkpoint:
     held = {component: _held(component, file) for component in COMPONENTS}
     held = {component: keys for component, keys in held.items() if keys}
     if not held:
+        lora.refuse_alone(file)
         raise CheckpointError(
             f"{path} is no Stable Diffusion checkpoint: no key begins with {single_file.UNET!r}. Its first keys: "
             f"{naming.listed(list(file)[:5])}."

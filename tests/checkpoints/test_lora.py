@@ -326,6 +326,14 @@ def test_what_is_not_there_or_a_pickle_is_told(folder, tmp_path):
         open_checkpoint(f"{tmp_path / 'none'} + {tmp_path / 'x.safetensors'}")
 
 
+def test_a_lora_without_its_base_is_told_how_to_be_given(base, tmp_path):
+    path = write(tmp_path / "ink.safetensors", tensors_of(factors(base)))
+    with pytest.raises(CheckpointError, match="is a LoRA.*'BASE [+] .*ink.safetensors[*]0.8'"):
+        open_checkpoint(path)
+    with pytest.raises(CheckpointError, match="no plain LoRA; it holds LoKr"):
+        open_checkpoint(write(tmp_path / "b.safetensors", {"lora_unet_x.lokr_w1": np.zeros((2, 2), np.float32)}))
+
+
 def test_inspect_shows_the_loras_and_whether_they_can_be_merged(folder, base, tmp_path):
     path = write(tmp_path / "ink.safetensors", tensors_of(factors(base)))
     report = inspect([folder, pathlib.Path(f"{folder} + {path}*0.8")])

@@ -312,9 +312,9 @@ def test_stable_diffusion_2_does_not_say_what_it_predicts_and_nobody_guesses(sin
 
 
 def test_a_file_of_another_kind_is_refused_with_its_first_keys(tmp_path):
-    save(tmp_path / "lora.safetensors", {"lora_unet_x.alpha": np.zeros(1, np.float32)})
-    with pytest.raises(CheckpointError, match="no Stable Diffusion checkpoint.*lora_unet_x.alpha"):
-        open_checkpoint(tmp_path / "lora.safetensors")
+    save(tmp_path / "other.safetensors", {"control_model.x": np.zeros(1, np.float32)})
+    with pytest.raises(CheckpointError, match="no Stable Diffusion checkpoint.*control_model.x"):
+        open_checkpoint(tmp_path / "other.safetensors")
 
 
 @pytest.mark.parametrize("ending", [".ckpt", ".pt", ".pth", ".bin"])
