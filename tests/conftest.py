@@ -14,9 +14,11 @@ from jaxtyping import install_import_hook  # noqa: E402
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# What one test has compiled is loaded by the next: most tests that train compile the same step.
-compiled = tempfile.TemporaryDirectory(prefix="dmm_jax_compiled_")
-jax.config.update("jax_compilation_cache_dir", compiled.name)
+# What one test has compiled is loaded by the next, in every worker: most tests that train compile the same step.
+if "DMM_JAX_TEST_PROGRAMS" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="dmm_jax_compiled_")
+    os.environ["DMM_JAX_TEST_PROGRAMS"] = compiled.name
+jax.config.update("jax_compilation_cache_dir", os.environ["DMM_JAX_TEST_PROGRAMS"])
 
 install_import_hook("dmm_jax", "beartype.beartype")
 
