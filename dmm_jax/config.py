@@ -26,6 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     # Checkpoints: diffusers folders or single files.
     config.base = ""  # The student's start; its text encoder, VAE, tokenizer and schedule serve all styles.
+    config.licenses = ()  # ("NAME=LICENCE", ...) of "base" and teachers whose files do not state theirs, or wrongly.
     config.prediction_type = ""  # "epsilon" or "v_prediction", of single files that do not say it (SD2's).
     # ((style name, path), ...): one style per teacher, in this order. The name "none" is the null style's, which is
     # drawn when no style is asked for: its teacher is the base, ("none", config.base).
@@ -145,6 +146,11 @@ def style_names(config: ml_collections.ConfigDict) -> list[str]:
     return [*kept_styles(config), *(name for name, _ in config.teachers)]
 
 
+def licenses(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Returns the licences that the config tells, by "base" or the teacher's name."""
+    return dict(entry.partition("=")[::2] for entry in config.licenses)
+
+
 def num_rows(config: ml_collections.ConfigDict) -> int:
     """Returns the rows of a batch [rows, B/rows]: one per teacher, and those of the old student where one grows."""
     return len(config.teachers) + (config.grow.replay if config.grow.student else 0)
@@ -217,6 +223,11 @@ def _problems(config):
     for name in names:
         if not name or any(symbol in name for symbol in "=,\n"):
             yield f"style name {name!r} is empty or holds '=', ',' or a line break: such a mix could not be written."
+    for name, told in licenses(config).items():
+        known = ("base", *(teacher for teacher, _ in config.teachers))
+        yield (name not in known or not told.strip()) and (
+            f"licenses has {name!r} with {told!r}; expected 'NAME=LICENCE' with a name of {', '.join(known)}."
+        )
     yield config.grow.replay < 0 and f"grow.replay must not be negative; got {config.grow.replay}."
     yield bool(config.grow.styles) and not config.grow.student and "grow.styles needs grow.student: set the student."
     parts = max(rows, 1) * max(config.gradient_accumulation, 1)

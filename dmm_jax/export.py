@@ -2,10 +2,12 @@
 
 import json
 import pathlib
+import shutil
 from collections.abc import Sequence
 
 from dmm_jax import config as config_lib
-from dmm_jax.checkpoints import style_lora
+from dmm_jax import model_card
+from dmm_jax.checkpoints import licenses, style_lora
 from dmm_jax.checkpoints.export import DTYPES, FORMATS, Recipe, write
 from dmm_jax.checkpoints.fitted_style import with_fitted_styles
 from dmm_jax.checkpoints.open import open_checkpoint
@@ -71,20 +73,36 @@ def export_workdir(
         weights = _row(style, student.styles)
     base = _row(lora_base, student.styles) if lora_base else style_lora.equal_parts(student.styles)
     said = describe(workdir, student, style) | ({"kept": list(keep)} if keep else {})
+    parents = said.get("parents", {})
+    license = licenses.together(parent["license"] for parent in parents.values()) or student.license
     title = f"{student.name}: {style}" if style else student.name
     written = {}
     with whole_folder(out) as folder:
         for fmt in dict.fromkeys(formats):
-            told = Recipe(title if fmt != "dmm" else student.name, list(student.styles), said if recipe else None)
+            told = Recipe(
+                title if fmt != "dmm" else student.name, list(student.styles), said if recipe else None, license
+            )
             if fmt == "style-lora":
                 path = folder / style_lora.NAME
                 style_lora.write_style_lora(path, student, weights, base, dtype, lora_for, told)
             else:
                 path = write(folder, fmt, student, None if fmt == "dmm" else weights, dtype, told)
+            if path.is_dir():
+                _write_card(path, fmt, told, student, pathlib.Path(workdir), parents if recipe else {})
             written[fmt] = out / path.relative_to(folder)
     if verify:
         _verify(student, written, dtype)
     return list(written.values())
+
+
+def _write_card(folder, fmt, told, student, workdir, parents):
+    grid, measured = model_card.grid_of(workdir), model_card.measured_of(workdir, student.styles)
+    if grid:
+        shutil.copyfile(grid, folder / model_card.GRID)
+    text = model_card.card(
+        fmt, told.title, student.styles, student.architecture, parents, told.license, measured, bool(grid)
+    )
+    (folder / model_card.NAME).write_text(text, encoding="utf-8")
 
 
 def _row(style, styles):
@@ -107,9 +125,15 @@ def describe(workdir: pathlib.Path, student, style: str) -> dict:
         return {"from": student.name, "unet_sha256": student.digest("unet"), "style": style}
     config = config_lib.load(workdir)
     parents = {"base": open_checkpoint(config.base)} | origins(config)
+    told = config_lib.licenses(config)
     return {
         "parents": {
-            name: {"file": parent.name, "unet_sha256": parent.digest("unet")} for name, parent in parents.items()
+            name: {
+                "file": parent.name,
+                "unet_sha256": parent.digest("unet"),
+                "license": told.get(name) or parent.license or licenses.UNKNOWN,
+            }
+            for name, parent in parents.items()
         },
         "options": _options(config),
         "style": style,

@@ -75,6 +75,7 @@ class Checkpoint:
     unsupported: str = ""  # Why nothing but `inspect` can use this checkpoint.
     files: Sequence[pathlib.Path] = ()  # That hold the tensors.
     tokenizer_2_folder: pathlib.Path | None = None  # Of the second text encoder.
+    license: str = ""  # That it states; "" where it states none.
     borrowed: Sequence[str] = ()  # Networks that it lacks and its base lent.
     loras: Sequence["Lora"] = ()  # Folded into its tensors; `path` is then the whole text, and
     root: pathlib.Path | None = None  # the path of what they are folded into.

@@ -5,7 +5,7 @@ import json
 import pathlib
 from collections.abc import Mapping
 
-from dmm_jax.checkpoints import naming
+from dmm_jax.checkpoints import licenses, naming
 from dmm_jax.checkpoints.abstract import COMPONENTS
 from dmm_jax.checkpoints.architecture import MERGED, architecture, check_plain, scheduler_config
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component, Place
@@ -52,6 +52,7 @@ def open_folder(path: pathlib.Path) -> Checkpoint:
         **{name: folder if (folder / "vocab.json").is_file() else None for name, folder in tokenizers.items()},
         styles=_style_names(path, unet, metadata) if merged else None,
         files=tuple(files),
+        license=licenses.stated(metadata, path),
     )
 
 

@@ -96,8 +96,9 @@ def _report(path: pathlib.Path, checkpoint: Checkpoint | None, error: str, deep:
         root, name = checkpoint.root, checkpoint.name
     report = {
         "path": str(path), "name": name, "error": error, "kind": None, "architecture": None,
-        "prediction_type": None, "styles": None, "tokenizer": False, "files": [], "hash": None, "components": {},
-        "ema_tensors": 0, "unused_tensors": 0, "unsupported": "", "damage": [], "loras": [], "read": "all",
+        "prediction_type": None, "license": None, "styles": None, "tokenizer": False, "files": [], "hash": None,
+        "components": {}, "ema_tensors": 0, "unused_tensors": 0, "unsupported": "", "damage": [], "loras": [],
+        "read": "all",
     }  # fmt: skip
     files = [root] if root.is_file() else checkpoint.files if checkpoint else []
     whole = deep or sum(file.stat().st_size for file in files) <= WHOLE_BYTES
@@ -115,6 +116,7 @@ def _report(path: pathlib.Path, checkpoint: Checkpoint | None, error: str, deep:
         "kind": checkpoint.kind,
         "architecture": family(checkpoint.unet_config) if checkpoint.has("unet") else None,
         "prediction_type": checkpoint.prediction_type if checkpoint.has("unet") else None,
+        "license": checkpoint.license or None,
         "styles": list(checkpoint.styles) if checkpoint.styles else None,
         "tokenizer": checkpoint.tokenizer_folder is not None,
         "ema_tensors": len(ema),

@@ -48,6 +48,7 @@ def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
 def _notes(checkpoint) -> Iterator[str]:
     """Yields a heading and what no column has room for."""
     yield printable(checkpoint["path"], 1000)
+    yield f"{GAP}licence: {printable(checkpoint['license'] or 'not stated')}"
     if checkpoint["styles"]:
         yield f"{GAP}styles: {', '.join(map(printable, checkpoint['styles']))}"
     if checkpoint["hash"]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dmm_jax.checkpoints import naming, single_file
+from dmm_jax.checkpoints import licenses, naming, single_file
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.safetensors_io import TensorFile, dtype_of, shape_of
@@ -196,6 +196,7 @@ def with_loras(base: Checkpoint, path: pathlib.Path, files: Sequence[tuple[pathl
         path=path,
         components=components,
         loras=tuple(loras),
+        license=licenses.together([base.license, *(licenses.stated(file.metadata) for file, _ in opened)]),
         root=base.path,
         borrowed=tuple(name for name in base.borrowed if name not in folded),
     )

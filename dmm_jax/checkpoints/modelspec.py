@@ -5,6 +5,7 @@ import datetime
 import json
 from collections.abc import Mapping, Sequence
 
+from dmm_jax.checkpoints import licenses
 from dmm_jax.checkpoints.architecture import UNKNOWN
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.diffusers_folder import STYLES_KEY
@@ -21,6 +22,7 @@ class Recipe:
     title: str
     merged_from: Sequence[str]  # Names of the teachers.
     details: Mapping | None  # The whole recipe; None leaves it out.
+    license: str = ""  # Of all parents together.
 
 
 def metadata(source: Checkpoint, recipe: Recipe, implementation: str) -> dict[str, str]:
@@ -43,6 +45,8 @@ def metadata(source: Checkpoint, recipe: Recipe, implementation: str) -> dict[st
         said["modelspec.resolution"] = f"{side}x{side}"
     if source.prediction_type != UNKNOWN:
         said["modelspec.prediction_type"] = "v" if source.prediction_type == "v_prediction" else "epsilon"
+    if recipe.license:
+        said[licenses.MODELSPEC] = recipe.license
     if recipe.merged_from:
         said["modelspec.merged_from"] = ", ".join(recipe.merged_from)
     if source.styles:

@@ -7,7 +7,7 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping
 
-from dmm_jax.checkpoints import architecture, lora, naming, single_file
+from dmm_jax.checkpoints import architecture, licenses, lora, naming, single_file
 from dmm_jax.checkpoints.abstract import COMPONENTS, abstract_params
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component, Place
 from dmm_jax.checkpoints.diffusers_folder import STYLES_KEY, WEIGHTS, open_folder
@@ -111,6 +111,7 @@ def _open_single_file(path: pathlib.Path) -> Checkpoint:
         unused=tuple(key for key in file if key not in used),
         unsupported=architecture.NO_REFINER if any(key.startswith(single_file.REFINER) for key in file) else "",
         files=(path,),
+        license=licenses.stated(file.metadata),
     )
 
 

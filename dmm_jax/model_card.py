@@ -1,0 +1,124 @@
+"""The model card of an exported folder: what hubs read, whom the styles come from, what was measured, how to use it."""
+
+import json
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+
+from dmm_jax.checkpoints import licenses
+from dmm_jax.checkpoints.architecture import SDXL
+
+NAME, GRID = "README.md", "grid.png"
+HUB_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # How hubs write the licences that they know.
+SPECIAL = re.compile(r"([\\`*_{}\[\]()<>#+!|~$&-])")
+USE = {
+    "dmm": """```python
+import dmm_jax
+
+pipe = dmm_jax.Pipeline.from_pretrained("PATH")
+images = pipe(["a prompt"], styles={styles}, num_inference_steps=25, guidance_scale=7.0)
+```""",
+    "diffusers": """```python
+import diffusers
+
+pipe = diffusers.DiffusionPipeline.from_pretrained("PATH")
+image = pipe("a prompt", num_inference_steps=25, guidance_scale=7.0).images[0]
+```""",
+}
+
+
+def card(
+    fmt: str,
+    title: str,
+    styles: Sequence[str],
+    family: str,
+    parents: Mapping[str, Mapping[str, str]],
+    license: str,
+    measured: Mapping | None,
+    has_grid: bool,
+) -> str:
+    """Returns the text of a card, Markdown under a YAML head.
+
+    Args:
+      fmt: "dmm" or "diffusers".
+      styles: of the merged model, in row order.
+      family: its architecture, by ModelSpec's name.
+      parents: by "base" and style: "file", "unet_sha256" and "license"; empty where they are not to be told.
+      license: of all parents together.
+      measured: `evaluate`'s metrics.json, if it was run.
+      has_grid: whether grid.png lies beside it.
+    """
+    merged = f"{len(styles)} checkpoints distilled into one UNet (DMM, arXiv:2504.12364) with dmm_jax"
+    what = f"{merged}; styles are selected and mixed per image." if fmt == "dmm" else f"One style or mix of {merged}."
+    parts = [_head(license, family), f"# {_plain(title)}", what]
+    if has_grid:
+        parts.append(f"![Samples of every style]({GRID})")
+    parts += ["## Styles", _table(_style_rows(styles, parents))]
+    parts.append(f"Licences that the parents state: {_plain(license or licenses.UNKNOWN)}.")
+    if measured:
+        parts += ["## Measured", _table(_measured_rows(measured)), _recipe(measured)]
+    parts += ["## Use", USE[fmt].replace("{styles}", json.dumps(styles[0]))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _head(license, family):
+    """Returns the YAML that hubs read; JSON's strings are YAML's."""
+    known = HUB_LICENSE.fullmatch(license) and license != licenses.UNKNOWN
+    lines = [f"license: {license}" if known else "license: other"]
+    if not known:
+        lines.append(f"license_name: {json.dumps(license or licenses.UNKNOWN)}")
+    tags = ["stable-diffusion-xl" if family == SDXL else "stable-diffusion", "text-to-image", "merge", "dmm"]
+    lines += ["library_name: diffusers", "pipeline_tag: text-to-image", f"tags: {json.dumps(tags)}"]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _style_rows(styles, parents):
+    if not parents:
+        return [("style",), *((name,) for name in styles)]
+    names = [*(["base"] if "base" in parents else []), *(name for name in styles if name in parents)]
+    rows = [
+        (name, parents[name]["file"], parents[name]["unet_sha256"][:10], parents[name]["license"]) for name in names
+    ]
+    return [("style", "from", "SHA-256 of its UNet", "licence"), *rows]
+
+
+def _measured_rows(measured):
+    columns = {"student": [row[k] for k, row in enumerate(measured["matrix"])]}
+    columns |= {name: measured[name] for name in ("floor", "base", *measured.get("weight_merges", ()))}
+    yield ("style", *columns)
+    for number, style in enumerate(measured["styles"]):
+        yield (style, *(f"{values[number]:.2f}" for values in columns.values()))
+
+
+def _recipe(measured):
+    said = {name: measured["settings"][name] for name in ("num_inference_steps", "guidance_scale", "solver")}
+    options = ", ".join(f"{name} {value}" for name, value in said.items())
+    return _plain(
+        f"{measured['distance']} to the style's own teacher over {measured['n']} pictures a style ({options}); the "
+        "floor is the teacher against itself with other noise."
+    )
+
+
+def _table(rows) -> str:
+    head, *others = ([_plain(cell) for cell in row] for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *others))
+
+
+def _plain(text: str) -> str:
+    """Returns text that Markdown shows as it is, on one line."""
+    return SPECIAL.sub(r"\\\1", " ".join(str(text).split()))
+
+
+def grid_of(workdir: pathlib.Path) -> pathlib.Path | None:
+    """Returns the last sample grid that `train` drew into a workdir, or None."""
+    drawn = sorted((workdir / "samples").glob("step_*.png"))
+    return drawn[-1] if drawn else None
+
+
+def measured_of(workdir: pathlib.Path, styles: Sequence[str]) -> dict | None:
+    """Returns the metrics.json that `evaluate` wrote into a workdir for these styles, or None."""
+    path = workdir / "report" / "metrics.json"
+    if not path.is_file():
+        return None
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    return measured if list(measured["styles"]) == list(styles) else None
