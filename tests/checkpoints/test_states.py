@@ -136,7 +136,7 @@ def save_for_ever(folder, report):
 
 
 def test_kill_9_at_any_moment_loses_no_finished_save(tmp_path):
-    """DMM_JAX_KILLS=50, two CPU cores: 32 of 50 kills came in the middle of a save; 114 saves finished, none lost."""
+    """At moments drawn at random, each after one more save; DMM_JAX_KILLS=50 for many of them."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dmm_jax.checkpoints.states"])
     rng = random.Random(0)
@@ -146,13 +146,16 @@ def test_kill_9_at_any_moment_loses_no_finished_save(tmp_path):
         child = context.Process(target=save_for_ever, args=(tmp_path, its), daemon=True)
         child.start()
         its.close()
-        assert mine.poll(60)
+        before = finished
+        while finished == before:  # At least one more save, however slow the machine is.
+            assert mine.poll(60)
+            finished = max(finished, mine.recv())
         time.sleep(rng.uniform(0.0, 0.5))
         os.kill(child.pid, signal.SIGKILL)
         child.join()
         try:
             while mine.poll():
-                finished = max(finished, mine.recv() or 0)
+                finished = max(finished, mine.recv())
         except EOFError:
             pass
         broken_off += any(path.name.endswith("tmp") for path in (tmp_path / "checkpoints").iterdir())
