@@ -74,7 +74,7 @@ def test_a_teacher_that_does_not_fit_is_refused_by_what_differs(capsys, tiny, tm
     assert wide in tensors
     save(tmp_path / "wide.safetensors", tensors)
     said = failing(capsys, ({**paths, "left": tmp_path / "wide.safetensors"},), tmp_path / "out", "--method", "ties")
-    assert "teacher '1'" in said and "cannot be merged" in said and "(32, 64)" in said and "(32, 32)" in said
+    assert "teacher '1'" in said and "cannot be merged" in said and "(64, 64)" in said and "(64, 32)" in said
     assert not (tmp_path / "out").exists()
 
 

@@ -78,7 +78,7 @@ def test_a_teacher_of_another_architecture_is_told_with_the_differing_shapes(cap
     other = worlds.Checkpoint(tmp_path, "diffusers", {"unet": part}, source.scheduler_config, None, None)
     worlds.write_single_file(tmp_path / "wide.safetensors", other, "float32", worlds.Recipe("wide", [], None))
     said = failing(capsys, "train", *experiment(left=tmp_path / "wide.safetensors"))
-    assert "cannot be merged" in said and "attn2.to_k" in said and "(32, 64)" in said and "(32, 32)" in said
+    assert "cannot be merged" in said and "attn2.to_k" in said and "(64, 64)" in said and "(64, 32)" in said
 
 
 def test_unknown_options_are_told(capsys, experiment):
