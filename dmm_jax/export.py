@@ -1,6 +1,7 @@
 """`dmm-jax export`: a training run's student as PyTorch safetensors, all formats or none."""
 
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ STOCK = ("diffusers", "single-file")  # What stock diffusers opens by itself.
 
 
 def export_workdir(
-    workdir: pathlib.Path,
+    workdir: str | os.PathLike,
     out: pathlib.Path,
     formats: Sequence[str],
     style: str = "",
@@ -119,7 +120,7 @@ def _verify(student, written, dtype):
         print(agreement)
 
 
-def describe(workdir: pathlib.Path, student, style: str) -> dict:
+def describe(workdir: str | os.PathLike, student, style: str) -> dict:
     """Returns the recipe of a run: its config, the SHA-256 of every parent's UNet, and the style that was folded in."""
     if student.kind != "workdir":
         return {"from": student.name, "unet_sha256": student.digest("unet"), "style": style}
