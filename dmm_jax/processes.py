@@ -105,7 +105,7 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
     signal in any process and lets all agree on a step; alone, a handler of our own does.
     """
     if jax.distributed.is_initialized():
-        # Counted from 1: a signal before the first call lets all agree on 1, which the steps of a resumed run never are.
+        # Counted from 1: after a signal before the first call all agree on 1, which no step of a resumed run is.
         calls = itertools.count(1)
         yield lambda step: multihost_utils.reached_preemption_sync_point(next(calls))
         return

@@ -19,11 +19,13 @@ TIMES = dict.fromkeys(("timeCreated", "updated"), "2025-01-01T00:00:00.000Z")
 
 
 class Store:
-    """The objects of the one bucket; `denied` HTTP methods are answered by 403."""
+    """The objects of the one bucket; `denied` HTTP methods are answered by 403, POSTs to what holds `stalled` never."""
 
     def __init__(self):
         self.objects: dict[str, tuple[int, bytes]] = {}  # {name: (generation, content)}
         self.denied: set[str] = set()
+        self.stalled = ""
+        self.arrived, self.released = threading.Event(), threading.Event()
         self.lock = threading.RLock()
         self.url = ""
         self._generation = 0
@@ -79,6 +81,11 @@ class Requests(BaseHTTPRequestHandler):
     def answer(self):
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         address = urlsplit(self.path)
+        if self.store.stalled and self.command == "POST" and self.store.stalled in unquote(self.path):
+            self.store.arrived.set()
+            self.store.released.wait()
+            self.close_connection = True
+            return
         told = {name: values[0] for name, values in parse_qs(address.query, keep_blank_values=True).items()}
         with self.store.lock:
             status, body, headers = self.found(address.path, told, content)
@@ -86,8 +93,9 @@ class Requests(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        with contextlib.suppress(ConnectionError):  # The caller may have gone.
+            self.end_headers()
+            self.wfile.write(body)
 
     do_GET = do_POST = do_PUT = do_DELETE = answer
 
