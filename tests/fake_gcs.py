@@ -133,8 +133,9 @@ class Requests(BaseHTTPRequestHandler):
     def part(self, content: bytes) -> tuple[str, bytes]:
         """Returns name and content of a multipart upload: JSON, then the object."""
         boundary = re.search(r'boundary="?([^"]+)"?', self.headers["Content-Type"])[1].encode()
-        about, body = (part.split(b"\n\n", 1)[1] for part in content.split(b"--" + boundary)[1:3])
-        return json.loads(about)["name"], body.removesuffix(b"\n")
+        parts = content.split(b"--" + boundary)[1:3]
+        about, body = (re.split(rb"\r?\n\r?\n", part, maxsplit=1)[1] for part in parts)
+        return json.loads(about)["name"], body.removesuffix(b"\n").removesuffix(b"\r")
 
     def written(self, name: str, content: bytes, told: Mapping[str, str]) -> tuple:
         there, _ = self.store.objects.get(name, (0, b""))
