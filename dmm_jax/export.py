@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Sequence
 
 from dmm_jax import config as config_lib
@@ -14,7 +13,7 @@ from dmm_jax.checkpoints.fitted_style import with_fitted_styles
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.styles import select
 from dmm_jax.distill.incremental import origins
-from dmm_jax.folders import check_output
+from dmm_jax.folders import check_output, locate
 from dmm_jax.page import whole_folder
 from dmm_jax.styles import parse_style, style_row
 
@@ -89,7 +88,7 @@ def export_workdir(
             else:
                 path = write(folder, fmt, student, None if fmt == "dmm" else weights, dtype, told)
             if path.is_dir():
-                _write_card(path, fmt, told, student, pathlib.Path(workdir), parents if recipe else {})
+                _write_card(path, fmt, told, student, locate(workdir), parents if recipe else {})
             written[fmt] = out / path.relative_to(folder)
     if verify:
         _verify(student, written, dtype)
@@ -99,7 +98,7 @@ def export_workdir(
 def _write_card(folder, fmt, told, student, workdir, parents):
     grid, measured = model_card.grid_of(workdir), model_card.measured_of(workdir, student.styles)
     if grid:
-        shutil.copyfile(grid, folder / model_card.GRID)
+        (folder / model_card.GRID).write_bytes(grid.read_bytes())
     text = model_card.card(
         fmt, told.title, student.styles, student.architecture, parents, told.license, measured, bool(grid)
     )

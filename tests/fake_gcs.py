@@ -78,6 +78,10 @@ class Requests(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
+    def handle(self):
+        with contextlib.suppress(ConnectionError):  # The caller may have been killed.
+            super().handle()
+
     def answer(self):
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         address = urlsplit(self.path)
@@ -93,9 +97,8 @@ class Requests(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
-        with contextlib.suppress(ConnectionError):  # The caller may have gone.
-            self.end_headers()
-            self.wfile.write(body)
+        self.end_headers()
+        self.wfile.write(body)
 
     do_GET = do_POST = do_PUT = do_DELETE = answer
 

@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -80,12 +81,15 @@ def test_the_lines_of_the_metrics_are_those_of_a_run_in_a_folder(resumed, traine
     assert ours == theirs
 
 
-def test_a_run_in_a_bucket_is_inspected_and_exported(resumed, trained, tmp_path):
+def test_a_run_in_a_bucket_is_inspected_and_exported(store, resumed, trained, tmp_path):
+    store.write("deep/run/samples/step_0000006.png", b"picture")
     report = inspect([pathlib.Path(resumed[0])])["checkpoints"][0]  # As the command line brings it: pathlib folds "//".
     assert (report["path"], report["kind"], report["error"]) == (resumed[0], "workdir", "")
-    exports = [export_workdir(run, tmp_path / run[:2], ["dmm"], recipe=False) for run in (resumed[0], str(trained))]
+    outs = {resumed[0]: tmp_path / "ours", trained: tmp_path / "theirs"}
+    exports = [export_workdir(run, out, ["dmm"], recipe=False) for run, out in outs.items()]
     ours, theirs = (open_checkpoint(paths[0]).tensors("unet") for paths in exports)
     assert all(np.array_equal(ours[key], theirs[key]) for key in theirs)
+    assert (exports[0][0] / "grid.png").read_bytes() == b"picture"
 
 
 def test_pages_and_sample_grids_go_into_the_bucket(store):
@@ -93,6 +97,19 @@ def test_pages_and_sample_grids_go_into_the_bucket(store):
         (part / "index.html").write_text("page")
         (part / "a.png").write_bytes(b"picture")
     assert store.names("shown/") == ["shown/report/a.png", "shown/report/index.html"]
+
+
+def test_a_save_returns_before_it_is_written(store):
+    store.stalled, store.released = "later/checkpoints/1/state", threading.Event()
+    late = threading.Timer(BOUND_S / 4, store.released.set)
+    late.start()
+    with StateStore("gs://runs/later") as states:
+        states.save(1, state_of(1))
+        assert not store.released.is_set()
+        store.stalled = ""
+        store.released.set()
+    late.cancel()
+    assert "later/checkpoints/1/commit_success.txt" in store.names()
 
 
 def state_of(step):
