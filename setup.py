@@ -26,6 +26,7 @@ RUNTIME = [
     "matplotlib>=3.10",
     "tqdm>=4.67",
 ]
+GCSFS = "gcsfs>=2026.9"
 TORCH = ["torch==2.13.0", "diffusers==0.42.1"]
 
 setup(
@@ -45,8 +46,10 @@ setup(
         "cuda": ["jax[cuda13]"],
         "torch": TORCH,
         "tensorboard": ["tensorboardX>=2.6"],
+        "gcs": [GCSFS],  # Workdirs in gs:// buckets.
         "test": [
             *TORCH,
+            GCSFS,
             "pytest>=9",
             "pytest-xdist>=3.8",
             "beartype>=0.22",

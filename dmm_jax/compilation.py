@@ -7,6 +7,8 @@ import sys
 
 import jax
 
+from dmm_jax.folders import check_local
+
 MIN_COMPILE_TIME_S = 0.1  # What compiles faster is not kept.
 OFF, PER_USER = "off", ""
 
@@ -28,7 +30,7 @@ def keep(folder: str = PER_USER) -> pathlib.Path | None:
     if jax.config.jax_compilation_cache_dir:
         return pathlib.Path(jax.config.jax_compilation_cache_dir)
     try:
-        path = checked(pathlib.Path(folder).expanduser().absolute() if folder else per_user_folder())
+        path = checked(check_local(folder, "what is compiled").expanduser().absolute() if folder else per_user_folder())
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: there is no home.
         if folder:
             raise ValueError(f"compilation_cache: {error}") from error

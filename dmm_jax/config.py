@@ -4,10 +4,12 @@ Defaults are the recipe of DMM (arXiv:2504.12364, A.3) where it states one.
 """
 
 import json
-import pathlib
+import os
 from collections.abc import Mapping, Sequence
 
 import ml_collections
+
+from dmm_jax import folders
 
 STUDENT_INITS = ("base", "average")
 STYLE_INITS = ("zero", "paper")
@@ -317,13 +319,15 @@ def _flat(tree, prefix=""):
     return flat
 
 
-def load(path: str | pathlib.Path) -> ml_collections.ConfigDict:
+def load(path: str | os.PathLike) -> ml_collections.ConfigDict:
     """Reads a workdir's `config.json`.
 
     Raises:
       ValueError: the folder holds no config.json, so no training run wrote it.
     """
-    path = pathlib.Path(path) / "config.json"
+    path = folders.locate(path)
+    folders.check_reached(path)
+    path = path / "config.json"
     if not path.is_file():
         raise ValueError(
             f"{path.parent} is no training workdir: {path.name} is missing. Give the --workdir of a `train` run."

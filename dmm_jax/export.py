@@ -1,8 +1,8 @@
 """`dmm-jax export`: a training run's student as PyTorch safetensors, all formats or none."""
 
 import json
+import os
 import pathlib
-import shutil
 from collections.abc import Sequence
 
 from dmm_jax import config as config_lib
@@ -13,7 +13,7 @@ from dmm_jax.checkpoints.fitted_style import with_fitted_styles
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.styles import select
 from dmm_jax.distill.incremental import origins
-from dmm_jax.folders import check_output
+from dmm_jax.folders import check_output, locate
 from dmm_jax.page import whole_folder
 from dmm_jax.styles import parse_style, style_row
 
@@ -21,7 +21,7 @@ STOCK = ("diffusers", "single-file")  # What stock diffusers opens by itself.
 
 
 def export_workdir(
-    workdir: pathlib.Path,
+    workdir: str | os.PathLike,
     out: pathlib.Path,
     formats: Sequence[str],
     style: str = "",
@@ -88,7 +88,7 @@ def export_workdir(
             else:
                 path = write(folder, fmt, student, None if fmt == "dmm" else weights, dtype, told)
             if path.is_dir():
-                _write_card(path, fmt, told, student, pathlib.Path(workdir), parents if recipe else {})
+                _write_card(path, fmt, told, student, locate(workdir), parents if recipe else {})
             written[fmt] = out / path.relative_to(folder)
     if verify:
         _verify(student, written, dtype)
@@ -98,7 +98,7 @@ def export_workdir(
 def _write_card(folder, fmt, told, student, workdir, parents):
     grid, measured = model_card.grid_of(workdir), model_card.measured_of(workdir, student.styles)
     if grid:
-        shutil.copyfile(grid, folder / model_card.GRID)
+        (folder / model_card.GRID).write_bytes(grid.read_bytes())
     text = model_card.card(
         fmt, told.title, student.styles, student.architecture, parents, told.license, measured, bool(grid)
     )
@@ -119,7 +119,7 @@ def _verify(student, written, dtype):
         print(agreement)
 
 
-def describe(workdir: pathlib.Path, student, style: str) -> dict:
+def describe(workdir: str | os.PathLike, student, style: str) -> dict:
     """Returns the recipe of a run: its config, the SHA-256 of every parent's UNet, and the style that was folded in."""
     if student.kind != "workdir":
         return {"from": student.name, "unet_sha256": student.digest("unet"), "style": style}

@@ -1,8 +1,9 @@
 """What a run says while it runs: metrics.jsonl always, a progress bar on a terminal, plain lines elsewhere."""
 
 import contextlib
+import io
 import json
-import pathlib
+import os
 import statistics
 import sys
 import time
@@ -10,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
+
+from dmm_jax.folders import in_bucket, locate, reaching
 
 
 class HostClock:
@@ -49,14 +52,14 @@ class MetricsLog:
 
     def __init__(
         self,
-        workdir: str | pathlib.Path,
+        workdir: str | os.PathLike,
         start: int,
         names: Sequence[str],
         *,
         tensorboard: bool = False,
         writes: bool = True,
     ):
-        self.path = pathlib.Path(workdir) / "metrics.jsonl"
+        self.path = locate(workdir) / "metrics.jsonl"
         self._names = list(names)
         self._writes = writes
         self._writer = _tensorboard(workdir) if tensorboard and writes else None
@@ -69,17 +72,31 @@ class MetricsLog:
         return self
 
     def _opened(self, start):
-        kept = [line for line in read(self.path) if line["step"] <= start]
+        kept = "".join(json.dumps(line) + "\n" for line in read(self.path) if line["step"] <= start)
+        if in_bucket(self.path):
+            file = io.StringIO()
+            file.write(kept)
+            return file
         temporary = self.path.with_suffix(".part")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.write_text(kept)
         temporary.replace(self.path)
         return self.path.open("a")
 
     def __exit__(self, *_):
         if self._file:
+            self.keep()
             self._file.close()
         if self._writer:
             self._writer.close()
+
+    def keep(self) -> None:
+        """Brings the lines so far into the bucket, where the workdir is in one: objects are written whole.
+
+        Nothing that a checkpoint rests on is lost where this comes before it.
+        """
+        if self._file and in_bucket(self.path):
+            with reaching(self.path):
+                self.path.write_text(self._file.getvalue())
 
     def start_clock(self, step: int) -> None:
         """Marks the moment from which images/s and the host's time are counted."""
@@ -151,9 +168,9 @@ def peak_memory() -> dict[str, float]:
     return {name: told[key] / 2**30 for name, key in (("peak_memory_gb", "peak_bytes_in_use"),) if key in told}
 
 
-def read(path: str | pathlib.Path) -> list[dict]:
+def read(path: str | os.PathLike) -> list[dict]:
     """Reads the lines of a metrics.jsonl; a last line that was cut off in mid-write is left out."""
-    path = pathlib.Path(path)
+    path = locate(path)
     lines = path.read_text().splitlines() if path.is_file() else []
     parsed = []
     for number, line in enumerate(lines):

@@ -1,12 +1,12 @@
 """The model card of an exported folder: what hubs read, whom the styles come from, what was measured, how to use it."""
 
 import json
-import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
 from dmm_jax.checkpoints import licenses
 from dmm_jax.checkpoints.architecture import SDXL
+from dmm_jax.folders import Location
 
 NAME, GRID = "README.md", "grid.png"
 HUB_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # How hubs write the licences that they know.
@@ -109,13 +109,13 @@ def _plain(text: str) -> str:
     return SPECIAL.sub(r"\\\1", " ".join(str(text).split()))
 
 
-def grid_of(workdir: pathlib.Path) -> pathlib.Path | None:
+def grid_of(workdir: Location) -> Location | None:
     """Returns the last sample grid that `train` drew into a workdir, or None."""
     drawn = sorted((workdir / "samples").glob("step_*.png"))
     return drawn[-1] if drawn else None
 
 
-def measured_of(workdir: pathlib.Path, styles: Sequence[str]) -> dict | None:
+def measured_of(workdir: Location, styles: Sequence[str]) -> dict | None:
     """Returns the metrics.json that `evaluate` wrote into a workdir for these styles, or None."""
     path = workdir / "report" / "metrics.json"
     if not path.is_file():

@@ -5,7 +5,10 @@ import html
 import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Iterator
+
+from dmm_jax.folders import in_bucket, locate
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fbfaf7; --card: #ffffff; --ink: #1c1b19; --soft: #66625a; --line: #e3dfd6;
@@ -50,11 +53,18 @@ def render(title: str, body: str, style: str = "") -> str:
 
 
 @contextlib.contextmanager
-def whole_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
+def whole_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields a temporary folder beside `folder`, which takes its place at the end, or is deleted on an error.
 
-    A folder that is there already keeps its other files: the new ones are moved in, `index.html` last.
+    A folder that is there already keeps its other files: the new ones are moved in, `index.html` last. Into a bucket
+    they are copied.
     """
+    if in_bucket(folder):
+        with tempfile.TemporaryDirectory() as part:
+            yield pathlib.Path(part)
+            for path in _page_last(pathlib.Path(part)):
+                (locate(folder) / path.name).write_bytes(path.read_bytes())
+        return
     folder = pathlib.Path(folder).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.parent / f".{folder.name}.{os.getpid()}.part"
@@ -63,9 +73,13 @@ def whole_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         yield part
         if folder.is_dir():
-            for path in sorted(part.iterdir(), key=lambda path: path.name == "index.html"):
+            for path in _page_last(part):
                 os.replace(path, folder / path.name)
         else:
             os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _page_last(folder):
+    return sorted(folder.iterdir(), key=lambda path: path.name == "index.html")

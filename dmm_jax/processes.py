@@ -6,6 +6,7 @@ its heartbeat, fail too instead of hanging.
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -104,7 +105,9 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
     signal in any process and lets all agree on a step; alone, a handler of our own does.
     """
     if jax.distributed.is_initialized():
-        yield multihost_utils.reached_preemption_sync_point
+        # Counted from 1: after a signal before the first call all agree on 1, which no step of a resumed run is.
+        calls = itertools.count(1)
+        yield lambda step: multihost_utils.reached_preemption_sync_point(next(calls))
         return
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # Python gives signals to the main thread alone.

@@ -4,7 +4,7 @@ import collections
 import contextlib
 import functools
 import math
-import pathlib
+import os
 import sys
 from collections.abc import Callable, Mapping
 
@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from dmm_jax import config as config_lib
-from dmm_jax import processes, sharding
+from dmm_jax import folders, processes, sharding
 from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.open import CELL, open_checkpoint
 from dmm_jax.checkpoints.states import StateStore
@@ -40,7 +40,7 @@ MAX_STEPS_AHEAD = 2  # Dispatched but not done: keeps the device busy, and lets 
 NUM_TIMESTEP_BINS = 4  # Of the validation loss: 0-249, 250-499, 500-749, 750-999.
 
 
-def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
+def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
     """Distils the teachers into one student under `workdir`; goes on from its newest checkpoint if it holds one.
 
     Writes config.json, metrics.jsonl, checkpoints/ and, if asked for, samples/. The result of a run that was stopped
@@ -59,7 +59,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
     processes.check_joined()
     mesh = sharding.make_mesh(**config.mesh)
     config_lib.check_mesh(config, mesh.shape)
-    workdir = pathlib.Path(workdir)
+    workdir = folders.locate(workdir)
+    folders.check_reached(workdir)
     styles = config_lib.style_names(config)
 
     # Checkpoints: memory-mapped, nothing is read but headers.
@@ -164,6 +165,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
                 whole = packing.unpack(state)
                 draw_samples(number, whole.get("ema", whole["params"]))
             if last or _due(number, config.checkpoint_every):
+                log.keep()  # Before the step, so that a run that resumes at it has every line.
                 store.save(number, packing.unpack(state))
             bar.update()
             if stopping:
@@ -195,7 +197,7 @@ def _due(number, every):
     return bool(every) and number % every == 0
 
 
-def open_workdir(workdir: pathlib.Path, config) -> None:
+def open_workdir(workdir: folders.Location, config) -> None:
     """Makes the folder and writes config.json; when a run is there already, says what changed since it was written."""
     path = workdir / "config.json"
     if path.is_file():
@@ -210,8 +212,9 @@ def open_workdir(workdir: pathlib.Path, config) -> None:
             say(f"Config changed since this run was last started: {line}")
     processes.wait_for_all("config.json read")
     if processes.is_first():
-        workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(config_lib.to_json(config))
+        with folders.reaching(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+            path.write_text(config_lib.to_json(config))
     processes.wait_for_all("config.json written")
     if not path.is_file():
         raise ValueError(
@@ -401,6 +404,7 @@ def build_sampler(config, base, names, student_config, mesh, workdir):
             pictures.reshape((-1, len(names)) + pictures.shape[1:]), list(config.samples.prompts), names
         )
         (workdir / "samples").mkdir(exist_ok=True)
-        grid.save(workdir / "samples" / f"step_{number:07d}.png")
+        with (workdir / "samples" / f"step_{number:07d}.png").open("wb") as file:
+            grid.save(file, "PNG")
 
     return draw

@@ -28,7 +28,7 @@ case $verb in
   create) run xpk cluster create "${place[@]}" --tpu-type="${TPU_TYPE:?"set TPU_TYPE"}" --num-slices=1 "$@" ;;
   train)
     printf -v train '%q ' dmm-jax train --distributed "$@"
-    train="pip install --quiet '.[tpu]' && exec $train"
+    train="pip install --quiet '.[tpu,gcs]' && exec $train"
     run xpk workload create "${place[@]}" --workload="${NAME:?"set NAME"}" --tpu-type="${TPU_TYPE:?"set TPU_TYPE"}" \
       --num-slices=1 --max-restarts=50 --base-docker-image=python:3.12 --script-dir=. --command="$train"
     ;;

@@ -3,18 +3,19 @@
 # usage: launch/tpu_pod.sh [--dry-run] VERB [ARGUMENTS]
 #   create [GCLOUD ARGUMENTS]   ask for the slice, for example with --spot
 #   state                       what has become of the request
-#   install                     copy this folder to every host, install it, mount the shared folder at /mnt/runs
+#   install                     copy this folder to every host, install it; where SHARED is set, mount it at /mnt/runs
+#   one VERB [ARGUMENTS]        `dmm-jax VERB` on the first host alone, with its four chips
 #   train [TRAIN ARGUMENTS]     start `dmm-jax train --distributed` on every host; it goes on when you leave
 #   log                         the last lines of every host
 #   stop                        SIGTERM to every host: the step that was reached is saved
 #   delete                      give the slice back
-# TPU_NAME, ZONE, ACCELERATOR_TYPE (v5litepod-16), RUNTIME_VERSION (v2-alpha-tpuv5-lite) and SHARED (SERVER:/SHARE, NFS)
-# are environment variables.
+# TPU_NAME, ZONE, ACCELERATOR_TYPE (v5litepod-16), RUNTIME_VERSION (v2-alpha-tpuv5-lite) and, where all hosts share a
+# folder, SHARED (SERVER:/SHARE, NFS) are environment variables.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 dry_run=${1:-}
 [ "$dry_run" != --dry-run ] || shift
-verb=${1:?"usage: launch/tpu_pod.sh [--dry-run] create|state|install|train|log|stop|delete"}
+verb=${1:?"usage: launch/tpu_pod.sh [--dry-run] create|state|install|one|train|log|stop|delete"}
 shift
 name=${TPU_NAME:?"set TPU_NAME"}
 place=(--zone "${ZONE:?"set ZONE"}")
@@ -42,10 +43,18 @@ case $verb in
   install)
     run git archive --format=tar.gz --output=/tmp/dmm_jax.tar.gz HEAD
     run gcloud compute tpus tpu-vm scp /tmp/dmm_jax.tar.gz "$name": "${place[@]}" --worker=all
-    on_every_host "mkdir -p dmm_jax && tar -xzf dmm_jax.tar.gz -C dmm_jax && cd dmm_jax && python3 -m venv .venv && \
-.venv/bin/pip install --quiet '.[tpu]'"
-    on_every_host "sudo apt-get install --yes nfs-common && sudo mkdir -p /mnt/runs && \
-sudo mount -t nfs ${SHARED:?"set SHARED"} /mnt/runs && sudo chmod a+rwx /mnt/runs"
+    # The hosts' own Python is 3.10, too old; uv brings one.
+    on_every_host "mkdir -p dmm_jax && tar -xzf dmm_jax.tar.gz -C dmm_jax && cd dmm_jax && \
+python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --clear --python 3.11 .venv && \
+python3 -m uv pip install --quiet --python .venv '.[tpu,gcs]'"
+    [ -z "${SHARED:-}" ] || on_every_host "sudo apt-get install --yes nfs-common && sudo mkdir -p /mnt/runs && \
+sudo mount -t nfs $SHARED /mnt/runs && sudo chmod a+rwx /mnt/runs"
+    ;;
+  one)
+    # Without these JAX would wait for the other hosts.
+    alone="TPU_PROCESS_BOUNDS=1,1,1 TPU_CHIPS_PER_PROCESS_BOUNDS=2,2,1 TPU_VISIBLE_DEVICES=0,1,2,3"
+    printf -v command '%q ' .venv/bin/python -m dmm_jax.cli "$@"
+    run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=0 --command="cd dmm_jax; $alone $command"
     ;;
   train)
     printf -v train '%q ' .venv/bin/python -m dmm_jax.cli train --distributed "$@"
@@ -55,7 +64,7 @@ sudo mount -t nfs ${SHARED:?"set SHARED"} /mnt/runs && sudo chmod a+rwx /mnt/run
   stop) on_every_host "kill -TERM \$(cat dmm_jax/train.pid)" ;;
   delete) run gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force ;;
   *)
-    echo "tpu_pod.sh: there is no verb $verb: create, state, install, train, log, stop, delete" >&2
+    echo "tpu_pod.sh: there is no verb $verb: create, state, install, one, train, log, stop, delete" >&2
     exit 2
     ;;
 esac

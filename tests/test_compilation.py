@@ -81,6 +81,11 @@ def test_a_folder_that_others_may_write_to_is_refused(unset, tmp_path, monkeypat
     assert not jax.config.jax_compilation_cache_dir
 
 
+def test_a_bucket_is_refused(unset):
+    with pytest.raises(ValueError, match="compilation_cache: gs://bucket/x: what is compiled must lie on a file"):
+        compilation.keep("gs://bucket/x")
+
+
 def test_what_the_environment_says_comes_first(unset, tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     assert compilation.keep() == pathlib.Path(tmp_path) and not any(tmp_path.iterdir())

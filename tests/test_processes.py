@@ -163,6 +163,22 @@ with processes.joined(False, sys.argv[2], 2, int(sys.argv[3])):
 """
 
 
+EARLY = """
+import os, signal, sys, time
+import jax
+from dmm_jax import processes
+
+with processes.joined(False, sys.argv[2], 2, int(sys.argv[3])):
+    with processes.stop_requests() as asked:
+        if jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(3)  # As a run that is compiling.
+        steps = range(8, 20)  # As one that resumes at step 7.
+        print([step for step in steps if asked(step)])
+        processes.wait_for_all("end")
+"""
+
+
 LOST = """
 import os, signal, sys
 import jax
@@ -192,6 +208,12 @@ def start_two_programs(program: str, folder: pathlib.Path) -> list[subprocess.Po
         )
         for k in range(2)
     ]  # fmt: skip
+
+
+def test_sigterm_before_the_first_step_of_a_run_that_resumes_stops_all_after_it(tmp_path):
+    children = start_two_programs(EARLY, tmp_path)
+    said = [child.communicate(timeout=BOUND_S) for child in children]
+    assert all(out.startswith("[8]") for out, _ in said), "".join(err for _, err in said)[-3000:]
 
 
 def test_a_failing_process_does_not_wait_for_the_lost_one_to_finish_a_save(tmp_path):

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -17,6 +18,8 @@ from dmm_jax.checkpoints.states import StateStore
 from dmm_jax.metrics import read
 from dmm_jax.pipeline import Pipeline
 from tests import worlds
+
+NOTICE_S = 30  # What Google gives a spot machine between the signal and its end.
 
 
 def stopped_at(config, step):
@@ -91,17 +94,19 @@ def test_metrics_past_the_resumed_step_are_dropped(tmp_path):
 def test_sigterm_saves_the_step_that_was_reached_and_the_next_run_goes_on_bit_for_bit(tiny, trained, tmp_path, capsys):
     config = tiny[1].copy_and_resolve_references()
     config.checkpoint_every = config.validation_every = 0
-    workdir, step = tmp_path / "run", None
+    workdir, step, asked_at = tmp_path / "run", None, []
 
     def stop():
         while not any("loss" in line for line in read(workdir / "metrics.jsonl")):
             time.sleep(0.01)
+        asked_at.append(time.monotonic())
         os.kill(os.getpid(), signal.SIGTERM)
 
     config.num_steps = 100_000
     threading.Thread(target=stop, daemon=True).start()
     with pytest.raises(processes.Preempted, match="stopped by SIGTERM after step"):
         train.run(config, workdir)
+    assert time.monotonic() - asked_at[0] < NOTICE_S
     with StateStore(workdir) as store:
         step = store.latest_step
     assert step == read(workdir / "metrics.jsonl")[-1]["step"]
@@ -155,6 +160,14 @@ def test_the_average_is_the_closed_form_of_the_steps_before(tiny, with_ema_and_s
     wanted = sum(weight * np.asarray(kernel) for weight, kernel in zip(weights, kernels, strict=True))
     np.testing.assert_allclose(states[-1]["ema"]["conv_in"]["kernel"], wanted, rtol=1e-5, atol=1e-8)
     assert np.abs(wanted - kernels[-1]).max() > 1e-5
+
+
+def test_a_checkpoint_holds_the_student_its_moments_and_the_counters_and_no_teacher(trained):
+    saved = restored(trained, 6)
+    assert saved.keys() == {"params", "opt_state", "step", "skipped_steps", "skipped_in_a_row"}
+    counted = {name: sum(leaf.size for leaf in jax.tree.leaves(saved[name])) for name in ("params", "opt_state")}
+    assert counted["params"] == sum(np.prod(shape) for shape in open_checkpoint(trained).shapes("unet").values())
+    assert 2 * counted["params"] <= counted["opt_state"] < 2 * counted["params"] + 10  # Two moments, and their counts.
 
 
 def restored(workdir, step):

@@ -13,6 +13,7 @@ from dmm_jax.checkpoints import architecture, naming
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.safetensors_io import TensorFile, raw_bytes
+from dmm_jax.folders import Location
 
 if TYPE_CHECKING:
     from dmm_jax.checkpoints.lora import Lora
@@ -65,7 +66,7 @@ class Component:
 class Checkpoint:
     """What `open_checkpoint` found."""
 
-    path: pathlib.Path
+    path: Location
     kind: str  # "diffusers", "dmm", "single-file" or "workdir".
     components: Mapping[str, Component]
     scheduler_config: dict

@@ -91,6 +91,7 @@ def _obstacles_between(checkpoints: Sequence[Checkpoint | None], reports) -> lis
 
 
 def _report(path: pathlib.Path, checkpoint: Checkpoint | None, error: str, deep: bool) -> dict:
+    path = checkpoint.path if checkpoint else path
     root, name = path, path.absolute().name
     if checkpoint is not None and checkpoint.loras:
         root, name = checkpoint.root, checkpoint.name

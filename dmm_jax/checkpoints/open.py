@@ -4,6 +4,7 @@ Opening reads headers and configs only; a network's tensors are memory-mapped vi
 """
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Mapping
 
@@ -14,6 +15,7 @@ from dmm_jax.checkpoints.diffusers_folder import STYLES_KEY, WEIGHTS, open_folde
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.open_clip import drop_unused_layer, open_clip_key
 from dmm_jax.checkpoints.safetensors_io import TensorFile, Tensors
+from dmm_jax.folders import Location, check_local, check_reached, in_bucket, locate
 from dmm_jax.models.unet_2d_condition import merged_config
 
 __all__ = ["STYLES_KEY", "WEIGHTS", "Checkpoint", "Component", "abstract_params", "open_checkpoint"]
@@ -22,8 +24,8 @@ SCHEDULE_FLAGS = ("prediction_type", "rescale_betas_zero_snr")  # What a single 
 
 
 def open_checkpoint(
-    path: str | pathlib.Path,
-    base: str | pathlib.Path | None = None,
+    path: str | os.PathLike,
+    base: str | os.PathLike | None = None,
     *,
     prediction_type: str = "",
     allow_unsupported: bool = False,
@@ -31,8 +33,9 @@ def open_checkpoint(
     """Opens a checkpoint; nothing is fetched, and no weights are read.
 
     Args:
-      path: a diffusers or DMM folder, a .safetensors single file, or the workdir of a training run; with LoRAs folded
-        in: `BASE + LORA.safetensors*0.8 + OTHER.safetensors` (weight 1 where none is given).
+      path: a diffusers or DMM folder, a .safetensors single file, or the workdir of a training run, which alone may be
+        in a bucket; with LoRAs folded in: `BASE + LORA.safetensors*0.8 + OTHER.safetensors` (weight 1 where none is
+        given).
       base: another checkpoint, for the networks, tokenizer and sizes that `path` lacks.
       prediction_type: "epsilon" or "v_prediction", believed where `path` does not say it: a single file of Stable
         Diffusion 2, which looks the same either way.
@@ -41,6 +44,8 @@ def open_checkpoint(
     Raises:
       CheckpointError: it is not there, damaged, a pickle, or of a kind that is unknown or not supported.
     """
+    if in_bucket(path):
+        return _completed_by(_open_in_bucket(path), base)
     path = pathlib.Path(path)
     if not path.exists() and lora.PLUS in str(path):
         root, files = lora.parse(path)
@@ -64,6 +69,10 @@ def open_checkpoint(
     if prediction_type and checkpoint.prediction_type == architecture.UNKNOWN:
         told = checkpoint.scheduler_config | {"prediction_type": prediction_type}
         checkpoint = dataclasses.replace(checkpoint, scheduler_config=told)
+    return _completed_by(checkpoint, base)
+
+
+def _completed_by(checkpoint, base) -> Checkpoint:
     return checkpoint if base is None else _completed(checkpoint, open_checkpoint(base))
 
 
@@ -181,7 +190,19 @@ def _sample_size(metadata: Mapping[str, str]) -> dict:
     return {"sample_size": int(width) // CELL} if good else {}
 
 
-def _open_workdir(path: pathlib.Path) -> Checkpoint:
+def _open_in_bucket(path: str | os.PathLike) -> Checkpoint:
+    """Opens a run; of any other checkpoint it is said that it must be copied, since its files are memory-mapped."""
+    try:
+        path = locate(path)
+        check_reached(path)
+        if not (path / "config.json").is_file():
+            check_local(path, "a checkpoint that is no training run")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    return _open_workdir(path)
+
+
+def _open_workdir(path: Location) -> Checkpoint:
     from dmm_jax import config as config_lib
     from dmm_jax.checkpoints.states import restore_student
 

@@ -1,8 +1,7 @@
 """Training states on disk: Orbax, written asynchronously, named by step; the only file that knows its interface."""
 
 import json
-import pathlib
-import shutil
+import os
 import sys
 from typing import Any
 
@@ -10,9 +9,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from etils import epath
 from jax.experimental import multihost_utils
 
 from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.folders import in_bucket, locate
 
 READ_AT_ONCE = 16  # Stored chunks, when a checkpoint is looked over.
 
@@ -20,7 +21,7 @@ READ_AT_ONCE = 16  # Stored chunks, when a checkpoint is looked over.
 class StateStore:
     """The `checkpoints` folder of a workdir; a context manager, so that no save is left unfinished."""
 
-    def __init__(self, workdir: str | pathlib.Path, *, kept: int = 0, kept_every: int = 0):
+    def __init__(self, workdir: str | os.PathLike, *, kept: int = 0, kept_every: int = 0):
         """Opens or makes the folder; `kept` of the last saves are kept (0: all), and every `kept_every`-th step."""
         options = ocp.CheckpointManagerOptions(
             max_to_keep=kept or None,
@@ -28,7 +29,7 @@ class StateStore:
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
         )
-        self._manager = ocp.CheckpointManager(pathlib.Path(workdir).absolute() / "checkpoints", options=options)
+        self._manager = ocp.CheckpointManager(_checkpoints(workdir), options=options)
 
     def __enter__(self):
         return self
@@ -81,13 +82,13 @@ class StateStore:
         if jax.process_index() == 0:
             print(f"{folder} is damaged ({damage}): going back to step {others[-1]}.", file=sys.stderr, flush=True)
             aside = folder.with_name(f"damaged_{step}")
-            shutil.rmtree(aside, ignore_errors=True)
+            aside.rmtree(missing_ok=True)
             folder.rename(aside)
         _agreed(None)  # Wait until it is done.
         self._manager.reload()
 
     def _folder(self, step):
-        return pathlib.Path(self._manager.directory) / str(step)
+        return self._manager.directory / str(step)
 
     def restore(self, abstract, step: int | None = None):
         """Reads a state into the shapes, dtypes and shardings of `abstract` (arrays or ShapeDtypeStructs).
@@ -107,13 +108,23 @@ class StateStore:
             raise CheckpointError(f"{self._folder(step)} cannot be restored: {error}") from error
 
 
-def _damage(folder: pathlib.Path, parts: tuple[bytes, ...] = ()) -> str | None:
+def _checkpoints(workdir) -> epath.Path:
+    path = locate(workdir)
+    return epath.Path(path if in_bucket(path) else path.absolute()) / "checkpoints"
+
+
+def _url(folder: epath.Path) -> str:
+    """Returns a folder as TensorStore names it."""
+    return f"{folder}/" if in_bucket(folder) else f"file://{folder}/"
+
+
+def _damage(folder: epath.Path, parts: tuple[bytes, ...] = ()) -> str | None:
     """Reads what is stored (of `parts` the first that is there), this process its share; tells what cannot be read."""
     try:
         needed = [folder / "_CHECKPOINT_METADATA", folder / "state" / "_METADATA"]
         for path in [*needed, *(folder / "state" / "array_metadatas").glob("*")]:
             _check_json(path)
-        store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{folder / 'state'}/"}).result()
+        store = ts.KvStore.open({"driver": "ocdbt", "base": _url(folder / "state")}).result()
         keys = sorted(store.list().result())
         for part in parts:
             keys = [key for key in keys if key.startswith(part)] or keys
@@ -145,13 +156,13 @@ def _agreed(damage: str | None) -> str | None:
     return damage or "another process cannot read its part" if found.any() else None
 
 
-def restore_student(workdir: str | pathlib.Path, abstract) -> dict:
+def restore_student(workdir: str | os.PathLike, abstract) -> dict:
     """Reads the newest student of a run, its average where one is kept, as float32 host arrays; moments stay on disk.
 
     Raises:
       CheckpointError: the run has saved nothing yet.
     """
-    folder = pathlib.Path(workdir).absolute() / "checkpoints"
+    folder = _checkpoints(workdir)
     with ocp.CheckpointManager(folder) as manager:
         steps = sorted(manager.all_steps())
     if not steps:

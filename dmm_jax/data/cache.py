@@ -15,6 +15,8 @@ from typing import Any, TypedDict
 import numpy as np
 from array_record.python import array_record_data_source
 
+from dmm_jax.folders import check_local
+
 FORMAT = "dmm_jax latent cache 2"
 LATENTS, TOKENS, FRAME, _ID = np.dtype("<f2"), np.dtype("<u2"), np.dtype("<i4"), np.dtype("<i8")
 FRAME_BYTES = 4 * FRAME.itemsize
@@ -118,7 +120,7 @@ class LatentCache:
 
     def __init__(self, folder: str | pathlib.Path, **expected: Any):
         """Opens a cache and checks it against `expected` (see `check`)."""
-        self.folder = pathlib.Path(folder)
+        self.folder = check_local(folder, "a latent cache")
         if not self.folder.exists() and partial_folder(self.folder).exists():
             raise ValueError(f"{self.folder} is not finished. Run `dmm-jax prepare` again: it takes up where it was.")
         self.header, _ = read_header(self.folder)

@@ -19,6 +19,7 @@ from dmm_jax.data.cache import (
     read_header,
     write_header,
 )
+from dmm_jax.folders import check_local
 
 
 class CacheWriter:
@@ -32,7 +33,7 @@ class CacheWriter:
 
     def __init__(self, folder: str | pathlib.Path, header: CacheHeader, shard_size: int = 8192):
         """Opens `folder + ".partial"`; `header` says what will be written, its count and shards are filled in."""
-        self.folder, self.shard_size = pathlib.Path(folder), shard_size
+        self.folder, self.shard_size = check_local(folder, "a latent cache"), shard_size
         self.partial = partial_folder(self.folder)
         self.header, self.next_index = header, 0
         self._shard, self._in_shard = None, 0

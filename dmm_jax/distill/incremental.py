@@ -4,7 +4,6 @@ The old student, frozen, is one more teacher: of all its styles, one drawn at ra
 batch regularises; without it the old styles are forgotten (Tab. 2). What has grown can grow again.
 """
 
-import pathlib
 from collections.abc import Mapping
 
 import ml_collections
@@ -18,6 +17,7 @@ from dmm_jax.checkpoints.export import fold
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.styles import select
 from dmm_jax.distill.teachers import Lesson
+from dmm_jax.folders import locate
 from dmm_jax.models.unet_2d_condition import style_mlp_name
 
 REPLAY = "replay"  # The name of a row in which the old student teaches.
@@ -89,7 +89,7 @@ def origins(config) -> dict[str, Checkpoint]:
     """
     found = {}
     if config.grow.student:
-        path, kept = pathlib.Path(config.grow.student), config_lib.kept_styles(config)
+        path, kept = locate(config.grow.student), config_lib.kept_styles(config)
         older = origins(config_lib.load(path)) if (path / "config.json").is_file() else _folded(open_checkpoint(path))
         found = {name: older[old] for name, old in kept.items()}
     told = {"prediction_type": config.prediction_type}

@@ -4,7 +4,7 @@ Teacher j's pictures are M's columns, student style i's its rows (arXiv:2504.123
 other noise than the teachers', as the floor's are (a teacher against itself), so that the two can be compared.
 """
 
-import pathlib
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +27,7 @@ from dmm_jax.evaluation.kid import NUM_SUBSETS, SUBSET_SIZE, Features, kernel_in
 from dmm_jax.evaluation.networks import SHAPES, FeatureNetwork, open_network
 from dmm_jax.evaluation.report import Interpolation, Pairs, write_report
 from dmm_jax.evaluation.style_matrix import Kept, style_matrix
+from dmm_jax.folders import Location, locate
 from dmm_jax.pipeline import Pipeline
 from dmm_jax.sample import draw
 
@@ -39,12 +40,12 @@ NUM_MIXES = 11
 
 
 def evaluate(
-    workdir: str | pathlib.Path,
+    workdir: str | os.PathLike,
     num_images: int = 0,
     features: str = SHAPES,
     clip_folder: str = "",
     lpips_file: str = "",
-) -> pathlib.Path:
+) -> Location:
     """Writes `report/index.html` and `report/metrics.json` in a training workdir; returns the page's path.
 
     Args:
@@ -56,7 +57,7 @@ def evaluate(
     Raises:
       ValueError: the workdir holds no student, the network cannot be used, or it is not for these pictures.
     """
-    started, workdir = time.perf_counter(), pathlib.Path(workdir)
+    started, workdir = time.perf_counter(), locate(workdir)
     config = config_lib.load(workdir)
     if features == SHAPES and config.data.source != SHAPES_WORLD:
         raise ValueError(
@@ -220,7 +221,7 @@ def _prompts(config, count: int) -> tuple[list[str], str]:
 class Models:
     """The pipelines that are compared; the stock ones share their compiled programs."""
 
-    def __init__(self, config, workdir: pathlib.Path):
+    def __init__(self, config, workdir: Location):
         """Opens the run's checkpoints; each UNet is brought to the device when it is asked for."""
         self.names = config_lib.style_names(config)
         self._base = open_checkpoint(config.base, prediction_type=config.prediction_type)

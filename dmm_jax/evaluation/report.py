@@ -1,7 +1,7 @@
 """The report of an evaluation: one static page with its pictures and `metrics.json`, made to be shown to others."""
 
 import json
-import pathlib
+import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from dmm_jax.evaluation import report_sections as sections
+from dmm_jax.folders import Location, locate
 from dmm_jax.page import render, whole_folder
 
 _NEEDED = (
@@ -44,7 +45,7 @@ class Samples(NamedTuple):
 
 
 def write_report(
-    folder: str | pathlib.Path,
+    folder: str | os.PathLike,
     results: Mapping,
     *,
     grids: Mapping[str, tuple] | None = None,
@@ -52,7 +53,7 @@ def write_report(
     metrics: Sequence[Mapping] = (),
     samples: tuple | None = None,
     title: str = "Many styles, one model",
-) -> pathlib.Path:
+) -> Location:
     """Writes `index.html`, PNGs and `metrics.json` (the results themselves) and returns the path of the page.
 
     Args:
@@ -88,7 +89,7 @@ def write_report(
         (part / "metrics.json").write_text(json.dumps(plain(results), indent=2, allow_nan=False) + "\n")
         page = render(title, "\n".join(filter(None, blocks)), sections.STYLE)
         (part / "index.html").write_text(page, encoding="utf-8")
-    return pathlib.Path(folder) / "index.html"
+    return locate(folder) / "index.html"
 
 
 def check(results: Mapping) -> None:

@@ -69,7 +69,7 @@ def test_tpu_pod_creates_a_queued_resource():
 def test_tpu_pod_installs_trains_logs_stops_and_deletes_on_every_host():
     archive, copy, install, mount = dry_run("tpu_pod.sh", "install")
     assert archive[:2] == ["git", "archive"] and copy[:5] == ["gcloud", "compute", "tpus", "tpu-vm", "scp"]
-    assert "pip install --quiet '.[tpu]'" in install[-1] and "mount -t nfs 10.0.0.2:/runs /mnt/runs" in mount[-1]
+    assert "--python .venv '.[tpu,gcs]'" in install[-1] and "mount -t nfs 10.0.0.2:/runs /mnt/runs" in mount[-1]
     run = f"nohup .venv/bin/python -m dmm_jax.cli train --distributed {QUOTED}  > train.log 2>&1 < /dev/null"
     assert dry_run("tpu_pod.sh", "train", *TRAIN) == [ssh(f"cd dmm_jax; {run} & echo $! > train.pid")]
     assert dry_run("tpu_pod.sh", "log") == [ssh("tail -n 20 dmm_jax/train.log")]
@@ -81,6 +81,17 @@ def test_tpu_pod_installs_trains_logs_stops_and_deletes_on_every_host():
     assert dry_run("tpu_pod.sh", "delete") == [[*queued, "delete", "pod", "--zone", "us-west4-a", "--force"]]
 
 
+def test_tpu_pod_mounts_nothing_where_no_folder_is_shared():
+    bucket = {name: value for name, value in CLOUD.items() if name != "SHARED"}
+    assert len(dry_run("tpu_pod.sh", "install", environment=bucket)) == 3
+
+
+def test_tpu_pod_runs_a_verb_on_one_host_that_waits_for_no_other():
+    (command,) = dry_run("tpu_pod.sh", "one", "export", "/mnt/runs/my run", "out", "--format=dmm")
+    assert command[-2] == "--worker=0" and "cd dmm_jax; TPU_PROCESS_BOUNDS=1,1,1 TPU_CHIPS" in command[-1]
+    assert command[-1].endswith(r".venv/bin/python -m dmm_jax.cli export /mnt/runs/my\ run out --format=dmm ")
+
+
 def test_gke_xpk_makes_a_cluster_and_runs_on_it():
     place = ["--cluster=one", "--zone=us-west4-a", "--project=mine"]
     assert dry_run("gke_xpk.sh", "create", "--spot") == [
@@ -89,7 +100,7 @@ def test_gke_xpk_makes_a_cluster_and_runs_on_it():
     assert dry_run("gke_xpk.sh", "train", *TRAIN) == [
         ["xpk", "workload", "create", *place, "--workload=first", "--tpu-type=v5litepod-16", "--num-slices=1",
          "--max-restarts=50", "--base-docker-image=python:3.12", "--script-dir=.",
-         f"--command=pip install --quiet '.[tpu]' && exec dmm-jax train --distributed {QUOTED} "]
+         f"--command=pip install --quiet '.[tpu,gcs]' && exec dmm-jax train --distributed {QUOTED} "]
     ]  # fmt: skip
     assert dry_run("gke_xpk.sh", "state") == [["xpk", "workload", "list", *place]]
     assert dry_run("gke_xpk.sh", "stop") == [["xpk", "workload", "delete", *place, "--workload=first"]]
