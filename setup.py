@@ -49,6 +49,7 @@ setup(
         "gcs": [GCSFS],  # Workdirs in gs:// buckets.
         "test": [
             *TORCH,
+            "peft>=0.21",  # diffusers' loader of LoRAs needs it.
             GCSFS,
             "pytest>=9",
             "pytest-xdist>=3.8",

@@ -78,3 +78,25 @@ def test_nothing_is_overwritten(student, recipe, tmp_path):
     with pytest.raises(CheckpointError, match="nothing is overwritten"):
         written(student, recipe, tmp_path)
     assert (tmp_path / style_lora.NAME).read_text() == "mine"
+
+
+def test_diffusers_own_loader_makes_the_styles_export_of_the_base_mixs(student, recipe, tmp_path):
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    folders = {
+        name: export.write_folder(tmp_path / name, export.fold(student, weights), "float32", recipe)
+        for name, weights in (("base", BASE), ("style", WEIGHTS))
+    }
+    file = written(student, recipe, tmp_path, tools=("diffusers",))
+    base, style = (
+        diffusers.StableDiffusionPipeline.from_pretrained(path, safety_checker=None, local_files_only=True)
+        for path in folders.values()
+    )
+    torch.manual_seed(0)
+    given = torch.randn(2, 4, 8, 8), torch.tensor([7, 800]), torch.randn(2, 77, 64)
+    with torch.no_grad():
+        before = base.unet(*given).sample
+        base.load_lora_weights(tmp_path, weight_name=file.name, local_files_only=True)
+        after, wanted = base.unet(*given).sample, style.unet(*given).sample
+    assert (before - wanted).abs().max() > 1e-3 * wanted.abs().max()
+    assert (after - wanted).abs().max() < 1e-5 * wanted.abs().max()
