@@ -97,6 +97,8 @@ def write(
 def fold(student: Checkpoint, weights: Float[np.ndarray, " N"]) -> Checkpoint:
     """Returns the stock checkpoint that a merged one is at a fixed mix of its styles; the fold is done in float32.
 
+    Its tensors are read when they are asked for; the style table and its MLP at once.
+
     Raises:
       CheckpointError: it has no styles, or another number of them.
     """
@@ -105,14 +107,18 @@ def fold(student: Checkpoint, weights: Float[np.ndarray, " N"]) -> Checkpoint:
         raise CheckpointError(f"{student.path} has no styles to fold in: it is a stock checkpoint already.")
     if len(weights) != config["num_models"]:
         raise CheckpointError(f"{student.path} has {config['num_models']} styles; got {len(weights)} weights.")
-    tensors = naming.to_torch(student.params("unet"))
+    tensors = naming.checked(student.shapes("unet"), student.tensors("unet"), f"unet of {student.path}")
     mlp = style_mlp_name(config)
     vector = style_vector(tensors, mlp, weights)
-    stock = {key: array for key, array in tensors.items() if not key.startswith(("model_embedding.", f"{mlp}."))}
-    stock[BIAS] = stock[BIAS].astype(np.float32) + vector
+    stock = {
+        key: Computed(tensors.shape(key), tensors.dtype(key), functools.partial(tensors.__getitem__, key))
+        for key in tensors
+        if not key.startswith(("model_embedding.", f"{mlp}."))
+    }
+    stock[BIAS] = Computed(vector.shape, np.dtype(np.float32), lambda: tensors[BIAS].astype(np.float32) + vector)
     kind = {"model_merge": None, "model_merge_xl": "text_time"}[config["addition_embed_type"]]
     config = {name: value for name, value in config.items() if name != "num_models"} | {"addition_embed_type": kind}
-    components = {**student.components, "unet": Component(config, lambda: stock)}
+    components = {**student.components, "unet": Component(config, lambda: Tensors(stock))}
     return dataclasses.replace(student, components=components, styles=None)
 
 

@@ -1,5 +1,6 @@
 """Exports are what others open unchanged: the same pictures there, the same bits when they come back."""
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -19,7 +20,7 @@ from dmm_jax.checkpoints import export, naming
 from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.open import Checkpoint, Component, abstract_params, open_checkpoint
-from dmm_jax.checkpoints.safetensors_io import TensorFile
+from dmm_jax.checkpoints.safetensors_io import Computed, TensorFile, Tensors
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel, merged_config
 
 WEIGHTS = np.array([0.7, 0.5, -0.2], np.float32)
@@ -282,6 +283,31 @@ def test_a_schedule_of_zero_snr_is_written_for_a_scheduler_that_obeys_it(student
     source = dataclasses.replace(student, scheduler_config=schedule)
     written = open_checkpoint(export.write(tmp_path, "diffusers", source, WEIGHTS, "float16", recipe)).scheduler_config
     assert written["_class_name"] == "DDIMScheduler" and written["prediction_type"] == "v_prediction"
+
+
+@pytest.mark.parametrize("fmt", export.CHECKPOINTS)
+def test_every_tensor_is_read_once(student, recipe, tmp_path, fmt):
+    reads = collections.Counter()
+
+    def counted(component):
+        tensors = student.tensors(component)
+
+        def read(key):
+            reads[component, key] += 1
+            return np.asarray(tensors[key])
+
+        return Tensors({
+            key: Computed(np.shape(tensors[key]), np.asarray(tensors[key]).dtype, functools.partial(read, key))
+            for key in tensors
+        })  # fmt: skip
+
+    parts = {
+        name: Component(part.config, functools.partial(counted, name)) for name, part in student.components.items()
+    }
+    weights = None if fmt == "dmm" else WEIGHTS
+    export.write(tmp_path, fmt, dataclasses.replace(student, components=parts), weights, "float16", recipe)
+    again = [key for key, count in reads.items() if count > 1]
+    assert len(reads) > 100 and again in ([], [("unet", "add_embedding.linear_1.bias")])  # The run-time type checks'.
 
 
 def test_bfloat16_rounds_once(student, recipe, tmp_path):
