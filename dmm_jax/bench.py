@@ -28,15 +28,20 @@ from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.distill import step as distill_step
 from dmm_jax.distill import student as student_lib
 from dmm_jax.distill.packing import Packing
+from dmm_jax.evaluation import networks
+from dmm_jax.evaluation.evaluate import measure
+from dmm_jax.evaluation.inception import Inception
 from dmm_jax.metrics import HostClock, peak_memory
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
+from dmm_jax.models.inception_v3 import InceptionV3
 from dmm_jax.models.text_encoders import NUM_TIME_IDS, TextEncoders
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
 from dmm_jax.pipeline import Network, Pipeline
 from dmm_jax.tokenizer import Tokenizers
 
-JOBS = ("train", "sample", "host")
+JOBS = ("train", "sample", "host", "fid")
 WARMUP = 3  # Calls before the timed ones.
+NUM_PICTURES, PICTURE_SIZE, PICTURES_AT_ONCE = 5000, 512, 500  # Of each of the two sets whose FID is timed.
 PEAK_SIZE = 8192  # Rows and columns of the square product that measures the matrix peak.
 SAMPLING = {"num_inference_steps": 25, "guidance_scale": 7.0, "solver": "dpmpp_2m_karras"}
 
@@ -62,6 +67,8 @@ def bench(
     """
     if job == "host":
         return bench_host(config, size, num_steps)
+    if job == "fid":
+        return [bench_fid()]
     peak = matmul_peak()
     lines = (
         bench_train(config, size, num_steps, profile)
@@ -222,6 +229,26 @@ def bench_sample(config, size: str, num_steps: int, batch_size: int, profile: st
     return lines
 
 
+def bench_fid(num_pictures: int = NUM_PICTURES, side: int = PICTURE_SIZE) -> dict:
+    """Times the FID of two sets of pictures, from pixels in memory to the distance, compilation included."""
+    graph, state = nnx.split(abstract_model(lambda rngs: InceptionV3(rngs=rngs)), nnx.Param)
+    params = random_params(nnx.to_pure_dict(state), sharding.make_mesh(data=jax.device_count()))
+    network = networks.of_inception(Inception(graph, params, "random", published=False), "inception")
+    noise = np.random.default_rng(0).integers(0, 256, (PICTURES_AT_ONCE, side, side, 3), np.uint8)
+
+    def pictures(first):
+        return ((noise ^ np.uint8(first + k), noise[:, :1]) for k in range(-(-num_pictures // PICTURES_AT_ONCE)))
+
+    started = time.perf_counter()
+    samples = [measure(network, pictures(first), num_pictures) for first in (0, 128)]
+    measured = time.perf_counter()
+    network.between(*(sample.kept for sample in samples))
+    parts = {"features_s": measured - started, "distance_s": time.perf_counter() - measured}
+    seconds = sum(parts.values())
+    about = {"job": f"FID of 2 x {num_pictures} pictures of {side} px", "device": jax.devices()[0].device_kind}
+    return about | {"step_s": seconds, "images_per_s": 2 * num_pictures / seconds, "batch": num_pictures} | parts
+
+
 def _print_profile(call, folder):
     if folder:
         print(bench_profile.table(bench_profile.profile(call, folder)), file=sys.stderr)
@@ -252,7 +279,8 @@ def random_params(abstract, mesh, dtype=jnp.float32, *, fsdp: bool = False, copi
         def one(path, leaf):
             fan_in = max(leaf.size // leaf.shape[-1], 1)
             values = noise[: leaf.size].reshape(leaf.shape) * (3 * fan_in) ** -0.5
-            values = values + (path[-1].key == "scale")
+            values = jnp.abs(values) if path[-1].key == "running_var" else values
+            values = values + (path[-1].key in ("scale", "running_var"))
             return jnp.broadcast_to(values, lead + leaf.shape).astype(
                 dtype if path[-1].key == "kernel" else jnp.float32
             )

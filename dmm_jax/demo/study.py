@@ -1,7 +1,7 @@
 """The paper's two tables in the embedded world: what each part of the method is worth, over seeds (docs/study.md).
 
     python -m dmm_jax.demo.study teachers --out study      # eight teachers, some nearly alike: fine-tuned from the base
-    python -m dmm_jax.demo.study run --out study           # every row, three seeds each; goes on where it was stopped
+    python -m dmm_jax.demo.study run --out study --jobs 6  # every row, three seeds each; goes on where it was stopped
     python -m dmm_jax.demo.study table --out study         # the tables, from study/results.jsonl
 
 A row is a chain of training runs, each with changes to one config; the last one's student is measured by the trace of
@@ -9,20 +9,25 @@ its style matrix (FID_t, arXiv:2504.12364, 4.2) against the same teachers' pictu
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import json
+import multiprocessing
+import os
 import pathlib
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jaxtyping import Float
+from safetensors.numpy import load_file, save_file
 
-from dmm_jax import train
+from dmm_jax import compilation, train
 from dmm_jax.average import parse_method
 from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.average import METHODS, merged
@@ -30,7 +35,7 @@ from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
 from dmm_jax.checkpoints.export import Recipe, write_single_file
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.demo import experiment, recipe, world
-from dmm_jax.evaluation.evaluate import OTHER_SEED, PROMPT_SEED, TEACHER_SEED, measure
+from dmm_jax.evaluation.evaluate import OTHER_SEED, PROMPT_SEED, TEACHER_SEED
 from dmm_jax.evaluation.frechet import Statistics, frechet_distance
 from dmm_jax.evaluation.networks import SHAPES, open_network
 from dmm_jax.pipeline import Pipeline
@@ -40,6 +45,7 @@ from dmm_jax.sample import draw
 STYLES = ("comic", "cartoon", "pastel", "ink", "sepia", "neon", "night", "blueprint")  # Neighbours are nearly alike.
 SEEDS = (0, 1, 2)
 NUM_PICTURES, NUM_MADE = 8192, 1500  # Of the renderer; and of each teacher, as in the paper (A.3).
+FEW = 78  # Pictures of a distance: 2.4 a feature of the 32, as the paper's 5,000 have of Inception's 2,048 (4.2).
 NO_FEATURES = {"feature_loss_weight": 0.0}
 ADVERSARIAL = {"adversarial.weight": 0.01, "adversarial.learning_rate": 1e-4}
 MADE = {"data.source": "teachers"}  # Of the last stage: it reads what the teachers drew.
@@ -118,14 +124,14 @@ def teacher_path(out: pathlib.Path, name: str) -> pathlib.Path:
     return out / "teachers" / f"{name}.safetensors"
 
 
-def make_teachers(out: pathlib.Path, plan: recipe.Plan, bank_size: int) -> None:
-    """Fine-tunes the base that ships on each style of the study; what is there is not trained again."""
+def make_teachers(out: pathlib.Path, styles: Sequence[str], plan: recipe.Plan, bank_size: int) -> None:
+    """Fine-tunes the base that ships on each of some styles of the study; what is there is not trained again."""
     source, dtype = recipe.shipped_world(), jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
     graphs = recipe.graphs_of(source.text_config, source.tokenizer, dtype)
     fit = recipe.Fit(recipe.denoising_loss(*graphs, train_text=False), plan, 5e-4)
     (out / "teachers").mkdir(parents=True, exist_ok=True)
-    for number, name in enumerate(STYLES):
-        path = teacher_path(out, name)
+    for name in styles:
+        number, path = STYLES.index(name), teacher_path(out, name)
         if path.exists():
             continue
         bank = recipe.make_bank(100 + number, bank_size, source.tokenizer, style=name)
@@ -137,7 +143,7 @@ def make_teachers(out: pathlib.Path, plan: recipe.Plan, bank_size: int) -> None:
 
 
 class Judge:
-    """Measures students against the teachers' pictures, which are drawn once."""
+    """Measures students against the teachers' pictures, which are drawn once and whose features are kept."""
 
     def __init__(self, out: pathlib.Path, num_images: int):
         self.out, self.num_images = out, num_images
@@ -147,23 +153,28 @@ class Judge:
         self.base = open_checkpoint(self.config.base)
         self.stock = Pipeline.of_student(self.base, self.base.unet_config, (), dtype=self.config.dtype)
 
-    def sample(self, pipeline: Pipeline, style: str | None, seed: int) -> Statistics:
-        """Returns the statistics of a model's pictures."""
+    def sample(self, pipeline: Pipeline, style: str | None, seed: int) -> Float[np.ndarray, "n D"]:
+        """Returns the features of a model's pictures."""
         options = {k: self.config.evaluation[k] for k in ("num_inference_steps", "guidance_scale", "solver")}
         jobs = [(prompt, style, seed + k) for k, prompt in enumerate(self.prompts)]
         drawn = draw(pipeline, jobs, min(self.config.evaluation.batch_size, len(jobs)), **options)
-        return measure(self.network, drawn, self.num_images).statistics
+        return np.concatenate([self.network.features(images) for images, _ in drawn])[: self.num_images]
 
     @functools.cached_property
-    def teachers(self) -> dict[str, Statistics]:
+    def teachers(self) -> dict[str, Float[np.ndarray, "n D"]]:
         """Every teacher's pictures."""
-        return {name: self.sample(self._teacher(name), None, TEACHER_SEED) for name in STYLES}
+        path = self.out / f"teachers_{self.num_images}.safetensors"
+        if not path.exists():
+            drawn = {name: self.sample(self._teacher(name), None, TEACHER_SEED) for name in STYLES}
+            save_file(drawn, path.with_suffix(".part"))
+            os.replace(path.with_suffix(".part"), path)
+        return load_file(path)
 
     def _teacher(self, name):
         return self.stock.with_unet(open_checkpoint(teacher_path(self.out, name)).params("unet"))
 
-    def references(self) -> dict[str, dict[str, float]]:
-        """Returns each style's distance of what the students are held against: the floor, the base, the average."""
+    def references(self) -> dict[str, dict]:
+        """Returns the distances of what the students are held against: the floor, the base, the weight merges."""
         teachers = [open_checkpoint(teacher_path(self.out, name)) for name in STYLES]
         models = {"base": self.base.params("unet")}
         for method in METHODS:
@@ -173,15 +184,28 @@ class Judge:
         found = {what: self._distances(dict.fromkeys(STYLES, one)) for what, one in drawn.items()}
         return found | {"floor": self._distances(again)}
 
-    def _distances(self, drawn: Mapping[str, Statistics]) -> dict[str, float]:
-        return {name: frechet_distance(drawn[name], self.teachers[name]) for name in STYLES}
-
-    def student(self, workdir: pathlib.Path) -> dict[str, float]:
-        """Returns the distance of each style to its own teacher."""
+    def student(self, workdir: pathlib.Path) -> dict[str, dict]:
+        """Returns the distances of each style to its own teacher."""
         student = open_checkpoint(workdir)
         pipeline = Pipeline.of_student(self.base, student.unet_config, student.styles, dtype=self.config.dtype)
         pipeline = pipeline.with_unet(student.params("unet"))
         return self._distances({name: self.sample(pipeline, name, OTHER_SEED) for name in STYLES})
+
+    def _distances(self, drawn):
+        """Of all pictures; and the mean over their parts of FEW, which have as few a feature as the paper's."""
+        parts = {"all": self.num_images, "few": min(FEW, self.num_images)}
+        return {
+            what: {name: mean_distance(drawn[name], self.teachers[name], size) for name in STYLES}
+            for what, size in parts.items()
+        }
+
+
+def mean_distance(a: Float[np.ndarray, "n D"], b: Float[np.ndarray, "n D"], size: int) -> float:
+    """Returns the mean Frechet distance of the k-th `size` rows of `a` and of `b`; what is left over is not used."""
+    empty = Statistics.empty(a.shape[1])
+    starts = range(0, len(a) - size + 1, size)
+    parts = [[empty.update(rows[start : start + size]) for rows in (a, b)] for start in starts]
+    return float(np.mean([frechet_distance(*pair) for pair in parts]))
 
 
 def train_row(
@@ -199,27 +223,70 @@ def train_row(
     return workdir
 
 
-def run(
-    out: pathlib.Path, rows: Sequence[str], seeds: Sequence[int], num_steps: int, num_images: int, num_made: int
-) -> None:
-    """Trains and measures what `results.jsonl` does not hold yet."""
-    prepare(out, num_made)
-    results, judge = out / "results.jsonl", Judge(out, num_images)
-    settings = {"num_steps": num_steps, "n": num_images, "made": num_made}
-    there = {(line["row"], line["seed"]) for line in read(results) if line["settings"] == settings}
-    if ("references", 0) not in there:
-        _append(results, {"row": "references", "seed": 0, "settings": settings} | judge.references())
-    for seed in seeds:
-        for row in rows:
-            if (row, seed) in there:
-                continue
-            started, folder = time.perf_counter(), out / "runs" / f"{list(ROWS).index(row)}_{seed}"
-            shutil.rmtree(folder, ignore_errors=True)
-            distances = judge.student(train_row(out, ROWS[row], num_steps, seed, folder))
-            shutil.rmtree(folder)
-            line = {"row": row, "seed": seed, "settings": settings, "distances": distances}
-            _append(results, line | {"seconds": time.perf_counter() - started, "device": jax.devices()[0].device_kind})
-            print(f"{row}, seed {seed}: {sum(distances.values()):.2f}", flush=True)
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What all lines of a table share."""
+
+    num_steps: int  # Of a stage.
+    n: int  # Pictures a style, for the distances.
+    made: int  # Pictures that each teacher draws.
+
+
+def run(out: pathlib.Path, rows: Sequence[str], seeds: Sequence[int], settings: Settings, jobs: int) -> None:
+    """Trains and measures what `results.jsonl` does not hold yet, so many rows at a time, each in a process.
+
+    The networks are so small that one run leaves most of a GPU idle.
+    """
+    results, about = out / "results.jsonl", dataclasses.asdict(settings)
+    there = {(line["row"], line["seed"]) for line in read(results) if line["settings"] == about}
+    tasks = [(measure_row, row, seed) for seed in seeds for row in rows if (row, seed) not in there]
+    references = [(measure_references, "references", 0)] * (("references", 0) not in there)
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, spawn, initializer=compilation.keep) as pool:
+
+        def lines(tasks) -> Iterable[tuple[str, int, dict]]:
+            running = {pool.submit(task, out, settings, row, seed): (row, seed) for task, row, seed in tasks}
+            for done in concurrent.futures.as_completed(running):
+                yield *running[done], done.result()
+
+        made = pool.submit(prepare, out, settings.made)
+        for _ in lines([(draw_teachers, "teachers", 0)]):
+            made.result()
+        for row, seed, found in lines(references + tasks):
+            with results.open("a") as file:
+                file.write(json.dumps({"row": row, "seed": seed, "settings": about} | found) + "\n")
+            if "distances" in found:
+                print(f"{row}, seed {seed}: {trace(found['distances']):.3f}, {found['seconds']:.0f} s", flush=True)
+
+
+@functools.cache
+def judge(out: pathlib.Path, num_images: int) -> Judge:
+    """Returns this process's judge."""
+    return Judge(out, num_images)
+
+
+def draw_teachers(out: pathlib.Path, settings: Settings, row: str, seed: int) -> None:
+    """Draws what all students are held against."""
+    del row, seed
+    assert judge(out, settings.n).teachers
+
+
+def measure_references(out: pathlib.Path, settings: Settings, row: str, seed: int) -> dict:
+    """Measures the floor, the base and the weight merges."""
+    del row, seed
+    return judge(out, settings.n).references()
+
+
+def measure_row(out: pathlib.Path, settings: Settings, row: str, seed: int) -> dict:
+    """Trains a row's student and measures it."""
+    started, folder = time.perf_counter(), out / "runs" / f"{list(ROWS).index(row)}_{seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    workdir = train_row(out, ROWS[row], settings.num_steps, seed, folder)
+    trained = time.perf_counter()
+    distances = judge(out, settings.n).student(workdir)
+    shutil.rmtree(folder)
+    seconds = {"train_seconds": trained - started, "seconds": time.perf_counter() - started}
+    return {"distances": distances, **seconds, "device": jax.devices()[0].device_kind}
 
 
 def prepare(out: pathlib.Path, num_made: int) -> None:
@@ -239,25 +306,35 @@ def read(path: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def _append(path, line):
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+def trace(distances: Mapping[str, Mapping[str, float]], pictures: str = "all") -> float:
+    """Returns FID_t: the sum over the styles."""
+    return sum(distances[pictures].values())
 
 
 def table(lines: Sequence[Mapping]) -> str:
     """Writes the traces, mean and standard deviation over the seeds, as a Markdown table."""
     references = next(line for line in lines if line["row"] == "references")
-    floor = sum(references["floor"].values())
-    text = ["| row | trace: mean | spread over seeds | over the floor | seeds |", "|---|---|---|---|---|"]
-    for name in ("base", *METHODS, "floor"):
-        trace = sum(references[name].values())
-        text.append(f"| {name} | {trace:.2f} | | {trace / floor - 1:+.1%} | |")
-    for row in ROWS:
-        traces = [sum(line["distances"].values()) for line in lines if line["row"] == row]
-        if traces:
+    floors = {pictures: trace(references["floor"], pictures) for pictures in ("all", "few")}
+    text = [
+        "| row | trace: mean | spread over seeds | over the floor | few: mean | spread | over the floor | seeds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+
+    def cells(distances):
+        for pictures, floor in floors.items():
+            traces = [trace(one, pictures) for one in distances]
             spread = f"{np.std(traces, ddof=1):.2f}" if len(traces) > 1 else ""
-            mean = np.mean(traces)
-            text.append(f"| {row} | {mean:.2f} | {spread} | {mean / floor - 1:+.1%} | {len(traces)} |")
+            yield from (f"{np.mean(traces):.2f}", spread, f"{np.mean(traces) / floor - 1:+.1%}")
+
+    def row(name, distances, count):
+        text.append(f"| {' | '.join((name, *cells(distances), count))} |")
+
+    for name in ("base", *METHODS, "floor"):
+        row(name, [references[name]], "")
+    for name in ROWS:
+        distances = [line["distances"] for line in lines if line["row"] == name]
+        if distances:
+            row(name, distances, str(len(distances)))
     return "\n".join(text)
 
 
@@ -266,17 +343,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("teachers", "run", "table"))
     parser.add_argument("--out", required=True, type=pathlib.Path)
+    parser.add_argument("--styles", nargs="+", choices=STYLES, default=STYLES, help="whose teachers are made")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--num-steps", type=int, default=1500, help="of a stage")
     parser.add_argument("--num-images", type=int, default=2000, help="a style, for the distances")
     parser.add_argument("--num-made", type=int, default=NUM_MADE, help="pictures that each teacher draws")
     parser.add_argument("--teacher-steps", type=int, default=2000)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     args = parser.parse_args()
     if args.command == "teachers":
-        make_teachers(args.out, recipe.Plan(args.teacher_steps, 512), 32_768)
+        make_teachers(args.out, args.styles, recipe.Plan(args.teacher_steps, 512), 32_768)
     elif args.command == "run":
-        run(args.out, args.rows, args.seeds, args.num_steps, args.num_images, args.num_made)
+        run(args.out, args.rows, args.seeds, Settings(args.num_steps, args.num_images, args.num_made), args.jobs)
     else:
         print(table(read(args.out / "results.jsonl")))
 

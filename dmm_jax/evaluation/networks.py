@@ -54,7 +54,7 @@ def open_network(spec: str) -> FeatureNetwork:
             f"{', '.join(f'{name}:PATH' for name in RESIZES)}, where PATH is Inception's weights as .safetensors, "
             f"or {CLIP}:PATH, where PATH is a CLIP's folder."
         )
-    return _clip(clip.load(path)) if kind == CLIP else _inception(inception.load(path), kind)
+    return _clip(clip.load(path)) if kind == CLIP else of_inception(inception.load(path), kind)
 
 
 def _frechet(compute, num_features: int, distance: str, kernel: str, facts: Mapping[str, str]) -> FeatureNetwork:
@@ -62,7 +62,8 @@ def _frechet(compute, num_features: int, distance: str, kernel: str, facts: Mapp
     return FeatureNetwork(compute, distance, empty, frechet_distance, kernel, facts)
 
 
-def _inception(network: inception.Inception, kind: str) -> FeatureNetwork:
+def of_inception(network: inception.Inception, kind: str) -> FeatureNetwork:
+    """Returns Inception as a network of this `kind` of resizing; what is no published weights' is not called FID."""
     clean = kind == "clean-inception"
     names = [f"{'clean-' * clean}{name}" for name in ("FID", "KID")]
     if not network.published:

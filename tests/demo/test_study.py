@@ -2,6 +2,7 @@
 
 import pathlib
 
+import numpy as np
 import pytest
 
 from dmm_jax import config as config_lib
@@ -28,12 +29,24 @@ def test_every_stage_of_a_row_is_a_config_that_can_run(row):
 
 
 def test_the_table_holds_traces_means_and_spreads():
-    references = {"row": "references", "seed": 0, "base": {"a": 8.0, "b": 2.0}, "floor": {"a": 1.0, "b": 1.0}}
-    references |= dict.fromkeys(study.METHODS, {"a": 3.0, "b": 3.0})
-    runs = [{"row": "score", "seed": seed, "distances": {"a": 1.0 + seed, "b": 1.0}} for seed in range(3)]
+    def both(a, b):
+        return {"all": {"a": a, "b": b}, "few": {"a": 10 * a, "b": 10 * b}}
+
+    references = {"row": "references", "seed": 0, "base": both(8.0, 2.0), "floor": both(1.0, 1.0)}
+    references |= dict.fromkeys(study.METHODS, both(3.0, 3.0))
+    runs = [{"row": "score", "seed": seed, "distances": both(1.0 + seed, 1.0)} for seed in range(3)]
     lines = study.table([references, *runs]).splitlines()
-    assert "| base | 10.00 | | +400.0% | |" in lines and "| ties | 6.00 | | +200.0% | |" in lines
-    assert lines[-1] == "| score | 3.00 | 1.00 | +50.0% | 3 |"
+    assert "| base | 10.00 |  | +400.0% | 100.00 |  | +400.0% |  |" in lines
+    assert lines[-1] == "| score | 3.00 | 1.00 | +50.0% | 30.00 | 10.00 | +50.0% | 3 |"
+
+
+def test_a_mean_distance_is_of_disjoint_parts():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 21, 3)).astype(np.float32)
+    whole = study.mean_distance(a, b, 21)
+    halves = [study.mean_distance(a[k : k + 10], b[k : k + 10], 10) for k in (0, 10)]
+    assert study.mean_distance(a, b, 10) == pytest.approx(np.mean(halves)) and whole != pytest.approx(np.mean(halves))
+    assert study.mean_distance(a, a, 10) == pytest.approx(0.0, abs=1e-5)
 
 
 def test_relatives_stand_beside_each_other_and_are_styles_of_the_world():
