@@ -82,6 +82,7 @@ ROWS: dict[str, tuple[Stage, ...]] = {
     "random style MLP": (Stage({"style_init": "paper"}),),
     "from the weight average": (Stage({"student_init": "average"}),),
     "features over their variance": (Stage({"feature_loss": "normalized", "feature_loss_weight": 0.1}),),
+    "average, teacher-made data, twice the steps": (Stage({"student_init": "average"} | MADE, steps=2.0),),
 }
 
 
@@ -240,6 +241,7 @@ def run(out: pathlib.Path, rows: Sequence[str], seeds: Sequence[int], settings: 
     results, about = out / "results.jsonl", dataclasses.asdict(settings)
     there = {(line["row"], line["seed"]) for line in read(results) if line["settings"] == about}
     tasks = [(measure_row, row, seed) for seed in seeds for row in rows if (row, seed) not in there]
+    tasks.sort(key=lambda task: -sum(stage.steps for stage in ROWS[task[1]]))  # The longest first: none is left alone.
     references = [(measure_references, "references", 0)] * (("references", 0) not in there)
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, spawn, initializer=compilation.keep) as pool:
