@@ -28,6 +28,7 @@ from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.distill import step as distill_step
 from dmm_jax.distill import student as student_lib
 from dmm_jax.distill.packing import Packing
+from dmm_jax.distill.teachers import stored_dtype
 from dmm_jax.evaluation import networks
 from dmm_jax.evaluation.evaluate import measure
 from dmm_jax.evaluation.inception import Inception
@@ -175,7 +176,7 @@ def bench_host(config, size: str, num_steps: int) -> list[dict]:
 
 
 def _host_line(job, state, teachers, encoders, on_host, mesh, num_steps):
-    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    places = jax.tree.map(lambda leaf: leaf.format, state)
     step = jax.jit(
         lambda state, teachers, encoders, batch: jax.lax.optimization_barrier(state),
         donate_argnums=0,
@@ -263,7 +264,7 @@ def random_params(abstract, mesh, dtype=jnp.float32, *, fsdp: bool = False, copi
     """Fills parameters of these shapes with normal numbers of PyTorch's initial scale, on the mesh, in one program.
 
     Args:
-      dtype: of the kernels; the rest is float32, as in training.
+      dtype: of the layers; norms and tables are float32, as in training.
       fsdp: place them as the student; otherwise whole on every device.
       copies: stack so many along a first axis over `teacher`; 0: no such axis.
     """
@@ -281,9 +282,7 @@ def random_params(abstract, mesh, dtype=jnp.float32, *, fsdp: bool = False, copi
             values = noise[: leaf.size].reshape(leaf.shape) * (3 * fan_in) ** -0.5
             values = jnp.abs(values) if path[-1].key == "running_var" else values
             values = values + (path[-1].key in ("scale", "running_var"))
-            return jnp.broadcast_to(values, lead + leaf.shape).astype(
-                dtype if path[-1].key == "kernel" else jnp.float32
-            )
+            return jnp.broadcast_to(values, lead + leaf.shape).astype(stored_dtype(path, dtype))
 
         return jax.tree.map_with_path(one, abstract)
 

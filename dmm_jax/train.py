@@ -327,12 +327,14 @@ def define_step(config, networks, objective, optimizers, mesh, state, teachers, 
     gradients = define_gradients(config, networks, objective, mesh, distill_step.trained(state))
     step = distill_step.build_step(gradients, optimizers, config.ema_decay)
     places = sharding.placed(mesh, sharding.state_specs(state, mesh))
+    given = None
     if packing:
         step, places = packing.around(step), packing.places
+        given = places
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(None, distill_step.teacher_formats(teachers), None, None),
+        in_shardings=(given, distill_step.teacher_formats(teachers), None, None),
         out_shardings=(places, NamedSharding(mesh, sharding.COPY)),
     )
 

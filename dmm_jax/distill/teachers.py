@@ -152,5 +152,9 @@ def put_stacked(networks: Sequence[Mapping], mesh: Mesh, dtype, spec: P = shardi
 
 
 def stored_dtype(path, dtype):
-    """Frozen kernels rest in the compute dtype; norms, biases and tables are small and stay float32."""
-    return dtype if path[-1].key == "kernel" else jnp.float32
+    """Frozen kernels and their biases rest in the compute dtype, which their layers cast to anyway; the rest, float32.
+
+    A norm's scale and bias, and the tables, are small, and computed with in float32.
+    """
+    in_layer = path[-1].key in ("kernel", "bias") and "norm" not in str(path[-2].key)
+    return dtype if in_layer else jnp.float32

@@ -6,6 +6,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from dmm_jax import sharding
+from dmm_jax.distill import packing as packing_lib
 from dmm_jax.distill.packing import Packing
 
 MESH = sharding.make_mesh(data=1, devices=jax.devices()[:1])
@@ -63,3 +64,25 @@ def test_a_tree_without_small_arrays_packs_too():
     whole = {"x": jnp.ones((2, 2))}
     packing = Packing(whole, MESH)
     assert same(packing.unpack(packing.pack(whole)), whole)
+
+
+def test_kernels_lie_output_channel_first_while_packed_and_as_usual_again_behind(monkeypatch):
+    monkeypatch.setattr(packing_lib, "PLATFORMS", ("cpu",))
+    kernel = np.random.default_rng(0).standard_normal((3, 3, 5, 7)).astype(np.float32)
+    whole = tree() | {"kernel": jax.device_put(kernel, sharding.placed(MESH, sharding.COPY))}
+    packing = Packing(whole, MESH)
+
+    def step(state, _):
+        return jax.tree.map(lambda leaf: leaf + leaf, state), {}
+
+    compiled = jax.jit(
+        packing.around(step),
+        donate_argnums=0,
+        in_shardings=(packing.places, None),
+        out_shardings=(packing.places, None),
+    )
+    packed, wanted = packing.pack(whole), step(whole, None)[0]
+    assert [leaf.format.layout.major_to_minor for leaf in packed["large"] if leaf.ndim == 4] == [(3, 0, 1, 2)]
+    after = packing.unpack(compiled(packed, None)[0])
+    assert after["kernel"].format.layout.major_to_minor == (0, 1, 2, 3)
+    assert same(after, wanted)

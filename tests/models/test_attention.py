@@ -119,6 +119,20 @@ def test_the_gates_gelu_is_the_error_functions_and_gates_the_first_half():
     np.testing.assert_allclose(model(jnp.ones((1, 1, 1)))[0, 0], [gelu[0], 10 * gelu[1]], rtol=2e-6)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-6), (jnp.bfloat16, 2**-6)])
+def test_the_gates_gradient_is_that_of_the_product(dtype, tolerance):
+    model, exact = (GEGLU(8, 6, dtype=dtype, rngs=nnx.Rngs(0)) for dtype in (dtype, jnp.float32))
+    hidden, weights = normal(3, 5, 8, std=2.0), normal(3, 5, 6, seed=1)
+
+    def plain(hidden):
+        value, gate = jnp.split(exact.proj(hidden), 2, axis=-1)
+        return jnp.sum(weights * value * jax.nn.gelu(gate, approximate=False))
+
+    ours = jax.grad(lambda hidden: jnp.sum(weights * model(hidden)))(hidden)
+    wanted = jax.grad(plain)(hidden)
+    assert jnp.abs(ours - wanted).max() < tolerance * jnp.abs(wanted).max()
+
+
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("std", [1.0, 0.1, 0.01])
 def test_the_transformer_block_is_that_of_diffusers(scale, std):
