@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from dmm_jax import cli
+from dmm_jax import fit_style as fit_style_lib
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.fitted_style import STYLE_KEY, with_fitted_styles, write_fitted_style
 from dmm_jax.checkpoints.open import open_checkpoint
@@ -18,6 +19,14 @@ from dmm_jax.pipeline import Pipeline
 
 PROMPTS = ["a large red circle", "a small blue star"]
 QUICK = {"num_inference_steps": 2, "seeds": [5, 6], "output": "latents"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fewer_draws():
+    """The losses are means over fewer held-out draws than users get: most of a tiny fit's time goes into them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit_style_lib, "HELD_OUT_DRAWS", 32)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,22 @@ from tests import worlds
 MIB = 2.0**20
 
 
-@pytest.fixture
-def config(tiny):
+def tiny_config(tiny):
     changed = tiny[1].copy_and_resolve_references()
     changed.validation_size = 0
     changed.batch_size = 32
     return changed
+
+
+@pytest.fixture
+def config(tiny):
+    return tiny_config(tiny)
+
+
+@pytest.fixture(scope="module")
+def on_one(tiny):
+    """The plan of the config, unchanged, on one large GPU."""
+    return plan.plan(tiny_config(tiny), "gpu:1x80GB")
 
 
 @pytest.fixture
@@ -42,7 +52,7 @@ def held_mib(planned):
     return {kind: planned.memory[kind] / MIB for kind in kinds}
 
 
-def test_what_is_held_is_what_real_arrays_weigh(tiny, config):
+def test_what_is_held_is_what_real_arrays_weigh(tiny, config, on_one):
     """One device: the arrays that `train` makes, weighed."""
     paths, _ = tiny
     base, others = open_checkpoint(paths["base"]), {name: open_checkpoint(paths[name]) for name in worlds.NAMES}
@@ -57,10 +67,9 @@ def test_what_is_held_is_what_real_arrays_weigh(tiny, config):
     def weigh(tree):
         return sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / MIB
 
-    planned = plan.plan(config, "gpu:1x80GB")
     expected = {"student": weigh(params), "moments": weigh(state["opt_state"]), "teachers": weigh(frozen)}
     expected |= {"text encoders": weigh(encoders), "batch": 32 * (8 * 8 * 4 * 4 + 77 * 4 + 6 * 4) / MIB}
-    assert held_mib(planned) == pytest.approx(expected, rel=1e-6)
+    assert held_mib(on_one) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_discriminator_weighs_its_parameters_and_moments_and_its_head_alone_less(config):
@@ -76,12 +85,9 @@ def test_a_discriminator_weighs_its_parameters_and_moments_and_its_head_alone_le
     assert sizes[0] > sizes[1] and fixed
 
 
-def test_meshes_divide_what_they_shard(config):
-    def planned(teacher, fsdp, topology):
-        config.mesh.teacher, config.mesh.fsdp = teacher, fsdp
-        return plan.plan(config, topology).memory
-
-    one, four = planned(1, 1, "gpu:1x80GB"), planned(2, 2, "gpu:4x80GB")
+def test_meshes_divide_what_they_shard(config, on_one):
+    config.mesh.teacher, config.mesh.fsdp = 2, 2
+    one, four = on_one.memory, plan.plan(config, "gpu:4x80GB").memory
     unet = abstract_params("unet", merged_config(open_checkpoint(config.base).unet_config, 2))
     whole = sum(leaf.size for leaf in jax.tree.leaves(unet) if leaf.size < 1024) * 4  # Small leaves are copied.
     assert four["student"] == pytest.approx((one["student"] - whole) / 2 + whole)
@@ -90,11 +96,10 @@ def test_meshes_divide_what_they_shard(config):
     assert four["batch"] == one["batch"] / 4
 
 
-def test_work_divides_among_devices_and_recomputation_adds_to_it(config):
-    one = plan.plan(config, "gpu:1x80GB")
+def test_work_divides_among_devices_and_recomputation_adds_to_it(config, on_one):
     config.mesh.teacher = 2
     four = plan.plan(config, "gpu:4x80GB")
-    assert four.flops == pytest.approx(one.flops / 4, rel=0.05)
+    assert four.flops == pytest.approx(on_one.flops / 4, rel=0.05)
     config.remat = True
     remat = plan.plan(config, "gpu:4x80GB")
     assert 1.05 < remat.flops / four.flops < 4 / 3
@@ -124,8 +129,8 @@ def get_config():
     assert "temporaries estimated" in said and "images/s" in said and "chip-hours" in said
 
 
-def test_the_roofline_is_the_slower_of_work_and_traffic_and_then_the_collectives(config):
-    planned = dataclasses.replace(plan.plan(config, "gpu:1x80GB"), flops=989e12, bytes_accessed=3350e9)
+def test_the_roofline_is_the_slower_of_work_and_traffic_and_then_the_collectives(on_one):
+    planned = dataclasses.replace(on_one, flops=989e12, bytes_accessed=3350e9)
     assert planned.step_s == pytest.approx(max(1 / devices.COMPUTE_SHARE, 1 / devices.BANDWIDTH_SHARE))
     link = devices.DEVICES["H100"].link_bandwidth
     row = plan.collectives_lib.Collective("a", "all-gather", ("fsdp",), 2, int(2 * link), 1)
@@ -154,9 +159,8 @@ def test_batches_that_do_not_divide_are_told_the_nearest(config):
         plan.plan(config, "gpu:8x80GB")
 
 
-def test_what_does_not_fit_is_told_the_smallest_change_that_does(config, small_device):
-    planned = plan.plan(config, "gpu:1x80GB")
-    total = sum(planned.memory.values()) / MIB
+def test_what_does_not_fit_is_told_the_smallest_change_that_does(config, on_one, small_device):
+    total = sum(on_one.memory.values()) / MIB
     small_device(total - 0.1)
     assert not plan.plan(config, "gpu:1x80GB").fits
     tried = []
@@ -167,9 +171,8 @@ def test_what_does_not_fit_is_told_the_smallest_change_that_does(config, small_d
     assert what == "--config.remat=True --config.gradient_accumulation=2" and again.fits
 
 
-def test_a_plan_that_does_not_fit_exits_1_and_says_the_change(capsys, config, small_device, tmp_path, monkeypatch):
-    planned = plan.plan(config, "gpu:1x80GB")
-    small_device(sum(planned.memory.values()) / MIB - 0.1)
+def test_a_plan_that_does_not_fit_exits_1_and_says_the_change(capsys, config, on_one, small_device, monkeypatch):
+    small_device(sum(on_one.memory.values()) / MIB - 0.1)
     monkeypatch.setattr(cli, "read_config", lambda *_: config)
     assert cli.main(["plan", "--config=x.py"]) == 1
     said = capsys.readouterr()

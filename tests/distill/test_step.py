@@ -39,12 +39,13 @@ def run(tiny):
     build = functools.partial(
         distill_step.build_loss_and_grads, networks, objective, mesh, specs, dtype=jnp.float32, seed=0
     )
-    return {"build": build, "args": (params, frozen, encoders, batch, jnp.int32(3)), "networks": networks,
-            "objective": objective, "base": base, "others": list(others.values())}  # fmt: skip
+    whole = jax.jit(build(gradient_accumulation=1))  # Compiled once, by the first test that asks.
+    return {"build": build, "whole": whole, "args": (params, frozen, encoders, batch, jnp.int32(3)),
+            "networks": networks, "objective": objective, "base": base, "others": list(others.values())}  # fmt: skip
 
 
 def test_micro_batches_do_not_change_the_gradient(run):
-    whole, errors = jax.jit(run["build"](gradient_accumulation=1))(*run["args"])
+    whole, errors = run["whole"](*run["args"])
     parts, again = jax.jit(run["build"](gradient_accumulation=2))(*run["args"])
     assert worlds.differing(whole, parts) < 1e-5
     assert worlds.differing(errors, again) < 1e-5
@@ -55,7 +56,7 @@ def test_a_student_that_starts_as_its_only_teacher_has_no_error_and_no_gradient(
     own = {k: v for k, v in params["student"].items() if k not in ("model_embedding", "add_embedding")}
     same = frozen | {"unet": jax.tree.map(lambda leaf: jnp.repeat(leaf[None], 2, 0), own)}
     same["encoder"] = jnp.array([-1, -1])
-    grads, errors = jax.jit(run["build"](gradient_accumulation=1))(params, same, encoders, batch, step)
+    grads, errors = run["whole"](params, same, encoders, batch, step)
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(errors)) < 1e-9
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads)) < 1e-4
 
@@ -63,10 +64,10 @@ def test_a_student_that_starts_as_its_only_teacher_has_no_error_and_no_gradient(
 def test_teachers_on_the_mesh_equal_teachers_alone(run):
     """The law that a partitioned vmap over convolutions broke: each teacher's error is what it is by itself."""
     params, frozen, encoders, batch, step = run["args"]
-    _, both = jax.jit(run["build"](gradient_accumulation=1))(*run["args"])
+    _, both = run["whole"](*run["args"])
     for row in range(2):
         alone = jax.tree.map(lambda leaf, row=row: leaf[jnp.array([row, row])], frozen)
-        _, errors = jax.jit(run["build"](gradient_accumulation=1))(params, alone, encoders, batch, step)
+        _, errors = run["whole"](params, alone, encoders, batch, step)
         assert np.allclose(errors["score"][row], both["score"][row], rtol=1e-5)
 
 
