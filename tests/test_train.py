@@ -44,7 +44,7 @@ def test_a_run_that_was_stopped_twice_equals_one_that_never_stopped_bit_for_bit(
 @pytest.mark.parametrize("start, sources", [("base", ["base"]), ("average", ["left", "right"])])
 def test_the_student_starts_from_the_base_or_from_the_mean_of_the_teachers(tiny, tmp_path, start, sources):
     config = stopped_at(tiny[1], 1)  # The first step's rate is the warm-up's: 0.
-    config.student_init = start
+    config.student_init, config.validation_size = start, 0
     train.run(config, tmp_path / "run")
     found = open_checkpoint(tmp_path / "run").tensors("unet")
     unets = [open_checkpoint(tiny[0][name]).tensors("unet") for name in sources]
@@ -93,7 +93,7 @@ def test_metrics_past_the_resumed_step_are_dropped(tmp_path):
 
 def test_sigterm_saves_the_step_that_was_reached_and_the_next_run_goes_on_bit_for_bit(tiny, trained, tmp_path, capsys):
     config = tiny[1].copy_and_resolve_references()
-    config.checkpoint_every = config.validation_every = 0
+    config.checkpoint_every = config.validation_size = 0
     workdir, step, asked_at = tmp_path / "run", None, []
 
     def stop():

@@ -1,5 +1,7 @@
 """The adversarial term: who moves what, which class is whose, and a run with a discriminator in it."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,20 +52,20 @@ def steps(workdir):
 def config(tiny):
     config = tiny[1].copy_and_resolve_references()
     config.adversarial.weight, config.adversarial.learning_rate = 0.01, 3e-3
-    config.num_steps, config.checkpoint_every, config.validation_size, config.warmup_steps = 30, 20, 0, 0
+    config.num_steps, config.checkpoint_every, config.validation_size, config.warmup_steps = 24, 20, 0, 0
     return config
 
 
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
-    """A run of 30 steps that was stopped after 20, and one that was not."""
-    folders = [tmp_path_factory.mktemp("adversarial") / name for name in ("whole", "stopped")]
-    train.run(config, folders[0])
-    first = config.copy_and_resolve_references()
-    first.num_steps = 20
-    train.run(first, folders[1])
-    train.run(config, folders[1])
-    return folders
+    """A run of 24 steps that was not stopped, and what becomes of it where all is lost after step 20."""
+    whole, stopped = (tmp_path_factory.mktemp("adversarial") / name for name in ("whole", "stopped"))
+    train.run(config, whole)
+    shutil.copytree(whole, stopped, ignore=shutil.ignore_patterns("24"))
+    lines = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (stopped / "metrics.jsonl").write_text("".join(lines[:20]))
+    train.run(config, stopped)
+    return whole, stopped
 
 
 def test_the_discriminators_error_falls(finished):
@@ -79,6 +81,7 @@ def test_the_loss_that_is_logged_is_the_students(finished):
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit_discriminator_and_all(finished):
     lines = [steps(folder) for folder in finished]
+    assert [line["step"] for line in lines[1]] == [*range(1, 25)]
     for name in ("score", "adversarial", "discriminator", "grad_norm"):
         assert [line[name] for line in lines[0]] == [line[name] for line in lines[1]]
 
