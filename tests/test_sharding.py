@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from dmm_jax import sharding
 
 ROOT = pathlib.Path(__file__).parent.parent
-MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 1, 8)]
+MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (4, 2, 1), (1, 1, 8)]
 FLAGS = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"  # conftest.py's, and fake devices.
 PROGRAM = """
 import json, sys, functools
