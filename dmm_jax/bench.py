@@ -28,11 +28,11 @@ from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.distill import step as distill_step
 from dmm_jax.distill import student as student_lib
 from dmm_jax.distill.packing import Packing
-from dmm_jax.distill.teachers import stored_dtype
 from dmm_jax.evaluation import networks
 from dmm_jax.evaluation.evaluate import measure
 from dmm_jax.evaluation.inception import Inception
 from dmm_jax.metrics import HostClock, peak_memory
+from dmm_jax.models import layers
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.inception_v3 import InceptionV3
 from dmm_jax.models.text_encoders import NUM_TIME_IDS, TextEncoders
@@ -282,7 +282,7 @@ def random_params(abstract, mesh, dtype=jnp.float32, *, fsdp: bool = False, copi
             values = noise[: leaf.size].reshape(leaf.shape) * (3 * fan_in) ** -0.5
             values = jnp.abs(values) if path[-1].key == "running_var" else values
             values = values + (path[-1].key in ("scale", "running_var"))
-            return jnp.broadcast_to(values, lead + leaf.shape).astype(stored_dtype(path, dtype))
+            return jnp.broadcast_to(values, lead + leaf.shape).astype(layers.stored_dtype(path, dtype))
 
         return jax.tree.map_with_path(one, abstract)
 

@@ -24,6 +24,7 @@ from dmm_jax.checkpoints.fitted_style import with_fitted_styles
 from dmm_jax.checkpoints.open import Checkpoint, open_checkpoint
 from dmm_jax.diffusion import guidance, solvers
 from dmm_jax.diffusion.schedule import NoiseSchedule
+from dmm_jax.models import layers
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.text_encoders import TextConditioning, TextEncoders
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
@@ -261,12 +262,8 @@ def in_memory(params: Mapping, dtype):
 
 
 def in_dtype(params: Mapping, dtype):
-    """Returns kernels in `dtype`; tables, norms and biases in float32."""
-
-    def one(path, leaf):
-        return jnp.asarray(leaf, dtype if path[-1].key == "kernel" else jnp.float32)
-
-    return jax.tree.map_with_path(one, params)
+    """Returns parameters as layers of this compute dtype keep them (`layers.stored_dtype`)."""
+    return jax.tree.map_with_path(lambda path, leaf: jnp.asarray(leaf, layers.stored_dtype(path, dtype)), params)
 
 
 def _check_length(name, values, batch_size):

@@ -12,6 +12,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -209,21 +210,6 @@ def mean_distance(a: Float[np.ndarray, "n D"], b: Float[np.ndarray, "n D"], size
     return float(np.mean([frechet_distance(*pair) for pair in parts]))
 
 
-def train_row(
-    out: pathlib.Path, stages: Sequence[Stage], num_steps: int, seed: int, folder: pathlib.Path
-) -> pathlib.Path:
-    """Trains a row's stages below `folder`; returns the workdir of the last."""
-    workdir, done = None, 0
-    for number, stage in enumerate(stages):
-        config = stage_config(study_config(out, stage.styles, num_steps, seed), stage, workdir)
-        if stage.replay is not None or workdir is None:
-            workdir, done = folder / f"stage_{number}", 0
-        config.num_steps += done  # A stage that does not grow goes on with the run.
-        done = config.num_steps
-        train.run(config, workdir)
-    return workdir
-
-
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What all lines of a table share."""
@@ -233,32 +219,92 @@ class Settings:
     made: int  # Pictures that each teacher draws.
 
 
-def run(out: pathlib.Path, rows: Sequence[str], seeds: Sequence[int], settings: Settings, jobs: int) -> None:
-    """Trains and measures what `results.jsonl` does not hold yet, so many rows at a time, each in a process.
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """A chain of stages that one or more rows begin with, for one seed: trained once, whatever goes on from it."""
 
-    The networks are so small that one run leaves most of a GPU idle.
+    stages: tuple[Stage, ...]
+    seed: int
+
+    @property
+    def parent(self) -> "Node | None":
+        """The chain without its last stage."""
+        return Node(self.stages[:-1], self.seed) if len(self.stages) > 1 else None
+
+    @property
+    def row(self) -> str | None:
+        """The row that ends here."""
+        return next((row for row, stages in ROWS.items() if stages == self.stages), None)
+
+    def folder(self, out: pathlib.Path, num_steps: int) -> pathlib.Path:
+        """Returns where it is trained: its stages by their numbers among all."""
+        stages = list(itertools.chain(*ROWS.values()))
+        return out / "runs" / str(num_steps) / f"{'_'.join(str(stages.index(one)) for one in self.stages)}-{self.seed}"
+
+    def steps_left(self, rows: Iterable[str]) -> float:
+        """Returns the stages that rows still train from here on, this one's included, in units of a stage."""
+        size = len(self.stages)
+        through = [ROWS[row][size - 1 :] for row in rows if ROWS[row][:size] == self.stages]
+        return max((sum(stage.steps for stage in stages) for stages in through), default=0.0)
+
+
+def train_node(out: pathlib.Path, node: Node, num_steps: int) -> pathlib.Path:
+    """Trains a node's last stage behind its parent's run; returns its workdir. One that is trained is left alone."""
+    workdir, stage, steps = node.folder(out, num_steps), node.stages[-1], 0
+    before = node.parent and node.parent.folder(out, num_steps)
+    if before and stage.replay is None:  # A stage that does not grow goes on with the run, in a copy of it.
+        steps = json.loads((before / "config.json").read_text())["num_steps"]
+        if not workdir.exists():
+            shutil.copytree(before, workdir.with_suffix(".part"), dirs_exist_ok=True)
+            os.replace(workdir.with_suffix(".part"), workdir)
+    config = stage_config(study_config(out, stage.styles, num_steps, node.seed), stage, before)
+    config.num_steps += steps
+    train.run(config, workdir)
+    return workdir
+
+
+def run(out: pathlib.Path, rows: Sequence[str], seeds: Sequence[int], settings: Settings, jobs: int) -> None:
+    """Trains and measures what `results.jsonl` does not hold yet, so many runs at a time, each in a process.
+
+    The networks are so small that one run leaves most of a GPU idle. What rows have in common is trained once.
     """
     results, about = out / "results.jsonl", dataclasses.asdict(settings)
     there = {(line["row"], line["seed"]) for line in read(results) if line["settings"] == about}
-    tasks = [(measure_row, row, seed) for seed in seeds for row in rows if (row, seed) not in there]
-    tasks.sort(key=lambda task: -sum(stage.steps for stage in ROWS[task[1]]))  # The longest first: none is left alone.
-    references = [(measure_references, "references", 0)] * (("references", 0) not in there)
+    missing = {seed: [row for row in rows if (row, seed) not in there] for seed in seeds}
+    nodes = []
+    for seed, row in ((seed, row) for seed, rows in missing.items() for row in rows):
+        chain = [Node(ROWS[row][:size], seed) for size in range(1, len(ROWS[row]) + 1)]
+        nodes += [node for node in chain if node not in nodes]
+    nodes.sort(key=lambda node: -node.steps_left(missing[node.seed]))  # The longest first: none is left alone.
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, spawn, initializer=compilation.keep) as pool:
-
-        def lines(tasks) -> Iterable[tuple[str, int, dict]]:
-            running = {pool.submit(task, out, settings, row, seed): (row, seed) for task, row, seed in tasks}
-            for done in concurrent.futures.as_completed(running):
-                yield *running[done], done.result()
-
         made = pool.submit(prepare, out, settings.made)
-        for _ in lines([(draw_teachers, "teachers", 0)]):
-            made.result()
-        for row, seed, found in lines(references + tasks):
-            with results.open("a") as file:
-                file.write(json.dumps({"row": row, "seed": seed, "settings": about} | found) + "\n")
-            if "distances" in found:
-                print(f"{row}, seed {seed}: {trace(found['distances']):.3f}, {found['seconds']:.0f} s", flush=True)
+        pool.submit(draw_teachers, out, settings).result()
+        made.result()
+        running = {}
+        if ("references", 0) not in there:
+            running[pool.submit(measure_references, out, settings)] = ("references", 0, None)
+
+        def start(parent):
+            for node in nodes:
+                if node.parent == parent:
+                    measured = node.row in missing[node.seed]
+                    done = pool.submit(measure_node, out, settings, node, measured)
+                    running[done] = (node.row if measured else None, node.seed, node)
+
+        start(None)
+        while running:
+            for done in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
+                row, seed, node = running.pop(done)
+                found = done.result()
+                if node:
+                    start(node)
+                if row:
+                    with results.open("a") as file:
+                        file.write(json.dumps({"row": row, "seed": seed, "settings": about} | found) + "\n")
+                if row and node:
+                    print(f"{row}, seed {seed}: {trace(found['distances']):.3f}, {found['seconds']:.0f} s", flush=True)
+    shutil.rmtree(out / "runs", ignore_errors=True)
 
 
 @functools.cache
@@ -267,27 +313,23 @@ def judge(out: pathlib.Path, num_images: int) -> Judge:
     return Judge(out, num_images)
 
 
-def draw_teachers(out: pathlib.Path, settings: Settings, row: str, seed: int) -> None:
+def draw_teachers(out: pathlib.Path, settings: Settings) -> None:
     """Draws what all students are held against."""
-    del row, seed
     assert judge(out, settings.n).teachers
 
 
-def measure_references(out: pathlib.Path, settings: Settings, row: str, seed: int) -> dict:
+def measure_references(out: pathlib.Path, settings: Settings) -> dict:
     """Measures the floor, the base and the weight merges."""
-    del row, seed
     return judge(out, settings.n).references()
 
 
-def measure_row(out: pathlib.Path, settings: Settings, row: str, seed: int) -> dict:
-    """Trains a row's student and measures it."""
-    started, folder = time.perf_counter(), out / "runs" / f"{list(ROWS).index(row)}_{seed}"
-    shutil.rmtree(folder, ignore_errors=True)
-    workdir = train_row(out, ROWS[row], settings.num_steps, seed, folder)
-    trained = time.perf_counter()
-    distances = judge(out, settings.n).student(workdir)
-    shutil.rmtree(folder)
-    seconds = {"train_seconds": trained - started, "seconds": time.perf_counter() - started}
+def measure_node(out: pathlib.Path, settings: Settings, node: Node, measured: bool) -> dict:
+    """Trains a node's student and, where a row ends, measures it."""
+    started = time.perf_counter()
+    workdir = train_node(out, node, settings.num_steps)
+    seconds = {"train_seconds": time.perf_counter() - started}  # Of the last stage.
+    distances = judge(out, settings.n).student(workdir) if measured else {}
+    seconds["seconds"] = time.perf_counter() - started
     return {"distances": distances, **seconds, "device": jax.devices()[0].device_kind}
 
 

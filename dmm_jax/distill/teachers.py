@@ -17,6 +17,7 @@ from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.compare import merge_obstacles
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.open import Checkpoint
+from dmm_jax.models import layers
 
 
 def check_mergeable(base: Checkpoint, teachers: Mapping[str, Checkpoint]) -> None:
@@ -108,7 +109,7 @@ def described(params: Mapping, mesh, dtype, spec: P = sharding.COPY, leading: tu
 
     def one(path, leaf):
         sharded = NamedSharding(mesh, spec)
-        return jax.ShapeDtypeStruct((*leading, *leaf.shape), stored_dtype(path, dtype), sharding=sharded)
+        return jax.ShapeDtypeStruct((*leading, *leaf.shape), layers.stored_dtype(path, dtype), sharding=sharded)
 
     return jax.tree.map_with_path(one, params)
 
@@ -132,7 +133,7 @@ def put_params(params: Mapping, mesh: Mesh, dtype):
     """Hands one network's host parameters to every device, kernels in `dtype`, the rest in float32."""
 
     def one(path, leaf):
-        kept = stored_dtype(path, dtype)
+        kept = layers.stored_dtype(path, dtype)
         return sharding.make(leaf.shape, kept, mesh, sharding.COPY, lambda index: leaf[index])
 
     return jax.tree.map_with_path(one, params)
@@ -144,17 +145,8 @@ def put_stacked(networks: Sequence[Mapping], mesh: Mesh, dtype, spec: P = shardi
     def one(path, *leaves):
         def read(index):
             rows = range(len(leaves))[index[0]]
-            return np.stack([np.asarray(leaves[row][index[1:]], stored_dtype(path, dtype)) for row in rows])
+            return np.stack([np.asarray(leaves[row][index[1:]], layers.stored_dtype(path, dtype)) for row in rows])
 
-        return sharding.make((len(leaves), *leaves[0].shape), stored_dtype(path, dtype), mesh, spec, read)
+        return sharding.make((len(leaves), *leaves[0].shape), layers.stored_dtype(path, dtype), mesh, spec, read)
 
     return jax.tree.map_with_path(one, *networks)
-
-
-def stored_dtype(path, dtype):
-    """Frozen kernels and their biases rest in the compute dtype, which their layers cast to anyway; the rest, float32.
-
-    A norm's scale and bias, and the tables, are small, and computed with in float32.
-    """
-    in_layer = path[-1].key in ("kernel", "bias") and "norm" not in str(path[-2].key)
-    return dtype if in_layer else jnp.float32

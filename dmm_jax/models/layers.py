@@ -101,6 +101,15 @@ def normed(
     return compute(params, hidden)
 
 
+def stored_dtype(path, dtype):
+    """Frozen kernels and their biases rest in the compute dtype, which their layers cast to anyway; the rest, float32.
+
+    A norm's scale and bias, and the tables, are small, and computed with in float32.
+    """
+    in_layer = path[-1].key in ("kernel", "bias") and "norm" not in str(path[-2].key)
+    return dtype if in_layer else jnp.float32
+
+
 class BatchNorm(nnx.Module):
     """The batch norm of a trained network: it scales by the mean and variance that were counted in training.
 

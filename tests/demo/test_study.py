@@ -51,3 +51,20 @@ def test_a_mean_distance_is_of_disjoint_parts():
 
 def test_relatives_stand_beside_each_other_and_are_styles_of_the_world():
     assert set(study.STYLES) <= set(study.world.STYLES) and len(study.STYLES) == 8
+
+
+def test_what_rows_have_in_common_is_trained_once_and_everything_in_a_folder_of_its_own():
+    chains = [stages[:size] for stages in study.ROWS.values() for size in range(1, len(stages) + 1)]
+    nodes = [study.Node(chain, seed) for chain in chains for seed in study.SEEDS]
+    distinct = [node for k, node in enumerate(nodes) if node not in nodes[:k]]
+    assert len(distinct) < len(nodes)
+    assert len({node.folder(pathlib.Path("out"), 10) for node in distinct}) == len(distinct)
+    assert {node.row for node in distinct} - {None} == set(study.ROWS)
+    assert all(node.parent is None or node.parent in distinct for node in distinct)
+
+
+def test_a_node_knows_how_much_comes_after_it():
+    first = study.Node(study.ROWS["4 + 4"][:1], 0)
+    assert first == study.Node(study.ROWS["4 + 2 + 2"][:1], 0)
+    assert first.steps_left(["score", "4 + 4"]) == 2.0 and first.steps_left(["4 + 4", "4 + 2 + 2"]) == 3.0
+    assert first.steps_left(["score"]) == 0.0
