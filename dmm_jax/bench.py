@@ -311,7 +311,7 @@ def random_pipeline(size: str, config) -> Pipeline:
 
     def network(build):
         graph, state = nnx.split(abstract_model(build), nnx.Param)
-        return Network(graph, random_params(nnx.to_pure_dict(state), mesh, dtype))
+        return Network(graph, sharding.on_each_device(random_params(nnx.to_pure_dict(state), mesh, dtype)))
 
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(folder)

@@ -302,6 +302,10 @@ def _updated(optimizer, grads, held) -> dict:
     return {"params": optax.apply_updates(held["params"], updates), "opt_state": opt_state}
 
 
+# cuBLAS adds a layer's bias as it writes the product; the kernels that XLA would generate instead leave it to another.
+COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
+
+
 def compile_step(step, state, teachers, encoders, batch) -> tuple[jax.stages.Compiled, dict]:
     """Compiles a jitted step, and lays the teachers out in memory as the program wants to read them.
 
@@ -315,7 +319,7 @@ def compile_step(step, state, teachers, encoders, batch) -> tuple[jax.stages.Com
       The program, and the teachers to call it with; those that were given are given up.
     """
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), teachers)
-    compiled = step.lower(state, shapes, encoders, batch).compile()
+    compiled = step.lower(state, shapes, encoders, batch).compile(COMPILER_OPTIONS.get(jax.default_backend()))
     wanted = compiled.input_formats[0][1]
     return compiled, jax.tree.map(lambda leaf, kept: jax.device_put(leaf, kept, donate=True), teachers, wanted)
 
