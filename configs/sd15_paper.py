@@ -19,6 +19,7 @@ def get_config():
     config.teachers = (*teachers, ("none", config.base))
     config.data.source = "data/images"
     config.data.cache = "data/cache_512"
+    config.student_init = "base"
     config.feature_loss_weight = 0.009  # 0.001 times the sum over nine blocks.
     config.adversarial.weight = 0.01
     config.batch_size = 9 * 32

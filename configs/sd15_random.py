@@ -21,6 +21,7 @@ def get_config():
     config.batch_size = 48
     config.num_steps = 300
     config.learning_rate = 1e-4
+    config.student_init = "base"
     config.style_learning_rate_scale = 10.0
     config.warmup_steps = 20
     config.log_every = 10

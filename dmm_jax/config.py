@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.teachers = ()
 
     # The student.
-    config.student_init = "base"  # "base", or "average": the mean of the teachers' weights.
+    config.student_init = "average"  # The mean of the teachers' weights (docs/study.md); or "base".
     config.style_init = "zero"  # "zero": the style MLP's last layer is 0, so step 0 is the start exactly; or "paper".
     config.ema_decay = 0.0  # Per step; 0 keeps no average. Exports and samples use it when it is kept.
 

@@ -1,4 +1,4 @@
-"""Two real processes: one run on the mesh of both, the same losses as one process, and no hang when one is lost."""
+"""Two and four real processes: one run on the mesh of all, the losses of one process, and no hang when one is lost."""
 
 import os
 import pathlib
@@ -52,7 +52,7 @@ class World:
             f"from dmm_jax import config\n\ndef get_config():\n    return config.from_json({text!r})\n"
         )
 
-    def start(self, name: str, *arguments: str, num_devices: int = 4) -> subprocess.Popen:
+    def start(self, name: str, *arguments: str, num_devices: int = 8) -> subprocess.Popen:
         """Starts `dmm-jax train`; what it says goes to NAME.err."""
         command = [sys.executable, "-m", "dmm_jax.cli", "train", f"--config={self.folder / 'experiment.py'}"]
         with open(self.folder / f"{name}.err", "w") as said:
@@ -60,10 +60,13 @@ class World:
                 [*command, *MESH, *arguments], env=environment(num_devices, self.folder / "compiled"), stderr=said
             )
 
-    def start_two(self, *arguments: str) -> list[subprocess.Popen]:
-        """Starts the two processes of one run."""
-        several = [f"--coordinator={free_address()}", "--num-processes=2"]
-        return [self.start(f"process_{k}", *arguments, *several, f"--process-id={k}") for k in range(2)]
+    def start_processes(self, count: int, *arguments: str) -> list[subprocess.Popen]:
+        """Starts the processes of one run, which share eight devices."""
+        several = [f"--coordinator={free_address()}", f"--num-processes={count}"]
+        return [
+            self.start(f"process_{k}", *arguments, *several, f"--process-id={k}", num_devices=8 // count)
+            for k in range(count)
+        ]
 
     def said(self, name: str) -> str:
         return (self.folder / f"{name}.err").read_text()
@@ -102,7 +105,7 @@ def numbers(value):
 @pytest.fixture(scope="module")
 def stopped(world):
     """The workdir of a run in two processes that SIGTERM to one of them stopped after step 3 or later; their codes."""
-    children = world.start_two(f"--workdir={world.folder / 'two'}", "--config.num_steps=100000")
+    children = world.start_processes(2, f"--workdir={world.folder / 'two'}", "--config.num_steps=100000")
     wait_for(lambda: "validation loss" in world.said("process_0"), children)
     children[1].send_signal(signal.SIGTERM)
     codes = [child.wait(BOUND_S) for child in children]
@@ -110,7 +113,7 @@ def stopped(world):
 
 
 def test_two_processes_have_the_losses_and_validation_of_one_on_the_same_mesh(world, stopped):
-    alone = world.start("alone", f"--workdir={world.folder / 'one'}", "--config.num_steps=3", num_devices=8)
+    alone = world.start("alone", f"--workdir={world.folder / 'one'}", "--config.num_steps=3")
     assert alone.wait(BOUND_S) == 0, world.said("alone")[-2000:]
     wanted = losses(world.folder / "one")
     np.testing.assert_allclose(losses(stopped[0])[: len(wanted)], wanted, rtol=1e-5)
@@ -128,17 +131,17 @@ def test_process_0_alone_speaks(stopped):
     assert "step 3/" in stopped[2][0] and "loss" not in stopped[2][1]
 
 
-def test_when_a_process_is_killed_the_other_ends_with_a_message(world, stopped):
+def test_four_processes_go_on_where_two_stopped_and_when_one_is_killed_the_others_end_with_a_message(world, stopped):
     step = read(stopped[0] / "metrics.jsonl")[-1]["step"]
-    children = world.start_two(f"--workdir={stopped[0]}", "--config.num_steps=100000")
+    children = world.start_processes(4, f"--workdir={stopped[0]}", "--config.num_steps=100000")
     wait_for(lambda: f"step {step + 3}/" in world.said("process_0"), children)
     assert f"Resuming at step {step} " in world.said("process_0")
-    children[1].send_signal(signal.SIGKILL)
+    children[3].send_signal(signal.SIGKILL)
     started = time.monotonic()
-    assert children[0].wait(BOUND_S) not in (0, None)
+    assert all(child.wait(BOUND_S) not in (0, None) for child in children[:3])
     assert time.monotonic() - started < 2 * processes.HEARTBEAT_TIMEOUT_S
     said = world.said("process_0")
-    assert "process 0 of 2 failed" in said or "another task died" in said
+    assert "process 0 of 4 failed" in said or "another task died" in said
 
 
 CHECKPOINTS = """
@@ -246,7 +249,9 @@ def test_states_are_equal_on_other_meshes_and_in_more_or_fewer_processes_and_all
 
 
 def test_what_is_wrong_in_all_processes_is_said_by_all(world):
-    children = world.start_two(f"--workdir={world.folder / 'wrong'}", "--config.batch_size=6", "--config.num_steps=1")
+    children = world.start_processes(
+        2, f"--workdir={world.folder / 'wrong'}", "--config.batch_size=6", "--config.num_steps=1"
+    )
     assert [child.wait(BOUND_S) for child in children] == [1, 1]
     for k in range(2):
         said = world.said(f"process_{k}")

@@ -2,7 +2,7 @@
 
     python -m dmm_jax.demo.study teachers --out study      # eight teachers, some nearly alike: fine-tuned from the base
     python -m dmm_jax.demo.study run --out study --jobs 6  # every row, three seeds each; goes on where it was stopped
-    python -m dmm_jax.demo.study table --out study         # the tables, from study/results.jsonl
+    python -m dmm_jax.demo.study table --out study         # the table and its figure, from study/results.jsonl
 
 A row is a chain of training runs, each with changes to one config; the last one's student is measured by the trace of
 its style matrix (FID_t, arXiv:2504.12364, 4.2) against the same teachers' pictures for all rows.
@@ -36,6 +36,7 @@ from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
 from dmm_jax.checkpoints.export import Recipe, write_single_file
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.demo import experiment, recipe, world
+from dmm_jax.evaluation import figures
 from dmm_jax.evaluation.evaluate import OTHER_SEED, PROMPT_SEED, TEACHER_SEED
 from dmm_jax.evaluation.frechet import Statistics, frechet_distance
 from dmm_jax.evaluation.networks import SHAPES, open_network
@@ -73,6 +74,7 @@ def _grown(*groups: int, replay: int, steps: float = 1.0) -> tuple[Stage, ...]:
 ROWS: dict[str, tuple[Stage, ...]] = {
     "score": (Stage(NO_FEATURES),),
     "+ feature": (Stage(),),
+    "+ feature, twice the steps": (Stage(steps=2.0),),
     "+ adversarial": (Stage(ADVERSARIAL),),
     "+ teacher-made data": (Stage(ADVERSARIAL), Stage(ADVERSARIAL | MADE, steps=0.5)),
     "+ as many steps without it": (Stage(ADVERSARIAL), Stage(ADVERSARIAL, steps=0.5)),
@@ -91,6 +93,7 @@ def study_config(out: pathlib.Path, styles: Sequence[str], num_steps: int, seed:
     """Returns the config that all rows share: the demo's, with the study's teachers."""
     config = experiment.get_config()
     config.teachers = tuple((name, str(teacher_path(out, name))) for name in styles)
+    config.student_init = "base"
     config.seed, config.num_steps = seed, num_steps
     config.dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
     config.batch_size = 240  # Of 8, 4 + 1 and 2 + 1 rows.
@@ -355,31 +358,39 @@ def trace(distances: Mapping[str, Mapping[str, float]], pictures: str = "all") -
     return sum(distances[pictures].values())
 
 
+def traces(lines: Sequence[Mapping], pictures: str = "all") -> dict[str, list[float]]:
+    """Returns FID_t by row: of the references one, of a row one a seed; the floor comes last."""
+    references = next(line for line in lines if line["row"] == "references")
+    found = {name: [trace(references[name], pictures)] for name in ("base", *METHODS)}
+    for name in ROWS:
+        runs = [trace(line["distances"], pictures) for line in lines if line["row"] == name]
+        found |= {name: runs} if runs else {}
+    return found | {"floor": [trace(references["floor"], pictures)]}
+
+
 def table(lines: Sequence[Mapping]) -> str:
     """Writes the traces, mean and standard deviation over the seeds, as a Markdown table."""
-    references = next(line for line in lines if line["row"] == "references")
-    floors = {pictures: trace(references["floor"], pictures) for pictures in ("all", "few")}
     text = [
         "| row | trace: mean | spread over seeds | over the floor | few: mean | spread | over the floor | seeds |",
         "|---|---|---|---|---|---|---|---|",
     ]
-
-    def cells(distances):
-        for pictures, floor in floors.items():
-            traces = [trace(one, pictures) for one in distances]
-            spread = f"{np.std(traces, ddof=1):.2f}" if len(traces) > 1 else ""
-            yield from (f"{np.mean(traces):.2f}", spread, f"{np.mean(traces) / floor - 1:+.1%}")
-
-    def row(name, distances, count):
-        text.append(f"| {' | '.join((name, *cells(distances), count))} |")
-
-    for name in ("base", *METHODS, "floor"):
-        row(name, [references[name]], "")
-    for name in ROWS:
-        distances = [line["distances"] for line in lines if line["row"] == name]
-        if distances:
-            row(name, distances, str(len(distances)))
+    by_pictures = [traces(lines, pictures) for pictures in ("all", "few")]
+    for name in by_pictures[0]:
+        cells = []
+        for found in by_pictures:
+            mean, floor = np.mean(found[name]), found["floor"][0]
+            spread = f"{np.std(found[name], ddof=1):.2f}" if len(found[name]) > 1 else ""
+            cells += [f"{mean:.2f}", spread, f"{mean / floor - 1:+.1%}"]
+        text.append(f"| {' | '.join((name, *cells, str(len(found[name])) if name in ROWS else ''))} |")
     return "\n".join(text)
+
+
+def figure(lines: Sequence[Mapping]) -> dict[str, bytes]:
+    """Draws every run's trace beside the floor: PNGs for light and dark pages."""
+    found = traces(lines)
+    floor = found.pop("floor")[0]
+    title = "FID_t, the trace of the style matrix in FD (shapes); a mark a seed; the upright line is the floor"
+    return figures.render(lambda theme: figures.runs(found, floor, title, theme))
 
 
 def main() -> None:
@@ -401,7 +412,10 @@ def main() -> None:
     elif args.command == "run":
         run(args.out, args.rows, args.seeds, Settings(args.num_steps, args.num_images, args.num_made), args.jobs)
     else:
-        print(table(read(args.out / "results.jsonl")))
+        lines = read(args.out / "results.jsonl")
+        print(table(lines))
+        for name, png in figure(lines).items():
+            (args.out / f"traces_{name}.png").write_bytes(png)
 
 
 if __name__ == "__main__":

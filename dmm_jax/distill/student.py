@@ -1,7 +1,7 @@
 """The student: the base's UNet with a style table, and the optimiser's state around it.
 
 A style is a row of `model_embedding`; a two-layer MLP maps it to a vector that is added to the timestep embedding
-(DMM, arXiv:2504.12364, A.1). With the MLP's last layer at zero, step 0 is the base exactly.
+(DMM, arXiv:2504.12364, A.1). With the MLP's last layer at zero, step 0 is the start exactly.
 """
 
 from collections.abc import Mapping, Sequence

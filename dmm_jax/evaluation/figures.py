@@ -130,6 +130,23 @@ def _places(styles, rows, theme, title, bar):
     return figure
 
 
+def runs(rows: Mapping[str, Sequence[float]], floor: float, title: str, theme: Theme) -> Figure:
+    """Draws a line a row with a mark for each of its values, beside an upright line for the floor."""
+    figure = _figure(8.0, 0.6 + 0.3 * len(rows))
+    ax = figure.subplots()
+    for place, values in enumerate(rows.values()):
+        ax.hlines(place, min(values), max(values), color=theme.line, lw=3, zorder=1)
+        ax.scatter(values, [place] * len(values), s=38, lw=0, color=theme.marks["student"], alpha=0.75, zorder=2)
+    ax.axvline(floor, color=theme.marks["floor"], lw=1.4, zorder=0)
+    ax.set_xscale("log")
+    _plain_ticks(ax.xaxis)
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.set_xlabel(title, color=theme.soft, fontsize=9)
+    _quiet(ax, theme, grid="x")
+    return figure
+
+
 def losses(lines: Sequence[Mapping], styles: Sequence[str], theme: Theme) -> Figure:
     """Draws the training and, where there is one, the validation loss of each style against the step."""
     panels = [(title, key) for title, key in (("training", "score"), ("validation", "validation")) if _any(lines, key)]

@@ -37,7 +37,13 @@ def test_the_table_holds_traces_means_and_spreads():
     runs = [{"row": "score", "seed": seed, "distances": both(1.0 + seed, 1.0)} for seed in range(3)]
     lines = study.table([references, *runs]).splitlines()
     assert "| base | 10.00 |  | +400.0% | 100.00 |  | +400.0% |  |" in lines
-    assert lines[-1] == "| score | 3.00 | 1.00 | +50.0% | 30.00 | 10.00 | +50.0% | 3 |"
+    assert lines[-2] == "| score | 3.00 | 1.00 | +50.0% | 30.00 | 10.00 | +50.0% | 3 |"
+    assert lines[-1] == "| floor | 2.00 |  | +0.0% | 20.00 |  | +0.0% |  |"
+
+
+def test_the_documents_table_is_that_of_the_committed_results():
+    docs = pathlib.Path(__file__).parents[2] / "docs"
+    assert study.table(study.read(docs / "study" / "results.jsonl")) in (docs / "study.md").read_text()
 
 
 def test_a_mean_distance_is_of_disjoint_parts():
