@@ -12,7 +12,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
-import itertools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -240,9 +240,9 @@ class Node:
         return next((row for row, stages in ROWS.items() if stages == self.stages), None)
 
     def folder(self, out: pathlib.Path, num_steps: int) -> pathlib.Path:
-        """Returns where it is trained: its stages by their numbers among all."""
-        stages = list(itertools.chain(*ROWS.values()))
-        return out / "runs" / str(num_steps) / f"{'_'.join(str(stages.index(one)) for one in self.stages)}-{self.seed}"
+        """Returns where it is trained: what its stages say gives the name, so that no other chain finds it."""
+        chain = hashlib.sha256(repr(self.stages).encode()).hexdigest()[:12]
+        return out / "runs" / f"{chain}_{num_steps}_{self.seed}"
 
     def steps_left(self, rows: Iterable[str]) -> float:
         """Returns the stages that rows still train from here on, this one's included, in units of a stage."""
