@@ -3,7 +3,8 @@
     dmm-jax prepare --config=configs/sd15.py
     dmm-jax train --config=configs/sd15.py --workdir=runs/sd15
 
-The student starts as the mean of the teachers (docs/study.md); with `--config.student_init=base` as the base, the paper's.
+The student starts as the mean of the teachers (docs/study.md); with `--config.student_init=base` as the base, as in the
+paper.
 
 Hardware: one GPU with 80 GB or more. Not run yet at this size with real weights: no hours or numbers to expect.
 """

@@ -40,7 +40,7 @@ from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
 from dmm_jax.pipeline import Network, Pipeline
 from dmm_jax.tokenizer import Tokenizers
 
-JOBS = ("train", "sample", "host", "fid")
+JOBS = ("train", "sample", "host", "fid", "numerics")
 WARMUP = 3  # Calls before the timed ones.
 NUM_PICTURES, PICTURE_SIZE, PICTURES_AT_ONCE = 5000, 512, 500  # Of each of the two sets whose FID is timed.
 PEAK_SIZE = 8192  # Rows and columns of the square product that measures the matrix peak.
@@ -70,6 +70,10 @@ def bench(
         return bench_host(config, size, num_steps)
     if job == "fid":
         return [bench_fid()]
+    if job == "numerics":
+        from dmm_jax.bench_numerics import bench_numerics
+
+        return bench_numerics(config, size)
     peak = matmul_peak()
     lines = (
         bench_train(config, size, num_steps, profile)
@@ -260,7 +264,7 @@ def described(size: str) -> Checkpoint:
     return published.checkpoint(size, SIZES)
 
 
-def random_params(abstract, mesh, dtype=jnp.float32, *, fsdp: bool = False, copies: int = 0):
+def random_params(abstract, mesh, dtype=jnp.float32, *, fsdp: bool = False, copies: int = 0, seed: int = 0):
     """Fills parameters of these shapes with normal numbers of PyTorch's initial scale, on the mesh, in one program.
 
     Args:
@@ -275,7 +279,7 @@ def random_params(abstract, mesh, dtype=jnp.float32, *, fsdp: bool = False, copi
         return sharding.TEACHERS if copies else sharding.parameter_spec(leaf.shape, mesh) if fsdp else sharding.COPY
 
     def make():
-        noise = jax.random.normal(jax.random.key(0), (longest,))  # Every leaf takes a piece of the same noise.
+        noise = jax.random.normal(jax.random.key(seed), (longest,))  # Every leaf takes a piece of the same noise.
 
         def one(path, leaf):
             fan_in = max(leaf.size // leaf.shape[-1], 1)
@@ -424,6 +428,7 @@ def table(lines: list[dict]) -> str:
     """Lays measured lines out for people."""
     columns = (
         "job",
+        "arithmetic",
         "batch",
         "images_per_s",
         "tflop_per_s",
@@ -432,7 +437,12 @@ def table(lines: list[dict]) -> str:
         "host_ms",
         "peak_memory_gb",
         "compile_s",
+        "loss_error",
+        "grad_norm_error",
+        "gradient_error",
+        "latents_error",
     )
+    columns = [column for column in columns if any(column in line for line in lines)]
     rows = [columns] + [tuple(_cell(line.get(column)) for column in columns) for line in lines]
     widths = [max(len(row[k]) for row in rows) for k in range(len(columns))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

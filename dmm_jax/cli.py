@@ -177,7 +177,11 @@ def build_parser() -> argparse.ArgumentParser:
     verb = _add(
         verbs, "bench", _bench, "images/s and TFLOP/s on random data, beside the device's peak", takes_config=True
     )
-    verb.add_argument("job", choices=("train", "sample", "host", "fid"), help="host: what a step costs it alone")
+    verb.add_argument(
+        "job",
+        choices=("train", "sample", "host", "fid", "numerics"),
+        help="host: what a step costs it alone; numerics: errors against float32",
+    )
     verb.add_argument("--config", default="", help="an experiment file; default: batch 48, eight teachers")
     verb.add_argument("--size", default="sd15", help="of the networks: sd15, sd21, sdxl, tiny, narrow")
     verb.add_argument("--num-steps", type=int, default=10, help="timed steps; the median counts")

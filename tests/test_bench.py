@@ -2,9 +2,11 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
 
-from dmm_jax import bench, cli
+from dmm_jax import bench, bench_numerics, cli
 
 CONTRACT = {
     "job", "images_per_s", "tflop_per_s", "matmul_peak_tflop_per_s", "compile_s", "batch", "step_s", "share_of_peak",
@@ -33,6 +35,22 @@ def test_sampling_is_timed_in_one_style_and_in_a_mix_per_image_by_one_program():
     one, mixed = bench.bench_sample(config(), "tiny", num_steps=1, batch_size=2)
     assert one.keys() | {"matmul_peak_tflop_per_s", "share_of_peak"} >= CONTRACT
     assert mixed["compile_s"] < one["compile_s"] / 2  # Nothing but the first call's program.
+
+
+def test_numerics_are_errors_relative_to_float32(monkeypatch):
+    """One step is computed; it stands for both, a hundredth larger as bfloat16's."""
+    loss, gradient = bench_numerics._step(config(attention="xla"), "tiny")
+    assert loss > 1e-3
+    steps = {"float32": (loss, gradient), "bfloat16": (1.01 * loss, jax.tree.map(lambda leaf: 1.01 * leaf, gradient))}
+    samples = {"float32": np.array([3.0, 4.0]), "bfloat16": np.array([3.0, 4.5])}
+    monkeypatch.setattr(bench_numerics, "_step", lambda values, size: steps[values.dtype])
+    monkeypatch.setattr(bench_numerics, "_sample", lambda values, size: samples[values.dtype])
+    step, sample = bench.bench("numerics", config(dtype="bfloat16"), "tiny")
+    assert step["arithmetic"] == sample["arithmetic"] == "bfloat16, xla"
+    for name in ("loss_error", "grad_norm_error", "gradient_error"):
+        assert step[name] == pytest.approx(0.01, rel=1e-3)
+    assert sample["latents_error"] == pytest.approx(0.1)
+    assert "gradient_error" in bench.table([step, sample]) and "images_per_s" not in bench.table([step, sample])
 
 
 def test_ratios_are_to_each_line_of_the_peer():
