@@ -7,9 +7,9 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,10 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from dmm_jax import bench_profile, flops, sharding, train
+from dmm_jax import bench_networks, bench_numerics, bench_profile, flops, sharding, train
 from dmm_jax import config as config_lib
-from dmm_jax.checkpoints import published
 from dmm_jax.checkpoints.abstract import abstract_model, abstract_params
 from dmm_jax.checkpoints.checkpoint import Checkpoint
-from dmm_jax.demo.random_checkpoints import SIZES
-from dmm_jax.demo.words import write_tokenizer
-from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.distill import step as distill_step
 from dmm_jax.distill import student as student_lib
 from dmm_jax.distill.packing import Packing
@@ -32,19 +28,15 @@ from dmm_jax.evaluation import networks
 from dmm_jax.evaluation.evaluate import measure
 from dmm_jax.evaluation.inception import Inception
 from dmm_jax.metrics import HostClock, peak_memory
-from dmm_jax.models import layers
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.inception_v3 import InceptionV3
-from dmm_jax.models.text_encoders import NUM_TIME_IDS, TextEncoders
+from dmm_jax.models.text_encoders import NUM_TIME_IDS
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
-from dmm_jax.pipeline import Network, Pipeline
-from dmm_jax.tokenizer import Tokenizers
 
 JOBS = ("train", "sample", "host", "fid", "numerics")
 WARMUP = 3  # Calls before the timed ones.
 NUM_PICTURES, PICTURE_SIZE, PICTURES_AT_ONCE = 5000, 512, 500  # Of each of the two sets whose FID is timed.
 PEAK_SIZE = 8192  # Rows and columns of the square product that measures the matrix peak.
-SAMPLING = {"num_inference_steps": 25, "guidance_scale": 7.0, "solver": "dpmpp_2m_karras"}
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -70,18 +62,16 @@ def bench(
         return bench_host(config, size, num_steps)
     if job == "fid":
         return [bench_fid()]
+    device = jax.devices()[0]
+    about = {"device": device.device_kind, "num_devices": jax.device_count(), "jax": jax.__version__, "size": size}
     if job == "numerics":
-        from dmm_jax.bench_numerics import bench_numerics
-
-        return bench_numerics(config, size)
+        return [line | about for line in bench_numerics.bench_numerics(config, size)]
     peak = matmul_peak()
     lines = (
         bench_train(config, size, num_steps, profile)
         if job == "train"
         else bench_sample(config, size, num_steps, batch_size, profile)
     )
-    device = jax.devices()[0]
-    about = {"device": device.device_kind, "num_devices": jax.device_count(), "jax": jax.__version__, "size": size}
     per_device = {"matmul_peak_tflop_per_s": peak}
     return [
         line | per_device | {"share_of_peak": line["tflop_per_s"] / peak / jax.device_count()} | about for line in lines
@@ -91,31 +81,14 @@ def bench(
 def bench_train(config, size: str, num_steps: int, profile: str = "") -> list[dict]:
     """Times the training step as `train` compiles it, and the handing over of a batch."""
     config_lib.check(config)
-    base, names = described(size), [name for name, _ in config.teachers]
-    mesh = sharding.make_mesh(**config.mesh)
-    dtype = jnp.dtype(config.dtype)
+    base, mesh = bench_networks.described(size), sharding.make_mesh(**config.mesh)
     networks, student_config = train.define_networks(config, base)
-    objective = train.define_objective(
-        config, base, lambda texts: np.zeros((len(texts), 77 * len(base.text_encoders)), np.int32)
-    )
-
-    params = random_params(abstract_params("unet", student_config), mesh, fsdp=True)
-    teachers = {
-        "unet": random_params(base.abstract("unet"), mesh, dtype, copies=len(names)),
-        "encoder": sharding.put(np.full(len(names), -1, np.int32), mesh, sharding.TEACHERS),
-        "styles": sharding.put(np.array([(k, 1) for k in range(len(names))], np.int32), mesh, sharding.TEACHERS),
-    }
-    texts = {name: random_params(base.abstract(name), mesh, dtype) for name in base.text_encoders}
-    encoders = {"base": texts, "others": None}
-    trained = {"student": params}
-    if networks.discriminator:
-        learns, fixed = train.abstract_discriminator(config, base)
-        trained["discriminator"] = random_params(learns, mesh, fsdp=True)
-        encoders |= random_params(fixed, mesh, dtype)
+    objective = bench_networks.define_objective(config, base)
+    trained, teachers, encoders = bench_networks.random_networks(config, base, mesh, jnp.dtype(config.dtype))
     optimizers = student_lib.make_optimizers(config)
     state = student_lib.make_state(trained, optimizers, mesh, config.ema_decay)
-    del params, trained
-    on_host = random_batch(config, base)
+    del trained
+    on_host = bench_networks.random_batch(config, base)
     batch = sharding.put(on_host, mesh, sharding.BATCH)
 
     packing = Packing(state, mesh)
@@ -151,7 +124,7 @@ def bench_train(config, size: str, num_steps: int, profile: str = "") -> list[di
             "compile_s": compile_s,
             "planned_memory_gb": planned_memory_gb(compiled),
             "batch": config.batch_size,
-            "teachers": len(names),
+            "teachers": len(config.teachers),
             "mesh": dict(mesh.shape),
         }
         | peak_memory()
@@ -164,14 +137,15 @@ def bench_host(config, size: str, num_steps: int) -> list[dict]:
     First with the state as a checkpoint holds it, then packed as `train` runs it. An array costs the same at any size:
     `narrow` has the arrays of Stable Diffusion 1.5.
     """
-    base, names = described(size), [name for name, _ in config.teachers]
+    base, names = bench_networks.described(size), [name for name, _ in config.teachers]
     mesh = sharding.make_mesh(**config.mesh)
     student_config = train.merged_config(base.unet_config, len(names))
-    trained = {"student": random_params(abstract_params("unet", student_config), mesh, fsdp=True)}
+    trained = {"student": bench_networks.random_params(abstract_params("unet", student_config), mesh, fsdp=True)}
     state = student_lib.make_state(trained, student_lib.make_optimizers(config), mesh, config.ema_decay)
-    teachers = random_params(base.abstract("unet"), mesh, jnp.dtype(config.dtype), copies=len(names))
-    encoders = {name: random_params(base.abstract(name), mesh, jnp.dtype(config.dtype)) for name in base.text_encoders}
-    on_host = random_batch(config, base)
+    frozen = partial(bench_networks.random_params, mesh=mesh, dtype=jnp.dtype(config.dtype))
+    teachers = frozen(base.abstract("unet"), copies=len(names))
+    encoders = {name: frozen(base.abstract(name)) for name in base.text_encoders}
+    on_host = bench_networks.random_batch(config, base)
     packing = Packing(state, mesh)
     lines = []
     for job, held in (("host, whole state", state), ("host", packing.pack(jax.tree.map(jnp.copy, state)))):
@@ -208,17 +182,18 @@ def _host_line(job, state, teachers, encoders, on_host, mesh, num_steps):
 def bench_sample(config, size: str, num_steps: int, batch_size: int, profile: str = "") -> list[dict]:
     """Times whole samples, prompt to pixels: all images in one style, then every image in a mix of its own."""
     names = [name for name, _ in config.teachers]
-    pipeline = random_pipeline(size, config)
+    pipeline = bench_networks.random_pipeline(size, config)
     prompts = ["a large red circle"] * batch_size
     rng = np.random.default_rng(0)
     mixes = [dict(zip(names, rng.dirichlet(np.ones(len(names))).tolist(), strict=True)) for _ in prompts]
-    tflop = batch_size * sample_tflop(described(size))
+    tflop = batch_size * sample_tflop(bench_networks.described(size))
     lines = []
     for job, styles in (("sample", names[0]), ("sample, a mix per image", mixes)):
+        draw = partial(pipeline, prompts, styles=styles, **bench_networks.SAMPLING)
         started = time.perf_counter()
-        pipeline(prompts, styles=styles, **SAMPLING)
+        draw()
         first_s = time.perf_counter() - started
-        sample_s = median_s(lambda styles=styles: pipeline(prompts, styles=styles, **SAMPLING), max(num_steps // 2, 1))
+        sample_s = median_s(draw, max(num_steps // 2, 1))
         lines.append(
             {
                 "job": job,
@@ -230,14 +205,14 @@ def bench_sample(config, size: str, num_steps: int, batch_size: int, profile: st
             }
             | peak_memory()
         )
-    _print_profile(lambda: pipeline(prompts, styles=mixes, **SAMPLING), profile)
+    _print_profile(draw, profile)
     return lines
 
 
 def bench_fid(num_pictures: int = NUM_PICTURES, side: int = PICTURE_SIZE) -> dict:
     """Times the FID of two sets of pictures, from pixels in memory to the distance, compilation included."""
     graph, state = nnx.split(abstract_model(lambda rngs: InceptionV3(rngs=rngs)), nnx.Param)
-    params = random_params(nnx.to_pure_dict(state), sharding.make_mesh(data=jax.device_count()))
+    params = bench_networks.random_params(nnx.to_pure_dict(state), sharding.make_mesh(data=jax.device_count()))
     network = networks.of_inception(Inception(graph, params, "random", published=False), "inception")
     noise = np.random.default_rng(0).integers(0, 256, (PICTURES_AT_ONCE, side, side, 3), np.uint8)
 
@@ -259,79 +234,6 @@ def _print_profile(call, folder):
         print(bench_profile.table(bench_profile.profile(call, folder)), file=sys.stderr)
 
 
-def described(size: str) -> Checkpoint:
-    """Returns a checkpoint of a size in `SIZES` that has configs and no tensors."""
-    return published.checkpoint(size, SIZES)
-
-
-def random_params(abstract, mesh, dtype=jnp.float32, *, fsdp: bool = False, copies: int = 0, seed: int = 0):
-    """Fills parameters of these shapes with normal numbers of PyTorch's initial scale, on the mesh, in one program.
-
-    Args:
-      dtype: of the layers; norms and tables are float32, as in training.
-      fsdp: place them as the student; otherwise whole on every device.
-      copies: stack so many along a first axis over `teacher`; 0: no such axis.
-    """
-    lead = (copies,) if copies else ()
-    longest = max(leaf.size for leaf in jax.tree.leaves(abstract))
-
-    def spec(leaf):
-        return sharding.TEACHERS if copies else sharding.parameter_spec(leaf.shape, mesh) if fsdp else sharding.COPY
-
-    def make():
-        noise = jax.random.normal(jax.random.key(seed), (longest,))  # Every leaf takes a piece of the same noise.
-
-        def one(path, leaf):
-            fan_in = max(leaf.size // leaf.shape[-1], 1)
-            values = noise[: leaf.size].reshape(leaf.shape) * (3 * fan_in) ** -0.5
-            values = jnp.abs(values) if path[-1].key == "running_var" else values
-            values = values + (path[-1].key in ("scale", "running_var"))
-            return jnp.broadcast_to(values, lead + leaf.shape).astype(layers.stored_dtype(path, dtype))
-
-        return jax.tree.map_with_path(one, abstract)
-
-    return jax.jit(make, out_shardings=sharding.placed(mesh, jax.tree.map(spec, abstract)))()
-
-
-def random_batch(config, base: Checkpoint) -> dict[str, np.ndarray]:
-    """Returns a batch as the latent cache gives it: leaves (N, B/N, ...)."""
-    rng = np.random.default_rng(0)
-    num_teachers, side = len(config.teachers), base.unet_config["sample_size"]
-    lead = (num_teachers, config.batch_size // num_teachers)
-    return {
-        "latents": rng.standard_normal((*lead, side, side, 4), np.float32).astype(np.float16),
-        "input_ids": rng.integers(0, 1000, (*lead, 77 * len(base.text_encoders)), dtype=np.int32),
-        "time_ids": rng.integers(0, 1024, (*lead, NUM_TIME_IDS), dtype=np.int32),
-    }
-
-
-def random_pipeline(size: str, config) -> Pipeline:
-    """Builds a sampling pipeline around a merged UNet of random weights."""
-    base, mesh = described(size), sharding.make_mesh(data=jax.device_count())
-    names = [name for name, _ in config.teachers]
-    student_config = train.merged_config(base.unet_config, len(names))
-    dtype = jnp.dtype(config.dtype)
-    attention = train.attention_implementation(config)
-
-    def network(build):
-        graph, state = nnx.split(abstract_model(build), nnx.Param)
-        return Network(graph, sharding.on_each_device(random_params(nnx.to_pure_dict(state), mesh, dtype)))
-
-    with tempfile.TemporaryDirectory() as folder:
-        write_tokenizer(folder)
-        tokenizers = Tokenizers.from_folders([folder] * len(base.text_encoders))
-    unet = {"dtype": dtype, "attention_implementation": attention}
-    return Pipeline(
-        unet=network(lambda rngs: UNet2DConditionModel.from_config(student_config, rngs=rngs, **unet)),
-        vae=network(lambda rngs: AutoencoderKL.from_config(base.vae_config, dtype=dtype, rngs=rngs)),
-        text_encoders=network(lambda rngs: TextEncoders(base.text_configs, dtype=dtype, rngs=rngs)),
-        tokenizers=tokenizers,
-        schedule=NoiseSchedule.from_config(base.scheduler_config),
-        styles=tuple(names),
-        source=base,
-    )
-
-
 def train_tflop(base: Checkpoint, student_config: Mapping) -> float:
     """Counts the TFLOP per image of a step: student forward and backward (twice the forward), one teacher's forward.
 
@@ -343,7 +245,7 @@ def train_tflop(base: Checkpoint, student_config: Mapping) -> float:
 def sample_tflop(base: Checkpoint) -> float:
     """Counts the TFLOP per sampled image: the UNet twice a step for guidance, and the decoder."""
     decode = _network_flops(AutoencoderKL, "vae", base.vae_config, _latents(base.unet_config), method="decode")
-    return 2 * SAMPLING["num_inference_steps"] * unet_tflop(base.unet_config) + decode
+    return 2 * bench_networks.SAMPLING["num_inference_steps"] * unet_tflop(base.unet_config) + decode
 
 
 def unet_tflop(config: Mapping) -> float:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dmm_jax import bench, sharding, train
+from dmm_jax import bench_networks, sharding, train
 from dmm_jax import config as config_lib
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.distill import step as distill_step
@@ -65,25 +65,16 @@ def _with(config, dtype, attention):
 
 def _step(config, size):
     """Returns the loss and the student's gradient of one step."""
-    base, num_teachers, dtype = bench.described(size), len(config.teachers), jnp.dtype(config.dtype)
-    mesh = sharding.make_mesh(**config.mesh)
+    base, mesh = bench_networks.described(size), sharding.make_mesh(**config.mesh)
     networks, student_config = train.define_networks(config, base)
-    objective = train.define_objective(
-        config, base, lambda texts: np.zeros((len(texts), 77 * len(base.text_encoders)), np.int32)
-    )
-    abstract = abstract_params("unet", student_config)
-    ends = (bench.random_params(abstract, mesh, fsdp=True, seed=seed) for seed in (0, 1))
-    trained = {"student": jax.tree.map(lambda a, b: a + MOVED * (b - a), *ends)}
-    teachers = {
-        "unet": bench.random_params(base.abstract("unet"), mesh, dtype, copies=num_teachers),
-        "encoder": sharding.put(np.full(num_teachers, -1, np.int32), mesh, sharding.TEACHERS),
-        "styles": sharding.put(np.array([(k, 1) for k in range(num_teachers)], np.int32), mesh, sharding.TEACHERS),
-    }
-    texts = {name: bench.random_params(base.abstract(name), mesh, dtype) for name in base.text_encoders}
+    objective = bench_networks.define_objective(config, base)
+    trained, teachers, encoders = bench_networks.random_networks(config, base, mesh, jnp.dtype(config.dtype))
+    other = bench_networks.random_params(abstract_params("unet", student_config), mesh, fsdp=True, seed=1)
+    trained["student"] = jax.tree.map(lambda a, b: a + MOVED * (b - a), trained["student"], other)
     gradients = train.define_gradients(config, networks, objective, mesh, trained)
     run = jax.jit(gradients, compiler_options=distill_step.COMPILER_OPTIONS.get(jax.default_backend()))
-    batch = sharding.put(bench.random_batch(config, base), mesh, sharding.BATCH)
-    gradient, errors = run(trained, teachers, {"base": texts, "others": None}, batch, jnp.int32(1))
+    batch = sharding.put(bench_networks.random_batch(config, base), mesh, sharding.BATCH)
+    gradient, errors = run(trained, teachers, encoders, batch, jnp.int32(1))
     loss = sum(weight * jnp.mean(errors[name]) for name, weight in objective.weights.items() if name in errors)
     return loss, gradient["student"]
 
@@ -92,5 +83,5 @@ def _sample(config, size):
     """Returns the latents of a sample, each picture in another style."""
     names = [name for name, _ in config.teachers]
     styles = [names[k % len(names)] for k in range(NUM_PICTURES)]
-    pipeline = bench.random_pipeline(size, config)
-    return pipeline(["a large red circle"] * NUM_PICTURES, styles=styles, output="latents", **bench.SAMPLING)
+    pipeline = bench_networks.random_pipeline(size, config)
+    return pipeline(["a large red circle"] * NUM_PICTURES, styles=styles, output="latents", **bench_networks.SAMPLING)

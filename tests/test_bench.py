@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from dmm_jax import bench, bench_numerics, cli
+from dmm_jax import bench, bench_networks, bench_numerics, cli
 
 CONTRACT = {
     "job", "images_per_s", "tflop_per_s", "matmul_peak_tflop_per_s", "compile_s", "batch", "step_s", "share_of_peak",
@@ -25,7 +25,7 @@ def test_a_line_of_training_holds_the_contract_and_agrees_with_itself():
     (line,) = bench.bench("train", config(), "tiny", num_steps=1)
     assert line.keys() >= CONTRACT
     assert line["images_per_s"] == pytest.approx(4 / line["step_s"])
-    base = bench.described("tiny")
+    base = bench_networks.described("tiny")
     merged = bench.train.merged_config(base.unet_config, 2)
     assert line["tflop_per_s"] == pytest.approx(line["images_per_s"] * bench.train_tflop(base, merged))
     assert line["share_of_peak"] == pytest.approx(line["tflop_per_s"] / line["matmul_peak_tflop_per_s"])

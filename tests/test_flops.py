@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dmm_jax import bench, flops
+from dmm_jax import bench, bench_networks, flops
 
 
 def shape(*sizes):
@@ -47,4 +47,4 @@ def test_a_scan_counts_each_turn_and_a_branch_the_dearer_way():
 
 def test_the_unet_of_stable_diffusion_1_takes_0_803_tflop():
     # As PyTorch's own counter says of the stock module; 64 x 64 latents.
-    assert bench.unet_tflop(bench.described("sd15").unet_config) == pytest.approx(0.803, abs=5e-4)
+    assert bench.unet_tflop(bench_networks.described("sd15").unet_config) == pytest.approx(0.803, abs=5e-4)
