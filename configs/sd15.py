@@ -20,5 +20,4 @@ def get_config():
     config.data.source = "data/images"
     config.data.cache = "data/cache_512"
     config.batch_size = 48
-    config.remat = False
     return config

@@ -19,6 +19,6 @@ def get_config():
     config.data.cache = "data/cache_1024"
     config.data.resolution = 1024
     config.batch_size = 32
-    config.remat = True
+    config.remat = "all"
     config.mesh.fsdp = 8
     return config

@@ -76,7 +76,9 @@ def get_config() -> ml_collections.ConfigDict:
     # How it is computed.
     config.dtype = "bfloat16"  # Of the networks' arithmetic; parameters, losses, norms and softmax are float32.
     config.attention = "auto"  # "auto": "cudnn" on NVIDIA GPUs in bfloat16, "flash" on TPUs, else "xla".
-    config.remat = False  # Recompute blocks in the backward pass: about a third more work, far less memory.
+    # What the backward pass computes again, for less memory: "none", "finest" (the first level's blocks), "all" (a
+    # third more work), or blocks by name: "down_blocks.0,mid_block,up_blocks.3".
+    config.remat = "none"
     config.mesh = ml_collections.ConfigDict()  # Devices along each axis; their product is the number of devices.
     config.mesh.teacher = 1  # Must divide the number of teachers (+ grow.replay).
     config.mesh.data = 0  # 0: all the devices that are left.

@@ -317,7 +317,7 @@ def disk(config, program: Program) -> dict[str, int]:
 
 def changes(config: ml_collections.ConfigDict, topology: str) -> Iterator[tuple[str, ml_collections.ConfigDict, str]]:
     """Yields (what to type, config, topology), the smallest change first: recompute, less at once, shards, machine."""
-    one_by_one = [(_recompute,), (_accumulate,), (_halve,), (_shard,), (_spread,)]
+    one_by_one = [(_recompute_finest,), (_recompute,), (_accumulate,), (_halve,), (_shard,), (_spread,)]
     together = [(_recompute, step) for step in (_accumulate, _halve, _shard, _spread)]
     layouts = [(_recompute, _spread, _shard), (_recompute, _spread, _shard, _shard), (_recompute, _accumulate, _shard)]
     machines = [
@@ -347,9 +347,14 @@ def _changed(config, topology, steps: Sequence[Callable]):
     return " ".join(said.values()), config, topology
 
 
+def _recompute_finest(config, topology):
+    changed, config.remat = config.remat == "none", "finest"
+    return "--config.remat=finest" if changed else "", topology
+
+
 def _recompute(config, topology):
-    changed, config.remat = not config.remat, True
-    return "--config.remat=True" if changed else "", topology
+    changed, config.remat = config.remat != "all", "all"
+    return "--config.remat=all" if changed else "", topology
 
 
 def _accumulate(config, topology):

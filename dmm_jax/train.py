@@ -77,12 +77,12 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
     cache = LatentCache(config.data.cache)
     wanted = {"vae": base.digest("vae"), "tokenizer": tokenizer.digest}
     cache.check(**wanted, num_examples=config.validation_size + config.batch_size)
+    networks, student_config = define_networks(config, base)
     open_workdir(workdir, config)
 
     # Networks: frozen ones on the mesh in the compute dtype, what is trained in float32.
     dtype = jnp.dtype(config.dtype)
     frozen, encoders = teachers_lib.put_teachers(base, lessons, teacher_config(config, base), mesh, dtype)
-    networks, student_config = define_networks(config, base)
     sources = [old] if old else [base] if config.student_init == "base" else list(teachers.values())
     style = student_lib.style_params(student_config, config.style_init, config.seed)
     style = incremental.grown(style, old) if old else style

@@ -100,10 +100,13 @@ def test_work_divides_among_devices_and_recomputation_adds_to_it(config, on_one)
     config.mesh.teacher = 2
     four = plan.plan(config, "gpu:4x80GB")
     assert four.flops == pytest.approx(on_one.flops / 4, rel=0.05)
-    config.remat = True
-    remat = plan.plan(config, "gpu:4x80GB")
-    assert 1.05 < remat.flops / four.flops < 4 / 3
-    assert remat.memory["temporaries"] < four.memory["temporaries"]
+    plans = [four]
+    for config.remat in ("finest", "all"):
+        plans.append(plan.plan(config, "gpu:4x80GB"))
+    none, finest, everything = (planned.flops / four.flops for planned in plans)
+    assert none < finest < everything < 4 / 3 and everything > 1.05
+    none, finest, everything = (planned.memory["temporaries"] for planned in plans)
+    assert none > finest > everything
 
 
 def test_the_json_keeps_its_contract(capsys, config, tmp_path):
@@ -165,10 +168,12 @@ def test_what_does_not_fit_is_told_the_smallest_change_that_does(config, on_one,
     assert not plan.plan(config, "gpu:1x80GB").fits
     tried = []
     what, changed = plan.smallest_change(config, "gpu:1x80GB", say=tried.append)
-    assert what == "--config.remat=True" and changed.fits and len(tried) == 1
-    small_device(sum(changed.memory.values()) / MIB - 0.1)
+    assert what == "--config.remat=finest" and changed.fits and len(tried) == 1
+    config.remat = "all"
+    small_device(sum(plan.plan(config, "gpu:1x80GB").memory.values()) / MIB - 0.1)
+    config.remat = "none"
     what, again = plan.smallest_change(config, "gpu:1x80GB", say=tried.append)
-    assert what == "--config.remat=True --config.gradient_accumulation=2" and again.fits
+    assert what == "--config.remat=all --config.gradient_accumulation=2" and again.fits
 
 
 def test_a_plan_that_does_not_fit_exits_1_and_says_the_change(capsys, config, on_one, small_device, monkeypatch):
@@ -176,11 +181,11 @@ def test_a_plan_that_does_not_fit_exits_1_and_says_the_change(capsys, config, on
     monkeypatch.setattr(cli, "read_config", lambda *_: config)
     assert cli.main(["plan", "--config=x.py"]) == 1
     said = capsys.readouterr()
-    assert "DOES NOT FIT" in said.out and "It fits with --config.remat=True" in said.err
+    assert "DOES NOT FIT" in said.out and "It fits with --config.remat=finest" in said.err
 
 
 def test_nothing_that_fits_is_none(config, small_device, monkeypatch):
-    monkeypatch.setattr(plan, "changes", lambda *_: [("--config.remat=True", config, "gpu:1x80GB")])
+    monkeypatch.setattr(plan, "changes", lambda *_: [("--config.remat=all", config, "gpu:1x80GB")])
     small_device(0.1)
     assert plan.smallest_change(config, "gpu:1x80GB") is None
 
@@ -188,14 +193,14 @@ def test_nothing_that_fits_is_none(config, small_device, monkeypatch):
 def test_changes_keep_to_what_can_run(config):
     config.batch_size = 2
     whats = [what for what, *_ in plan.changes(config, "gpu:1x80GB")]
-    assert "--config.remat=True" in whats
+    assert "--config.remat=all" in whats
     assert "--topology=gpu:2x80GB --config.mesh.fsdp=2" not in whats  # One image a teacher cannot be divided.
     assert not any("gradient_accumulation" in what or "batch_size" in what for what in whats)
 
 
 def test_teachers_are_spread_where_they_weigh_most(config, small_device):
     config.teachers = tuple((f"{name}{k}", path) for k in range(4) for name, path in config.teachers)
-    config.batch_size, config.remat = 64, True
+    config.batch_size, config.remat = 64, "all"
     together = plan.plan(config, "gpu:8x80GB")
     small_device((sum(together.memory.values()) - 0.6 * together.memory["teachers"]) / MIB)
     what, changed = plan.smallest_change(config, "gpu:8x80GB")

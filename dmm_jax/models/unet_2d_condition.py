@@ -85,20 +85,22 @@ class UNet2DEncoder(nnx.Module):
         self.config, self.dtype, self.num_models = config, jnp.dtype(dtype), config["num_models"]
         common = {"dtype": dtype, "rngs": rngs}
         widths, levels = config["block_out_channels"], len(config["block_out_channels"])
-        time_embed_dim, remat = 4 * widths[0], config["remat"]
+        time_embed_dim = 4 * widths[0]
         num_layers = _per_level(config["layers_per_block"], levels)
         resnet = _resnet(config)
         self.conv_in = layers.conv(config["in_channels"], widths[0], 3, **common)
         self.time_embedding = TimestepEmbedding(widths[0], time_embed_dim, **common)
         self._add_embeddings(time_embed_dim, **common)
-        blocks = []
+        blocks, remat = [], recomputed_blocks(config["remat"], levels)
         for level, (kind, width) in enumerate(zip(config["down_block_types"], widths, strict=True)):
             last = level + 1 == levels
             there = _attention(config, level) if DOWN_TYPES[kind] else None
             before = widths[max(level - 1, 0)]
-            blocks.append(DownBlock(before, width, num_layers[level], resnet, there, not last, remat=remat, **common))
+            again = {"remat": f"down_blocks.{level}" in remat}
+            blocks.append(DownBlock(before, width, num_layers[level], resnet, there, not last, **again, **common))
         self.down_blocks = nnx.List(blocks)
-        self.mid_block = MidBlock(widths[-1], resnet, _attention(config, levels - 1), remat=remat, **common)
+        there, again = _attention(config, levels - 1), {"remat": "mid_block" in remat}
+        self.mid_block = MidBlock(widths[-1], resnet, there, **again, **common)
 
     def _add_embeddings(self, width, *, dtype, rngs):
         kind = self.config["addition_embed_type"]
@@ -172,7 +174,7 @@ class UNet2DConditionModel(UNet2DEncoder):
         num_models: int | None = None,
         *,
         attention_implementation: str = "xla",
-        remat: bool = False,
+        remat: str = "none",
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -182,7 +184,7 @@ class UNet2DConditionModel(UNet2DEncoder):
           attention_head_dim: the NUMBER of heads, per level or for all (diffusers' name for it is an old accident).
           num_models: rows of the style table, where `addition_embed_type` is one of the "model_merge" kinds.
           attention_implementation: "xla", "cudnn" or "flash"; see `dmm_jax.models.attention`.
-          remat: compute blocks again in the backward pass.
+          remat: what is computed again in the backward pass; see `recomputed_blocks`.
           dtype: of the arithmetic.
 
         Raises:
@@ -196,14 +198,13 @@ class UNet2DConditionModel(UNet2DEncoder):
         skips = [widths[0]]
         for level, width in enumerate(widths):
             skips += [width] * (num_layers[level] + (level + 1 < levels))
-        blocks = []
+        blocks, recomputed = [], recomputed_blocks(remat, levels)
         for level, kind in zip(reversed(range(levels)), up_block_types, strict=True):
             taken = [skips.pop() for _ in range(num_layers[level] + 1)]
             there = _attention(config, level) if UP_TYPES[kind] else None
             before = widths[min(level + 1, levels - 1)]
-            blocks.append(
-                UpBlock(before, taken, widths[level], _resnet(config), there, level > 0, remat=remat, **common)
-            )
+            again = {"remat": f"up_blocks.{len(blocks)}" in recomputed}
+            blocks.append(UpBlock(before, taken, widths[level], _resnet(config), there, level > 0, **again, **common))
         self.up_blocks = nnx.List(blocks)
         self.conv_norm_out = layers.group_norm(norm_num_groups, widths[0], epsilon=norm_eps, rngs=rngs)
         self.conv_out = layers.conv(widths[0], out_channels, 3, **common)
@@ -261,6 +262,26 @@ class UNet2DConditionModel(UNet2DEncoder):
             features.append(hidden)
         hidden = layers.normed(self.conv_norm_out, hidden, jax.nn.silu)
         return UNetOutput(self.conv_out(hidden).astype(jnp.float32), tuple(features))
+
+
+def recomputed_blocks(remat: str, levels: int) -> frozenset[str]:
+    """Returns the blocks whose inner values are not kept for the backward pass, but computed again.
+
+    Args:
+      remat: "none", "finest" (the two blocks of the first level), "all", or blocks joined by commas:
+        "down_blocks.0,mid_block".
+
+    Raises:
+      ValueError: blocks that a UNet of so many levels does not have.
+    """
+    blocks = [f"{way}_blocks.{level}" for way in ("down", "up") for level in range(levels)] + ["mid_block"]
+    groups = {"none": [], "finest": ["down_blocks.0", f"up_blocks.{levels - 1}"], "all": blocks}
+    chosen = frozenset(groups.get(remat, remat.split(",")))
+    if unknown := sorted(chosen.difference(blocks)):
+        raise ValueError(
+            f"remat must be {', '.join(groups)}, or some of {','.join(blocks)}; got {', '.join(map(repr, unknown))}."
+        )
+    return chosen
 
 
 def _resnet(config: Mapping) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from torch_parity import (
     torch_shapes,
 )
 
-from dmm_jax.models.unet_2d_condition import UNet2DConditionModel, merged_config
+from dmm_jax.models.unet_2d_condition import UNet2DConditionModel, merged_config, recomputed_blocks
 
 KEYS_OF_DMM = Path(__file__).parent.parent / "data" / "dmm_unet_state_dict_keys.txt"
 FULL_SD15 = {
@@ -361,7 +361,7 @@ def test_the_style_table_starts_as_unit_normals():
     assert abs(table.mean()) < 0.1 and abs(table.std() - 1) < 0.1
 
 
-def test_remat_wraps_each_resnet_and_transformer_and_changes_neither_loss_nor_gradient():
+def test_remat_wraps_the_blocks_that_it_names_and_changes_neither_loss_nor_gradient():
     latents, timesteps, states, _ = inputs(TINY)
     params = pure(tiny())
 
@@ -370,14 +370,24 @@ def test_remat_wraps_each_resnet_and_transformer_and_changes_neither_loss_nor_gr
         return jnp.square(nnx.merge(graph, params)(latents, timesteps, states).sample).mean()
 
     gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    (plain, plain_grads), (again, again_grads) = gradient(params, False), gradient(params, True)
+    (plain, plain_grads), (again, again_grads) = gradient(params, "none"), gradient(params, "all")
     assert plain == pytest.approx(float(again), rel=1e-6)
     for one, two in zip(jax.tree.leaves(plain_grads), jax.tree.leaves(again_grads), strict=True):
         np.testing.assert_allclose(one, two, rtol=0, atol=1e-5 * max(jnp.abs(one).max(), 1e-3))
-    programs = [str(jax.make_jaxpr(loss, static_argnums=1)(params, remat)) for remat in (False, True)]
-    found = [len(re.findall(r"\b(?:checkpoint|remat\w*)\[", program)) for program in programs]  # JAX's names for it.
-    # Around those of the norms and gates. Resnets: one down, two mid, two up; a transformer beside all but mid's last.
-    assert found[1] - found[0] == 5 + 4
+
+    def wrapped(remat):
+        program = str(jax.make_jaxpr(loss, static_argnums=1)(params, remat))
+        return len(re.findall(r"\b(?:checkpoint|remat\w*)\[", program))  # JAX's names for it.
+
+    own = wrapped("none")  # Of the norms and gates.
+    # Resnets, and a transformer beside each but mid's last: one pair down, two resnets in the middle, two pairs up.
+    assert [wrapped(block) - own for block in ("down_blocks.0", "mid_block", "up_blocks.0")] == [2, 3, 4]
+    assert wrapped("finest") == wrapped("down_blocks.0,up_blocks.0") and wrapped("all") - own == 2 + 3 + 4
+
+
+def test_blocks_to_recompute_that_do_not_exist_are_named_with_those_that_do():
+    with pytest.raises(ValueError, match=r"none, finest, all, .*down_blocks.3,up_blocks.0.*got 'True', 'up_blocks.4'"):
+        recomputed_blocks("mid_block,up_blocks.4,True", 4)
 
 
 def test_bfloat16_keeps_parameters_and_sample_in_float32_and_stays_close():
@@ -404,10 +414,10 @@ def test_two_builds_of_one_config_share_a_graph_so_nothing_is_compiled_twice():
 
 
 def test_a_models_config_builds_it_again():
-    model = unet(merged_config(SDXL, 2), remat=True)
-    again = unet(model.config, remat=False)
+    model = unet(merged_config(SDXL, 2), remat="all")
+    again = unet(model.config, remat="none")
     assert torch_shapes(again) == torch_shapes(model)
-    assert model.config["remat"] and not again.config["remat"]
+    assert (model.config["remat"], again.config["remat"]) == ("all", "none")
 
 
 def test_latents_that_the_levels_cannot_halve_are_refused():
