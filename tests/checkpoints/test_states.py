@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import pathlib
 import random
 import shutil
 import signal
@@ -11,11 +10,14 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.states import StateStore, restore_student
 
+# Where one read fails, Orbax leaves its other reads alone.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 KILLS = int(os.environ.get("DMM_JAX_KILLS", "5"))  # How many times the kill test kills.
 
 
@@ -75,6 +77,18 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def zero(path):
+    """As after a power cut, where the file's length was written and its data were not."""
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def flip(path):
+    changed = bytearray(path.read_bytes())
+    for place in (len(changed) // 10, len(changed) // 2, len(changed) * 9 // 10):
+        changed[place] ^= 0x40
+    path.write_bytes(changed)
+
+
 @pytest.fixture(scope="module")
 def two_steps(tmp_path_factory):
     """A folder with the checkpoints of steps 2 and 4, and the names of the files of one."""
@@ -82,7 +96,7 @@ def two_steps(tmp_path_factory):
     return folder, sorted(path.relative_to(folder / "4") for path in (folder / "4").rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("damage", [delete, truncate])
+@pytest.mark.parametrize("damage", [delete, truncate, zero, flip])
 def test_whatever_file_is_damaged_the_newest_state_that_is_whole_is_used_and_the_other_named(
     two_steps, damage, tmp_path, capsys
 ):
@@ -105,20 +119,58 @@ def test_whatever_file_is_damaged_the_newest_state_that_is_whole_is_used_and_the
         with StateStore(folder) as store:
             assert store.steps == [2, 4]
     parents = {str(name.parent) for name in went_back}
-    assert {"state/ocdbt.process_0/d", "state/d"} & parents and pathlib.Path("state/_METADATA") in went_back
+    assert {"state/ocdbt.process_0/d", "state/d", "record"} <= parents
 
 
-def test_readers_of_the_student_pass_over_a_damaged_state_and_leave_it_alone(tmp_path, capsys):
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+@pytest.mark.parametrize("damage", [delete, flip])
+def test_readers_of_the_student_pass_over_a_damaged_state_and_leave_it_alone(tmp_path, capsys, damage):
     folder = saved(tmp_path, (2, 4))
-    delete(folder / "4" / "state" / "_METADATA")
+    damage(largest(folder / "4" / "state"))
     found = restore_student(tmp_path, state_of(0)["params"])
     assert_is_of(2, {"step": 2, "params": found})
     assert f"{folder / '4'} is damaged" in capsys.readouterr().err and (folder / "4").is_dir()
+    damage(largest(folder / "2" / "state"))
+    with pytest.raises(CheckpointError, match="2 is damaged .* no other checkpoint"):
+        restore_student(tmp_path, state_of(0)["params"])
+
+
+def test_a_state_that_does_not_fit_the_config_is_refused_and_stays_where_it_is(tmp_path):
+    folder = saved(tmp_path, (2, 4))
+    with StateStore(tmp_path) as store:
+        told = r"does not fit the config in 3 arrays. \['params'\]\['a'\]\['kernel'\] was saved as float32\[2000, 8\]"
+        with pytest.raises(CheckpointError, match=told + r"; expected float32\[1000, 8\]"):
+            store.resume(state_of(0, 1000))
+        with pytest.raises(CheckpointError, match=r"\['ema'\] was saved as nothing; expected float32\[1\]"):
+            store.resume(state_of(0) | {"ema": jnp.zeros(1)})
+    assert (folder / "4").is_dir()
+
+
+def test_a_state_that_was_saved_without_checksums_is_read(tmp_path):
+    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+        manager.save(2, args=ocp.args.Composite(state=ocp.args.StandardSave(state_of(2))))
+    with StateStore(tmp_path) as store:
+        step, state = store.resume(state_of(0))
+        assert step == 2 and store.notes(2) == {}
+        assert_is_of(2, state)
+        with pytest.raises(CheckpointError, match="holds no checksums"):
+            store.resume(state_of(0, 1000))
+    assert_is_of(2, {"step": 2, "params": restore_student(tmp_path, state_of(0)["params"])})
+
+
+def test_notes_come_back(tmp_path):
+    with StateStore(tmp_path) as store:
+        store.save(2, state_of(2), {"samples_seen": 7})
+    with StateStore(tmp_path) as store:
+        assert store.notes(2) == {"samples_seen": 7}
 
 
 def test_when_all_are_damaged_nothing_is_trained_over_them(tmp_path):
     folder = saved(tmp_path, (2,))
-    delete(folder / "2" / "state" / "_METADATA")
+    delete(largest(folder / "2" / "state"))
     with StateStore(tmp_path) as store, pytest.raises(CheckpointError, match="no other checkpoint.*start anew"):
         store.resume(state_of(0))
     assert (folder / "2").is_dir()
