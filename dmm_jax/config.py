@@ -276,8 +276,11 @@ def _problems(config):
     for name in ("weight", "learning_rate"):
         found = config.adversarial[name]
         yield found < 0 and f"adversarial.{name} must not be negative; got {found}."
+    for name, least in (("teacher", 1), ("data", 0), ("fsdp", 1)):
+        found = config.mesh[name]
+        yield found < least and f"mesh.{name} must be at least {least}; got {found}. Use {least}."
     sharded = config.mesh.teacher
-    if sharded < 1 or rows % sharded:
+    if sharded > 0 and rows % sharded:
         yield f"mesh.teacher must divide the {rows_told(config)}; got {sharded}. Use a divisor of {rows}, or 1."
 
 

@@ -59,8 +59,13 @@ def mesh_shape(teacher: int, data: int, fsdp: int, num_devices: int) -> dict[str
     """Returns the devices along each axis; `data=0` takes all that are left.
 
     Raises:
-      ValueError: the axes do not use exactly the devices that there are.
+      ValueError: an axis is too small, or the axes do not use exactly the devices that there are.
     """
+    if teacher < 1 or data < 0 or fsdp < 1:
+        raise ValueError(
+            "a mesh needs teacher >= 1, data >= 0 (0: all the devices that are left) and fsdp >= 1; "
+            f"got teacher={teacher}, data={data}, fsdp={fsdp}."
+        )
     data = data or max(num_devices // (teacher * fsdp), 1)
     if teacher * data * fsdp != num_devices:
         nearest = max(size for size in range(1, teacher + 1) if num_devices % size == 0 and teacher % size == 0)

@@ -71,6 +71,15 @@ def test_a_mesh_that_does_not_divide_the_teachers_is_refused():
         config_lib.check(config)
 
 
+@pytest.mark.parametrize("name, value, least", [("teacher", 0, 1), ("teacher", -1, 1), ("data", -1, 0), ("fsdp", 0, 1)])
+def test_an_axis_of_no_devices_is_refused(name, value, least):
+    config = valid()
+    config.mesh[name] = value
+    with pytest.raises(ValueError, match=f"mesh.{name} must be at least {least}; got {value}. Use {least}") as refused:
+        config_lib.check(config)
+    assert "must divide" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     "batch_size, accumulation, shape, multiple, nearest",
     [(8, 1, (1, 8, 1), 16, 16), (40, 1, (2, 4, 2), 16, 48), (24, 2, (1, 2, 2), 16, 32), (2, 1, (1, 1, 4), 8, 8)],

@@ -155,3 +155,9 @@ def test_the_shares_of_the_processes_cover_a_batch_once(owners):
 def test_devices_of_a_process_that_are_no_rectangle_are_refused():
     with pytest.raises(ValueError, match="process 0 devices that are no rectangle.*3 devices"):
         sharding.batch_share(mesh_of([[[0], [0]], [[0], [1]], [[1], [1]]]), 3, 4, 0)
+
+
+@pytest.mark.parametrize("sizes", [(0, 0, 1), (1, -1, 1), (1, 0, 0), (1, 0, -1)])
+def test_an_axis_of_no_devices_is_refused(sizes):
+    with pytest.raises(ValueError, match="teacher >= 1, data >= 0 .* and fsdp >= 1; got"):
+        sharding.mesh_shape(*sizes, num_devices=8)
