@@ -23,6 +23,7 @@ def batches(
     num_teachers: int,
     batch_size: int,
     share: tuple[np.ndarray, np.ndarray] | None = None,
+    offset: int = 0,
 ) -> grain.MapDataset:
     """Returns the batches of all steps: `dataset[k]` is a `Batch`, and `iterate` reads them ahead.
 
@@ -33,6 +34,8 @@ def batches(
         source: `LatentCache` or `CacheSlice`.
         batch_size: examples a step over all teachers and processes.
         share: the rows and columns of the batch [N, B/N] that this process reads; None: all.
+        offset: batch k begins so many examples later (or, negative, earlier) than k * `batch_size`: a run whose batch
+            size has changed at a step has seen more, or fewer, than that.
 
     Raises:
         ValueError: the source is empty, or teachers do not divide the examples.
@@ -42,7 +45,7 @@ def batches(
     places = np.arange(batch_size).reshape(num_teachers, -1)
     if share is not None:
         places = places[np.ix_(*share)]
-    return grain.MapDataset.range(MAX_STEPS).map(_Gather(stream, places, batch_size))
+    return grain.MapDataset.range(MAX_STEPS).map(_Gather(stream, places + offset, batch_size))
 
 
 def iterate(dataset: grain.MapDataset, start_step: int = 0, num_threads: int = 4) -> Iterator[Batch]:

@@ -62,6 +62,16 @@ def test_iterating_from_a_step_equals_looking_up(start):
         np.testing.assert_array_equal(_numbers(next(iterator)), _numbers(data[k]))
 
 
+@pytest.mark.parametrize("before, after", [(12, 4), (4, 12)])
+def test_after_a_change_of_the_batch_size_no_example_is_left_out_or_read_twice(before, after):
+    seen = [_numbers(pipeline.batches(Numbers(60), 0, 2, before)[k]) for k in range(3)]
+    changed = pipeline.batches(Numbers(60), 0, 2, after, offset=3 * (before - after))
+    iterator = pipeline.iterate(changed, 3)
+    while sum(batch.size for batch in seen) < 60:
+        seen.append(_numbers(next(iterator)))
+    assert sorted(np.concatenate([batch.ravel() for batch in seen])) == list(range(60))
+
+
 def test_a_share_is_its_rows_and_columns_of_the_whole_batch():
     share = (np.array([1, 3]), np.array([0, 4, 5]))
     whole, part = (pipeline.batches(Numbers(100), 5, 4, 48, one) for one in (None, share))
