@@ -221,11 +221,13 @@ def _prepare(args):
 
 def _train(args):
     from dmm_jax import processes
-    from dmm_jax.train import run
 
     try:
-        with processes.joined(args.distributed, args.coordinator, args.num_processes, args.process_id):
-            run(_config(args.config, args.rest), args.workdir)
+        with processes.stop_requests():  # First of all: importing and waiting for the others take their time.
+            from dmm_jax.train import run
+
+            with processes.joined(args.distributed, args.coordinator, args.num_processes, args.process_id):
+                run(_config(args.config, args.rest), args.workdir)
     except processes.Preempted as stopped:
         print(f"dmm-jax train: {stopped} Run it again to go on.", file=sys.stderr)
 

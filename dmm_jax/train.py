@@ -52,70 +52,75 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
     Raises:
       ValueError: the config, the checkpoints or the cache cannot be used; says which and what to do.
       FloatingPointError: too many steps in a row had no finite gradient; says which style, and what to try.
-      Preempted: SIGTERM came; the step that was reached is saved.
+      Preempted: SIGTERM came; the step that was reached is saved. Where none was, the process ends with exit code 0.
     """
-    config = incremental.resolved(config)
-    config_lib.check(config)
-    processes.check_joined()
-    mesh = sharding.make_mesh(**config.mesh)
-    config_lib.check_mesh(config, mesh.shape)
-    workdir = folders.locate(workdir)
-    folders.check_reached(workdir)
-    styles = config_lib.style_names(config)
-
-    # Checkpoints: memory-mapped, nothing is read but headers.
-    told = {"prediction_type": config.prediction_type}
-    base = open_checkpoint(config.base, **told)
-    teachers = {name: open_checkpoint(path, **told) for name, path in config.teachers}
-    teachers_lib.check_mergeable(base, teachers)
-    old = incremental.old_student(config, base)
-    lessons = incremental.lessons(teachers, old, config.grow.replay)
-    names = [lesson.name for lesson in lessons]
-    for line in teachers_lib.lent_by_base(base, teachers):
-        say(line)
-    tokenizer = Tokenizers.from_folders(base.tokenizer_folders)
-    cache = LatentCache(config.data.cache)
-    wanted = {"vae": base.digest("vae"), "tokenizer": tokenizer.digest}
-    cache.check(**wanted, num_examples=config.validation_size + config.batch_size)
-    networks, student_config = define_networks(config, base)
-    open_workdir(workdir, config)
-
-    # Networks: frozen ones on the mesh in the compute dtype, what is trained in float32.
-    dtype = jnp.dtype(config.dtype)
-    frozen, encoders = teachers_lib.put_teachers(base, lessons, teacher_config(config, base), mesh, dtype)
-    sources = [old] if old else [base] if config.student_init == "base" else list(teachers.values())
-    style = student_lib.style_params(student_config, config.style_init, config.seed)
-    style = incremental.grown(style, old) if old else style
-    unets = [source.params("unet") for source in sources]
-    trained = {"student": student_lib.put_student(unets, style, student_config, mesh)}
-    if networks.discriminator:
-        params = discriminator_lib.initial_params(
-            *discriminator_arguments(config, base), base.params("unet"), config.seed
-        )
-        params, fixed = discriminator_lib.split(params, config.adversarial.train_backbone)
-        trained["discriminator"] = student_lib.put_trained(params, mesh)
-        encoders |= teachers_lib.put_params(fixed, mesh, dtype)
-
-    # State: fresh, or the newest checkpoint's.
-    optimizers = student_lib.make_optimizers(config)
-    state = student_lib.make_state(trained, optimizers, mesh, config.ema_decay)
-    del trained
     failure, stopping = None, False
     with contextlib.ExitStack() as stack:
-        asked_to_stop = stack.enter_context(processes.stop_requests())
+        stop = stack.enter_context(processes.stop_requests())
+        config = incremental.resolved(config)
+        config_lib.check(config)
+        processes.check_joined()
+        mesh = sharding.make_mesh(**config.mesh)
+        config_lib.check_mesh(config, mesh.shape)
+        workdir = folders.locate(workdir)
+        folders.check_reached(workdir)
+        styles = config_lib.style_names(config)
+
+        # Checkpoints: memory-mapped, nothing is read but headers.
+        told = {"prediction_type": config.prediction_type}
+        base = open_checkpoint(config.base, **told)
+        teachers = {name: open_checkpoint(path, **told) for name, path in config.teachers}
+        teachers_lib.check_mergeable(base, teachers)
+        old = incremental.old_student(config, base)
+        lessons = incremental.lessons(teachers, old, config.grow.replay)
+        names = [lesson.name for lesson in lessons]
+        for line in teachers_lib.lent_by_base(base, teachers):
+            say(line)
+        tokenizer = Tokenizers.from_folders(base.tokenizer_folders)
+        cache = LatentCache(config.data.cache)
+        wanted = {"vae": base.digest("vae"), "tokenizer": tokenizer.digest}
+        cache.check(**wanted, num_examples=config.validation_size + config.batch_size)
+        networks, student_config = define_networks(config, base)
+        open_workdir(workdir, config)
+
+        # Networks: frozen ones on the mesh in the compute dtype, what is trained in float32.
+        dtype = jnp.dtype(config.dtype)
+        frozen, encoders = teachers_lib.put_teachers(base, lessons, teacher_config(config, base), mesh, dtype)
+        sources = [old] if old else [base] if config.student_init == "base" else list(teachers.values())
+        style = student_lib.style_params(student_config, config.style_init, config.seed)
+        style = incremental.grown(style, old) if old else style
+        unets = [source.params("unet") for source in sources]
+        trained = {"student": student_lib.put_student(unets, style, student_config, mesh)}
+        if networks.discriminator:
+            params = discriminator_lib.initial_params(
+                *discriminator_arguments(config, base), base.params("unet"), config.seed
+            )
+            params, fixed = discriminator_lib.split(params, config.adversarial.train_backbone)
+            trained["discriminator"] = student_lib.put_trained(params, mesh)
+            encoders |= teachers_lib.put_params(fixed, mesh, dtype)
+
+        # State: fresh, or the newest checkpoint's.
+        optimizers = student_lib.make_optimizers(config)
+        state = student_lib.make_state(trained, optimizers, mesh, config.ema_decay)
+        del trained
         kept = {"kept": config.checkpoints_kept, "kept_every": config.checkpoints_kept_every}
         store = stack.enter_context(StateStore(workdir, **kept))
         start, state = store.resume(state)
+        seen = start * config.batch_size
         if start:
             say(f"Resuming at step {start} of {config.num_steps}.")
+            seen = store.notes(start).get("samples_seen", seen)
+        offset = seen - start * config.batch_size
+        if offset:
+            say(f"The batch size has changed: the data go on after the {seen} samples that were seen.")
         log = stack.enter_context(
             MetricsLog(workdir, start, names, tensorboard=config.tensorboard, writes=processes.is_first())
         )
 
-        # Data: batch k is a pure function of (seed, k).
+        # Data: batch k is a pure function of (seed, k), and of the samples seen where the batch size has changed.
         train_source, validation_source = cache.split(config.validation_size)
         share = sharding.batch_share(mesh, len(lessons), config.batch_size // len(lessons))
-        batches = data_pipeline.batches(train_source, config.seed, len(lessons), config.batch_size, share)
+        batches = data_pipeline.batches(train_source, config.seed, len(lessons), config.batch_size, share, offset)
         put_batch = functools.partial(sharding.put, mesh=mesh, spec=sharding.BATCH)
 
         # One compiled program a step; another for the validation set.
@@ -142,31 +147,41 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
             )
         )
         running = collections.deque()
+        sizes = {"num_steps": config.num_steps, "batch_size": config.batch_size}
+        write = functools.partial(log.train, **sizes, weights=objective.weights, bar=bar)
+        stop.begin()  # From here on there is something to save.
         log.start_clock(start)
         for number in range(start + 1, config.num_steps + 1):
             state, metrics = step(state, frozen, encoders, batch)
             if number < config.num_steps:
                 batch = put_batch(next(iterator))  # While the device works.
-            running.append(metrics)
+            running.append((number, metrics))
+            done = None
             if len(running) > MAX_STEPS_AHEAD:
+                done = running.popleft()
                 with log.host.waiting():
-                    jax.block_until_ready(running.popleft())
-            stopping = asked_to_stop(number)
+                    jax.block_until_ready(done)
+            stopping = stop()
             log.host.step_done()
             last = stopping or number == config.num_steps
             if last or _due(number, config.log_every):
-                log.train(number, config.num_steps, config.batch_size, objective.weights, metrics, bar)
-                if log.last["skipped_in_a_row"] >= config.max_skipped_in_a_row:
-                    failure = diagnosis(log.last, config)
-                    break
+                done = number, metrics
+                write(done[0], metrics=done[1])
+            if done and int(done[1]["skipped_in_a_row"]) >= config.max_skipped_in_a_row:
+                if done[0] < number:
+                    write(done[0], metrics=done[1])
+                failure = diagnosis(log.last, config)
+                break
             if validate and not stopping and (last or _due(number, config.validation_every)):
                 log.validation(number, validate(packing.unpack(state)["params"], frozen, encoders), bar)
+                stopping = stop()
             if draw_samples and not stopping and (last or _due(number, config.samples.every)):
                 whole = packing.unpack(state)
                 draw_samples(number, whole.get("ema", whole["params"]))
-            if last or _due(number, config.checkpoint_every):
+                stopping = stop()
+            if last or stopping or _due(number, config.checkpoint_every):
                 log.keep()  # Before the step, so that a run that resumes at it has every line.
-                store.save(number, packing.unpack(state))
+                store.save(number, packing.unpack(state), {"samples_seen": offset + number * config.batch_size})
             bar.update()
             if stopping:
                 break
@@ -214,7 +229,10 @@ def open_workdir(workdir: folders.Location, config) -> None:
     if processes.is_first():
         with folders.reaching(workdir):
             workdir.mkdir(parents=True, exist_ok=True)
-            path.write_text(config_lib.to_json(config))
+            part = path if folders.in_bucket(path) else path.with_suffix(".part")  # Objects are written whole.
+            part.write_text(config_lib.to_json(config))
+            if part != path:
+                part.replace(path)
     processes.wait_for_all("config.json written")
     if not path.is_file():
         raise ValueError(

@@ -167,17 +167,21 @@ with processes.joined(False, sys.argv[2], 2, int(sys.argv[3])):
 
 
 EARLY = """
-import os, signal, sys, time
+import hashlib, os, signal, sys, time
 import jax
 from dmm_jax import processes
 
 with processes.joined(False, sys.argv[2], 2, int(sys.argv[3])):
-    with processes.stop_requests() as asked:
+    with processes.stop_requests() as stop:
+        if sys.argv[1].endswith("begun"):
+            stop.begin()
         if jax.process_index() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(3)  # As a run that is compiling.
+        time.sleep(3)
+        if not sys.argv[1].endswith("begun"):
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # As one that compiles: minutes of C, with no signal heard.
         steps = range(8, 20)  # As one that resumes at step 7.
-        print([step for step in steps if asked(step)])
+        print([step for step in steps if stop()])
         processes.wait_for_all("end")
 """
 
@@ -213,10 +217,63 @@ def start_two_programs(program: str, folder: pathlib.Path) -> list[subprocess.Po
     ]  # fmt: skip
 
 
-def test_sigterm_before_the_first_step_of_a_run_that_resumes_stops_all_after_it(tmp_path):
+def test_sigterm_at_the_first_step_of_a_run_that_resumes_stops_all_after_it(tmp_path):
+    children = start_two_programs(EARLY, tmp_path / "begun")
+    said = [child.communicate(timeout=BOUND_S) for child in children]
+    assert all("[8]" in out.split("\n") for out, _ in said), "".join(err for _, err in said)[-3000:]
+
+
+def test_sigterm_to_one_process_before_the_first_step_ends_all_at_once_with_exit_code_0(tmp_path):
     children = start_two_programs(EARLY, tmp_path)
     said = [child.communicate(timeout=BOUND_S) for child in children]
-    assert all(out.startswith("[8]") for out, _ in said), "".join(err for _, err in said)[-3000:]
+    assert [child.returncode for child in children] == [0, 0], "".join(err for _, err in said)[-3000:]
+    assert ["nothing had to be saved" in err for _, err in said] == [True, False]
+
+
+ALONE = """
+import hashlib, sys
+from dmm_jax import processes
+
+with processes.stop_requests():
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # As one that compiles.
+"""
+
+
+def test_sigterm_before_the_first_step_ends_a_process_at_once_with_exit_code_0(tmp_path):
+    child = subprocess.Popen(
+        [sys.executable, "-c", ALONE], env=environment(1, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert child.stdout.readline() == b"ready\n"
+    child.terminate()
+    assert b"nothing had to be saved" in child.communicate(timeout=BOUND_S / 10)[1] and child.returncode == 0
+
+
+def test_sigterm_while_a_run_loads_its_teachers_ends_it_with_exit_code_0(world):
+    child = world.start("loading", f"--workdir={world.folder / 'loading'}", num_devices=8)
+    wait_for(lambda: "Teacher 'left' has no text_encoder" in world.said("loading"), [child])
+    child.terminate()
+    assert child.wait(BOUND_S / 10) == 0 and "stopped by SIGTERM: nothing had to be saved." in world.said("loading")
+    assert (world.folder / "loading").is_dir() and not (world.folder / "loading" / "metrics.jsonl").exists()
+
+
+JOINING = """
+import sys
+from dmm_jax import processes
+
+processes.JOIN_TIMEOUT_S = 1
+with processes.joined(False, sys.argv[1], 2, int(sys.argv[2])):
+    pass
+"""
+
+
+@pytest.mark.parametrize("number, told", [(1, "cannot reach process 0 at"), (0, "but not all 2 processes came within")])
+def test_who_cannot_join_ends_with_one_message(tmp_path, number, told):
+    command = [sys.executable, "-c", JOINING, free_address(), str(number)]
+    done = subprocess.run(command, env=environment(1, tmp_path), capture_output=True, text=True, timeout=BOUND_S)
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert done.stderr.startswith(f"dmm-jax train: error: process {number} of 2 ") and told in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_failing_process_does_not_wait_for_the_lost_one_to_finish_a_save(tmp_path):

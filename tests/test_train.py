@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -15,6 +16,7 @@ from PIL import Image
 from dmm_jax import images, processes, train
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.states import StateStore
+from dmm_jax.data.cache import LatentCache
 from dmm_jax.metrics import read
 from dmm_jax.pipeline import Pipeline
 from tests import worlds
@@ -131,6 +133,48 @@ def test_a_run_without_finite_gradients_stops_with_a_diagnosis_and_keeps_its_las
     assert [line["skipped_steps"] for line in lines if "loss" in line] == [0, 1, 2, 3]
     kept = open_checkpoint(tmp_path).tensors("unet")
     assert all(np.isfinite(kept[key]).all() for key in kept)
+
+
+def test_steps_without_finite_gradients_are_counted_where_none_is_logged(tiny, tmp_path):
+    config = tiny[1].copy_and_resolve_references()
+    config.learning_rate, config.warmup_steps, config.max_grad_norm = 1e25, 0, 0.0
+    config.num_steps, config.checkpoint_every, config.max_skipped_in_a_row = 50, 0, 3
+    config.log_every = config.validation_every = 0
+    with pytest.raises(FloatingPointError, match="step 4: 3 steps in a row"):
+        train.run(config, tmp_path)
+    assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == [4]
+
+
+def test_sigterm_while_the_run_validates_stops_it_before_it_draws(tiny, tmp_path, monkeypatch):
+    config = tiny[1].copy_and_resolve_references()
+    config.checkpoint_every, config.validation_every, config.samples.every = 0, 2, 2
+    config.samples.prompts = ("a star",)
+
+    def validate(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {name: [0.0] for name in worlds.NAMES}
+
+    monkeypatch.setattr(train, "build_validator", lambda *_: validate)
+    monkeypatch.setattr(train, "build_sampler", lambda *_: lambda *_: pytest.fail("it draws"))
+    with pytest.raises(processes.Preempted, match="stopped by SIGTERM after step 2 of 6, which is saved"):
+        train.run(config, tmp_path)
+    with StateStore(tmp_path) as store:
+        assert store.steps == [2]
+
+
+def test_a_run_that_goes_on_with_another_batch_size_goes_on_in_its_data(tiny, trained, tmp_path, monkeypatch, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    config = stopped_at(tiny[1], 7)  # Its first steps had batches of another size: ten examples on average.
+    config.validation_size, sources, batches = 0, [], train.data_pipeline.batches
+    with monkeypatch.context() as patch:
+        patch.setattr(StateStore, "notes", lambda *_: {"samples_seen": 60})
+        patch.setattr(train.data_pipeline, "batches", lambda *given: sources.append(batches(*given)) or sources[-1])
+        train.run(config, tmp_path / "run")
+    assert "go on after the 60 samples" in capsys.readouterr().err
+    of_four = batches(LatentCache(config.data.cache), config.seed, 1, 4)
+    assert np.array_equal(sources[0][6]["input_ids"], [of_four[15]["input_ids"][0], of_four[16]["input_ids"][0]])
+    with StateStore(tmp_path / "run") as store:
+        assert store.notes(7) == {"samples_seen": 68}
 
 
 def test_the_diagnosis_names_the_one_style_that_is_at_fault(tiny):
