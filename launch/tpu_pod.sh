@@ -46,7 +46,7 @@ case $verb in
     # The hosts' own Python is 3.10, too old; uv brings one.
     on_every_host "mkdir -p dmm_jax && tar -xzf dmm_jax.tar.gz -C dmm_jax && cd dmm_jax && \
 python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --clear --python 3.11 .venv && \
-python3 -m uv pip install --quiet --python .venv '.[tpu,gcs]'"
+python3 -m uv pip install --quiet --constraint launch/requirements.txt --python .venv '.[tpu,gcs]'"
     [ -z "${SHARED:-}" ] || on_every_host "sudo apt-get install --yes nfs-common && sudo mkdir -p /mnt/runs && \
 sudo mount -t nfs $SHARED /mnt/runs && sudo chmod a+rwx /mnt/runs"
     ;;

@@ -44,6 +44,13 @@ def test_local_processes_starts_each_with_its_number():
     assert commands == [[".venv/bin/python", "-m", "dmm_jax.cli", "train", *TRAIN, *several, str(k)] for k in range(2)]
 
 
+def test_local_processes_gives_each_its_gpu():
+    commands = dry_run("local_processes.sh", "--one-gpu-each", "2", *TRAIN)
+    assert [command[:3] for command in commands] == [
+        ["env", f"JAX_LOCAL_DEVICE_IDS={k}", ".venv/bin/python"] for k in range(2)
+    ]
+
+
 def test_slurm_submits_one_task_for_each_gpu_that_is_told_before_its_time_is_over():
     (command,) = dry_run("slurm.sh", "2", "8", *TRAIN, environment={"SBATCH_ARGUMENTS": "--time=1:00:00 --account=a"})
     assert command == [
@@ -69,7 +76,10 @@ def test_tpu_pod_creates_a_queued_resource():
 def test_tpu_pod_installs_trains_logs_stops_and_deletes_on_every_host():
     archive, copy, install, mount = dry_run("tpu_pod.sh", "install")
     assert archive[:2] == ["git", "archive"] and copy[:5] == ["gcloud", "compute", "tpus", "tpu-vm", "scp"]
-    assert "--python .venv '.[tpu,gcs]'" in install[-1] and "mount -t nfs 10.0.0.2:/runs /mnt/runs" in mount[-1]
+    assert (
+        "--constraint launch/requirements.txt --python .venv '.[tpu,gcs]'" in install[-1]
+        and "mount -t nfs 10.0.0.2:/runs /mnt/runs" in mount[-1]
+    )
     run = f"nohup .venv/bin/python -m dmm_jax.cli train --distributed {QUOTED}  > train.log 2>&1 < /dev/null"
     assert dry_run("tpu_pod.sh", "train", *TRAIN) == [ssh(f"cd dmm_jax; {run} & echo $! > train.pid")]
     assert dry_run("tpu_pod.sh", "log") == [ssh("tail -n 20 dmm_jax/train.log")]
@@ -97,14 +107,48 @@ def test_gke_xpk_makes_a_cluster_and_runs_on_it():
     assert dry_run("gke_xpk.sh", "create", "--spot") == [
         ["xpk", "cluster", "create", *place, "--tpu-type=v5litepod-16", "--num-slices=1", "--spot"]
     ]
-    assert dry_run("gke_xpk.sh", "train", *TRAIN) == [
-        ["xpk", "workload", "create", *place, "--workload=first", "--tpu-type=v5litepod-16", "--num-slices=1",
-         "--max-restarts=50", "--base-docker-image=python:3.12", "--script-dir=.",
-         f"--command=pip install --quiet '.[tpu,gcs]' && exec dmm-jax train --distributed {QUOTED} "]
+    ((*command, program),) = dry_run("gke_xpk.sh", "train", *TRAIN, environment=CLOUD | {"NUM_SLICES": "2"})
+    assert command == [
+        "xpk", "workload", "create", *place, "--workload=first", "--tpu-type=v5litepod-16", "--num-slices=2",
+        "--max-restarts=50", "--base-docker-image=python:3.12", "--script-dir=.",
     ]  # fmt: skip
+    assert "install --quiet --constraint launch/requirements.txt '.[tpu,gcs]' && " in program
+    assert f" dmm-jax train --distributed {QUOTED} " in program
     assert dry_run("gke_xpk.sh", "state") == [["xpk", "workload", "list", *place]]
     assert dry_run("gke_xpk.sh", "stop") == [["xpk", "workload", "delete", *place, "--workload=first"]]
     assert dry_run("gke_xpk.sh", "delete") == [["xpk", "cluster", "delete", *place]]
+
+
+@pytest.fixture
+def pod(tmp_path):
+    """What xpk runs in a container, and where it finds a pip and a dmm-jax that waits for SIGTERM, or fails."""
+    train = '[ "$3" = wait ] || exit 3\ntrap "sleep 0.3; touch saved; exit 0" TERM\n'
+    train += "touch up\nwhile true; do sleep 0.05; done"
+    for name, script in (("pip", "exit 0"), ("dmm-jax", train)):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def start(argument):
+        ((*_, program),) = dry_run("gke_xpk.sh", "train", argument)
+        command = ["bash", "-c", program.removeprefix("--command=")]  # As xpk's subshell, which it hands SIGTERM to.
+        return subprocess.Popen(command, cwd=tmp_path, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
+
+    return start, tmp_path
+
+
+def test_gke_xpk_starts_a_run_again_that_sigterm_has_stopped(pod):
+    start, folder = pod
+    child = start("wait")
+    deadline = time.monotonic() + 20
+    while not (folder / "up").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    child.terminate()
+    assert child.wait(20) == 143 and (folder / "saved").exists()  # xpk starts again what ends with 127 or more.
+
+
+def test_gke_xpk_does_not_start_a_run_again_that_has_failed(pod):
+    assert pod[0]("fail").wait(20) == 3
 
 
 @pytest.mark.parametrize("script", ["tpu_pod.sh", "gke_xpk.sh"])
