@@ -10,15 +10,13 @@ import pytest
 
 from dmm_jax import config as config_lib
 from dmm_jax import sharding, train
-from dmm_jax.checkpoints import export, naming
-from dmm_jax.checkpoints.abstract import abstract_params
+from dmm_jax.checkpoints import export
 from dmm_jax.checkpoints.open import Component, open_checkpoint
 from dmm_jax.checkpoints.safetensors_io import TensorFile, save
 from dmm_jax.distill import incremental, teachers
 from dmm_jax.distill import step as distill_step
 from dmm_jax.distill import student as student_lib
 from dmm_jax.metrics import read
-from dmm_jax.models.unet_2d_condition import merged_config
 from dmm_jax.pipeline import Pipeline
 from dmm_jax.prepare import prepare_from_config
 from dmm_jax.tokenizer import Tokenizers
@@ -53,14 +51,7 @@ def student(request, tmp_path_factory):
         paths, workdir = request.getfixturevalue("xl")
         return "sdxl", paths["base"], open_checkpoint(workdir)
     folder = families.write_stock(tmp_path_factory.mktemp("sd2") / "base", "sd2", 0)
-    base = open_checkpoint(folder)
-    config = merged_config(base.unet_config, len(MIX))
-    rng = np.random.default_rng(0)
-    shapes = naming.torch_shapes(abstract_params("unet", config))
-    tensors = {key: rng.normal(0, 0.1, shape).astype(np.float32) for key, shape in shapes.items()}
-    tensors |= dict(base.tensors("unet"))
-    components = {**base.components, "unet": Component(config, lambda: tensors)}
-    return "sd2", folder, dataclasses.replace(base, components=components, styles=tuple(MIX))
+    return "sd2", folder, families.random_student(open_checkpoint(folder))
 
 
 @pytest.fixture(scope="module")

@@ -70,6 +70,14 @@ def factors(checkpoint, layers=LAYERS, seed=0):
     return found
 
 
+def tucker(checkpoint, seed=3):
+    """Returns {role: factor} of a convolution in Tucker's decomposition, random."""
+    out, into = checkpoint.shapes("unet")[f"{CONV_3}.weight"][:2]
+    shapes = {"up": (out, RANK, 1, 1), "mid": (RANK, RANK, 3, 3), "down": (RANK, into, 1, 1)}
+    rng = np.random.default_rng(seed)
+    return {role: rng.normal(0, 0.3, shape).astype(np.float32) for role, shape in shapes.items()}
+
+
 def tensors_of(found, style="kohya", alpha=ALPHA):
     name, up_end, down_end = STYLES[style]
     tensors = {}
@@ -143,12 +151,9 @@ def test_loras_add_up_by_their_weights_and_the_rest_stays_as_stored(folder, base
 
 
 def test_tucker_is_three_convolutions_in_a_row(folder, base, tmp_path):
-    rng = np.random.default_rng(3)
-    array = base.tensors("unet")[f"{CONV_3}.weight"]
-    out, into = array.shape[:2]
-    shapes = {"up": (out, RANK, 1, 1), "mid": (RANK, RANK, 3, 3), "down": (RANK, into, 1, 1)}
-    parts = {role: rng.normal(0, 0.3, shape).astype(np.float32) for role, shape in shapes.items()}
-    name = kohya("unet", CONV_3)
+    rng = np.random.default_rng(4)
+    array, parts = base.tensors("unet")[f"{CONV_3}.weight"], tucker(base)
+    into, name = array.shape[1], kohya("unet", CONV_3)
     path = write(tmp_path / "t.safetensors", {f"{name}.lora_{role}.weight": part for role, part in parts.items()})
     folded = open_checkpoint(f"{folder} + {path}").tensors("unet")[f"{CONV_3}.weight"]
     images = torch.tensor(rng.normal(0, 1, (2, into, 8, 8)).astype(np.float32))
