@@ -4,6 +4,7 @@ import math
 import pathlib
 from collections.abc import Sequence
 
+from dmm_jax.checkpoints import licenses, provenance
 from dmm_jax.checkpoints.average import METHODS, Method, merged
 from dmm_jax.checkpoints.export import DTYPES, Recipe, write_folder, write_single_file
 from dmm_jax.checkpoints.open import Checkpoint, open_checkpoint
@@ -44,7 +45,8 @@ def average(
     ancestor = open_checkpoint(base)
     check_mergeable(ancestor, {str(number): one for number, one in enumerate(opened, start=1)})
     names = [one.name for one in opened]
-    recipe = Recipe(f"{method} of {', '.join(names)}", names, describe(ancestor, opened, how))
+    license = licenses.together(one.license for one in (ancestor, *opened))
+    recipe = Recipe(f"{method} of {', '.join(names)}", names, describe(ancestor, opened, how), license)
     write = write_single_file if out.suffix == SINGLE_FILE else write_folder
     return write(out, merged(ancestor, opened, how), dtype, recipe)
 
@@ -98,11 +100,9 @@ def _check_output(out: pathlib.Path) -> pathlib.Path:
 
 
 def describe(base: Checkpoint, teachers: Sequence[Checkpoint], method: Method) -> dict:
-    """Returns the recipe: the method, and name and SHA-256 of the UNet of each parent, with its weight."""
-
-    def parent(one):
-        return {"file": one.name, "unet_sha256": one.digest("unet")}
-
+    """Returns the recipe: the method, and of each parent its name and the hashes of its files, with its weight."""
     options = {option: getattr(method, option) for option in METHODS[method.name]}
-    weighted = [parent(one) | {"weight": weight} for one, weight in zip(teachers, method.weights, strict=True)]
-    return {"method": method.name, **options, "base": parent(base), "teachers": weighted}
+    weighted = [
+        provenance.record(one) | {"weight": weight} for one, weight in zip(teachers, method.weights, strict=True)
+    ]
+    return {"method": method.name, **options, "base": provenance.record(base), "teachers": weighted}

@@ -1,5 +1,6 @@
 """`dmm-jax average` as a user meets it: what is written, what is refused, nothing half-written."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from dmm_jax import cli
 from dmm_jax.average import parse_method
+from dmm_jax.checkpoints import provenance
 from dmm_jax.checkpoints.average import METHODS
 from dmm_jax.checkpoints.modelspec import RECIPE_KEY
 from dmm_jax.checkpoints.open import open_checkpoint
@@ -53,7 +55,9 @@ def test_the_file_says_how_it_was_made_and_from_which_parents(tiny, tmp_path):
     assert run(tiny, tmp_path / "x.safetensors", *options) == 0
     said = TensorFile(tmp_path / "x.safetensors").metadata
     opened = {name: open_checkpoint(path) for name, path in tiny[0].items()}
-    hashes = {name: {"file": name, "unet_sha256": one.digest("unet")} for name, one in opened.items()}
+    hashes = {name: provenance.record(one) for name, one in opened.items()}
+    (file,) = hashes["left"]["files"]
+    assert file["sha256"] == hashlib.sha256(tiny[0]["left"].read_bytes()).hexdigest()
     assert json.loads(said[RECIPE_KEY]) == {
         "method": "dare", "scale": 0.4, "density": 0.5, "seed": 7, "base": hashes["base"],
         "teachers": [hashes["left"] | {"weight": 1.0}, hashes["right"] | {"weight": 3.0}],

@@ -151,7 +151,7 @@ def test_export_and_sample_make_what_they_say(capsys, trained, tmp_path):
         )
         == 0
     )
-    assert sorted(path.name for path in out.iterdir()) == ["diffusers", "dmm", "model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "diffusers", "dmm", "model.safetensors"]
     (tmp_path / "prompts.txt").write_text("a large red circle\n\na small blue star\n")
     base = ["--prompts", str(tmp_path / "prompts.txt"), "--steps", "2", "--batch-size", "4"]
     assert (

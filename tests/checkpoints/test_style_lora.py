@@ -76,10 +76,10 @@ def test_the_file_says_what_it_is_and_how_to_know_its_base(student, recipe, tmp_
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_a1111s_documented_rule_makes_the_styles_export_of_the_base_mixs(student, recipe, tmp_path, strength):
     """No package has A1111's loader; this is the rule that its extensions-builtin/Lora follows, applied to values."""
-    base, style = (
-        TensorFile(export.write_single_file(tmp_path / f"{name}.safetensors", export.fold(student, mix), "float32", recipe))
-        for name, mix in (("base", BASE), ("style", WEIGHTS))
-    )  # fmt: skip
+    paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    for path, mix in zip(paths, (BASE, WEIGHTS), strict=True):
+        export.write_single_file(path, export.fold(student, mix), "float32", recipe)
+    base, style = map(TensorFile, paths)
 
     def used(tools):
         (tmp_path / style_lora.NAME).unlink(missing_ok=True)
