@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dmm_jax import config as config_lib
-from dmm_jax import sharding, train
-from dmm_jax.checkpoints import export
+from dmm_jax import sharding, train, verify
+from dmm_jax.checkpoints import export, style_lora
 from dmm_jax.checkpoints.open import Component, open_checkpoint
 from dmm_jax.checkpoints.safetensors_io import TensorFile, save
 from dmm_jax.distill import incremental, teachers
@@ -111,6 +111,30 @@ def test_diffusers_predicts_and_draws_from_an_export_what_we_do_from_the_student
             PROMPTS, negative_prompt=negatives, latents=channels_first(noise()), output_type="latent", **options
         ).images
         assert families.error(draw(ours, family, styles=MIX, negative_prompts=negative, **sizes), images) < TOLERANCE
+
+
+def test_verify_agrees_and_a_style_file_makes_the_style_of_the_base_mix_in_diffusers(student, tmp_path):
+    """Of Stable Diffusion 2 on a schedule of zero terminal SNR, which is where samplers part."""
+    family, source, weights = student[0], student[2], np.array(list(MIX.values()), np.float32)
+    if family == "sd2":
+        zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        source = dataclasses.replace(source, scheduler_config=source.scheduler_config | zero)
+    equal = style_lora.equal_parts(source.styles)
+    folders = {
+        name: export.write_folder(tmp_path / name, export.fold(source, mix), "float32", families.RECIPE)
+        for name, mix in (("base", equal), ("style", weights))
+    }
+    verify.verify({"diffusers": folders["style"]})
+
+    path, tools = tmp_path / style_lora.NAME, ("diffusers", "comfyui")
+    style_lora.write_style_lora(path, source, weights, equal, "float32", tools, families.RECIPE)
+    base, style = (opened_by_diffusers(family, {"diffusers": folder}, "diffusers") for folder in folders.values())
+    before = base.unet.time_embedding.linear_2.bias.detach().clone()
+    base.load_lora_weights(tmp_path, weight_name=path.name, local_files_only=True)
+    base.fuse_lora()
+    after, wanted = (pipe.unet.time_embedding.linear_2 for pipe in (base, style))
+    after = getattr(after, "base_layer", after).bias
+    assert (before - wanted.bias).abs().max() > 1e-2 and (after - wanted.bias).abs().max() < 1e-6
 
 
 def test_an_export_comes_back_bit_for_bit(student, exports):

@@ -1,6 +1,7 @@
 """A LoRA folded into its base is the base plus weight * alpha / rank * up @ down, however its keys are spelled.
 
-The documented rule is tested, computed anew in PyTorch; diffusers' own fuse_lora needs peft, which is not at hand here.
+The documented rule is tested, computed anew in PyTorch, and beside what diffusers' own fuse_lora and ComfyUI's code
+(test_comfyui.py) make of the same files.
 """
 
 import json
@@ -148,6 +149,27 @@ def test_loras_add_up_by_their_weights_and_the_rest_stays_as_stored(folder, base
     touched = {f"{layer}.weight" for component, layer in LAYERS if component == "unet"}
     before, after = base.tensors("unet"), folded.tensors("unet")
     assert all(np.array_equal(after[key], before[key]) for key in before if key not in touched)
+
+
+@pytest.mark.parametrize("style", ["kohya", "PEFT"])
+def test_diffusers_fuses_the_same_file_to_the_same_values(folder, base, tmp_path, style):
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    # By the output layer diffusers knows kohya's text encoders.
+    found = factors(base, (*LAYERS, ("text_encoder", TEXT.replace("q_proj", "out_proj"))))
+    path = write(tmp_path / "ink.safetensors", tensors_of(found, style, ALPHA if style == "kohya" else None))
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
+    pipe.load_lora_weights(tmp_path, weight_name=path.name, local_files_only=True)
+    pipe.fuse_lora(lora_scale=0.8)
+    pipe.unload_lora_weights()
+    ours = open_checkpoint(f"{folder} + {path}*0.8")
+    for component in ("unet", "text_encoder"):
+        theirs, found = getattr(pipe, component).state_dict(), ours.tensors(component)
+        names = naming.spellings(found)
+        theirs = {key: tensor.numpy() for key, tensor in theirs.items() if "position_ids" not in key}
+        assert set(naming.spellings(theirs)) == set(names)
+        for key, name in naming.spellings(theirs).items():
+            assert_close(np.asarray(found[names[key]]), theirs[name])
 
 
 def test_tucker_is_three_convolutions_in_a_row(folder, base, tmp_path):
