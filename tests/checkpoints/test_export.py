@@ -270,10 +270,14 @@ def test_networks_beyond_the_shard_size_are_parts_under_an_index_that_come_back_
     assert open_checkpoint(out).styles == whole.styles
 
 
-def test_diffusers_opens_parts_under_an_index(student, recipe, tmp_path):
-    diffusers = pytest.importorskip("diffusers")
-    out = export.write(tmp_path, "diffusers", student, WEIGHTS, "float32", recipe, 200_000)
+def test_diffusers_opens_parts_under_an_index(student, stock, recipe, tmp_path):
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    out = export.write(tmp_path, "diffusers", student, WEIGHTS, "float32", recipe, 100_000)
+    assert all(len(list((out / network).glob("*-of-*.safetensors"))) > 1 for network in COMPONENTS)
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(out, safety_checker=None, local_files_only=True)
+    for name in ("vae", "text_encoder"):
+        theirs, original = getattr(pipe, name).state_dict(), getattr(stock, name).state_dict()
+        assert set(theirs) == set(original) and all(torch.equal(theirs[key], original[key]) for key in original)
     assert_same_prediction(their_prediction(pipe.unet), our_prediction(student, WEIGHTS))
 
 
