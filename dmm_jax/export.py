@@ -67,7 +67,8 @@ def export_workdir(
             )
         weights = _row(style, student.styles)
     base = _row(lora_base, student.styles) if lora_base else style_lora.equal_parts(student.styles)
-    parents = _parents(workdir, student, keep, hashed=recipe)
+    parents = parents_lib.of_workdir(locate(workdir), hashed=recipe) if student.kind == "workdir" else {}
+    shown = _by_style(parents, student, keep) if recipe else {}
     license = licenses.together(parent["license"] for parent in parents.values()) or student.license
     said = describe(workdir, student, parents, style) | ({"kept": list(keep)} if keep else {}) if recipe else None
     merged_from = merged_from_names(parents, student) if recipe else list(student.styles)
@@ -83,10 +84,10 @@ def export_workdir(
                 path = write(folder, fmt, student, None if fmt == "dmm" else weights, dtype, told)
             written[fmt] = out / path.relative_to(folder)
             if path.is_dir():
-                _write_card(path, [fmt], told, student, locate(workdir), parents if recipe else {})
+                _write_card(path, [fmt], told, student, locate(workdir), shown)
         files = [fmt for fmt in written if fmt in IN_FILES]
         if files:
-            _write_card(folder, files, told, student, locate(workdir), parents if recipe else {})
+            _write_card(folder, files, told, student, locate(workdir), shown)
     if verify:
         _verify(student, written, dtype)
     return list(written.values())
@@ -112,15 +113,12 @@ def _opened(workdir, extra_styles, keep) -> Checkpoint:
     return select(student, config_lib.as_kept(keep)) if keep else student
 
 
-def _parents(workdir, student, keep, hashed) -> dict[str, dict]:
-    """Returns what a run's student comes from, by "base" and the styles' names in the export; {} of a DMM folder."""
-    if student.kind != "workdir":
-        return {}
-    found = parents_lib.of_workdir(locate(workdir), hashed)
-    base = {parents_lib.BASE: found[parents_lib.BASE]}
+def _by_style(parents, student, keep) -> dict[str, dict]:
+    """Returns the base and the parents of an export's own styles, by their names in it; a fitted style has none."""
     kept = config_lib.as_kept(keep) if keep else {name: name for name in student.styles}
-    # A fitted style has no parent but the student itself.
-    return base | {name: found[old] for name, old in kept.items() if old in found}
+    return {
+        new: parents[old] for new, old in {parents_lib.BASE: parents_lib.BASE, **kept}.items() if old in parents
+    }  # fmt: skip
 
 
 def _write_card(folder, formats, told, student, workdir, parents):

@@ -34,7 +34,9 @@ SCHEDULES = {
     "v_prediction": "predicts the velocity (v-prediction)",
     "rescale_betas_zero_snr": "was trained down to a signal-to-noise ratio of zero",
 }
-TOLD_BY_FOLDERS = "`scheduler/scheduler_config.json` says so, and diffusers obeys it. ComfyUI and A1111 must be told."
+TOLD_BY_FOLDERS = (
+    "`scheduler/scheduler_config.json` says so, and diffusers and dmm_jax obey it. ComfyUI and A1111 must be told."
+)
 TOLD_BY_FILES = """The file says so by empty tensors, which ComfyUI and A1111 read. diffusers does not; tell it:
 
 ```python

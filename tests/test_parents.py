@@ -61,6 +61,16 @@ def test_an_export_opens_no_teacher_and_reads_no_tensor_twice(moved, tmp_path, m
     assert json.loads(said[RECIPE_KEY])["parents"] == told and said[MERGED_FROM] == "base, left, right"
 
 
+def test_a_style_that_is_left_out_was_a_teacher_all_the_same(trained, tmp_path):
+    (folder,) = export.export_workdir(trained, tmp_path / "out", ["dmm"], keep=["left=right"])
+    said = TensorFile(folder / "unet" / "diffusion_pytorch_model.safetensors").metadata
+    assert said[MERGED_FROM] == "base, left, right" and set(json.loads(said[RECIPE_KEY])["parents"]) == set(
+        said[MERGED_FROM].split(", ")
+    )
+    card = (folder / "README.md").read_text()
+    assert "| left | right | " in card and "| right |" not in card.replace("| left | right |", "")
+
+
 def test_a_dmm_folder_is_read_once_and_passes_on_what_it_was_told(trained, tmp_path, monkeypatch):
     (folder,) = export.export_workdir(trained, tmp_path / "one", ["dmm"])
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"

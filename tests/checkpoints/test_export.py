@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dmm_jax.checkpoints import export, naming
+from dmm_jax.checkpoints import export, modelspec, naming, published
 from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.open import Checkpoint, Component, abstract_params, open_checkpoint
@@ -188,6 +188,25 @@ def test_a_file_says_what_it_is_in_modelspec(student, recipe, tmp_path, fmt):
     assert said["modelspec.hash_sha256"] == "0x" + hashlib.sha256(behind).hexdigest()
     assert json.loads(said["dmm_jax.recipe"]) == recipe.details
     assert ("dmm_jax.styles" in said) == (fmt == "dmm")
+
+
+@pytest.mark.parametrize(
+    "name, predicted, called",
+    [
+        ("sd15", "epsilon", "stable-diffusion-v1"), ("sdxl", "v_prediction", "stable-diffusion-xl-v1-base"),
+        ("sd21", "epsilon", "stable-diffusion-v2-512"), ("sd21", "v_prediction", "stable-diffusion-v2-768-v"),
+        ("sd21", "unknown", "stable-diffusion-v2"),
+    ],
+)  # fmt: skip
+def test_modelspecs_fields_that_must_be_there_are_and_tell_stable_diffusion_2_by_what_it_predicts(
+    name, predicted, called, recipe
+):
+    source = published.checkpoint(name)
+    source = dataclasses.replace(source, scheduler_config=source.scheduler_config | {"prediction_type": predicted})
+    said = modelspec.metadata(source, dataclasses.replace(recipe, merged_from=["a, b", "c"]), "sgm")
+    must = ("sai_model_spec", "architecture", "implementation", "title", "resolution")
+    assert all(said[f"modelspec.{field}"] for field in must) and said["modelspec.architecture"] == called
+    assert said["modelspec.merged_from"].split(", ") == ["a  b", "c"]
 
 
 def test_the_recipe_can_be_left_out(student, recipe, tmp_path):
