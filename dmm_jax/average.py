@@ -2,8 +2,10 @@
 
 import math
 import pathlib
+import sys
 from collections.abc import Sequence
 
+from dmm_jax.checkpoints import licenses, provenance
 from dmm_jax.checkpoints.average import METHODS, Method, merged
 from dmm_jax.checkpoints.export import DTYPES, Recipe, write_folder, write_single_file
 from dmm_jax.checkpoints.open import Checkpoint, open_checkpoint
@@ -11,6 +13,7 @@ from dmm_jax.distill.teachers import check_mergeable
 from dmm_jax.folders import check_output
 
 SINGLE_FILE = ".safetensors"
+COMPONENTS = ("unet", "text_encoder")  # What can be merged. A VAE is kept whole: the latents are the base's.
 
 
 def average(
@@ -23,14 +26,18 @@ def average(
     density: float | None = None,
     seed: int | None = None,
     dtype: str = "float16",
+    components: str = ",".join(COMPONENTS),
 ) -> pathlib.Path:
     """Writes the merged checkpoint and returns its path: a single file where it ends in .safetensors, else a folder.
 
+    On stderr it says which network is merged and which is the base's.
+
     Args:
       out: a new file, or a new or empty diffusers folder.
-      base: the checkpoint that the teachers come from; the result has its VAE, text encoders and tokenizers.
-      teachers: checkpoints whose UNets are merged.
+      base: the checkpoint that the teachers come from; what is not merged is the base's.
+      teachers: checkpoints that are merged.
       method: one of METHODS; what it does not take must be None, and None means its own default.
+      components: what is merged, of COMPONENTS with commas between them; "text_encoder" is all that there are.
 
     Raises:
       ValueError: the output is taken, a number is out of range or the method takes no such option.
@@ -44,9 +51,38 @@ def average(
     ancestor = open_checkpoint(base)
     check_mergeable(ancestor, {str(number): one for number, one in enumerate(opened, start=1)})
     names = [one.name for one in opened]
-    recipe = Recipe(f"{method} of {', '.join(names)}", names, describe(ancestor, opened, how))
+    networks = networks_of(ancestor, components.split(","))
+    for line in sources(ancestor, opened, networks, method):
+        print(line, file=sys.stderr)
+    license = licenses.together(one.license for one in (ancestor, *opened))
+    recipe = Recipe(f"{method} of {', '.join(names)}", names, describe(ancestor, opened, how, networks), license)
     write = write_single_file if out.suffix == SINGLE_FILE else write_folder
-    return write(out, merged(ancestor, opened, how), dtype, recipe)
+    return write(out, merged(ancestor, opened, how, networks), dtype, recipe)
+
+
+def networks_of(base: Checkpoint, components: Sequence[str] = COMPONENTS) -> tuple[str, ...]:
+    """Returns the base's networks that `components` names; by default those of which a report's baselines are merged.
+
+    Raises:
+      ValueError: there is no such component.
+    """
+    unknown = [name for name in components if name not in COMPONENTS]
+    if unknown or not components:
+        raise ValueError(f"--components takes {', '.join(COMPONENTS)}; got {', '.join(unknown) or 'nothing'}.")
+    unet = ("unet",) if "unet" in components else ()
+    texts = base.text_encoders if "text_encoder" in components else ()
+    return unet + tuple(name for name in texts if base.has(name))
+
+
+def sources(base: Checkpoint, teachers: Sequence[Checkpoint], networks: Sequence[str], method: str) -> list[str]:
+    """Returns a line on each network of the result: whose it is."""
+    lines = []
+    for network in networks:
+        lacking = [one.name for one in teachers if not one.has(network)]
+        of = ", ".join(f"{one.name} (the base's: it has none)" if one.name in lacking else one.name for one in teachers)
+        lines.append(f"{network}: {method} of {of}")
+    kept = [name for name in base.components if name not in networks]
+    return [*lines, f"{', '.join([*kept, 'tokenizer'])}: the base's, {base.name}"]
 
 
 def parse_method(name: str, num_teachers: int, weights: Sequence[float] | None = None, **options) -> Method:
@@ -97,12 +133,11 @@ def _check_output(out: pathlib.Path) -> pathlib.Path:
     return out
 
 
-def describe(base: Checkpoint, teachers: Sequence[Checkpoint], method: Method) -> dict:
-    """Returns the recipe: the method, and name and SHA-256 of the UNet of each parent, with its weight."""
-
-    def parent(one):
-        return {"file": one.name, "unet_sha256": one.digest("unet")}
-
+def describe(base: Checkpoint, teachers: Sequence[Checkpoint], method: Method, networks: Sequence[str]) -> dict:
+    """Returns the recipe: the method, what was merged, and of each parent its name, its files' hashes, its weight."""
     options = {option: getattr(method, option) for option in METHODS[method.name]}
-    weighted = [parent(one) | {"weight": weight} for one, weight in zip(teachers, method.weights, strict=True)]
-    return {"method": method.name, **options, "base": parent(base), "teachers": weighted}
+    weighted = [
+        provenance.record(one) | {"weight": weight} for one, weight in zip(teachers, method.weights, strict=True)
+    ]
+    said = {"method": method.name, **options, "networks": list(networks)}
+    return said | {"base": provenance.record(base), "teachers": weighted}

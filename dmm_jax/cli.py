@@ -108,9 +108,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     verb = _add(verbs, "average", _average, "a weight average of checkpoints as one stock checkpoint; no training")
     verb.add_argument("out", type=pathlib.Path, metavar="OUT", help="a new NAME.safetensors, or a new diffusers folder")
-    verb.add_argument("--base", required=True, type=pathlib.Path, help="a folder; its VAE and text encoders are kept")
+    verb.add_argument("--base", required=True, type=pathlib.Path, help="the ancestor; what is not merged is its")
     verb.add_argument("--teachers", required=True, nargs="+", type=pathlib.Path, metavar="CKPT")
     verb.add_argument("--method", required=True, choices=("average", "task_arithmetic", "ties", "dare"))
+    verb.add_argument("--components", default="unet,text_encoder", help="what is merged; default: %(default)s")
     verb.add_argument("--weights", nargs="+", type=float, metavar="W", help="one a teacher; default: all 1")
     verb.add_argument("--scale", type=float, help="times the merged difference; default: 1 for ties, else 0.4")
     verb.add_argument("--density", type=float, help="share of a difference that stays; default: ties 0.2, dare 0.1")

@@ -3,21 +3,26 @@
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dmm_jax import config as config_lib
 from dmm_jax import model_card
-from dmm_jax.checkpoints import licenses, style_lora
+from dmm_jax import parents as parents_lib
+from dmm_jax.checkpoints import licenses, provenance, style_lora
+from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.export import DTYPES, FORMATS, Recipe, write
 from dmm_jax.checkpoints.fitted_style import with_fitted_styles
+from dmm_jax.checkpoints.modelspec import MERGED_FROM, RECIPE_KEY
 from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.safetensors_io import TensorFile
 from dmm_jax.checkpoints.styles import select
-from dmm_jax.distill.incremental import origins
 from dmm_jax.folders import check_output, locate
 from dmm_jax.page import whole_folder
 from dmm_jax.styles import parse_style, style_row
 
 STOCK = ("diffusers", "single-file")  # What stock diffusers opens by itself.
+IN_FILES = ("single-file", "style-lora")  # Formats that are a file; the others are folders, each with its own card.
+MAX_INHERITED_CHARS = 1_000_000  # Of the recipe of what is exported again.
 
 
 def export_workdir(
@@ -35,6 +40,9 @@ def export_workdir(
 ) -> list[pathlib.Path]:
     """Writes `out/dmm/`, `out/diffusers/`, `out/model.safetensors` and `out/style_lora.safetensors`, as `formats` says.
 
+    A model card lies in each folder, and in `out` for the files. Of the parents nothing is opened but the base, whose
+    VAE and text encoders the student has, where the run has kept their hashes.
+
     Args:
       style: the name or mix ("anime=0.7,photo=0.3") that is folded into the stock formats.
       lora_base: the name or mix whose stock export a style-lora is used on; "" for all styles in equal parts.
@@ -48,22 +56,9 @@ def export_workdir(
       ValueError: a format, style or dtype that there is not, an output that is not empty; nothing is written then.
         Or what was written does not agree with diffusers; it is left for a look.
     """
-    unknown = [fmt for fmt in formats if fmt not in FORMATS]
-    if unknown or not formats:
-        raise ValueError(f"there is no format {', '.join(unknown) or '(none given)'}; there are: {', '.join(FORMATS)}.")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
-    if verify and "single-file" in formats and "diffusers" not in formats:
-        raise ValueError("--verify reads a single file beside a diffusers folder: add diffusers to --format.")
+    _check_options(formats, dtype, verify)
     out = check_output(out)
-    student = open_checkpoint(workdir)
-    if student.styles is None:
-        raise ValueError(
-            f"{workdir} holds a stock checkpoint; only a merged one is exported. Give the --workdir of a `train` run."
-        )
-    student = with_fitted_styles(student, extra_styles)
-    if keep:
-        student = select(student, config_lib.as_kept(keep))
+    student = _opened(workdir, extra_styles, keep)
     weights = None
     if any(fmt != "dmm" for fmt in formats):
         if not style:
@@ -72,36 +67,68 @@ def export_workdir(
             )
         weights = _row(style, student.styles)
     base = _row(lora_base, student.styles) if lora_base else style_lora.equal_parts(student.styles)
-    said = describe(workdir, student, style) | ({"kept": list(keep)} if keep else {})
-    parents = said.get("parents", {})
+    parents = parents_lib.of_workdir(locate(workdir), hashed=recipe) if student.kind == "workdir" else {}
+    shown = _by_style(parents, student, keep) if recipe else {}
     license = licenses.together(parent["license"] for parent in parents.values()) or student.license
-    title = f"{student.name}: {style}" if style else student.name
+    said = describe(workdir, student, parents, style) | ({"kept": list(keep)} if keep else {}) if recipe else None
+    merged_from = merged_from_names(parents, student) if recipe else list(student.styles)
     written = {}
     with whole_folder(out) as folder:
         for fmt in dict.fromkeys(formats):
-            told = Recipe(
-                title if fmt != "dmm" else student.name, list(student.styles), said if recipe else None, license
-            )
+            title = f"{student.name}: {style}" if fmt != "dmm" else student.name
+            told = Recipe(title, merged_from, said, license)
             if fmt == "style-lora":
                 path = folder / style_lora.NAME
                 style_lora.write_style_lora(path, student, weights, base, dtype, lora_for, told)
             else:
                 path = write(folder, fmt, student, None if fmt == "dmm" else weights, dtype, told)
-            if path.is_dir():
-                _write_card(path, fmt, told, student, locate(workdir), parents if recipe else {})
             written[fmt] = out / path.relative_to(folder)
+            if path.is_dir():
+                _write_card(path, [fmt], told, student, locate(workdir), shown)
+        files = [fmt for fmt in written if fmt in IN_FILES]
+        if files:
+            _write_card(folder, files, told, student, locate(workdir), shown)
     if verify:
         _verify(student, written, dtype)
     return list(written.values())
 
 
-def _write_card(folder, fmt, told, student, workdir, parents):
+def _check_options(formats, dtype, verify):
+    unknown = [fmt for fmt in formats if fmt not in FORMATS]
+    if unknown or not formats:
+        raise ValueError(f"there is no format {', '.join(unknown) or '(none given)'}; there are: {', '.join(FORMATS)}.")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
+    if verify and "single-file" in formats and "diffusers" not in formats:
+        raise ValueError("--verify reads a single file beside a diffusers folder: add diffusers to --format.")
+
+
+def _opened(workdir, extra_styles, keep) -> Checkpoint:
+    student = open_checkpoint(workdir)
+    if student.styles is None:
+        raise ValueError(
+            f"{workdir} holds a stock checkpoint; only a merged one is exported. Give the --workdir of a `train` run."
+        )
+    student = with_fitted_styles(student, extra_styles)
+    return select(student, config_lib.as_kept(keep)) if keep else student
+
+
+def _by_style(parents, student, keep) -> dict[str, dict]:
+    """Returns the base and the parents of an export's own styles, by their names in it; a fitted style has none."""
+    kept = config_lib.as_kept(keep) if keep else {name: name for name in student.styles}
+    return {
+        new: parents[old] for new, old in {parents_lib.BASE: parents_lib.BASE, **kept}.items() if old in parents
+    }  # fmt: skip
+
+
+def _write_card(folder, formats, told, student, workdir, parents):
     grid, measured = model_card.grid_of(workdir), model_card.measured_of(workdir, student.styles)
     if grid:
         (folder / model_card.GRID).write_bytes(grid.read_bytes())
     text = model_card.card(
-        fmt, told.title, student.styles, student.architecture, parents, told.license, measured, bool(grid)
-    )
+        formats, told.title, student.styles, student.architecture, parents, told.license, measured, bool(grid),
+        student.scheduler_config,
+    )  # fmt: skip
     (folder / model_card.NAME).write_text(text, encoding="utf-8")
 
 
@@ -119,25 +146,33 @@ def _verify(student, written, dtype):
         print(agreement)
 
 
-def describe(workdir: str | os.PathLike, student, style: str) -> dict:
-    """Returns the recipe of a run: its config, the SHA-256 of every parent's UNet, and the style that was folded in."""
-    if student.kind != "workdir":
-        return {"from": student.name, "unet_sha256": student.digest("unet"), "style": style}
-    config = config_lib.load(workdir)
-    parents = {"base": open_checkpoint(config.base)} | origins(config)
-    told = config_lib.licenses(config)
-    return {
-        "parents": {
-            name: {
-                "file": parent.name,
-                "unet_sha256": parent.digest("unet"),
-                "license": told.get(name) or parent.license or licenses.UNKNOWN,
-            }
-            for name, parent in parents.items()
-        },
-        "options": _options(config),
-        "style": style,
-    }
+def describe(workdir: str | os.PathLike, student: Checkpoint, parents: Mapping[str, Mapping], style: str) -> dict:
+    """Returns the recipe: a run's parents, with the hashes of their files, and options; and the style folded in.
+
+    Of a DMM folder it is the folder's own files and what they say of how they were made.
+    """
+    if student.kind == "workdir":
+        return {"parents": dict(parents), "options": _options(config_lib.load(workdir)), "style": style}
+    inherited = _metadata(student).get(RECIPE_KEY, "")
+    if len(inherited) > MAX_INHERITED_CHARS:
+        inherited = ""
+    try:
+        earlier = {"recipe": json.loads(inherited)} if inherited else {}
+    except (ValueError, RecursionError):
+        earlier = {}
+    return {"from": provenance.record(student), **earlier, "style": style}
+
+
+def merged_from_names(parents: Mapping[str, Mapping], student: Checkpoint) -> list[str]:
+    """Returns the names of what a student was merged from; of a DMM folder those that it was given when it was made."""
+    if parents:
+        return parents_lib.names(parents)
+    return (_metadata(student).get(MERGED_FROM) or student.name).split(", ")
+
+
+def _metadata(student) -> dict[str, str]:
+    (file, *_) = provenance.unet_files(student)
+    return TensorFile(file).metadata
 
 
 def _options(config) -> dict:

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from dmm_jax import config as config_lib
-from dmm_jax import folders, processes, sharding
+from dmm_jax import folders, parents, processes, sharding
 from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.open import CELL, open_checkpoint
 from dmm_jax.checkpoints.states import StateStore
@@ -43,8 +43,8 @@ NUM_TIMESTEP_BINS = 4  # Of the validation loss: 0-249, 250-499, 500-749, 750-99
 def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
     """Distils the teachers into one student under `workdir`; goes on from its newest checkpoint if it holds one.
 
-    Writes config.json, metrics.jsonl, checkpoints/ and, if asked for, samples/. The result of a run that was stopped
-    and resumed equals one that never stopped, bit for bit where the device is deterministic.
+    Writes config.json, parents.json, metrics.jsonl, checkpoints/ and, if asked for, samples/. The result of a run that
+    was stopped and resumed equals one that never stopped, bit for bit where the device is deterministic.
 
     Returns:
       The last logged metrics.
@@ -103,6 +103,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
         optimizers = student_lib.make_optimizers(config)
         state = student_lib.make_state(trained, optimizers, mesh, config.ema_decay)
         del trained
+        stack.enter_context(parents.being_kept(workdir, config))
         kept = {"kept": config.checkpoints_kept, "kept_every": config.checkpoints_kept_every}
         store = stack.enter_context(StateStore(workdir, **kept))
         start, state = store.resume(state)

@@ -16,6 +16,8 @@ if [ "$(cat ".venv/installed-${extra:-runtime}" 2>/dev/null)" != "$wanted" ]; th
   [ -z "$extra" ] || requirements+=(-r "launch/requirements-$extra.txt")
   echo "Installing into .venv (about two minutes, once) ..." >&2
   .venv/bin/python -m pip install --quiet --disable-pip-version-check "${requirements[@]}"
+  alone="launch/requirements-$extra-alone.txt" # Without their dependencies.
+  [ ! -f "$alone" ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r "$alone"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
   echo "$wanted" > ".venv/installed-${extra:-runtime}"
 fi

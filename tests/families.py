@@ -1,15 +1,19 @@
 """Tiny checkpoints of Stable Diffusion 2 and XL, made and saved by stock diffusers: random weights, real classes."""
 
+import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from dmm_jax import config as config_lib
+from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.export import Recipe, write_single_file
-from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.open import Checkpoint, Component, abstract_params, open_checkpoint
 from dmm_jax.demo import words
+from dmm_jax.models.unet_2d_condition import merged_config
 
 CA, DOWN, UP_CA, UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
 CLIP = {
@@ -82,6 +86,17 @@ def write_world(folder: pathlib.Path, family: str) -> dict[str, pathlib.Path]:
     base, left, right = (write_stock(folder / name, family, seed) for seed, name in enumerate(names))
     file = write_single_file(folder / "right.safetensors", open_checkpoint(right), "float32", RECIPE)
     return {"base": base, "left": left, "right": file}
+
+
+def random_student(base: Checkpoint, names: Sequence[str] = STYLES) -> Checkpoint:
+    """Returns a checkpoint under random styles."""
+    config = merged_config(base.unet_config, len(names))
+    rng = np.random.default_rng(0)
+    shapes = naming.torch_shapes(abstract_params("unet", config))
+    own = dict(base.tensors("unet"))
+    fresh = {key: rng.normal(0, 0.1, shape).astype(np.float32) for key, shape in shapes.items() if key not in own}
+    components = {**base.components, "unet": Component(config, lambda: fresh | own)}
+    return dataclasses.replace(base, components=components, styles=tuple(names))
 
 
 def tiny_config(paths, cache: pathlib.Path):

@@ -1,12 +1,14 @@
 """`dmm-jax average` as a user meets it: what is written, what is refused, nothing half-written."""
 
+import hashlib
 import json
 
 import numpy as np
 import pytest
 
 from dmm_jax import cli
-from dmm_jax.average import parse_method
+from dmm_jax.average import networks_of, parse_method
+from dmm_jax.checkpoints import naming, provenance, published
 from dmm_jax.checkpoints.average import METHODS
 from dmm_jax.checkpoints.modelspec import RECIPE_KEY
 from dmm_jax.checkpoints.open import open_checkpoint
@@ -28,14 +30,17 @@ def failing(capsys, *argv) -> str:
 
 @pytest.mark.parametrize("out", ["model.safetensors", "folder"])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_writes_a_file_and_a_folder_with_the_bases_encoder_and_vae(capsys, tiny, tmp_path, method, out):
+def test_every_method_writes_a_file_and_a_folder_and_says_whose_its_networks_are(capsys, tiny, tmp_path, method, out):
     assert run(tiny, tmp_path / out, "--method", method, "--dtype", "float32") == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / out)
+    said = capsys.readouterr()
+    assert said.out.strip() == str(tmp_path / out)
+    assert said.err.splitlines() == [
+        f"unet: {method} of left, right", f"text_encoder: {method} of left (the base's: it has none), right",
+        "vae, tokenizer: the base's, base",
+    ]  # fmt: skip
     found, base = open_checkpoint(tmp_path / out), open_checkpoint(tiny[0]["base"])
-    assert [found.digest(name) for name in ("vae", "text_encoder")] == [
-        base.digest(name) for name in ("vae", "text_encoder")
-    ]
-    assert found.digest("unet") != base.digest("unet") and found.styles is None
+    same = {name: found.digest(name) == base.digest(name) for name in ("unet", "vae", "text_encoder")}
+    assert same == {"unet": False, "vae": True, "text_encoder": False} and found.styles is None
     assert [path.name for path in tmp_path.iterdir()] == [out]
 
 
@@ -48,15 +53,39 @@ def test_the_average_is_rounded_once_from_the_mean_of_the_teachers(tiny, tmp_pat
         assert found[key].dtype == np.float16
 
 
+@pytest.mark.parametrize("merged", ["unet", "text_encoder", "unet,text_encoder"])
+def test_what_is_merged_is_the_mean_and_all_else_the_bases(tiny, tmp_path, merged):
+    out = tmp_path / "x.safetensors"
+    assert run(tiny, out, "--method", "average", "--dtype", "float32", "--components", merged) == 0
+    base, right = open_checkpoint(tiny[0]["base"]), open_checkpoint(tiny[0]["right"])
+    left = open_checkpoint(tiny[0]["left"], base=tiny[0]["base"])  # It has no text encoder.
+    for name in ("unet", "text_encoder"):
+        found, *others = (naming.to_torch(one.params(name)) for one in (open_checkpoint(out), left, right, base))
+        for key, tensor in found.items():
+            mean = (others[0][key] + others[1][key]) / 2 if name in merged.split(",") else others[2][key]
+            np.testing.assert_allclose(tensor, mean, rtol=1e-6, atol=1e-7)
+
+
+def test_what_a_report_compares_with_is_what_is_written_by_default(tiny):
+    base = open_checkpoint(tiny[0]["base"])
+    assert networks_of(base) == ("unet", "text_encoder")
+    assert networks_of(open_checkpoint(tiny[0]["left"])) == ("unet",)
+    assert networks_of(published.checkpoint("sdxl")) == ("unet", "text_encoder", "text_encoder_2")
+    with pytest.raises(ValueError, match="--components takes unet, text_encoder; got vae"):
+        networks_of(base, ["unet", "vae"])
+
+
 def test_the_file_says_how_it_was_made_and_from_which_parents(tiny, tmp_path):
     options = ("--method", "dare", "--weights", 1, 3, "--density", 0.5, "--seed", 7)
     assert run(tiny, tmp_path / "x.safetensors", *options) == 0
     said = TensorFile(tmp_path / "x.safetensors").metadata
     opened = {name: open_checkpoint(path) for name, path in tiny[0].items()}
-    hashes = {name: {"file": name, "unet_sha256": one.digest("unet")} for name, one in opened.items()}
+    hashes = {name: provenance.record(one) for name, one in opened.items()}
+    (file,) = hashes["left"]["files"]
+    assert file["sha256"] == hashlib.sha256(tiny[0]["left"].read_bytes()).hexdigest()
     assert json.loads(said[RECIPE_KEY]) == {
-        "method": "dare", "scale": 0.4, "density": 0.5, "seed": 7, "base": hashes["base"],
-        "teachers": [hashes["left"] | {"weight": 1.0}, hashes["right"] | {"weight": 3.0}],
+        "method": "dare", "scale": 0.4, "density": 0.5, "seed": 7, "networks": ["unet", "text_encoder"],
+        "base": hashes["base"], "teachers": [hashes["left"] | {"weight": 1.0}, hashes["right"] | {"weight": 3.0}],
     }  # fmt: skip
     assert said["modelspec.merged_from"] == "left, right" and said["modelspec.title"] == "dare of left, right"
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dmm_jax import cli
+from dmm_jax.checkpoints import safetensors_io
 from dmm_jax.checkpoints.safetensors_io import TensorFile, save
 
 CONFIG = """
@@ -151,7 +152,7 @@ def test_export_and_sample_make_what_they_say(capsys, trained, tmp_path):
         )
         == 0
     )
-    assert sorted(path.name for path in out.iterdir()) == ["diffusers", "dmm", "model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "diffusers", "dmm", "model.safetensors"]
     (tmp_path / "prompts.txt").write_text("a large red circle\n\na small blue star\n")
     base = ["--prompts", str(tmp_path / "prompts.txt"), "--steps", "2", "--batch-size", "4"]
     assert (
@@ -196,6 +197,26 @@ def test_missing_or_empty_prompts_are_told(capsys, trained, tmp_path):
     assert "holds no prompt" in failing(
         capsys, "sample", trained, "--prompts", tmp_path / "empty.txt", "--out", tmp_path / "o"
     )
+
+
+@pytest.mark.parametrize("fmt", ["dmm", "diffusers", "single-file", "style-lora"])
+def test_a_disk_that_fills_leaves_nothing_of_an_export_and_the_next_one_succeeds(
+    capsys, trained, tmp_path, fmt, monkeypatch
+):
+    arguments = ["export", trained, tmp_path / "o", "--format", fmt, "--style", "left"]
+    written, raw_bytes = [], safetensors_io.raw_bytes
+
+    def full(array):
+        written.append(array)
+        if len(written) > (0 if fmt == "style-lora" else 100):
+            raise OSError(28, "No space left on device")
+        return raw_bytes(array)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(safetensors_io, "raw_bytes", full)
+        assert "No space left" in failing(capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []
+    assert cli.main(list(map(str, arguments))) == 0
 
 
 def test_a_style_is_exported_as_a_small_file_for_the_tools_that_are_named(capsys, trained, tmp_path):

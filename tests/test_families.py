@@ -9,16 +9,14 @@ import numpy as np
 import pytest
 
 from dmm_jax import config as config_lib
-from dmm_jax import sharding, train
-from dmm_jax.checkpoints import export, naming
-from dmm_jax.checkpoints.abstract import abstract_params
+from dmm_jax import sharding, train, verify
+from dmm_jax.checkpoints import export, style_lora
 from dmm_jax.checkpoints.open import Component, open_checkpoint
 from dmm_jax.checkpoints.safetensors_io import TensorFile, save
 from dmm_jax.distill import incremental, teachers
 from dmm_jax.distill import step as distill_step
 from dmm_jax.distill import student as student_lib
 from dmm_jax.metrics import read
-from dmm_jax.models.unet_2d_condition import merged_config
 from dmm_jax.pipeline import Pipeline
 from dmm_jax.prepare import prepare_from_config
 from dmm_jax.tokenizer import Tokenizers
@@ -53,14 +51,7 @@ def student(request, tmp_path_factory):
         paths, workdir = request.getfixturevalue("xl")
         return "sdxl", paths["base"], open_checkpoint(workdir)
     folder = families.write_stock(tmp_path_factory.mktemp("sd2") / "base", "sd2", 0)
-    base = open_checkpoint(folder)
-    config = merged_config(base.unet_config, len(MIX))
-    rng = np.random.default_rng(0)
-    shapes = naming.torch_shapes(abstract_params("unet", config))
-    tensors = {key: rng.normal(0, 0.1, shape).astype(np.float32) for key, shape in shapes.items()}
-    tensors |= dict(base.tensors("unet"))
-    components = {**base.components, "unet": Component(config, lambda: tensors)}
-    return "sd2", folder, dataclasses.replace(base, components=components, styles=tuple(MIX))
+    return "sd2", folder, families.random_student(open_checkpoint(folder))
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +111,30 @@ def test_diffusers_predicts_and_draws_from_an_export_what_we_do_from_the_student
             PROMPTS, negative_prompt=negatives, latents=channels_first(noise()), output_type="latent", **options
         ).images
         assert families.error(draw(ours, family, styles=MIX, negative_prompts=negative, **sizes), images) < TOLERANCE
+
+
+def test_verify_agrees_and_a_style_file_makes_the_style_of_the_base_mix_in_diffusers(student, tmp_path):
+    """Of Stable Diffusion 2 on a schedule of zero terminal SNR, which is where samplers part."""
+    family, source, weights = student[0], student[2], np.array(list(MIX.values()), np.float32)
+    if family == "sd2":
+        zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        source = dataclasses.replace(source, scheduler_config=source.scheduler_config | zero)
+    equal = style_lora.equal_parts(source.styles)
+    folders = {
+        name: export.write_folder(tmp_path / name, export.fold(source, mix), "float32", families.RECIPE)
+        for name, mix in (("base", equal), ("style", weights))
+    }
+    verify.verify({"diffusers": folders["style"]})
+
+    path, tools = tmp_path / style_lora.NAME, ("diffusers", "comfyui")
+    style_lora.write_style_lora(path, source, weights, equal, "float32", tools, families.RECIPE)
+    base, style = (opened_by_diffusers(family, {"diffusers": folder}, "diffusers") for folder in folders.values())
+    before = base.unet.time_embedding.linear_2.bias.detach().clone()
+    base.load_lora_weights(tmp_path, weight_name=path.name, local_files_only=True)
+    base.fuse_lora()
+    after, wanted = (pipe.unet.time_embedding.linear_2 for pipe in (base, style))
+    after = getattr(after, "base_layer", after).bias
+    assert (before - wanted.bias).abs().max() > 1e-2 and (after - wanted.bias).abs().max() < 1e-6
 
 
 def test_an_export_comes_back_bit_for_bit(student, exports):

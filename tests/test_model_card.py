@@ -9,15 +9,16 @@ import yaml
 
 from dmm_jax import cli, model_card
 from dmm_jax import config as config_lib
+from dmm_jax import parents as parents_lib
 from dmm_jax.checkpoints import licenses
 from dmm_jax.checkpoints.inspect import inspect, render
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.safetensors_io import TensorFile, save
 from dmm_jax.export import export_workdir
 
-PARENTS = {
-    name: {"file": f"{name}.safetensors", "unet_sha256": 64 * "a", "license": "openrail"} for name in ("base", "anime")
-}
+FILE = {"file": "x.safetensors", "sha256": 64 * "a", "autov2": 10 * "a"}
+PARENTS = {name: {"file": name, "files": [FILE], "license": "openrail"} for name in ("base", "anime")}
+PARENTS["anime"]["loras"] = [FILE | {"autov2": 10 * "b", "weight": 0.5}]
 MEASURED = {
     "styles": ["anime"], "matrix": [[2.0]], "floor": [1.0], "base": [9.0], "average": [5.0], "n": 50,
     "weight_merges": ["average"], "distance": "FID",
@@ -30,8 +31,12 @@ def head(text):
     return yaml.safe_load(text.split("---\n")[1])
 
 
-def card(title="one", styles=("anime",), parents=PARENTS, license="openrail", measured=None, has_grid=False):
-    return model_card.card("dmm", title, styles, "stable-diffusion-v1", parents, license, measured, has_grid)
+def card(
+    title="one", styles=("anime",), parents=PARENTS, license="openrail", measured=None, has_grid=False, schedule=None,
+    formats=("dmm",),
+):  # fmt: skip
+    family, schedule = "stable-diffusion-v1", schedule or {"prediction_type": "epsilon"}
+    return model_card.card(list(formats), title, styles, family, parents, license, measured, has_grid, schedule)
 
 
 @pytest.mark.parametrize(
@@ -50,9 +55,29 @@ def test_the_head_is_yaml_that_hubs_read(license, read):
 
 def test_the_card_lists_parents_measures_and_the_grid():
     text = card(measured=MEASURED, has_grid=True)
-    assert "| anime | anime.safetensors | aaaaaaaaaa | openrail |" in text and "(grid.png)" in text
+    assert "| anime | anime | aaaaaaaaaa \\+ bbbbbbbbbb \\* 0.5 | openrail |" in text and "(grid.png)" in text
+    assert "AutoV2" in text
     assert "| anime | 2.00 | 1.00 | 9.00 | 5.00 |" in text and "50 pictures a style" in text
-    assert "anime.safetensors" not in card(parents={}) and "| anime |" in card(parents={})
+    assert 10 * "a" not in card(parents={}) and "| anime |" in card(parents={})
+
+
+def test_hubs_learn_what_was_merged_where_they_can_take_the_name():
+    hub = {"file": "0123", "license": "x", "hub": "some-one/tiny"}
+    odd = {"file": "a b + c*0.5", "license": "x"}
+    said = head(card(parents=PARENTS | {"base": hub, "odd": odd}))
+    assert said["base_model"] == ["some-one/tiny", "anime"] and said["base_model_relation"] == "merge"
+    assert not {"base_model", "base_model_relation"} & set(head(card(parents={})))
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_a_card_says_how_a_velocity_model_is_drawn_from(zero):
+    schedule = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": zero}
+    in_folder, in_file = card(schedule=schedule), card(schedule=schedule, formats=["single-file", "style-lora"])
+    assert "v-prediction" in in_folder and ("signal-to-noise ratio of zero" in in_folder) == zero
+    assert "scheduler_config.json" in in_folder and "DDIMScheduler" not in in_folder
+    options = 'prediction_type="v_prediction"' + ", rescale_betas_zero_snr=True" * zero
+    assert f"config, {options})" in in_file.replace("'v_prediction'", '"v_prediction"') and "strength 1" in in_file
+    assert "v-prediction" not in card()
 
 
 def test_names_do_not_break_out_of_the_card():
@@ -94,6 +119,8 @@ def test_without_the_recipe_nothing_tells_of_the_parents(copied, tmp_path):
     config = config_lib.load(copied)
     parents = [open_checkpoint(path) for path in (config.base, *(path for _, path in config.teachers))]
     secrets = {word for one in parents for word in (one.digest("unet"), one.digest("unet")[:10], str(one.path))}
+    told = parents_lib.of_workdir(copied)
+    secrets |= {file[kind] for one in told.values() for file in one["files"] for kind in ("sha256", "autov2")}
     files = [path for path in pathlib.Path(out).rglob("*") if path.is_file()]
     said = [path.read_text() for path in files if path.suffix in (".json", ".md", ".txt")]
     said += [json.dumps(TensorFile(path).metadata) for path in files if path.suffix == ".safetensors"]

@@ -25,7 +25,7 @@ def exported(trained, tmp_path_factory):
 def test_what_we_export_is_verified(exported):
     code, out = exported
     assert code == 0
-    assert sorted(path.name for path in out.iterdir()) == ["diffusers", "dmm", "model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "diffusers", "dmm", "model.safetensors"]
 
 
 def test_networks_that_differ_are_refused_with_their_distance(exported, monkeypatch):

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.export import BIAS, DTYPES, fold
-from dmm_jax.checkpoints.modelspec import Recipe, metadata
+from dmm_jax.checkpoints.modelspec import Recipe, architecture, metadata
 from dmm_jax.checkpoints.safetensors_io import raw_bytes, save
 
 TOOLS = ("comfyui", "diffusers", "a1111")
@@ -96,7 +96,7 @@ def write_style_lora(
     tensors = lora_tensors(style_difference(student, weights, base), dtype, tools)
     stock = fold(student, base)
     said = metadata(stock, recipe, "sgm") | {BASE_KEY: json.dumps(_base(stock, student, base, dtype))}
-    said["modelspec.architecture"] = f"{stock.architecture}/lora"
+    said["modelspec.architecture"] = f"{architecture(stock)}/lora"
     save(out, tensors, said)
     return out
 

@@ -16,7 +16,7 @@ from jaxtyping import Float, UInt8
 
 from dmm_jax import config as config_lib
 from dmm_jax import metrics as metrics_lib
-from dmm_jax.average import parse_method
+from dmm_jax.average import networks_of, parse_method
 from dmm_jax.checkpoints.average import METHODS, merged
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.data.sources import FolderSource
@@ -245,8 +245,7 @@ class Models:
     def merged(self, method: str) -> Pipeline:
         """One network of the teachers' weights, text encoders included: what merging was before distillation."""
         teachers = list(self._teachers.values())
-        networks = ("unet", *self._base.text_encoders)
-        found = merged(self._base, teachers, parse_method(method, len(teachers)), networks)
+        found = merged(self._base, teachers, parse_method(method, len(teachers)), networks_of(self._base))
         return self._stock.with_unet(found.params("unet")).with_text_encoders(found.text_params())
 
 

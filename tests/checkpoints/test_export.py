@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dmm_jax.checkpoints import export, naming
+from dmm_jax.checkpoints import export, modelspec, naming, published
 from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.open import Checkpoint, Component, abstract_params, open_checkpoint
@@ -190,6 +190,25 @@ def test_a_file_says_what_it_is_in_modelspec(student, recipe, tmp_path, fmt):
     assert ("dmm_jax.styles" in said) == (fmt == "dmm")
 
 
+@pytest.mark.parametrize(
+    "name, predicted, called",
+    [
+        ("sd15", "epsilon", "stable-diffusion-v1"), ("sdxl", "v_prediction", "stable-diffusion-xl-v1-base"),
+        ("sd21", "epsilon", "stable-diffusion-v2-512"), ("sd21", "v_prediction", "stable-diffusion-v2-768-v"),
+        ("sd21", "unknown", "stable-diffusion-v2"),
+    ],
+)  # fmt: skip
+def test_modelspecs_fields_that_must_be_there_are_and_tell_stable_diffusion_2_by_what_it_predicts(
+    name, predicted, called, recipe
+):
+    source = published.checkpoint(name)
+    source = dataclasses.replace(source, scheduler_config=source.scheduler_config | {"prediction_type": predicted})
+    said = modelspec.metadata(source, dataclasses.replace(recipe, merged_from=["a, b", "c"]), "sgm")
+    must = ("sai_model_spec", "architecture", "implementation", "title", "resolution")
+    assert all(said[f"modelspec.{field}"] for field in must) and said["modelspec.architecture"] == called
+    assert said["modelspec.merged_from"].split(", ") == ["a  b", "c"]
+
+
 def test_the_recipe_can_be_left_out(student, recipe, tmp_path):
     secretive = dataclasses.replace(recipe, details=None)
     out = export.write(tmp_path, "single-file", student, WEIGHTS, "float16", secretive)
@@ -270,10 +289,14 @@ def test_networks_beyond_the_shard_size_are_parts_under_an_index_that_come_back_
     assert open_checkpoint(out).styles == whole.styles
 
 
-def test_diffusers_opens_parts_under_an_index(student, recipe, tmp_path):
-    diffusers = pytest.importorskip("diffusers")
-    out = export.write(tmp_path, "diffusers", student, WEIGHTS, "float32", recipe, 200_000)
+def test_diffusers_opens_parts_under_an_index(student, stock, recipe, tmp_path):
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    out = export.write(tmp_path, "diffusers", student, WEIGHTS, "float32", recipe, 100_000)
+    assert all(len(list((out / network).glob("*-of-*.safetensors"))) > 1 for network in COMPONENTS)
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(out, safety_checker=None, local_files_only=True)
+    for name in ("vae", "text_encoder"):
+        theirs, original = getattr(pipe, name).state_dict(), getattr(stock, name).state_dict()
+        assert set(theirs) == set(original) and all(torch.equal(theirs[key], original[key]) for key in original)
     assert_same_prediction(their_prediction(pipe.unet), our_prediction(student, WEIGHTS))
 
 

@@ -1,6 +1,7 @@
 """A LoRA folded into its base is the base plus weight * alpha / rank * up @ down, however its keys are spelled.
 
-The documented rule is tested, computed anew in PyTorch; diffusers' own fuse_lora needs peft, which is not at hand here.
+The documented rule is tested, computed anew in PyTorch, and beside what diffusers' own fuse_lora and ComfyUI's code
+(test_comfyui.py) make of the same files.
 """
 
 import json
@@ -68,6 +69,14 @@ def factors(checkpoint, layers=LAYERS, seed=0):
         shapes = (out, RANK, *[1] * len(kernel)), (RANK, into, *kernel)
         found[component, layer] = tuple(rng.normal(0, 0.3, shape).astype(np.float32) for shape in shapes)
     return found
+
+
+def tucker(checkpoint, seed=3):
+    """Returns {role: factor} of a convolution in Tucker's decomposition, random."""
+    out, into = checkpoint.shapes("unet")[f"{CONV_3}.weight"][:2]
+    shapes = {"up": (out, RANK, 1, 1), "mid": (RANK, RANK, 3, 3), "down": (RANK, into, 1, 1)}
+    rng = np.random.default_rng(seed)
+    return {role: rng.normal(0, 0.3, shape).astype(np.float32) for role, shape in shapes.items()}
 
 
 def tensors_of(found, style="kohya", alpha=ALPHA):
@@ -142,13 +151,31 @@ def test_loras_add_up_by_their_weights_and_the_rest_stays_as_stored(folder, base
     assert all(np.array_equal(after[key], before[key]) for key in before if key not in touched)
 
 
+@pytest.mark.parametrize("style", ["kohya", "PEFT"])
+def test_diffusers_fuses_the_same_file_to_the_same_values(folder, base, tmp_path, style):
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    # By the output layer diffusers knows kohya's text encoders.
+    found = factors(base, (*LAYERS, ("text_encoder", TEXT.replace("q_proj", "out_proj"))))
+    path = write(tmp_path / "ink.safetensors", tensors_of(found, style, ALPHA if style == "kohya" else None))
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
+    pipe.load_lora_weights(tmp_path, weight_name=path.name, local_files_only=True)
+    pipe.fuse_lora(lora_scale=0.8)
+    pipe.unload_lora_weights()
+    ours = open_checkpoint(f"{folder} + {path}*0.8")
+    for component in ("unet", "text_encoder"):
+        theirs, found = getattr(pipe, component).state_dict(), ours.tensors(component)
+        names = naming.spellings(found)
+        theirs = {key: tensor.numpy() for key, tensor in theirs.items() if "position_ids" not in key}
+        assert set(naming.spellings(theirs)) == set(names)
+        for key, name in naming.spellings(theirs).items():
+            assert_close(np.asarray(found[names[key]]), theirs[name])
+
+
 def test_tucker_is_three_convolutions_in_a_row(folder, base, tmp_path):
-    rng = np.random.default_rng(3)
-    array = base.tensors("unet")[f"{CONV_3}.weight"]
-    out, into = array.shape[:2]
-    shapes = {"up": (out, RANK, 1, 1), "mid": (RANK, RANK, 3, 3), "down": (RANK, into, 1, 1)}
-    parts = {role: rng.normal(0, 0.3, shape).astype(np.float32) for role, shape in shapes.items()}
-    name = kohya("unet", CONV_3)
+    rng = np.random.default_rng(4)
+    array, parts = base.tensors("unet")[f"{CONV_3}.weight"], tucker(base)
+    into, name = array.shape[1], kohya("unet", CONV_3)
     path = write(tmp_path / "t.safetensors", {f"{name}.lora_{role}.weight": part for role, part in parts.items()})
     folded = open_checkpoint(f"{folder} + {path}").tensors("unet")[f"{CONV_3}.weight"]
     images = torch.tensor(rng.normal(0, 1, (2, into, 8, 8)).astype(np.float32))

@@ -11,7 +11,7 @@ from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.safetensors_io import TensorFile, raw_bytes
 
 WEIGHTS, BASE = np.array([0.7, 0.5, -0.2], np.float32), np.full(3, 1 / 3, np.float32)
-LDM_BIAS = "model.diffusion_model.time_embed.2.bias"
+LDM_BIAS, LDM_WEIGHT = (f"model.diffusion_model.time_embed.2.{leaf}" for leaf in ("bias", "weight"))
 DIFF = "lora_unet_time_embedding_linear_2.diff_b"
 
 
@@ -71,6 +71,36 @@ def test_the_file_says_what_it_is_and_how_to_know_its_base(student, recipe, tmp_
     assert base["bias_sha256"] == hashlib.sha256(raw_bytes(TensorFile(out)[LDM_BIAS])).hexdigest()
     mixed = dict(part.split("=") for part in base["style"].split(","))
     assert tuple(mixed) == student.styles and [np.float32(weight) for weight in mixed.values()] == BASE.tolist()
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_a1111s_documented_rule_makes_the_styles_export_of_the_base_mixs(student, recipe, tmp_path, strength):
+    """No package has A1111's loader; this is the rule that its extensions-builtin/Lora follows, applied to values."""
+    paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    for path, mix in zip(paths, (BASE, WEIGHTS), strict=True):
+        export.write_single_file(path, export.fold(student, mix), "float32", recipe)
+    base, style = map(TensorFile, paths)
+
+    def used(tools):
+        (tmp_path / style_lora.NAME).unlink(missing_ok=True)
+        file = TensorFile(written(student, recipe, tmp_path, tools=tools))
+        modules = {}
+        for key in file:
+            modules.setdefault(key.split(".")[0], {})[key.split(".", 1)[1]] = file[key]
+        after = {key: np.array(base[key]) for key in (LDM_WEIGHT, LDM_BIAS)}
+        for name, parts in modules.items():
+            number = name.removeprefix("lora_unet_time_embedding_linear_")
+            if number.isdecimal() and "diff" in parts:  # Without it the module is of no kind that is known.
+                layer = f"model.diffusion_model.time_embed.{2 * int(number) - 2}"
+                after[f"{layer}.weight"] += strength * parts["diff"]
+                after[f"{layer}.bias"] += strength * parts["diff_b"]
+        return after
+
+    wanted = base[LDM_BIAS] + strength * (style[LDM_BIAS] - base[LDM_BIAS])
+    after = used(("a1111",))
+    np.testing.assert_allclose(after[LDM_BIAS], wanted, rtol=0, atol=1e-6)
+    assert np.array_equal(after[LDM_WEIGHT], base[LDM_WEIGHT])
+    assert np.array_equal(used(("comfyui",))[LDM_BIAS], base[LDM_BIAS])
 
 
 def test_nothing_is_overwritten(student, recipe, tmp_path):

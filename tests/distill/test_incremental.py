@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from dmm_jax import config as config_lib
-from dmm_jax import train
+from dmm_jax import parents, train
+from dmm_jax.checkpoints import provenance
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.distill import incremental
-from dmm_jax.export import describe, export_workdir
+from dmm_jax.export import export_workdir
 from dmm_jax.metrics import read
 from dmm_jax.pipeline import Pipeline
 
@@ -77,12 +78,10 @@ def test_the_teacher_of_an_old_style_is_the_checkpoint_that_it_came_from_over_al
     }  # fmt: skip
 
 
-def test_the_recipe_holds_the_hashes_of_all_parents(tiny, grown):
-    parents = describe(grown, open_checkpoint(grown), "")["parents"]
-    paths = {"base": "base", "right": "right", "links": "left", "none": "base"}
-    assert {name: parent["unet_sha256"] for name, parent in parents.items()} == {
-        name: open_checkpoint(tiny[0][path]).digest("unet") for name, path in paths.items()
-    }
+def test_the_recipe_holds_the_hashes_of_all_parents_over_all_rounds(tiny, grown):
+    found, paths = parents.of_workdir(grown), {"base": "base", "right": "right", "links": "left", "none": "base"}
+    told = {name: provenance.record(open_checkpoint(tiny[0][path])) for name, path in paths.items()}
+    assert found == told and all(one["files"] for one in found.values())
 
 
 def test_no_style_is_the_null_style(grown):
