@@ -11,6 +11,7 @@ from dmm_jax.checkpoints.architecture import MERGED, architecture, check_plain, 
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component, Place
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.safetensors_io import PICKLES, TensorFile, Tensors, refuse_pickle
+from dmm_jax.vocabulary import has_words
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
@@ -49,7 +50,7 @@ def open_folder(path: pathlib.Path) -> Checkpoint:
         kind="dmm" if merged or index.get("_class_name") == "StableDiffusionDMMPipeline" else "diffusers",
         components=components,
         scheduler_config=read_json(scheduler) if scheduler.is_file() else scheduler_config(family),
-        **{name: folder if (folder / "vocab.json").is_file() else None for name, folder in tokenizers.items()},
+        **{name: folder if has_words(folder) else None for name, folder in tokenizers.items()},
         styles=_style_names(path, unet, metadata) if merged else None,
         files=tuple(files),
         license=licenses.stated(metadata, path),
