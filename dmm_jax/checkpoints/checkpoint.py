@@ -4,11 +4,12 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from dmm_jax import vocabulary
 from dmm_jax.checkpoints import architecture, naming
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.errors import CheckpointError
@@ -56,6 +57,15 @@ class Component:
     config: dict
     load: Callable[[], Mapping]  # The tensors; only a workdir's need to be read at once.
 
+    @classmethod
+    def unreadable(cls, config: dict, error: Exception) -> "Component":
+        """Returns a network that raises `error` when somebody asks for its tensors, and not before."""
+
+        def load():
+            raise error
+
+        return cls(config, load)
+
     @functools.cached_property
     def tensors(self) -> Mapping:
         """The tensors."""
@@ -80,6 +90,7 @@ class Checkpoint:
     borrowed: Sequence[str] = ()  # Networks that it lacks and its base lent.
     loras: Sequence["Lora"] = ()  # Folded into its tensors; `path` is then the whole text, and
     root: pathlib.Path | None = None  # the path of what they are folded into.
+    stated: Collection[str] = ()  # Fields of `scheduler_config` that it says itself, not its family.
 
     @property
     def name(self) -> str:
@@ -108,6 +119,14 @@ class Checkpoint:
         """The folders of the tokenizers, one per text encoder; those that are there."""
         folders = (self.tokenizer_folder, self.tokenizer_2_folder)
         return tuple(folder for folder in folders if folder is not None)
+
+    @property
+    def loans(self) -> list[str]:
+        """A sentence for each thing that it uses and does not hold: its base's networks, CLIP's own tokenizer."""
+        lines = [f"{self.path} holds no {name}: the base's is used." for name in self.borrowed]
+        if any(folder.parent == vocabulary.BUNDLED for folder in self.tokenizer_folders):
+            lines.append(f"{self.path} holds no tokenizer: CLIP's own is used, which comes with dmm_jax.")
+        return lines
 
     def has(self, component: str) -> bool:
         """Tells whether a network is there."""

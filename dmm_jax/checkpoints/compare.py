@@ -56,7 +56,8 @@ def whole_obstacles(who: str, checkpoint: Checkpoint) -> list[str]:
     lacks += ["tokenizer", "tokenizer_2"][len(checkpoint.tokenizer_folders) : len(checkpoint.text_encoders)]
     if lacks:
         return [f"{who} holds no {', '.join(lacks)}; give a diffusers folder that has them as the base."]
-    return _conditioning_obstacles(who, checkpoint) + _prediction_obstacles(who, checkpoint)
+    lines = _conditioning_obstacles(who, checkpoint) + _prediction_obstacles(who, checkpoint)
+    return lines or _schedule_obstacles(who, checkpoint)
 
 
 def _conditioning_obstacles(who, checkpoint):
@@ -130,6 +131,14 @@ def _prediction_obstacles(who, checkpoint):
         f"{who} does not say whether it predicts the noise or the velocity, and its tensors do not tell. Give it as a "
         "diffusers folder, whose scheduler says it, or set prediction_type in the config."
     ]
+
+
+def _schedule_obstacles(who, checkpoint):
+    try:
+        _noise_levels(checkpoint, checkpoint)
+    except (ValueError, TypeError) as error:
+        return [f"{who} has a scheduler_config.json that cannot be used: {printable(str(error), 500)}"]
+    return []
 
 
 def _differing_targets(base, who, teacher):

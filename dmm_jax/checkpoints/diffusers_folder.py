@@ -32,9 +32,16 @@ def open_folder(path: pathlib.Path) -> Checkpoint:
     for component in COMPONENTS:
         folder = path / component
         if (folder / "config.json").is_file():
-            found = weight_files(folder, WEIGHTS[component])
+            config = read_json(folder / "config.json")
+            try:
+                found = weight_files(folder, WEIGHTS[component])
+            except CheckpointError as error:
+                if component != "vae":
+                    raise
+                components[component] = Component.unreadable(config, error)  # A teacher's VAE is never used.
+                continue
             places = {key: Place(file, key) for file in found for key in file}
-            components[component] = Component(read_json(folder / "config.json"), functools.partial(Tensors, places))
+            components[component] = Component(config, functools.partial(Tensors, places))
             metadata |= found[0].metadata if component == "unet" else {}
             files += [file.path for file in found]
     if "unet" not in components:
@@ -54,6 +61,7 @@ def open_folder(path: pathlib.Path) -> Checkpoint:
         styles=_style_names(path, unet, metadata) if merged else None,
         files=tuple(files),
         license=licenses.stated(metadata, path),
+        stated=frozenset(read_json(scheduler) if scheduler.is_file() else ()),
     )
 
 

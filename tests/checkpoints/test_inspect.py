@@ -223,8 +223,7 @@ def test_names_from_a_file_cannot_drive_the_terminal(copy):
 
 
 def test_an_unsupported_model_is_described_and_refused(single_file):
-    key = "conditioner.embedders.0.model.ln_final.bias"
-    edit(single_file, lambda tensors: tensors.update({key: np.zeros(4, np.float32)}))
+    edit(single_file, lambda tensors: tensors.update({"edm_mean": np.zeros(4, np.float32)}))
     report = inspect([single_file])
     assert only(report)["components"]["unet"]["tensors"] and not report["mergeable"]
-    assert "refiner" in report["obstacles"][0]
+    assert "EDM" in report["obstacles"][0]
