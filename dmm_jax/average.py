@@ -23,6 +23,7 @@ def average(
     density: float | None = None,
     seed: int | None = None,
     dtype: str = "float16",
+    prediction_type: str = "",
 ) -> pathlib.Path:
     """Writes the merged checkpoint and returns its path: a single file where it ends in .safetensors, else a folder.
 
@@ -31,6 +32,7 @@ def average(
       base: the checkpoint that the teachers come from; the result has its VAE, text encoders and tokenizers.
       teachers: checkpoints whose UNets are merged.
       method: one of METHODS; what it does not take must be None, and None means its own default.
+      prediction_type: of single files that do not say it; see `open_checkpoint`.
 
     Raises:
       ValueError: the output is taken, a number is out of range or the method takes no such option.
@@ -40,8 +42,8 @@ def average(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
     how = parse_method(method, len(teachers), weights, scale=scale, density=density, seed=seed)
     out = _check_output(pathlib.Path(out))
-    opened = [open_checkpoint(path) for path in teachers]
-    ancestor = open_checkpoint(base)
+    opened = [open_checkpoint(path, prediction_type=prediction_type) for path in teachers]
+    ancestor = open_checkpoint(base, prediction_type=prediction_type)
     check_mergeable(ancestor, {str(number): one for number, one in enumerate(opened, start=1)})
     names = [one.name for one in opened]
     recipe = Recipe(f"{method} of {', '.join(names)}", names, describe(ancestor, opened, how))

@@ -71,7 +71,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
     old = incremental.old_student(config, base)
     lessons = incremental.lessons(teachers, old, config.grow.replay)
     names = [lesson.name for lesson in lessons]
-    for line in teachers_lib.lent_by_base(base, teachers):
+    for line in (*base.loans, *teachers_lib.lent_by_base(base, teachers)):
         say(line)
     tokenizer = Tokenizers.from_folders(base.tokenizer_folders)
     cache = LatentCache(config.data.cache)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dmm_jax import vocabulary
 from dmm_jax.checkpoints import architecture, licenses, lora, naming, single_file
 from dmm_jax.checkpoints.abstract import COMPONENTS, abstract_params
-from dmm_jax.checkpoints.checkpoint import Checkpoint, Component, Place
+from dmm_jax.checkpoints.checkpoint import Checkpoint, Component, Place, abstract
 from dmm_jax.checkpoints.diffusers_folder import STYLES_KEY, WEIGHTS, open_folder
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.open_clip import drop_unused_layer, open_clip_key
@@ -222,15 +222,15 @@ def _single_component(path, file: TensorFile, component: str, held: Mapping[str,
     def load():
         if prefix in single_file.OPEN_CLIP:
             return Tensors(_open_clip_places(component, file, held, config))
-        keys = _renamed(component, held, config) if component in single_file.KEYS else held
+        keys = _renamed(component, held, config, path) if component in single_file.KEYS else held
         return Tensors({key: Place(file, name) for key, name in keys.items()})
 
     return Component(config, load)
 
 
-def _renamed(component, held, config) -> dict[str, str]:
+def _renamed(component, held, config, path) -> dict[str, str]:
     """Returns {our key: key in the file}; tensors that have no place keep the file's."""
-    keys = naming.torch_shapes(abstract_params(component, config))
+    keys = naming.torch_shapes(abstract(component, config, path))
     ours = {single_file.KEYS[component](key, config): key for key in keys}
     taken = {ours[key] for key in held if key in ours}
     # A tensor that stands under diffusers' name as well keeps its name here, so that it is reported, not preferred.
@@ -239,7 +239,7 @@ def _renamed(component, held, config) -> dict[str, str]:
 
 def _open_clip_places(component, file, held, config) -> dict[str, Place]:
     """Finds a text encoder's tensors in OpenCLIP's layout; those that have no place keep the file's keys."""
-    found = {key: open_clip_key(key) for key in naming.torch_shapes(abstract_params(component, config))}
+    found = {key: open_clip_key(key) for key in naming.torch_shapes(abstract(component, config, file.path))}
     found |= {key: at.as_dense() for key, at in found.items() if at.name not in held and at.as_dense().name in held}
     places = {key: Place(file, held[at.name], at.third, at.transposed) for key, at in found.items() if at.name in held}
     known = {at.name for at in found.values()}

@@ -194,7 +194,7 @@ def _unet_config(shapes, where):
         "up_block_types": [("CrossAttn" if attends[place] else "") + "UpBlock2D" for place in outs],
         "cross_attention_dim": shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
         "transformer_layers_per_block": depths if set(depths) != {1} else 1,
-        "attention_head_dim": [width // HEAD_SIZE for width in widths] if linear else SD1_HEADS,
+        "attention_head_dim": [max(width // HEAD_SIZE, 1) for width in widths] if linear else SD1_HEADS,
         "use_linear_projection": linear,
         "norm_num_groups": NORM_GROUPS,
         "sample_size": 64,
