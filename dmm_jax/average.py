@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from dmm_jax.checkpoints.average import METHODS, Method, merged
 from dmm_jax.checkpoints.export import DTYPES, Recipe, write_folder, write_single_file
-from dmm_jax.checkpoints.open import Checkpoint, open_checkpoint
+from dmm_jax.checkpoints.open import Checkpoint, open_checkpoint, open_teacher
 from dmm_jax.distill.teachers import check_mergeable
 from dmm_jax.folders import check_output
 
@@ -42,7 +42,7 @@ def average(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
     how = parse_method(method, len(teachers), weights, scale=scale, density=density, seed=seed)
     out = _check_output(pathlib.Path(out))
-    opened = [open_checkpoint(path, prediction_type=prediction_type) for path in teachers]
+    opened = [open_teacher(path, base, prediction_type=prediction_type) for path in teachers]
     ancestor = open_checkpoint(base, prediction_type=prediction_type)
     check_mergeable(ancestor, {str(number): one for number, one in enumerate(opened, start=1)})
     names = [one.name for one in opened]

@@ -245,7 +245,7 @@ class Checkpoint:
     @functools.cache  # noqa: B019  (one entry a network; a checkpoint lives as long as the program)
     def digest(self, component: str) -> str:
         """Returns the SHA-256 of a network's contents: keys, dtypes and values, wherever in the file they lie."""
-        tensors = self.tensors(component)
+        tensors = self._component(component).tensors
         names, digest = naming.spellings(tensors), hashlib.sha256()
         for key in sorted(names):
             array = tensors[names[key]]

@@ -19,7 +19,7 @@ from dmm_jax.checkpoints.compare import COMPARED, Obstacle, base_obstacles, teac
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.inspect_text import render
 from dmm_jax.checkpoints.naming import listed, printable
-from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
 from dmm_jax.checkpoints.safetensors_io import dtype_of, shape_of
 
 __all__ = ["inspect", "render"]
@@ -59,7 +59,9 @@ def inspect(paths: Sequence[pathlib.Path], deep: bool = False, hashes: bool = Fa
       obstacles: a sentence for each thing that does.
       details: for each sentence its path, component and tensors, all of them.
     """
-    found = [_opened(pathlib.Path(path), prediction_type) for path in paths]
+    base, *teachers = map(pathlib.Path, paths)
+    told = {"prediction_type": prediction_type, "allow_unsupported": True}
+    found = [_opened(base, open_checkpoint, **told), *(_opened(path, open_teacher, base, **told) for path in teachers)]
     reports = [_report(*one, deep, hashes, is_teacher=number > 0) for number, one in enumerate(found)]
     for report, (_, checkpoint, _) in zip(reports, found, strict=True):
         report["loans"] = _loans(checkpoint, found[0][1])
@@ -70,9 +72,9 @@ def inspect(paths: Sequence[pathlib.Path], deep: bool = False, hashes: bool = Fa
     return {"checkpoints": reports, "mergeable": not obstacles, "obstacles": sentences, "details": details}
 
 
-def _opened(path, prediction_type):
+def _opened(path, opener, *base, **told):
     try:
-        return path, open_checkpoint(path, prediction_type=prediction_type, allow_unsupported=True), ""
+        return path, opener(path, *base, **told), ""
     except (ValueError, OSError) as error:
         return path, None, str(error)
 
@@ -151,7 +153,11 @@ def _loans(checkpoint, base) -> list[str]:
     if checkpoint is None or checkpoint is base:
         return checkpoint.loans if checkpoint else []
     names = base.text_encoders if base and base.has("unet") else ()
-    return [f"{checkpoint.path} holds no {name}: the base's is used." for name in names if not checkpoint.has(name)]
+    return [
+        f"{checkpoint.path} holds no {name}: the base's is used."
+        for name in names
+        if not checkpoint.has(name) or name in checkpoint.borrowed
+    ]
 
 
 def _lora(lora) -> dict:

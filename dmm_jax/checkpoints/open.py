@@ -73,6 +73,23 @@ def open_checkpoint(
     return _completed_by(checkpoint, base)
 
 
+def open_teacher(
+    path: str | os.PathLike,
+    base: str | os.PathLike,
+    *,
+    prediction_type: str = "",
+    allow_unsupported: bool = False,
+) -> Checkpoint:
+    """Opens a teacher of a merge on `base`; LoRAs of it may change text encoders that only the base has.
+
+    Raises:
+      CheckpointError: as `open_checkpoint`.
+    """
+    lender = base if lora.PLUS in str(path) else None
+    told = {"prediction_type": prediction_type, "allow_unsupported": allow_unsupported}
+    return open_checkpoint(path, lender, **told)
+
+
 def _told(checkpoint: Checkpoint, prediction_type: str) -> Checkpoint:
     if "prediction_type" in checkpoint.stated and checkpoint.prediction_type != prediction_type:
         raise CheckpointError(
