@@ -38,7 +38,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["dmm_jax", "dmm_jax.*"]),
-    package_data={"dmm_jax": ["demo/checkpoints/**/*", "demo/checkpoints/*"]},
+    package_data={"dmm_jax": ["demo/checkpoints/**/*", "demo/checkpoints/*", "clip_bpe/**/*", "clip_bpe/*"]},
     install_requires=RUNTIME,
     extras_require={
         "tpu": ["jax[tpu]"],

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dmm_jax.checkpoints import licenses, provenance
 from dmm_jax.checkpoints.average import METHODS, Method, merged
 from dmm_jax.checkpoints.export import DTYPES, Recipe, write_folder, write_single_file
-from dmm_jax.checkpoints.open import Checkpoint, open_checkpoint
+from dmm_jax.checkpoints.open import Checkpoint, open_checkpoint, open_teacher
 from dmm_jax.distill.teachers import check_mergeable
 from dmm_jax.folders import check_output
 
@@ -27,6 +27,7 @@ def average(
     seed: int | None = None,
     dtype: str = "float16",
     components: str = ",".join(COMPONENTS),
+    prediction_type: str = "",
 ) -> pathlib.Path:
     """Writes the merged checkpoint and returns its path: a single file where it ends in .safetensors, else a folder.
 
@@ -38,6 +39,7 @@ def average(
       teachers: checkpoints that are merged.
       method: one of METHODS; what it does not take must be None, and None means its own default.
       components: what is merged, of COMPONENTS with commas between them; "text_encoder" is all that there are.
+      prediction_type: of single files that do not say it; see `open_checkpoint`.
 
     Raises:
       ValueError: the output is taken, a number is out of range or the method takes no such option.
@@ -47,8 +49,8 @@ def average(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
     how = parse_method(method, len(teachers), weights, scale=scale, density=density, seed=seed)
     out = _check_output(pathlib.Path(out))
-    opened = [open_checkpoint(path) for path in teachers]
-    ancestor = open_checkpoint(base)
+    opened = [open_teacher(path, base, prediction_type=prediction_type) for path in teachers]
+    ancestor = open_checkpoint(base, prediction_type=prediction_type)
     check_mergeable(ancestor, {str(number): one for number, one in enumerate(opened, start=1)})
     names = [one.name for one in opened]
     networks = networks_of(ancestor, components.split(","))

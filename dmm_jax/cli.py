@@ -49,6 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--json", action="store_true", help="print one JSON object")
     verb.add_argument("--deep", action="store_true", help="read large files whole, too: hashes, and all damage")
+    verb.add_argument("--hash", action="store_true", help="hash files above 3 GB, too")
+    _add_prediction_type(verb)
 
     verb = _add(
         verbs, "prepare", _prepare, "images and captions to a cache of latents and token ids", takes_config=True
@@ -116,6 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--scale", type=float, help="times the merged difference; default: 1 for ties, else 0.4")
     verb.add_argument("--density", type=float, help="share of a difference that stays; default: ties 0.2, dare 0.1")
     verb.add_argument("--seed", type=int, help="of what dare drops; default: 0")
+    _add_prediction_type(verb)
     verb.add_argument("--dtype", default="float16", choices=("float32", "float16", "bfloat16"))
 
     verb = _add(verbs, "fit-style", _fit_style, "one new style vector from a handful of images; all else is frozen")
@@ -149,6 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--out", required=True, type=pathlib.Path, help="a new or empty folder")
     verb.add_argument("--base", default=None, help="another checkpoint, for what a single file lacks (VAE, tokenizer)")
+    _add_prediction_type(verb)
     verb.add_argument("--negative-prompt", default=None, help="default: none, which for SDXL is not the same as ''")
     verb.add_argument(
         "--seed", type=int, default=0, help="of the first prompt; the next has seed + 1; equal across styles"
@@ -199,6 +203,11 @@ def _add(verbs, name: str, run: Callable, about: str, takes_config: bool = False
     return verb
 
 
+def _add_prediction_type(verb):
+    kinds = ("epsilon", "v_prediction")
+    verb.add_argument("--prediction-type", default="", choices=kinds, help="of single files that do not say it")
+
+
 def _demo(args):
     from dmm_jax.demo.run import demo
 
@@ -209,7 +218,7 @@ def _demo(args):
 def _inspect(args):
     from dmm_jax.checkpoints.inspect import inspect, render
 
-    report = inspect(args.checkpoints, args.deep)
+    report = inspect(args.checkpoints, args.deep, args.hash, args.prediction_type)
     print(json.dumps(report, indent=2) if args.json else render(report))
     return EXIT_OK if report["mergeable"] else EXIT_ERROR
 

@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     # Checkpoints: diffusers folders or single files.
     config.base = ""  # The student's start; its text encoder, VAE, tokenizer and schedule serve all styles.
     config.licenses = ()  # ("NAME=LICENCE", ...) of "base" and teachers whose files do not state theirs, or wrongly.
-    config.prediction_type = ""  # "epsilon" or "v_prediction", of single files that do not say it (SD2's).
+    config.prediction_type = ""  # "epsilon" or "v_prediction", of single files that do not say it.
     # ((style name, path), ...): one style per teacher, in this order. The name "none" is the null style's, which is
     # drawn when no style is asked for: its teacher is the base, ("none", config.base).
     config.teachers = ()

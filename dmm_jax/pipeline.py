@@ -72,7 +72,9 @@ class Pipeline:
         return self.source.name
 
     @classmethod
-    def from_pretrained(cls, path, dtype: str = "float32", base=None, extra_styles: Sequence = ()) -> "Pipeline":
+    def from_pretrained(
+        cls, path, dtype: str = "float32", base=None, extra_styles: Sequence = (), prediction_type: str = ""
+    ) -> "Pipeline":
         """Opens a diffusers folder (stock or DMM), a single file, or the workdir of a training run.
 
         Args:
@@ -80,12 +82,14 @@ class Pipeline:
           dtype: of the arithmetic and of the kernels in memory.
           base: another checkpoint, for what `path` lacks (a single file has no tokenizer).
           extra_styles: files of `dmm-jax fit-style`, a style each, after the checkpoint's own.
+          prediction_type: "epsilon" or "v_prediction", of a single file that does not say it.
 
         Raises:
           ValueError: the checkpoint is damaged, incomplete or of an unknown architecture, or an extra style was fitted
             to another.
         """
-        checkpoint = with_fitted_styles(open_checkpoint(path, base=base), extra_styles)
+        checkpoint = open_checkpoint(path, base=base, prediction_type=prediction_type)
+        checkpoint = with_fitted_styles(checkpoint, extra_styles)
         names = tuple(checkpoint.styles or ())
         return cls.of_student(checkpoint, checkpoint.unet_config, names, dtype=dtype).with_unet(
             checkpoint.params("unet")

@@ -1,6 +1,7 @@
 """`dmm-jax sample`: prompts down, styles across; PNGs with their parameters inside, a grid, an index page."""
 
 import pathlib
+import sys
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -30,6 +31,7 @@ def sample(
     batch_size: int,
     dtype: str,
     extra_style: Sequence[pathlib.Path] = (),
+    prediction_type: str = "",
 ) -> pathlib.Path:
     """Draws every prompt in every style and returns the path of the index page; arguments as on the command line.
 
@@ -41,7 +43,10 @@ def sample(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    pipeline = Pipeline.from_pretrained(model, dtype=dtype, base=base, extra_styles=extra_style)
+    source = {"base": base, "extra_styles": extra_style, "prediction_type": prediction_type}
+    pipeline = Pipeline.from_pretrained(model, dtype=dtype, **source)
+    for line in pipeline.source.loans:
+        print(line, file=sys.stderr, flush=True)
     given = [parse_style(text, pipeline.schedule.num_train_timesteps) for text in style]
     styles: list[Style] = given or list(pipeline.styles) or [None]
     labels = list(style) or list(pipeline.styles) or [pipeline.name]

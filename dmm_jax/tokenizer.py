@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from dmm_jax.vocabulary import BUNDLED, read_words
+
 DEFAULT_MAX_LENGTH = 77
 NO_PROMPT = -1  # The id that fills the row of a prompt that is not there.
 _UNSET_LENGTH = 10**6  # transformers says 1e30 where a config names no length.
@@ -20,7 +22,7 @@ class Tokenizer:
     """Turns prompts into rows of token ids of one length, as Stable Diffusion's text encoders expect them."""
 
     def __init__(self, clip_tokenizer):
-        """Wraps a `transformers.CLIPTokenizer`; see `from_folder` and `from_files`.
+        """Wraps a `transformers.CLIPTokenizer`; see `from_folder`.
 
         Raises:
           ValueError: a special token is not in the vocabulary, so that the text encoder has no row for it.
@@ -39,27 +41,20 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":
-        """Reads a `tokenizer` folder: vocab.json and merges.txt, and what pads from tokenizer_config.json.
+        """Reads a `tokenizer` folder, old or new (see `vocabulary`), and what pads from tokenizer_config.json.
 
         Raises:
-          ValueError: the folder or one of the two files is missing, or they do not fit together.
+          ValueError: the folder or one of its files is missing, or they do not fit together.
         """
         folder = Path(path)
-        _check_files(folder / "vocab.json", folder / "merges.txt")
+        words = read_words(folder)
+        if folder.parent == BUNDLED:
+            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+            return cls(_clip_tokenizer_class()(vocab=words.vocabulary, merges=words.merges, **config))
         tokenizer = _clip_tokenizer_class().from_pretrained(folder, local_files_only=True)
         for name in ("local_files_only", "is_local"):  # How it was opened is no part of it: `save` would write it down.
             tokenizer.init_kwargs.pop(name, None)
         return cls(tokenizer)
-
-    @classmethod
-    def from_files(cls, vocab_path: str | Path, merges_path: str | Path) -> "Tokenizer":
-        """Reads the two files alone; pads with the end token, 77 tokens a row, as Stable Diffusion 1 does.
-
-        Raises:
-          ValueError: a file is missing, or they do not fit together.
-        """
-        _check_files(Path(vocab_path), Path(merges_path))
-        return cls(_clip_tokenizer_class()(vocab=str(vocab_path), merges=str(merges_path)))
 
     @property
     def pad_id(self) -> int:
@@ -121,7 +116,8 @@ class Tokenizers:
     def from_folders(cls, folders: Sequence[str | Path]) -> "Tokenizers":
         """Reads `tokenizer`, and `tokenizer_2` where there is one.
 
-        `digest` is a hash of vocabularies, merges and padding: what decides on the ids of a prompt.
+        `digest` is a hash of vocabularies, merges and padding: what decides on the ids of a prompt, whatever the form
+        of the files.
 
         Raises:
           ValueError: there is no folder, or one cannot be read.
@@ -130,10 +126,9 @@ class Tokenizers:
             raise ValueError("the checkpoint has no tokenizer folder; a single file has none: give its base as `base`.")
         tokenizers, digest = [Tokenizer.from_folder(folder) for folder in folders], hashlib.sha256()
         for folder, tokenizer in zip(folders, tokenizers, strict=True):
-            contents = [(Path(folder) / name).read_bytes() for name in ("vocab.json", "merges.txt")]
-            lengths = " ".join(str(len(content)) for content in contents)
-            digest.update(f"{lengths} pad {tokenizer.pad_id} length {tokenizer.max_length} ".encode())
-            digest.update(b"".join(contents))
+            words = read_words(Path(folder))
+            said = [sorted(words.vocabulary.items()), words.merges, tokenizer.pad_id, tokenizer.max_length]
+            digest.update(json.dumps(said).encode())
         return cls(tokenizers, digest.hexdigest())
 
     def __call__(self, prompts: Sequence[str | None]) -> Int[np.ndarray, "B EL"]:
@@ -153,12 +148,3 @@ def _clip_tokenizer_class():
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer
-
-
-def _check_files(*paths: Path) -> None:
-    missing = [str(path) for path in paths if not path.is_file()]
-    if missing:
-        raise ValueError(
-            f"the tokenizer needs {' and '.join(missing)}, not found. Point to the checkpoint's tokenizer folder, "
-            "which holds vocab.json and merges.txt; a single-file checkpoint has none: take its base model's."
-        )

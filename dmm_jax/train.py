@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dmm_jax import config as config_lib
 from dmm_jax import folders, parents, processes, sharding
 from dmm_jax.checkpoints.abstract import abstract_model
-from dmm_jax.checkpoints.open import CELL, open_checkpoint
+from dmm_jax.checkpoints.open import CELL, open_checkpoint, open_teacher
 from dmm_jax.checkpoints.states import StateStore
 from dmm_jax.data import pipeline as data_pipeline
 from dmm_jax.data.cache import LatentCache
@@ -69,12 +69,12 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
         # Checkpoints: memory-mapped, nothing is read but headers.
         told = {"prediction_type": config.prediction_type}
         base = open_checkpoint(config.base, **told)
-        teachers = {name: open_checkpoint(path, **told) for name, path in config.teachers}
+        teachers = {name: open_teacher(path, config.base, **told) for name, path in config.teachers}
         teachers_lib.check_mergeable(base, teachers)
         old = incremental.old_student(config, base)
         lessons = incremental.lessons(teachers, old, config.grow.replay)
         names = [lesson.name for lesson in lessons]
-        for line in teachers_lib.lent_by_base(base, teachers):
+        for line in (*base.loans, *teachers_lib.lent_by_base(base, teachers)):
             say(line)
         tokenizer = Tokenizers.from_folders(base.tokenizer_folders)
         cache = LatentCache(config.data.cache)

@@ -1,9 +1,11 @@
 """The command line as a user meets it: exit codes, one clear message, nothing half-written."""
 
+import types
+
 import numpy as np
 import pytest
 
-from dmm_jax import cli
+from dmm_jax import cli, sample
 from dmm_jax.checkpoints import safetensors_io
 from dmm_jax.checkpoints.safetensors_io import TensorFile, save
 
@@ -231,3 +233,28 @@ def test_a_style_is_exported_as_a_small_file_for_the_tools_that_are_named(capsys
     file = TensorFile(tmp_path / "o" / "style_lora.safetensors")
     assert file.path.stat().st_size - file.num_bytes < 4000  # Of metadata, recipe included.
     assert len(file) == 4 and '"style": "right=1.0"' in file.metadata["dmm_jax.lora_base"]
+
+
+def test_what_a_model_takes_from_elsewhere_is_said_before_anything_is_drawn(capsys, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    opened = {}
+
+    class Pipeline:
+        source = types.SimpleNamespace(loans=["X holds no vae: the base's is used."])
+
+        @classmethod
+        def from_pretrained(cls, path, **options):
+            opened.update(options)
+            return cls()
+
+        @property
+        def schedule(self):
+            raise ValueError("far enough")
+
+    monkeypatch.setattr(sample, "Pipeline", Pipeline)
+    said = failing(
+        capsys, "sample", "X", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "o", "--style", "a",
+        "--base", "B", "--prediction-type", "v_prediction",
+    )  # fmt: skip
+    assert "X holds no vae: the base's is used.\n" in said and "far enough" in said
+    assert (opened["base"], opened["prediction_type"]) == ("B", "v_prediction")

@@ -8,7 +8,9 @@ import warnings
 import numpy as np
 import pytest
 
-from dmm_jax.tokenizer import Tokenizer
+from dmm_jax.checkpoints.export import copy_tokenizer
+from dmm_jax.tokenizer import Tokenizer, Tokenizers
+from dmm_jax.vocabulary import CLIP, CLIP_VOCAB_SIZE, OPEN_CLIP, clip_words, read_words
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 LETTERS = [chr(code) for code in range(ord("!"), ord("~") + 1)]
@@ -81,13 +83,6 @@ def test_padding_may_stand_in_the_special_tokens_map_as_older_folders_have_it(tm
     assert Tokenizer.from_folder(folder)(["cat"])[0, -1] == 0
 
 
-def test_two_files_alone_are_read_as_stable_diffusion_1_has_them(folder):
-    prompts = ["cat on dog"]
-    tokenizer = Tokenizer.from_files(folder / "vocab.json", folder / "merges.txt")
-    assert (tokenizer(prompts) == Tokenizer.from_folder(folder)(prompts)).all()
-    assert tokenizer.vocab_size == len(VOCAB)
-
-
 def test_a_prompt_that_fills_the_row_is_not_cut(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -137,10 +132,85 @@ sys.modules["torch"] = None
 import importlib.util
 find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find_spec(name, *rest)
-from dmm_jax.tokenizer import Tokenizer
+from dmm_jax.checkpoints.export import copy_tokenizer
+from dmm_jax.tokenizer import Tokenizer, Tokenizers
+from dmm_jax.vocabulary import CLIP, CLIP_VOCAB_SIZE, OPEN_CLIP, clip_words, read_words
 Tokenizer.from_folder({str(folder)!r})(["cat"])
 import transformers
 assert not transformers.is_torch_available()
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def newer(folder, **changes):
+    """Leaves a folder as today's transformers saves it: tokenizer.json and tokenizer_config.json alone."""
+    from transformers import CLIPTokenizer
+
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    CLIPTokenizer.from_pretrained(folder).save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)
+    said = json.loads((folder / "tokenizer.json").read_text())
+    said["model"] |= changes
+    (folder / "tokenizer.json").write_text(json.dumps(said))
+    assert config["pad_token"] == json.loads((folder / "tokenizer_config.json").read_text())["pad_token"]
+    return folder
+
+
+@pytest.mark.parametrize("pad", [END, "!"])
+def test_a_folder_of_todays_transformers_gives_the_same_ids_and_the_same_digest(tmp_path, pad):
+    old = write_files(tmp_path / "old", pad_token=pad, model_max_length=77)
+    new = newer(write_files(tmp_path / "new", pad_token=pad, model_max_length=77))
+    assert sorted(path.name for path in new.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    prompts = ["cat on dog!", "Dog, on CAT", ""]
+    assert (Tokenizer.from_folder(new)(prompts) == Tokenizer.from_folder(old)(prompts)).all()
+    assert Tokenizers.from_folders([new]).digest == Tokenizers.from_folders([old]).digest
+    padded = Tokenizers.from_folders([write_files(tmp_path / "x", pad_token="#", model_max_length=77)])
+    assert padded.digest != Tokenizers.from_folders([old]).digest
+    copy_tokenizer(new, tmp_path / "copy")
+    assert json.loads((tmp_path / "copy" / "vocab.json").read_text(encoding="utf-8")) == IDS
+    (tmp_path / "copy" / "tokenizer.json").unlink()
+    assert (Tokenizer.from_folder(tmp_path / "copy")(prompts) == Tokenizer.from_folder(old)(prompts)).all()
+
+
+def test_merges_of_a_tokenizer_json_may_be_text_as_older_ones_have_them(tmp_path):
+    folder = newer(write_files(tmp_path / "t", pad_token=END), merges=MERGES)
+    assert read_words(folder) == read_words(write_files(tmp_path / "old"))
+
+
+@pytest.mark.parametrize(
+    "said", ["", "[]", "{}", '{"model": {"vocab": 3}}', '{"model": {"vocab": {"a": "b"}}}', "[" * 10**5]
+)
+def test_a_tokenizer_json_that_is_none_is_named(tmp_path, said):
+    (tmp_path / "tokenizer.json").write_text(said)
+    with pytest.raises(ValueError, match="tokenizer.json is no CLIP tokenizer's"):
+        Tokenizer.from_folder(tmp_path)
+
+
+# Ids that OpenAI's own code gives, from its README and from the documentation of transformers.
+PUBLISHED = {
+    "a photo of a cat": [49406, 320, 1125, 539, 320, 2368, 49407],
+    "a photo of a dog": [49406, 320, 1125, 539, 320, 1929, 49407],
+    "hello world": [49406, 3306, 1002, 49407],
+}
+
+
+@pytest.mark.parametrize("folder, pad", [(CLIP, 49407), (OPEN_CLIP, 0)])
+def test_clips_own_tokenizer_ships_and_gives_the_published_ids(folder, pad):
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.vocab_size == CLIP_VOCAB_SIZE == len(set(clip_words().vocabulary.values()))
+    for prompt, row in zip(PUBLISHED, tokenizer(list(PUBLISHED)), strict=True):
+        assert row.tolist() == PUBLISHED[prompt] + [pad] * (77 - len(PUBLISHED[prompt]))
+
+
+def test_clips_own_tokenizer_written_out_is_the_same_to_transformers(tmp_path):
+    from transformers import CLIPTokenizer
+
+    copy_tokenizer(OPEN_CLIP, tmp_path / "t")
+    assert read_words(tmp_path / "t") == clip_words()
+    rng = np.random.default_rng(0)
+    symbols = [chr(code) for code in [*range(32, 127), *range(0xA1, 0x180), 0x3B1, 0x4E2D, 0x1F600]]
+    prompts = ["".join(rng.choice(symbols, size)) for size in rng.integers(1, 30, 100)]
+    theirs = CLIPTokenizer.from_pretrained(tmp_path / "t")(prompts, padding="max_length", return_tensors="np")
+    assert (Tokenizer.from_folder(OPEN_CLIP)(prompts) == theirs["input_ids"]).all()

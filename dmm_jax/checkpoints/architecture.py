@@ -11,6 +11,10 @@ NO_REFINER = (
     "it is the refiner of Stable Diffusion XL, which finishes what another model began and cannot be merged with "
     "others. Use the base model."
 )
+NO_EDM = (
+    "it was trained on EDM's noise levels (as CosXL and Playground v2.5 were), not on betas: what it predicts is "
+    "neither the noise nor the velocity at a timestep, and would be misread. Use a model of the usual schedule."
+)
 INPAINTING_CHANNELS = 9
 _BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _PNDM = {"_class_name": "PNDMScheduler", "set_alpha_to_one": False, "skip_prk_steps": True, "clip_sample": False}

@@ -4,15 +4,17 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from dmm_jax import vocabulary
 from dmm_jax.checkpoints import architecture, naming
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.checkpoints.safetensors_io import TensorFile, raw_bytes
+from dmm_jax.checkpoints.safetensors_io import TensorFile, dtype_of, raw_bytes, shape_of
 from dmm_jax.folders import Location
 
 if TYPE_CHECKING:
@@ -49,6 +51,41 @@ class Place(NamedTuple):
         return array.T if self.transposed else array
 
 
+class Mended(Mapping):
+    """A state dict of whose spare tensors, which condition nothing, values that are not finite read as 0."""
+
+    def __init__(self, tensors: Mapping, spare: tuple[str, ...], where: str):
+        """Takes a state dict and how the spare keys begin; `where` says in warnings what it is."""
+        self._tensors, self._spare, self._where = tensors, spare, where
+        self.computed = getattr(tensors, "computed", ())
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Returns a tensor's shape without reading it."""
+        return shape_of(self._tensors, key)
+
+    def dtype(self, key: str) -> np.dtype:
+        """Returns a tensor's dtype without reading it."""
+        return dtype_of(self._tensors, key)
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        array = self._tensors[key]
+        if not is_spare(key, self._spare) or naming.is_finite(array):
+            return array
+        warnings.warn(f"{self._where}: NaN or infinity in {key}, which conditions nothing, reads as 0.", stacklevel=2)
+        return np.where(np.isfinite(array), array, np.zeros((), array.dtype))
+
+    def __iter__(self):
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def is_spare(key: str, spare: tuple[str, ...]) -> bool:
+    """Tells whether a tensor is one of those that `Checkpoint.spare` describes."""
+    return key.removeprefix("text_model.").startswith(spare) if spare else False
+
+
 @dataclasses.dataclass(frozen=True)
 class Component:
     """One network of a checkpoint: its config.json and its tensors under diffusers' keys."""
@@ -56,10 +93,28 @@ class Component:
     config: dict
     load: Callable[[], Mapping]  # The tensors; only a workdir's need to be read at once.
 
+    @classmethod
+    def unreadable(cls, config: dict, error: Exception) -> "Component":
+        """Returns a network that raises `error` when somebody asks for its tensors, and not before."""
+
+        def load():
+            raise error
+
+        return cls(config, load)
+
     @functools.cached_property
     def tensors(self) -> Mapping:
         """The tensors."""
         return self.load()
+
+
+def abstract(component: str, config: Mapping, path: Location) -> dict:
+    """Returns the parameters that a config asks for, as shapes; raises CheckpointError where none can be built."""
+    try:
+        return abstract_params(component, config)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        said = naming.printable(str(error), 500)
+        raise CheckpointError(f"{component} of {path} cannot be built from its config: {said}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +135,7 @@ class Checkpoint:
     borrowed: Sequence[str] = ()  # Networks that it lacks and its base lent.
     loras: Sequence["Lora"] = ()  # Folded into its tensors; `path` is then the whole text, and
     root: pathlib.Path | None = None  # the path of what they are folded into.
+    stated: Collection[str] = ()  # Fields of `scheduler_config` that it says itself, not its family.
 
     @property
     def name(self) -> str:
@@ -109,6 +165,14 @@ class Checkpoint:
         folders = (self.tokenizer_folder, self.tokenizer_2_folder)
         return tuple(folder for folder in folders if folder is not None)
 
+    @property
+    def loans(self) -> list[str]:
+        """A sentence for each thing that it uses and does not hold: its base's networks, CLIP's own tokenizer."""
+        lines = [f"{self.path} holds no {name}: the base's is used." for name in self.borrowed]
+        if any(folder.parent == vocabulary.BUNDLED for folder in self.tokenizer_folders):
+            lines.append(f"{self.path} holds no tokenizer: CLIP's own is used, which comes with dmm_jax.")
+        return lines
+
     def has(self, component: str) -> bool:
         """Tells whether a network is there."""
         return component in self.components
@@ -134,8 +198,16 @@ class Checkpoint:
         return {name: self.config(name) for name in self.text_encoders}
 
     def tensors(self, component: str) -> Mapping:
-        """Returns a network's tensors under diffusers' keys, as they are stored."""
-        return self._component(component).tensors
+        """Returns a network's tensors under diffusers' keys, as they are stored; where nobody uses them, finite."""
+        tensors, spare = self._component(component).tensors, self.spare(component)
+        return Mended(tensors, spare, f"{component} of {self.path}") if spare else tensors
+
+    def spare(self, component: str) -> tuple[str, ...]:
+        """Returns how the keys begin, `text_model.` left out, of what a network has and its family does not use."""
+        if component != "text_encoder" or not self.has("unet") or self.architecture != architecture.SDXL:
+            return ()
+        layers = self.config(component).get("num_hidden_layers")  # XL is conditioned on the state before the last.
+        return (f"encoder.layers.{layers - 1}.", "final_layer_norm.") if type(layers) is int else ()
 
     def abstract(self, component: str) -> dict:
         """Returns the parameters that a network's config asks for, as shapes.
@@ -143,12 +215,7 @@ class Checkpoint:
         Raises:
           CheckpointError: the config asks for what our port does not compute, or makes no sense.
         """
-        config = self.config(component)
-        try:
-            return abstract_params(component, config)
-        except (ValueError, TypeError, ArithmeticError) as error:
-            said = naming.printable(str(error), 500)
-            raise CheckpointError(f"{component} of {self.path} cannot be built from its config: {said}") from error
+        return abstract(component, self.config(component), self.path)
 
     def shapes(self, component: str) -> dict[str, tuple[int, ...]]:
         """Returns the shapes that a network's config asks for, by key."""
@@ -178,7 +245,7 @@ class Checkpoint:
     @functools.cache  # noqa: B019  (one entry a network; a checkpoint lives as long as the program)
     def digest(self, component: str) -> str:
         """Returns the SHA-256 of a network's contents: keys, dtypes and values, wherever in the file they lie."""
-        tensors = self.tensors(component)
+        tensors = self._component(component).tensors
         names, digest = naming.spellings(tensors), hashlib.sha256()
         for key in sorted(names):
             array = tensors[names[key]]

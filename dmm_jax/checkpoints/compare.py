@@ -30,6 +30,19 @@ NOISE_FIELDS = (
 MOST_LISTED = 5
 
 
+class Obstacle(str):
+    """A sentence that says what stands in the way; in which network, and all its tensors that do."""
+
+    component: str
+    tensors: tuple[str, ...]
+
+    def __new__(cls, text: str, component: str = "", tensors: Sequence[str] = ()):
+        """Makes the sentence."""
+        made = super().__new__(cls, text)
+        made.component, made.tensors = component, tuple(tensors)
+        return made
+
+
 def merge_obstacles(base: Checkpoint, teachers: Sequence[tuple[str, Checkpoint]]) -> list[str]:
     """Returns a sentence for each thing that keeps `teachers` from being merged on `base`; empty where nothing does.
 
@@ -56,7 +69,8 @@ def whole_obstacles(who: str, checkpoint: Checkpoint) -> list[str]:
     lacks += ["tokenizer", "tokenizer_2"][len(checkpoint.tokenizer_folders) : len(checkpoint.text_encoders)]
     if lacks:
         return [f"{who} holds no {', '.join(lacks)}; give a diffusers folder that has them as the base."]
-    return _conditioning_obstacles(who, checkpoint) + _prediction_obstacles(who, checkpoint)
+    lines = _conditioning_obstacles(who, checkpoint) + _prediction_obstacles(who, checkpoint)
+    return lines or _schedule_obstacles(who, checkpoint)
 
 
 def _conditioning_obstacles(who, checkpoint):
@@ -102,7 +116,8 @@ def _differing_shapes(component, base, who, teacher):
         return []
     more = f", and {len(lines) - MOST_LISTED} more" if len(lines) > MOST_LISTED else ""
     shown = "; ".join(lines[:MOST_LISTED])
-    return [f"{who} differs from the base in {len(lines)} {component} tensors: {shown}{more}."]
+    text = f"{who} differs from the base in {len(lines)} {component} tensors: {shown}{more}."
+    return [Obstacle(text, component, lines)]
 
 
 def _differing_fields(component, base, who, teacher):
@@ -112,7 +127,8 @@ def _differing_fields(component, base, who, teacher):
     fields = [f"{name} (base {ours[name]}, teacher {theirs[name]})" for name in ours if ours[name] != theirs[name]]
     if not fields:
         return []
-    return [f"{who} has the base's {component} tensors, but its config.json differs in {', '.join(fields)}."]
+    text = f"{who} has the base's {component} tensors, but its config.json differs in {', '.join(fields)}."
+    return [Obstacle(text, component)]
 
 
 def _unseen(component, config):
@@ -128,8 +144,16 @@ def _prediction_obstacles(who, checkpoint):
         return []
     return [
         f"{who} does not say whether it predicts the noise or the velocity, and its tensors do not tell. Give it as a "
-        "diffusers folder, whose scheduler says it, or set prediction_type in the config."
+        "diffusers folder, whose scheduler says it, or say it: --prediction-type, in a config prediction_type."
     ]
+
+
+def _schedule_obstacles(who, checkpoint):
+    try:
+        _noise_levels(checkpoint, checkpoint)
+    except (ValueError, TypeError) as error:
+        return [f"{who} has a scheduler_config.json that cannot be used: {printable(str(error), 500)}"]
+    return []
 
 
 def _differing_targets(base, who, teacher):

@@ -11,6 +11,7 @@ from dmm_jax.checkpoints.architecture import MERGED, architecture, check_plain, 
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component, Place
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.safetensors_io import PICKLES, TensorFile, Tensors, refuse_pickle
+from dmm_jax.vocabulary import has_words
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
@@ -31,9 +32,16 @@ def open_folder(path: pathlib.Path) -> Checkpoint:
     for component in COMPONENTS:
         folder = path / component
         if (folder / "config.json").is_file():
-            found = weight_files(folder, WEIGHTS[component])
+            config = read_json(folder / "config.json")
+            try:
+                found = weight_files(folder, WEIGHTS[component])
+            except CheckpointError as error:
+                if component != "vae":
+                    raise
+                components[component] = Component.unreadable(config, error)  # A teacher's VAE is never used.
+                continue
             places = {key: Place(file, key) for file in found for key in file}
-            components[component] = Component(read_json(folder / "config.json"), functools.partial(Tensors, places))
+            components[component] = Component(config, functools.partial(Tensors, places))
             metadata |= found[0].metadata if component == "unet" else {}
             files += [file.path for file in found]
     if "unet" not in components:
@@ -49,10 +57,11 @@ def open_folder(path: pathlib.Path) -> Checkpoint:
         kind="dmm" if merged or index.get("_class_name") == "StableDiffusionDMMPipeline" else "diffusers",
         components=components,
         scheduler_config=read_json(scheduler) if scheduler.is_file() else scheduler_config(family),
-        **{name: folder if (folder / "vocab.json").is_file() else None for name, folder in tokenizers.items()},
+        **{name: folder if has_words(folder) else None for name, folder in tokenizers.items()},
         styles=_style_names(path, unet, metadata) if merged else None,
         files=tuple(files),
         license=licenses.stated(metadata, path),
+        stated=frozenset(read_json(scheduler) if scheduler.is_file() else ()),
     )
 
 

@@ -27,6 +27,7 @@ from dmm_jax.checkpoints.open_clip import to_open_clip
 from dmm_jax.checkpoints.safetensors_io import Computed, Tensors, save, save_parts
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.models.unet_2d_condition import style_mlp_name
+from dmm_jax.vocabulary import OLD_FILES, write_words
 
 CHECKPOINTS = ("dmm", "diffusers", "single-file")  # Formats that hold a whole checkpoint.
 FORMATS = (*CHECKPOINTS, "style-lora")
@@ -299,11 +300,13 @@ def state_dict(source: Checkpoint, component: str, dtype: str) -> Tensors:
 
 
 def copy_tokenizer(source: pathlib.Path, out: pathlib.Path) -> None:
-    """Copies a tokenizer's files as they are."""
+    """Copies a tokenizer's files as they are, and writes the old ones where there are none: stock readers want them."""
     out.mkdir()
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
+    if not all((out / name).is_file() for name in OLD_FILES):
+        write_words(source, out)
 
 
 def _write_json(path: pathlib.Path, value: Mapping) -> None:

@@ -14,12 +14,12 @@ import numpy as np
 
 from dmm_jax.checkpoints import naming, single_file
 from dmm_jax.checkpoints.architecture import SD1, SD2, SDXL, architecture
-from dmm_jax.checkpoints.checkpoint import Checkpoint
-from dmm_jax.checkpoints.compare import base_obstacles, teacher_obstacles
+from dmm_jax.checkpoints.checkpoint import Checkpoint, is_spare
+from dmm_jax.checkpoints.compare import COMPARED, Obstacle, base_obstacles, teacher_obstacles
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.inspect_text import render
 from dmm_jax.checkpoints.naming import listed, printable
-from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
 from dmm_jax.checkpoints.safetensors_io import dtype_of, shape_of
 
 __all__ = ["inspect", "render"]
@@ -30,6 +30,7 @@ FULL_SIZES = {
     "Stable Diffusion XL": (SDXL, [320, 640, 1280], 2048),
 }
 WHOLE_BYTES = 2**28  # Checkpoints up to this size are read whole.
+HASHED_BYTES = 3 * 10**9  # Files up to this size are hashed unasked: a second or two for each gigabyte.
 PIECE_BYTES = 2**15  # Of larger ones, so much at the start, in the middle and at the end of every tensor.
 SHORT_HASH = 10  # Hexadecimal digits of a file's SHA-256 by which hubs call it ("AutoV2").
 MEANINGS = {  # Of "config" and "unreadable", the error says it.
@@ -37,60 +38,76 @@ MEANINGS = {  # Of "config" and "unreadable", the error says it.
     "unexpected": "they have no place in this architecture, and no tensor is dropped in silence",
     "misshapen": "they do not fit the architecture",
     "not finite": "they hold NaN or infinity, which every image would inherit",
+    "spare": "they hold NaN or infinity, but lie behind the layer that is used; they read as 0",
     "position_ids": "merging has damaged this buffer; positions are 0 to 76 here whatever it says",
 }
-HARMLESS = ("position_ids",)
+HARMLESS = ("position_ids", "spare")
+NEVER_USED = "a teacher's VAE is never used"
 
 
-def inspect(paths: Sequence[pathlib.Path], deep: bool = False) -> dict:
+def inspect(paths: Sequence[pathlib.Path], deep: bool = False, hashes: bool = False, prediction_type: str = "") -> dict:
     """Returns the report on checkpoints, fit for JSON; the first path is the base of a merge, the others its teachers.
 
     Args:
-      deep: read all of every checkpoint; else of those above `WHOLE_BYTES` only pieces, and no hash is told.
+      deep: read all of every checkpoint; else of those above `WHOLE_BYTES` only pieces.
+      hashes: hash all files; else those up to `HASHED_BYTES`.
+      prediction_type: of what does not say it; see `open_checkpoint`.
 
     Returns:
       checkpoints: what was found in each; "error" says why one could not be opened, "read" is "all" or "sample".
       mergeable: whether nothing stands in the way of a merge; of a single path, whether it is sound.
       obstacles: a sentence for each thing that does.
+      details: for each sentence its path, component and tensors, all of them.
     """
-    found = [_opened(pathlib.Path(path)) for path in paths]
-    reports = [_report(path, checkpoint, error, deep) for path, checkpoint, error in found]
-    obstacles = [line for report in reports for line in _own_obstacles(report)]
+    base, *teachers = map(pathlib.Path, paths)
+    told = {"prediction_type": prediction_type, "allow_unsupported": True}
+    found = [_opened(base, open_checkpoint, **told), *(_opened(path, open_teacher, base, **told) for path in teachers)]
+    reports = [_report(*one, deep, hashes, is_teacher=number > 0) for number, one in enumerate(found)]
+    for report, (_, checkpoint, _) in zip(reports, found, strict=True):
+        report["loans"] = _loans(checkpoint, found[0][1])
+    obstacles = [(report["path"], line) for report in reports for line in _own_obstacles(report)]
     obstacles += _obstacles_between([checkpoint for _, checkpoint, _ in found], reports)
-    return {"checkpoints": reports, "mergeable": not obstacles, "obstacles": obstacles}
+    details = [{"path": path, "component": line.component, "tensors": list(line.tensors)} for path, line in obstacles]
+    sentences = [str(line) for _, line in obstacles]
+    return {"checkpoints": reports, "mergeable": not obstacles, "obstacles": sentences, "details": details}
 
 
-def _opened(path):
+def _opened(path, opener, *base, **told):
     try:
-        return path, open_checkpoint(path, allow_unsupported=True), ""
+        return path, opener(path, *base, **told), ""
     except (ValueError, OSError) as error:
         return path, None, str(error)
 
 
-def _own_obstacles(report):
-    path, lines = report["path"], [report["error"]] if report["error"] else []
+def _own_obstacles(report) -> list[Obstacle]:
+    path, lines = report["path"], [Obstacle(report["error"])] if report["error"] else []
     if report["unsupported"]:
-        lines.append(f"{path} cannot be used: {report['unsupported']}")
+        lines.append(Obstacle(f"{path} cannot be used: {report['unsupported']}"))
     for damage in report["damage"]:
         if damage["matters"]:
             of = f": {listed(damage['tensors'])}" if damage["tensors"] else ""
-            lines.append(f"{path}, {damage['component']}, {damage['kind']}{of} ({damage['meaning']}).")
+            text = f"{path}, {damage['component']}, {damage['kind']}{of} ({damage['meaning']})."
+            lines.append(Obstacle(text, damage["component"], damage["tensors"]))
     return lines
 
 
-def _obstacles_between(checkpoints: Sequence[Checkpoint | None], reports) -> list[str]:
+def _obstacles_between(checkpoints: Sequence[Checkpoint | None], reports) -> list[tuple[str, Obstacle]]:
     if len(checkpoints) < 2 or checkpoints[0] is None:
         return []
     base, *teachers = checkpoints
-    lines = base_obstacles(base, f"{base.path} (the first path, so the base)")
-    buildable = [not any(damage["kind"] == "config" for damage in report["damage"]) for report in reports]
+    lines = [(str(base.path), line) for line in base_obstacles(base, f"{base.path} (the first path, so the base)")]
+    buildable = [not any(map(_keeps_from_comparing, report["damage"])) for report in reports]
     for teacher, good in zip(teachers, buildable[1:], strict=True):
         if teacher is not None and good and buildable[0]:
-            lines += teacher_obstacles(base, str(teacher.path), teacher)
-    return lines
+            lines += [(str(teacher.path), line) for line in teacher_obstacles(base, str(teacher.path), teacher)]
+    return [(path, line if isinstance(line, Obstacle) else Obstacle(line)) for path, line in lines]
 
 
-def _report(path: pathlib.Path, checkpoint: Checkpoint | None, error: str, deep: bool) -> dict:
+def _keeps_from_comparing(damage):
+    return damage["kind"] in ("config", "unreadable") and damage["component"] in COMPARED
+
+
+def _report(path: pathlib.Path, checkpoint: Checkpoint | None, error: str, deep, hashes, is_teacher) -> dict:
     path = checkpoint.path if checkpoint else path
     root, name = path, path.absolute().name
     if checkpoint is not None and checkpoint.loras:
@@ -99,20 +116,20 @@ def _report(path: pathlib.Path, checkpoint: Checkpoint | None, error: str, deep:
         "path": str(path), "name": name, "error": error, "kind": None, "architecture": None,
         "prediction_type": None, "license": None, "styles": None, "tokenizer": False, "files": [], "hash": None,
         "components": {}, "ema_tensors": 0, "unused_tensors": 0, "unsupported": "", "damage": [], "loras": [],
-        "read": "all",
+        "read": "all", "loans": [],
     }  # fmt: skip
     files = [root] if root.is_file() else checkpoint.files if checkpoint else []
     whole = deep or sum(file.stat().st_size for file in files) <= WHOLE_BYTES
     report["read"] = "all" if whole else "sample"
-    report["files"] = [_file(file, root, whole) for file in files]
-    if path.is_file() and whole:
+    report["files"] = [_file(file, root, deep or hashes or file.stat().st_size <= HASHED_BYTES) for file in files]
+    if path.is_file() and report["files"][0]["sha256"]:
         report["hash"] = report["files"][0]["sha256"][:SHORT_HASH]
     if checkpoint is None:
         return report
     ema = [key for key in checkpoint.unused if key.startswith(single_file.EMA)]
     for component in checkpoint.components:
         report["components"][component], damage = _component(checkpoint, component, whole)
-        report["damage"] += damage
+        report["damage"] += [_unused(found) for found in damage] if is_teacher and component == "vae" else damage
     return report | {
         "kind": checkpoint.kind,
         "architecture": family(checkpoint.unet_config) if checkpoint.has("unet") else None,
@@ -125,6 +142,22 @@ def _report(path: pathlib.Path, checkpoint: Checkpoint | None, error: str, deep:
         "unsupported": checkpoint.unsupported,
         "loras": [_lora(lora) for lora in checkpoint.loras],
     }
+
+
+def _unused(damage):
+    return damage | {"matters": False, "meaning": f"{damage['meaning']}; {NEVER_USED}"}
+
+
+def _loans(checkpoint, base) -> list[str]:
+    """Returns a sentence for each thing that a checkpoint takes from elsewhere; a teacher from the base."""
+    if checkpoint is None or checkpoint is base:
+        return checkpoint.loans if checkpoint else []
+    names = base.text_encoders if base and base.has("unet") else ()
+    return [
+        f"{checkpoint.path} holds no {name}: the base's is used."
+        for name in names
+        if not checkpoint.has(name) or name in checkpoint.borrowed
+    ]
 
 
 def _lora(lora) -> dict:
@@ -156,7 +189,7 @@ def _sha256(file):
 def _component(checkpoint, component, whole) -> tuple[dict, list[dict]]:
     """Returns what a network holds, and its damage."""
     try:
-        tensors = checkpoint.tensors(component)
+        tensors = checkpoint.components[component].tensors
     except (ValueError, OSError) as error:
         return {}, [_damage(component, "unreadable", [], str(error))]
     keys = naming.spellings(tensors).values()
@@ -170,7 +203,9 @@ def _component(checkpoint, component, whole) -> tuple[dict, list[dict]]:
 
 
 def _damages(checkpoint, component, tensors, whole):
-    found = {"not finite": [key for key in naming.spellings(tensors).values() if not _is_finite(tensors[key], whole)]}
+    infinite = [key for key in naming.spellings(tensors).values() if not _is_finite(tensors[key], whole)]
+    spare = [key for key in infinite if is_spare(key, checkpoint.spare(component))]
+    found = {"not finite": [key for key in infinite if key not in spare], "spare": spare}
     found["position_ids"] = [key for key in tensors if _last(key) == naming.POSITION_IDS and not _counts(tensors[key])]
     damages = []
     try:

@@ -57,7 +57,11 @@ def _notes(checkpoint) -> Iterator[str]:
         digest = f"SHA-256 {file['sha256']} " if file["sha256"] else ""
         yield f"{GAP}{digest}{printable(file['file'])} ({file['bytes']:,} bytes)"
     if checkpoint["read"] == SAMPLE:
-        yield f"{GAP}read: the start, middle and end of every tensor; --deep reads all of it, and tells the hashes"
+        yield f"{GAP}read: the start, middle and end of every tensor; --deep reads all of it"
+    if any(not file["sha256"] for file in checkpoint["files"]):
+        yield f"{GAP}hash: not computed, it takes a while; --hash does"
+    for line in checkpoint["loans"]:
+        yield GAP + printable(line, 1000)
     for lora in checkpoint["loras"]:
         yield f"{GAP}{_lora(lora)}"
     if checkpoint["ema_tensors"]:

@@ -20,10 +20,22 @@ from dmm_jax.checkpoints.safetensors_io import TensorFile, dtype_of, shape_of
 
 PLUS, TIMES = " + ", "*"
 KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
+PEFT = "base_model.model."  # Begins the keys of PEFT's own files, whose alpha stands in a file beside them.
+PEFT_CONFIG = "adapter_config.json"
+# What names begin with where they are our own keys, dots and all; ComfyUI's have the single file's names.
+DOTTED = {"unet": ("unet.", "", PEFT), "text_encoder": ("text_encoder.",), "text_encoder_2": ("text_encoder_2.",)}
+COMFY = "diffusion_model."
+# Attention in diffusers' first LoRA files: `attn1.processor.to_q_lora`, in text encoders `self_attn.to_q_lora`.
+OLD_ATTENTION = {
+    ".attn1.": ".attn1.processor.", ".attn2.": ".attn2.processor.", ".to_out.0": ".to_out",
+    ".self_attn.q_proj": ".self_attn.to_q", ".self_attn.k_proj": ".self_attn.to_k",
+    ".self_attn.v_proj": ".self_attn.to_v", ".self_attn.out_proj": ".self_attn.to_out",
+}  # fmt: skip
 ROLES = {  # The ends of keys, kohya's and diffusers' (new and old).
     ".lora_up.weight": "up", ".lora_down.weight": "down", ".lora_mid.weight": "mid", ".alpha": "alpha",
     ".lora_B.weight": "up", ".lora_A.weight": "down", ".lora.up.weight": "up", ".lora.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up", ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up", ".lora_linear_layer.down.weight": "down", "_lora.up.weight": "up",
+    "_lora.down.weight": "down", ".lora_B.default.weight": "up", ".lora_A.default.weight": "down",
 }  # fmt: skip
 OTHER_KINDS = {  # What marks another kind of adapter in "key.".
     ".hada_": "LoHa", ".lokr_": "LoKr", ".dora_scale.": "DoRA", ".lora_magnitude_vector.": "DoRA", ".oft_": "OFT",
@@ -232,13 +244,21 @@ def _layers(base, shapes) -> Iterator[tuple[str, tuple[str, str]]]:
                 continue
             if component == "unet":
                 dotted, other = [layer], single_file.unet_key(key, base.unet_config).removesuffix(".weight")
+                yield COMFY + other, (component, key)
             else:  # Encoders of today's transformers have no `text_model`.
                 dotted, other = [layer, layer.removeprefix("text_model.")], layer.removeprefix("text_model.")
-            for name in dotted:
-                yield f"{component}.{name}", (component, key)
+            for name in (*dotted, *map(_old_attention, dotted)):
+                for prefix in DOTTED[component]:
+                    yield prefix + name, (component, key)
             for prefix in KOHYA[component]:
                 for name in (layer, other):
                     yield prefix + name.replace(".", "_"), (component, key)
+
+
+def _old_attention(layer: str) -> str:
+    for today, old in OLD_ATTENTION.items():
+        layer = layer.replace(today, old)
+    return layer
 
 
 def _refuse_other_kinds(file: TensorFile) -> None:
@@ -306,21 +326,27 @@ def _alpha(file: TensorFile, component, roles) -> float | None:
     if "alpha" in roles:
         array = file[roles["alpha"]].reshape(-1)
         return float(array[0]) if array.size == 1 else math.nan
-    return _peft_alpha(file, component)
+    return _peft_alpha(file, component, roles)
 
 
-def _peft_alpha(file, component):
-    if ADAPTER_METADATA not in file.metadata:
+def _peft_alpha(file, component, roles):
+    if roles["up"].startswith(PEFT):
+        where = file.path.parent / PEFT_CONFIG
+        if not where.is_file():
+            raise CheckpointError(f"{file.path} needs {PEFT_CONFIG} beside it, which says its alpha. Fetch it, too.")
+        text, prefix = where.read_text(encoding="utf-8", errors="replace"), ""
+    elif ADAPTER_METADATA in file.metadata:
+        where, prefix = f"{file.path}: its metadata {ADAPTER_METADATA!r}", f"{component}."
+        text = file.metadata[ADAPTER_METADATA]
+    else:
         return None
     try:
-        told = json.loads(file.metadata[ADAPTER_METADATA])
-        told = {
-            key.removeprefix(f"{component}."): value for key, value in told.items() if key.startswith(f"{component}.")
-        }
+        told = json.loads(text)
+        told = {key.removeprefix(prefix): value for key, value in told.items() if key.startswith(prefix)}
         alpha = told.get("lora_alpha")
         alpha = None if alpha is None else float(alpha)
     except (ValueError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(f"{file.path}: its metadata {ADAPTER_METADATA!r} cannot be read. {HOW_TO_FOLD}") from None
+        raise CheckpointError(f"{where} cannot be read. {HOW_TO_FOLD}") from None
     for option in ("use_rslora", "use_dora", "alpha_pattern"):
         if told.get(option):
             raise CheckpointError(f"{file.path} was trained with {option}, which changes its scale. {HOW_TO_FOLD}")

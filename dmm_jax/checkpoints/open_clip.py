@@ -35,6 +35,10 @@ class OpenClipKey(NamedTuple):
     third: int | None = None
     transposed: bool = False
 
+    def as_dense(self) -> "OpenClipKey":
+        """Where the projection lies in files that hold it as a dense layer: not transposed."""
+        return OpenClipKey("text_projection.weight") if self.name == "text_projection" else self
+
 
 def open_clip_key(key: str) -> OpenClipKey:
     """Returns where a text encoder's tensor lies in OpenCLIP's layout, prefix not included."""
@@ -76,7 +80,8 @@ def drop_unused_layer(names: Iterable[str]) -> list[str]:
     """
     names = list(names)
     layers = {int(found.group(1)) for found in map(_BLOCK.match, names) if found}
-    if "text_projection" not in names and len(layers) != OPEN_CLIP_H_LAYERS:
+    projects = any(name.startswith("text_projection") for name in names)
+    if not projects and len(layers) != OPEN_CLIP_H_LAYERS:
         return names
     unused = ("text_projection", f"transformer.resblocks.{max(layers, default=0)}.")
     return [name for name in names if not name.startswith(unused)]

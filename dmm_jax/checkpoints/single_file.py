@@ -13,18 +13,32 @@ from dmm_jax.checkpoints.errors import CheckpointError
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP_L, OPEN_CLIP_H = "cond_stage_model.transformer.", "cond_stage_model.model."  # Of Stable Diffusion 1 and 2.
 XL_CLIP_L, XL_OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
-REFINER = "conditioner.embedders.0.model."  # The one text encoder of Stable Diffusion XL's refiner.
+SOLE_OPEN_CLIP = "conditioner.embedders.0.model."  # The one text encoder of SD 2.1 Turbo, and of XL's refiner.
 PREFIXES = {
     "unet": (UNET,),
     "vae": (VAE, "vae."),
-    "text_encoder": (CLIP_L, OPEN_CLIP_H, XL_CLIP_L),
+    "text_encoder": (CLIP_L, OPEN_CLIP_H, XL_CLIP_L, SOLE_OPEN_CLIP),
     "text_encoder_2": (XL_OPEN_CLIP,),
 }
-OPEN_CLIP = (OPEN_CLIP_H, XL_OPEN_CLIP)  # Text encoders in OpenCLIP's own layout; the others lie in transformers'.
+OPEN_CLIP = (
+    OPEN_CLIP_H,
+    SOLE_OPEN_CLIP,
+    XL_OPEN_CLIP,
+)  # Text encoders in OpenCLIP's own layout; the others lie in transformers'.
 EMA = "model_ema."  # Averages kept for training; like everybody else we read the weights themselves.
 # Of a text encoder; what else lies there (logit_scale, position_ids) conditions nothing.
 CLIP_PARTS = ("embeddings", "encoder", "final_layer_norm")
 OPEN_CLIP_PARTS = ("transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection")
+# Below these lies what conditions a UNet, or is one; of it nothing is dropped but what is known to condition nothing.
+CONDITIONING = ("cond_stage_model.", "conditioner.", "text_encoders.", "diffusion_model.")
+INERT_PARTS = {
+    "logit_scale", "logit_bias", "position_ids", "attn_mask", "text_projection", "visual_projection", "visual",
+    "vision_model",
+}  # fmt: skip
+VAE_TRAINING = ("loss.", "model_ema.")  # Below the VAE: what trained it, and its averages.
+# Empty or small tensors by which files say that their noise levels are EDM's (arXiv:2206.00364).
+EDM = ("edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std")
+CLASS_EMBEDDING = "label_emb.0.0.weight"  # Of XL's second conditioning; unCLIP's of images has the same name.
 HEAD_SIZE = 64  # Of every CLIP, and of every UNet that projects by dense layers (SD2, SDXL).
 SD1_HEADS = 8  # Of every UNet that projects by 1x1 convolutions.
 NORM_GROUPS = 32
@@ -39,6 +53,8 @@ _RESNET = {
     "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
 }  # fmt: skip
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+# Converters left diffusers' names there, today's or those of old.
+_VAE_ATTENTION_TODAY = _VAE_ATTENTION | {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
 
 
 def unet_key(key: str, config: Mapping) -> str:
@@ -112,6 +128,20 @@ def _shortcut(name):
 KEYS = {"unet": unet_key, "vae": vae_key}
 
 
+def today(component: str, key: str) -> str:
+    """Returns a key below a component's prefix as LDM writes it: its attention in a VAE is also found otherwise."""
+    side, found, rest = key.partition(".mid.attn_1.")
+    module, _, leaf = rest.rpartition(".")
+    if component != "vae" or not found or module not in _VAE_ATTENTION_TODAY:
+        return key
+    return f"{side}{found}{_VAE_ATTENTION_TODAY[module]}.{leaf}"
+
+
+def unplaced(keys: Iterable[str]) -> list[str]:
+    """Returns those keys, of the ones that no network takes, which may not be dropped in silence."""
+    return [key for key in keys if key.startswith(CONDITIONING) and not INERT_PARTS & set(key.split("."))]
+
+
 def prefix_of(component: str, keys: Iterable[str]) -> str | None:
     """Returns the prefix under which a component lies in a file, or None."""
     keys = list(keys)
@@ -164,16 +194,21 @@ def _unet_config(shapes, where):
         "up_block_types": [("CrossAttn" if attends[place] else "") + "UpBlock2D" for place in outs],
         "cross_attention_dim": shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
         "transformer_layers_per_block": depths if set(depths) != {1} else 1,
-        "attention_head_dim": [width // HEAD_SIZE for width in widths] if linear else SD1_HEADS,
+        "attention_head_dim": [max(width // HEAD_SIZE, 1) for width in widths] if linear else SD1_HEADS,
         "use_linear_projection": linear,
         "norm_num_groups": NORM_GROUPS,
         "sample_size": 64,
     }
-    if "label_emb.0.0.weight" in shapes:
+    if CLASS_EMBEDDING in shapes and attends[ins[0]]:  # XL has no attention at its first level.
+        raise CheckpointError(
+            f"{where} is an unCLIP model, a Stable Diffusion 2 that is also conditioned on images: it cannot be merged "
+            "with others. Use the plain model."
+        )
+    if CLASS_EMBEDDING in shapes:
         config |= {
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": shapes["label_emb.0.0.weight"][1],
+            "projection_class_embeddings_input_dim": shapes[CLASS_EMBEDDING][1],
             "sample_size": 128,
         }
     elif linear:
@@ -210,7 +245,9 @@ def text_config(shapes: Mapping[str, tuple[int, ...]], where: str, *, open_clip:
       open_clip: the layout is OpenCLIP's, whose encoders have another activation, and perhaps a projection.
     """
     shapes = {key.removeprefix("text_model."): shape for key, shape in shapes.items()}
-    projection = shapes.get("text_projection")
+    # XL's second encoder: a bare matrix, or, in some files, a dense layer's weight, its outputs first.
+    linear = shapes.get("text_projection.weight")
+    projection = shapes.get("text_projection", linear and linear[::-1]) if open_clip else None
     layers = r"transformer\.resblocks\.(\d+)\." if open_clip else r"encoder\.layers\.(\d+)\."
     tokens, positions, hidden = (
         ("token_embedding.weight", "positional_embedding", "transformer.resblocks.0.mlp.c_fc.weight")

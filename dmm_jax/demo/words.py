@@ -5,10 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dmm_jax.demo.scenes import WORDS
+from dmm_jax.vocabulary import END, START, WORD_END, tokens_of
 
-START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_LENGTH = 77
-_WORD_END = "</w>"
 
 Merge = tuple[str, str]
 
@@ -22,8 +21,7 @@ def write_tokenizer(folder: str | Path, pad_token: str = END) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     merges = merges_for(WORDS)
-    symbols = byte_symbols()
-    tokens = [*symbols, *(symbol + _WORD_END for symbol in symbols), *(a + b for a, b in merges), START, END]
+    tokens = tokens_of(merges)
     _write(folder / "vocab.json", json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
     _write(folder / "merges.txt", "\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges)]) + "\n")
     special = {"bos_token": START, "eos_token": END, "pad_token": pad_token, "unk_token": END}
@@ -31,12 +29,6 @@ def write_tokenizer(folder: str | Path, pad_token: str = END) -> None:
               "errors": "replace", "tokenizer_class": "CLIPTokenizer"}  # fmt: skip
     _write(folder / "tokenizer_config.json", json.dumps(config, indent=2))
     _write(folder / "special_tokens_map.json", json.dumps(special, indent=2))
-
-
-def byte_symbols() -> list[str]:
-    """Returns GPT-2's printable stand-in for each byte, in CLIP's order: printable bytes first."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
 
 def merges_for(words: Iterable[str]) -> list[Merge]:
@@ -56,7 +48,7 @@ def merges_for(words: Iterable[str]) -> list[Merge]:
 def split_word(word: str, merges: list[Merge]) -> list[str]:
     """Splits a word into tokens: merges the pair of best rank until none is left (byte pair encoding)."""
     rank = {merge: i for i, merge in enumerate(merges)}
-    pieces = [*word[:-1], word[-1] + _WORD_END]
+    pieces = [*word[:-1], word[-1] + WORD_END]
     while len(pieces) > 1:
         best = min(zip(pieces, pieces[1:], strict=False), key=lambda pair: rank.get(pair, len(merges)))
         if best not in rank:

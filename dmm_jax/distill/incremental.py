@@ -14,7 +14,7 @@ from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.compare import teacher_obstacles
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.export import fold
-from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
 from dmm_jax.checkpoints.styles import select
 from dmm_jax.distill.teachers import Lesson
 from dmm_jax.folders import locate
@@ -93,7 +93,7 @@ def origins(config) -> dict[str, Checkpoint]:
         older = origins(config_lib.load(path)) if (path / "config.json").is_file() else _folded(open_checkpoint(path))
         found = {name: older[old] for name, old in kept.items()}
     told = {"prediction_type": config.prediction_type}
-    return found | {name: open_checkpoint(path, **told) for name, path in config.teachers}
+    return found | {name: open_teacher(path, config.base, **told) for name, path in config.teachers}
 
 
 def _folded(student: Checkpoint) -> dict[str, Checkpoint]:

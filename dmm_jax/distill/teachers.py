@@ -32,7 +32,7 @@ def lent_by_base(base: Checkpoint, teachers: Mapping[str, Checkpoint]) -> list[s
     """Returns a sentence for each teacher that lacks text encoders and is asked behind the base's."""
     lines = []
     for name, teacher in teachers.items():
-        lacks = [encoder for encoder in base.text_encoders if not teacher.has(encoder)]
+        lacks = [encoder for encoder in base.text_encoders if not teacher.has(encoder) or encoder in teacher.borrowed]
         if lacks:
             lines.append(f"Teacher {name!r} has no {' and no '.join(lacks)}: the base's is used.")
     return lines

@@ -75,6 +75,8 @@ def test_noise_levels_must_agree(base, fields):
 def test_a_scheduler_that_cannot_be_read_is_named(base):
     (line,) = teacher_obstacles(base, "X", scheduled(base, beta_schedule="sigmoid"))
     assert "scheduler_config.json" in line and "sigmoid" in line
+    (line,) = base_obstacles(scheduled(base, _class_name="EDMEulerScheduler"), "B")
+    assert line.startswith("B has a scheduler_config.json") and "EDMEulerScheduler" in line
 
 
 def test_how_a_scheduler_steps_is_no_obstacle(base):

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dmm_jax.checkpoints import lora
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.safetensors_io import TensorFile, save
@@ -148,7 +149,7 @@ def test_damaged_single_files_of_stable_diffusion_are_opened_or_refused(place, t
     raw = (worlds.write_world(tmp_path)["left"]).read_bytes()
     place.parent.mkdir(exist_ok=True)
 
-    @bounded(300)
+    @bounded(500)
     @given(damaged(raw))
     def check(content):
         place.write_bytes(content)
@@ -160,6 +161,36 @@ def test_damaged_single_files_of_stable_diffusion_are_opened_or_refused(place, t
             assert len(str(error)) < 20_000
 
     check()
+
+
+def test_damaged_loras_are_folded_or_refused(place, tmp_path):
+    base = open_checkpoint(worlds.write_world(tmp_path)["base"])
+    shapes, rng = base.shapes("unet"), np.random.default_rng(0)
+    keys = [key for key, shape in shapes.items() if len(shape) == 2 and key.endswith("to_q.weight")][:2]
+    tensors = {}
+    for key in keys:
+        name = "lora_unet_" + key.removesuffix(".weight").replace(".", "_")
+        factors = (shapes[key][0], 2), (2, shapes[key][1])
+        for end, shape in zip((".lora_up.weight", ".lora_down.weight", ".alpha"), (*factors, ()), strict=True):
+            tensors[name + end] = rng.normal(0, 1, shape).astype(np.float32)
+    save(tmp_path / "sound.safetensors", tensors, {"lora_adapter_metadata": '{"unet.lora_alpha": 2}'})
+    place.parent.mkdir(exist_ok=True)
+    seen = {"sound": 0, "refused": 0}
+
+    @bounded(300)
+    @given(damaged((tmp_path / "sound.safetensors").read_bytes()))
+    def check(content):
+        place.write_bytes(content)
+        try:
+            folded = lora.with_loras(base, place, [(place, 0.5)]).tensors("unet")
+            assert all(folded[key].shape == shapes[key] for key in folded.computed)
+            seen["sound"] += 1
+        except CheckpointError as error:
+            assert len(str(error)) < 20_000
+            seen["refused"] += 1
+
+    check()
+    assert seen["sound"] > 0 and seen["refused"] > 100
 
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"

@@ -8,12 +8,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dmm_jax.checkpoints import export
+from dmm_jax.checkpoints import export, naming
 from dmm_jax.checkpoints import inspect as module
 from dmm_jax.checkpoints.inspect import family, inspect, render
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.safetensors_io import TensorFile, save
 from dmm_jax.cli import main
+from tests import families
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
@@ -83,11 +84,18 @@ def test_a_large_file_is_read_in_pieces_unless_all_is_asked_for(single_file, mon
     monkeypatch.setattr(module, "WHOLE_BYTES", single_file.stat().st_size - 1)
     monkeypatch.setattr(module, "PIECE_BYTES", 64)
     key = "model.diffusion_model.input_blocks.0.0.weight"
+    monkeypatch.setattr(module, "HASHED_BYTES", single_file.stat().st_size)
+    assert only(inspect([single_file]))["hash"] and only(inspect([single_file]))["read"] == "sample"
+    monkeypatch.setattr(module, "HASHED_BYTES", single_file.stat().st_size - 1)
+    assert (
+        only(inspect([single_file], hashes=True))["hash"]
+        and only(inspect([single_file], hashes=True))["read"] == "sample"
+    )
     whole = only(inspect([single_file], deep=True))
     sampled = inspect([single_file])
     assert whole["read"] == "all" and whole["hash"] and only(sampled)["read"] == "sample"
     assert only(sampled)["hash"] is None and only(sampled)["files"][0]["sha256"] is None
-    assert "--deep" in render(sampled) and "as far as it was read" in render(sampled)
+    assert "--deep" in render(sampled) and "--hash" in render(sampled) and "as far as it was read" in render(sampled)
     for name, held in only(sampled)["components"].items():
         assert held == whole["components"][name] | {"digest": None}
     for place, seen in ((0, True), (-1, True), (100, False)):
@@ -177,6 +185,14 @@ def test_a_config_that_nothing_can_be_built_from_is_an_obstacle(copy, folder):
     assert "act_fn" in obstacle and str(path) in obstacle and not report["mergeable"]
 
 
+def test_a_single_file_of_impossible_sizes_is_an_obstacle_beside_a_report_on_the_rest(folder, single_file):
+    key = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
+    edit(single_file, lambda tensors: tensors.update({key: np.zeros((3, 32, 3, 3), np.float16)}))
+    report = inspect([folder, single_file])
+    assert any("cannot be built from its config" in line for line in report["obstacles"])
+    assert report["checkpoints"][0]["damage"] == [] and not report["mergeable"]
+
+
 def test_what_cannot_be_opened_is_an_obstacle_beside_a_report_on_the_rest(folder, single_file, tmp_path):
     single_file.write_bytes(single_file.read_bytes()[:-1])
     pickle = tmp_path / "model.ckpt"
@@ -223,8 +239,106 @@ def test_names_from_a_file_cannot_drive_the_terminal(copy):
 
 
 def test_an_unsupported_model_is_described_and_refused(single_file):
-    key = "conditioner.embedders.0.model.ln_final.bias"
-    edit(single_file, lambda tensors: tensors.update({key: np.zeros(4, np.float32)}))
+    edit(single_file, lambda tensors: tensors.update({"edm_mean": np.zeros(4, np.float32)}))
     report = inspect([single_file])
     assert only(report)["components"]["unet"]["tensors"] and not report["mergeable"]
-    assert "refiner" in report["obstacles"][0]
+    assert "EDM" in report["obstacles"][0]
+
+
+def test_a_teachers_vae_is_never_used_so_its_damage_stands_in_nobodys_way(folder, single_file, copy):
+    key = "first_stage_model.quant_conv.bias"
+    edit(single_file, lambda tensors: tensors[key].__setitem__(0, np.nan))
+    pickled = copy("pickled")
+    (pickled / "vae" / "diffusion_pytorch_model.safetensors").rename(pickled / "vae" / "diffusion_pytorch_model.bin")
+    odd = copy("odd")
+    edit(odd / "vae" / "diffusion_pytorch_model.safetensors", lambda tensors: tensors.pop("quant_conv.bias"))
+    teachers = [single_file, pickled, odd]
+    report = inspect([folder, *teachers])
+    assert report["mergeable"] and report["obstacles"] == report["details"] == []
+    damages = [damage for found in report["checkpoints"] for damage in found["damage"]]
+    assert [damage["kind"] for damage in damages] == ["not finite", "unreadable", "missing"]
+    assert all(damage["component"] == "vae" and not damage["matters"] for damage in damages)
+    assert render(report).count("a teacher's VAE is never used") == 3
+    for path in teachers:
+        assert not inspect([path])["mergeable"] and not inspect([path, folder])["mergeable"]
+
+
+def test_what_a_teacher_takes_from_the_base_is_said(folder, single_file):
+    edit(single_file, lambda tensors: [tensors.pop(key) for key in list(tensors) if key.startswith("cond_stage")])
+    report = inspect([folder, single_file])
+    assert [found["loans"] for found in report["checkpoints"]] == [
+        [], [f"{single_file} holds no text_encoder: the base's is used."]
+    ]  # fmt: skip
+    assert "holds no text_encoder: the base's is used" in render(report)
+
+
+def test_the_details_of_an_obstacle_name_every_tensor(folder, copy):
+    path = copy("wide")
+    edit_json(path / "unet" / "config.json", cross_attention_dim=32)
+    edit(path / UNET, lambda tensors: tensors.update(
+        {key: array[:, :32].copy() for key, array in tensors.items() if ".attn2.to_k." in key or ".attn2.to_v." in key}
+    ))  # fmt: skip
+    report = inspect([folder, path])
+    (obstacle,), (detail,) = report["obstacles"], report["details"]
+    assert (detail["path"], detail["component"]) == (str(path), "unet")
+    assert f"{len(detail['tensors'])} unet tensors" in obstacle and len(detail["tensors"]) > 5
+    assert sum(line in obstacle for line in detail["tensors"]) == 5
+    edit(path / UNET, lambda tensors: tensors["conv_in.bias"].__setitem__(0, np.inf))
+    detail = inspect([path])["details"][0]
+    assert (detail["component"], detail["tensors"]) == ("unet", ["conv_in.bias"])
+
+
+def test_what_nobody_says_can_be_told_to_the_commands(single_file, tmp_path, capsys):
+    def squeeze(tensors):  # Dense projections make a Stable Diffusion 2, which looks the same either way.
+        for key, array in tensors.items():
+            if key.startswith("model.diffusion_model.") and ".proj_" in key and array.ndim == 4:
+                tensors[key] = array[:, :, 0, 0]
+
+    edit(single_file, squeeze, {"format": "pt"})
+    paths = [str(single_file)] * 2
+    assert main(["inspect", *paths]) == 1 and "--prediction-type" in capsys.readouterr().out
+    told = ["--prediction-type", "v_prediction"]
+    main(["inspect", "--json", *paths, *told])
+    report = json.loads(capsys.readouterr().out)
+    assert {found["prediction_type"] for found in report["checkpoints"]} == {"v_prediction"}
+    assert not any("does not say" in line for line in report["obstacles"])
+    merge = ["average", str(tmp_path / "out.safetensors"), "--base", paths[0], "--teachers", paths[1]]
+    merge += ["--method", "average"]
+    assert main(merge) == 1 and "holds no tokenizer" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory):
+    return families.write_stock(tmp_path_factory.mktemp("xl") / "xl", "sdxl", 0)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_damage_behind_the_layer_that_xl_uses_is_harmless_and_reads_as_0(xl, tmp_path, dtype):
+    path = shutil.copytree(xl, tmp_path / "copy")
+    spare = ["encoder.layers.2.mlp.fc1.weight", "final_layer_norm.bias"]
+
+    def damage(tensors, keys=spare):
+        for key in keys:
+            key = next(name for name in tensors if name.endswith(key))  # One encoder's begin with `text_model.`.
+            tensors[key] = tensors[key].astype(dtype)
+            tensors[key].reshape(-1)[1] = np.nan
+
+    sound = open_checkpoint(path).tensors("text_encoder")
+    edit(path / TEXT, damage)
+    assert damage_of(path) == {"spare": ("text_encoder", spare, False)}
+    found = open_checkpoint(path)
+    with pytest.warns(UserWarning, match="conditions nothing, reads as 0"):
+        params = found.params("text_encoder")
+    mended = {key.removeprefix("text_model."): array for key, array in naming.to_torch(params).items()}
+    for key in spare:
+        expected = np.array(sound[key].astype(dtype))
+        expected.reshape(-1)[1] = 0
+        assert mended[key].dtype == dtype and np.array_equal(mended[key], expected)
+    used = "encoder.layers.1.mlp.fc1.weight"
+    edit(path / TEXT, lambda tensors: damage(tensors, [used]))
+    assert damage_of(path)["not finite"] == ("text_encoder", [used], True)
+    second = path / "text_encoder_2" / "model.safetensors"
+    shutil.copyfile(xl / TEXT, path / TEXT)
+    edit(second, lambda tensors: damage(tensors, spare[1:]))
+    component, (key,), matters = damage_of(path)["not finite"]
+    assert (component, matters) == ("text_encoder_2", True) and key.endswith(spare[1])

@@ -4,6 +4,7 @@ The documented rule is tested, computed anew in PyTorch, and beside what diffuse
 (test_comfyui.py) make of the same files.
 """
 
+import dataclasses
 import json
 import pathlib
 
@@ -15,8 +16,8 @@ from dmm_jax import sharding
 from dmm_jax.checkpoints import export, lora, naming
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.inspect import inspect, render
-from dmm_jax.checkpoints.open import open_checkpoint
-from dmm_jax.checkpoints.safetensors_io import save
+from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
+from dmm_jax.checkpoints.safetensors_io import TensorFile, save
 from dmm_jax.distill import incremental
 from dmm_jax.distill import teachers as teachers_lib
 from tests import families
@@ -51,7 +52,34 @@ def bare(component, layer):
     return f"{component}.{layer.removeprefix('text_model.')}"
 
 
+def as_processor(component, layer):
+    """Names a layer as diffusers did in its first LoRA files; only attention had one then."""
+    if component != "unet":
+        return f"{component}.{layer.replace('q_proj', 'to_q')}"
+    return f"unet.{layer.replace('.attn1.', '.attn1.processor.').removesuffix('.0')}"
+
+
+def unprefixed(function):
+    return lambda component, layer: function(component, layer).removeprefix("unet.")
+
+
+def comfy(component, layer):
+    names = {DENSE: "input_blocks.1.1.transformer_blocks.0.attn1.to_q", CONV_1: "middle_block.1.proj_in",
+             CONV_3: "input_blocks.1.0.in_layers.2"}  # fmt: skip
+    return f"diffusion_model.{names[layer]}" if component == "unet" else dotted(component, layer)
+
+
+def peft(component, layer):
+    return f"base_model.model.{layer}" if component == "unet" else dotted(component, layer)
+
+
 STYLES = {
+    "diffusers' first": (as_processor, "_lora.up.weight", "_lora.down.weight"),
+    "diffusers' first, without unet": (unprefixed(as_processor), "_lora.up.weight", "_lora.down.weight"),
+    "PEFT without unet": (unprefixed(dotted), ".lora_B.weight", ".lora_A.weight"),
+    "PEFT's own": (peft, ".lora_B.weight", ".lora_A.weight"),
+    "PEFT's own, with an adapter's name": (peft, ".lora_B.default.weight", ".lora_A.default.weight"),
+    "ComfyUI": (comfy, ".lora_up.weight", ".lora_down.weight"),
     "kohya": (kohya, ".lora_up.weight", ".lora_down.weight"),
     "kohya, LDM names": (ldm, ".lora_up.weight", ".lora_down.weight"),
     "PEFT": (dotted, ".lora_B.weight", ".lora_A.weight"),
@@ -195,6 +223,51 @@ def test_every_spelling_of_the_keys_gives_the_same(folder, base, tmp_path, style
     assert other.loras[0].networks == {"unet": 3, "text_encoder": 1}
     for component in ("unet", "text_encoder"):
         assert other.digest(component) == wanted.digest(component) != base.digest(component)
+
+
+def test_attentions_last_layer_has_no_number_in_diffusers_first_files(folder, base, tmp_path):
+    layer = DENSE.replace("to_q", "to_out.0")
+    found = factors(base, [("unet", layer)])
+    path = write(tmp_path / "old.safetensors", tensors_of(found, "diffusers' first, without unet", alpha=None))
+    assert f"{layer.replace('.attn1.', '.attn1.processor.').removesuffix('.0')}_lora.up.weight" in TensorFile(path)
+    folded = stored(open_checkpoint(f"{folder} + {path}"), "unet", layer)
+    assert_close(folded, expected(stored(base, "unet", layer), (1.0, *found["unet", layer])))
+    with pytest.raises(CheckpointError, match="is a LoRA.*'BASE [+] .*old.safetensors[*]0.8'"):
+        open_checkpoint(path)
+
+
+def test_pefts_own_files_take_alpha_from_the_file_beside_them(folder, base, tmp_path):
+    found = factors(base, LAYERS[:1])
+    path = write(tmp_path / "adapter_model.safetensors", tensors_of(found, "PEFT's own", alpha=None))
+    with pytest.raises(CheckpointError, match="needs adapter_config.json beside it"):
+        open_checkpoint(f"{folder} + {path}")
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({"lora_alpha": 6, "r": RANK}))
+    folded = stored(open_checkpoint(f"{folder} + {path}"), "unet", DENSE)
+    assert_close(folded, expected(stored(base, "unet", DENSE), (6 / RANK, *found[LAYERS[0]])))
+    for said in ('{"lora_alpha": 6, "use_rslora": true}', "{", '{"lora_alpha": []}', "[" * 10**5):
+        config.write_text(said)
+        with pytest.raises(CheckpointError, match="use_rslora|adapter_config.json cannot be read"):
+            open_checkpoint(f"{folder} + {path}")
+
+
+def test_a_lora_of_text_encoders_on_a_file_without_them_changes_the_bases(folder, base, recipe, tmp_path):
+    alone = export.write_single_file(tmp_path / "unet.safetensors", unet_alone(base), "float32", recipe)
+    text = f"{alone} + {write(tmp_path / 'ink.safetensors', tensors_of(factors(base)))}"
+    with pytest.raises(CheckpointError, match="unknown"):
+        open_checkpoint(text)
+    whole = open_checkpoint(f"{folder} + {tmp_path / 'ink.safetensors'}")
+    config = config_lib.get_config()
+    config.base, config.teachers = str(folder), (("ink", text),)
+    for teacher in (incremental.origins(config)["ink"], open_teacher(text, folder)):
+        assert teacher.digest("text_encoder") == whole.digest("text_encoder") != base.digest("text_encoder")
+        teachers_lib.check_mergeable(base, {"ink": teacher})
+    report = inspect([folder, pathlib.Path(text)])
+    assert report["mergeable"] and report["checkpoints"][1]["loans"] == []
+
+
+def unet_alone(base):
+    return dataclasses.replace(base, components={"unet": base.components["unet"]})
 
 
 def test_the_second_text_encoder_and_xls_own_names_are_matched(tmp_path):

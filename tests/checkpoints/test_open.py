@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from dmm_jax import config as config_lib
+from dmm_jax import vocabulary
 from dmm_jax.checkpoints import export
 from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.inspect import inspect
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.safetensors_io import TensorFile, save
 from dmm_jax.checkpoints.states import StateStore
@@ -275,9 +277,40 @@ def test_an_inpainting_model_is_refused_in_both_layouts(single, copy):
         open_checkpoint(copy)
 
 
+def lower_attention(single):
+    """Takes the attention of the first level away, which Stable Diffusion XL's UNets do not have."""
+
+    def change(tensors):
+        for key in list(tensors):
+            if ".input_blocks.1.1." in key:
+                del tensors[key]
+
+    rewrite(single, change)
+
+
+def test_an_unclip_model_is_refused_by_its_name(single):
+    label = {"model.diffusion_model.label_emb.0.0.weight": np.zeros((128, 2048), np.float32)}
+    rewrite(single, lambda tensors: tensors.update(label))
+    with pytest.raises(CheckpointError, match="one.safetensors is an unCLIP model"):
+        open_checkpoint(single)
+
+
+@pytest.mark.parametrize("key", ["edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std"])
+def test_models_on_edms_noise_levels_are_refused_and_inspect_says_it(single, key):
+    rewrite(single, lambda tensors: tensors.update({key: np.ones(4, np.float32)}))
+    with pytest.raises(CheckpointError, match="cannot be used: .*EDM's noise levels.*CosXL"):
+        open_checkpoint(single)
+    report = inspect([single])
+    assert not report["mergeable"] and "EDM" in str(report["obstacles"][0])
+
+
 def test_the_refiner_of_xl_is_refused_but_can_be_looked_at(single):
-    key = "conditioner.embedders.0.model.ln_final.bias"
-    rewrite(single, lambda tensors: tensors.update({key: np.zeros(4, np.float32)}))
+    refiner = {
+        "conditioner.embedders.0.model.ln_final.bias": np.zeros(4, np.float32),
+        "model.diffusion_model.label_emb.0.0.weight": np.zeros((128, 2560), np.float32),
+    }
+    lower_attention(single)
+    rewrite(single, lambda tensors: tensors.update(refiner))
     with pytest.raises(CheckpointError, match="refiner of Stable Diffusion XL.*Use the base model"):
         open_checkpoint(single)
     assert open_checkpoint(single, allow_unsupported=True).has("unet")
@@ -285,6 +318,7 @@ def test_the_refiner_of_xl_is_refused_but_can_be_looked_at(single):
 
 def test_an_xl_single_file_has_xls_scale_and_schedule(single):
     label = {"model.diffusion_model.label_emb.0.0.weight": np.zeros((128, 1546), np.float32)}
+    lower_attention(single)
     rewrite(single, lambda tensors: tensors.update(label))
     found = open_checkpoint(single)
     assert found.architecture == "stable-diffusion-xl-v1-base" and not found.has("text_encoder_2")
@@ -295,6 +329,7 @@ def test_an_xl_single_file_has_xls_scale_and_schedule(single):
 def test_what_the_base_lent_is_said(single, folder):
     rewrite(single, lambda tensors: [tensors.pop(key) for key in list(tensors) if key.startswith("first_stage_model.")])
     assert open_checkpoint(single).borrowed == () and open_checkpoint(single, base=folder).borrowed == ("vae",)
+    assert open_checkpoint(single, base=folder).loans == [f"{single} holds no vae: the base's is used."]
 
 
 def test_stable_diffusion_2_does_not_say_what_it_predicts_and_nobody_guesses(single):
@@ -307,8 +342,109 @@ def test_stable_diffusion_2_does_not_say_what_it_predicts_and_nobody_guesses(sin
     found = open_checkpoint(single)
     assert found.architecture == "stable-diffusion-v2" and found.prediction_type == "unknown"
     assert open_checkpoint(single, prediction_type="epsilon").prediction_type == "epsilon"
-    rewrite(single, lambda tensors: tensors.update(v_pred=np.zeros(0, np.float32)))
-    assert open_checkpoint(single, prediction_type="epsilon").prediction_type == "v_prediction"  # What the file says.
+
+
+@pytest.mark.parametrize("states", [{"v_pred": np.zeros(0, np.float32)}, None])
+def test_what_a_file_states_is_not_overridden_and_what_it_does_not_state_is_told(single, folder, states):
+    rewrite(single, lambda tensors: tensors.update(states or {}), {})
+    if states is None:
+        assert open_checkpoint(single).prediction_type == "epsilon"
+        found = open_checkpoint(single, prediction_type="v_prediction")
+        assert found.prediction_type == "v_prediction"
+        told = open_checkpoint(single, base=folder, prediction_type="v_prediction")
+        assert told.prediction_type == "v_prediction" and told.scheduler_config["skip_prk_steps"] is True
+        return
+    assert open_checkpoint(single, prediction_type="v_prediction").prediction_type == "v_prediction"
+    with pytest.raises(CheckpointError, match="says of itself that it predicts v_prediction, .* says epsilon"):
+        open_checkpoint(single, prediction_type="epsilon")
+
+
+def test_a_folder_states_its_prediction_type_unless_its_scheduler_is_silent(copy):
+    path = copy / "scheduler" / "scheduler_config.json"
+    with pytest.raises(CheckpointError, match="predicts epsilon"):
+        open_checkpoint(copy, prediction_type="v_prediction")
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in said.items() if name != "prediction_type"}))
+    assert open_checkpoint(copy, prediction_type="v_prediction").prediction_type == "v_prediction"
+
+
+def test_a_silent_file_takes_its_bases_schedule_whole(single, copy):
+    path = copy / "scheduler" / "scheduler_config.json"
+    flags = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "_class_name": "DDIMScheduler"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | flags))
+    rewrite(single, lambda tensors: None, {})
+    found = open_checkpoint(single, base=copy).scheduler_config
+    assert (found["prediction_type"], found["rescale_betas_zero_snr"]) == ("v_prediction", True)
+
+
+UNKNOWN_ENCODERS = [
+    "cond_stage_model.clip.text_model.encoder.layers.0.layer_norm1.bias", "text_encoders.clip_l.transformer.x.weight",
+    "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias", "diffusion_model.input_blocks.0.0.bias",
+    "cond_stage_model.transformer.adapter.weight", "conditioner.embedders.7.weight",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", UNKNOWN_ENCODERS)
+def test_a_network_under_an_unknown_prefix_is_not_dropped_in_silence(single, key):
+    rewrite(single, lambda tensors: tensors.update({key: np.zeros(3, np.float32)}))
+    with pytest.raises(CheckpointError, match="1 tensors of a text encoder.*dropped in silence: " + key):
+        open_checkpoint(single)
+    assert not inspect([single])["mergeable"]
+
+
+@pytest.mark.parametrize("old", [("query", "key", "value", "proj_attn"), ("to_q", "to_k", "to_v", "to_out.0")])
+@pytest.mark.parametrize("dense", [False, True])
+def test_diffusers_names_of_the_vaes_attention_are_read_in_single_files(single, folder, old, dense):
+    def respell(tensors):
+        for key in [key for key in tensors if ".mid.attn_1." in key]:
+            module, leaf = key.split("attn_1.")[1].rsplit(".", 1)
+            if module in ("q", "k", "v", "proj_out"):
+                new = dict(zip(("q", "k", "v", "proj_out"), old, strict=True))[module]
+                array = tensors.pop(key)
+                array = array[:, :, 0, 0] if dense and array.ndim == 4 else array
+                tensors[key.replace(f"attn_1.{module}.{leaf}", f"attn_1.{new}.{leaf}")] = array
+
+    rewrite(single, respell)
+    found = open_checkpoint(single)
+    assert found.unused == ()
+    assert_same_networks(found, open_checkpoint(folder))
+    twin = "first_stage_model.encoder.mid.attn_1.q.bias"
+    rewrite(single, lambda tensors: tensors.update({twin: np.zeros(64, np.float32)}))
+    with pytest.raises(CheckpointError, match=f"unexpected: .*{old[0]}.bias"):
+        open_checkpoint(single).params("vae")
+
+
+def test_what_trained_a_vae_is_no_part_of_it(single, folder):
+    extra = ["first_stage_model.loss.logvar", "first_stage_model.model_ema.decay"]
+    rewrite(single, lambda tensors: tensors.update(dict.fromkeys(extra, np.full((), np.nan, np.float32))))
+    found = open_checkpoint(single)
+    assert sorted(found.unused) == extra and inspect([single])["mergeable"]
+    assert_same_networks(found, open_checkpoint(folder))
+
+
+@pytest.mark.parametrize("damage", ["pickle", "gone", "truncated"])
+def test_a_vae_that_cannot_be_read_stops_only_who_asks_for_it(copy, folder, damage):
+    weights = copy / "vae" / UNET_WEIGHTS
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    else:
+        weights.rename(copy / "vae" / "diffusion_pytorch_model.bin") if damage == "pickle" else weights.unlink()
+    found = open_checkpoint(copy)
+    assert found.params("unet") and found.params("text_encoder")
+    with pytest.raises(CheckpointError, match="vae"):
+        found.params("vae")
+
+
+def test_clips_own_tokenizer_is_used_where_a_text_encoder_of_its_size_has_none_and_it_is_said(single, folder):
+    def enlarge(tensors):
+        key = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+        tensors[key] = np.zeros((49408, 64), np.float32)
+
+    assert open_checkpoint(single).tokenizer_folder is None and open_checkpoint(single).loans == []
+    rewrite(single, enlarge)
+    found = open_checkpoint(single)
+    assert found.tokenizer_folder == vocabulary.CLIP and "CLIP's own" in found.loans[0]
+    assert open_checkpoint(single, base=folder).tokenizer_folder == folder / "tokenizer"
 
 
 def test_a_file_of_another_kind_is_refused_with_its_first_keys(tmp_path):

@@ -88,6 +88,16 @@ def test_a_stack_that_is_no_three_of_its_layers_is_misshapen(shape, tmp_path):
         open_checkpoint(write(tmp_path, "text_encoder", laid)).params("text_encoder")
 
 
+def test_a_projection_may_be_a_dense_layers_weight_which_is_not_transposed(tmp_path):
+    expected = tensors("text_encoder_2")
+    laid = dict(open_clip.to_open_clip(expected))
+    laid["text_projection.weight"] = np.ascontiguousarray(laid.pop("text_projection").T)
+    found = open_checkpoint(write(tmp_path, "text_encoder_2", laid))
+    assert found.config("text_encoder_2")["projection_dim"] == 32 and found.unused == ()
+    back = naming.to_torch(found.params("text_encoder_2"))
+    assert all(np.array_equal(back[key], expected[key]) for key in expected)
+
+
 def test_missing_and_unexpected_tensors_are_named(tmp_path):
     laid = dict(open_clip.to_open_clip(tensors("text_encoder_2")))
     del laid["transformer.resblocks.0.attn.in_proj_bias"]
@@ -96,19 +106,36 @@ def test_missing_and_unexpected_tensors_are_named(tmp_path):
         open_checkpoint(write(tmp_path, "text_encoder_2", laid)).params("text_encoder_2")
 
 
-def test_an_export_holds_no_layer_that_is_not_used(tmp_path):
+def second(folder, text):
+    """Returns a tiny Stable Diffusion 2, its UNet all ones."""
     unet = {"block_out_channels": [64], "down_block_types": ["CrossAttnDownBlock2D"], "cross_attention_dim": 128,
             "up_block_types": ["CrossAttnUpBlock2D"], "layers_per_block": 1, "use_linear_projection": True,
             "attention_head_dim": [1], "sample_size": 8}  # fmt: skip
     shapes = naming.torch_shapes(abstract_params("unet", unet))
     numbers = {key: np.ones(shape, np.float32) for key, shape in shapes.items()}
-    text = tensors("text_encoder")
     parts = {"unet": Component(unet, lambda: numbers), "text_encoder": Component(CONFIG, lambda: text)}
     schedule = {"prediction_type": "v_prediction"}
-    second = Checkpoint(tmp_path, "diffusers", parts, schedule, None, None)
-    out = export.write_single_file(tmp_path / "out.safetensors", second, "float32", export.Recipe("tiny", [], None))
+    return Checkpoint(folder, "diffusers", parts, schedule, None, None)
+
+
+def test_an_export_holds_no_layer_that_is_not_used(tmp_path):
+    text, recipe = tensors("text_encoder"), export.Recipe("tiny", [], None)
+    out = export.write_single_file(tmp_path / "out.safetensors", second(tmp_path, text), "float32", recipe)
     keys = set(TensorFile(out))
     assert {f"cond_stage_model.model.{key}" for key in open_clip.to_open_clip(text)} <= keys and "v_pred" in keys
     back = open_checkpoint(out)
     assert back.architecture == "stable-diffusion-v2" and back.prediction_type == "v_prediction"
     assert all(np.array_equal(array, text[key]) for key, array in naming.to_torch(back.params("text_encoder")).items())
+
+
+def test_stable_diffusion_2_turbo_has_its_encoder_under_the_refiners_prefix(tmp_path):
+    text, recipe = tensors("text_encoder"), export.Recipe("tiny", [], None)
+    out = export.write_single_file(tmp_path / "out.safetensors", second(tmp_path, text), "float32", recipe)
+    whole = {key: np.array(array) for key, array in TensorFile(out).items()}
+    laid = {key.removeprefix(single_file.OPEN_CLIP_H): whole.pop(key) for key in list(whole) if "cond_stage" in key}
+    whole |= {single_file.SOLE_OPEN_CLIP + key: array for key, array in whole_open_clip_h(laid).items()}
+    save(tmp_path / "turbo.safetensors", whole)
+    turbo = open_checkpoint(tmp_path / "turbo.safetensors")
+    assert (turbo.architecture, turbo.unsupported) == ("stable-diffusion-v2", "")
+    back = naming.to_torch(turbo.params("text_encoder"))
+    assert set(back) == set(text) and all(np.array_equal(array, text[key]) for key, array in back.items())

@@ -66,6 +66,7 @@ MALFORMED = {
     "entry lacks a field": (packed({"x": {"dtype": "F32", "shape": [1]}}), "data_offsets"),
     "entry has a field more": (entry(offset=1), "data_offsets"),
     "entry is no object": (packed({"x": 1}), "data_offsets"),
+    "long header": (packed({"x": ONE, "__metadata__": {"a": 17 * 10**6 * "a"}}), "no model's takes more"),
     "metadata is a list": (packed({"__metadata__": [], "x": ONE}), "text to text"),
     "metadata holds a number": (packed({"__metadata__": {"step": 1}, "x": ONE}), "text to text"),
     "name climbs": (packed({"../../x": ONE}), "name"),
@@ -91,7 +92,7 @@ def test_a_malformed_file_is_refused_and_the_fault_is_named(tmp_path, what):
 
 # Sound to the safetensors package, refused by us: names that drive terminals or leave folders, and what is ambiguous.
 STRICTER = {
-    "leading space", "key twice, equal", "eight-bit floats", "entry has a field more", "name climbs",
+    "long header", "leading space", "key twice, equal", "eight-bit floats", "entry has a field more", "name climbs",
     "name climbs backwards", "name with an escape sequence", "name with a newline", "name without end", "name is empty",
 }  # fmt: skip
 
@@ -290,3 +291,11 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         save(path, Breaks(x=np.ones(2, np.float32)))
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_metadata_of_null_is_none_at_all_as_safetensors_own_reader_has_it(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(packed({"__metadata__": None, "x": ONE}))
+    file = TensorFile(tmp_path / "x.safetensors")
+    assert dict(file.metadata) == {} and list(file) == ["x"]
+    with pytest.importorskip("safetensors").safe_open(tmp_path / "x.safetensors", "np") as theirs:
+        assert not theirs.metadata() and list(theirs.keys()) == ["x"]
