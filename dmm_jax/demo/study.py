@@ -37,9 +37,10 @@ from dmm_jax.checkpoints.export import Recipe, write_single_file
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.demo import experiment, recipe, world
 from dmm_jax.evaluation import figures
-from dmm_jax.evaluation.evaluate import OTHER_SEED, PROMPT_SEED, TEACHER_SEED
+from dmm_jax.evaluation.evaluate import OTHER_SEED, TEACHER_SEED
 from dmm_jax.evaluation.frechet import Statistics, frechet_distance
 from dmm_jax.evaluation.networks import SHAPES, open_network
+from dmm_jax.evaluation.prompts import PROMPT_SEED
 from dmm_jax.pipeline import Pipeline
 from dmm_jax.prepare import prepare_from_config
 from dmm_jax.sample import draw
