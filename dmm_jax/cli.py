@@ -180,7 +180,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--features",
         default="shapes",
         help="shapes (the embedded world's, default), inception:PATH or clean-inception:PATH (FID's weights), "
-        "clip:PATH (a CLIP's folder: CMMD)",
+        "clip:PATH (a CLIP's folder: CMMD of ViT-L/14 at 336 pixels, else MMD)",
     )
     verb.add_argument("--clip", dest="clip_folder", default="", metavar="PATH", help="a CLIP's folder: adds CLIPScore")
     verb.add_argument(

@@ -86,7 +86,8 @@ def of_inception(network: inception.Inception, kind: str) -> FeatureNetwork:
 def _clip(network: clip.Clip) -> FeatureNetwork:
     compute = functools.partial(clip.image_embeddings, network)
     facts = network.facts | {"kernel": f"Gaussian of width {CMMD_SIGMA:g}, times {CMMD_SCALE:g}, biased"}
-    return FeatureNetwork(compute, f"CMMD ({network.weights})", Features, _cmmd, "", facts)
+    name = "CMMD" if network.large_336 else "MMD"  # CMMD is a number of one network (arXiv:2401.09603, 3).
+    return FeatureNetwork(compute, f"{name} ({network.weights})", Features, _cmmd, "", facts)
 
 
 def _cmmd(a: Features, b: Features) -> float:

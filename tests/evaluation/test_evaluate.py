@@ -177,10 +177,10 @@ def test_clip_and_lpips_add_their_measures(workdir, tmp_path):
     assert cli.main(["evaluate", str(workdir), "--n", "4", *spec]) == 0
     told = told_by(workdir)
     assert told["command"].endswith(" ".join(["--n 4", *spec]))
-    assert told["distance"].startswith("CMMD (unknown weights SHA-256 ") and "kernel" not in told
+    assert told["distance"].startswith("MMD (unknown weights SHA-256 ") and "kernel" not in told
     assert np.min(told["matrix"]) > 0 and np.min(told["floor"]) > 0 and len(told["base"]) == 2
     scores = told["clip_score"]
-    assert scores["name"] == told["distance"].replace("CMMD", "CLIPScore")
+    assert scores["name"] == told["distance"].replace("MMD", "CLIPScore")
     assert all(len(scores[what]) == 2 for what in ("teacher", "teacher_again", "student", "base", "average"))
     assert len(set(scores["base"])) == len(set(scores["average"])) == 1 and scores["teacher"] != scores["teacher_again"]
     measures = [what.split(" SHA-256")[0] for what in told["fidelity"]]
