@@ -167,12 +167,25 @@ def build_parser() -> argparse.ArgumentParser:
 
     verb = _add(verbs, "evaluate", _evaluate, "fidelity, the style matrix, FD or FID: metrics.json and a report")
     verb.add_argument("workdir", type=pathlib.Path, metavar="WORKDIR")
-    verb.add_argument("--n", dest="num_images", type=int, default=0, help="images per style and teacher")
+    verb.add_argument(
+        "--n",
+        dest="num_images",
+        type=int,
+        default=0,
+        help="images per style and model, at least 2; default: the config's",
+    )
+    verb.add_argument(
+        "--prompts",
+        default="",
+        metavar="FILE",
+        help="one a line; default: the config's, or what the run was trained on",
+    )
+    verb.add_argument("--negative-prompt", default="", help="of every picture; default: the config's")
     verb.add_argument(
         "--features",
         default="shapes",
         help="shapes (the embedded world's, default), inception:PATH or clean-inception:PATH (FID's weights), "
-        "clip:PATH (a CLIP's folder: CMMD)",
+        "clip:PATH (a CLIP's folder: CMMD of ViT-L/14 at 336 pixels, else MMD)",
     )
     verb.add_argument("--clip", dest="clip_folder", default="", metavar="PATH", help="a CLIP's folder: adds CLIPScore")
     verb.add_argument(

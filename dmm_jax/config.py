@@ -117,6 +117,10 @@ def get_config() -> ml_collections.ConfigDict:
     # What `dmm-jax evaluate` draws. Prompts and noise are the same for every model.
     config.evaluation = ml_collections.ConfigDict()
     config.evaluation.num_images = 2000  # Per style and model; the distances' bias falls with it.
+    config.evaluation.num_pairs = 32  # Pictures per style that teacher and student draw from the same noise.
+    # Text file, one prompt a line: best ones that nobody was trained on. "": the embedded world's, else the run's own.
+    config.evaluation.prompts = ""
+    config.evaluation.negative_prompt = ""  # "": none, which for Stable Diffusion XL are zeros.
     config.evaluation.batch_size = 50  # Images computed at once.
     config.evaluation.num_inference_steps = 25
     config.evaluation.guidance_scale = 7.0
@@ -265,12 +269,7 @@ def _problems(config):
     }
     for name, allowed in choices.items():
         yield config[name] not in allowed and f"{name} must be one of {', '.join(allowed)}; got {config[name]!r}."
-    merges = tuple(config.evaluation.weight_merges)
-    if "average" not in merges or not set(merges) <= set(WEIGHT_MERGES) or len(set(merges)) < len(merges):
-        yield (
-            f"evaluation.weight_merges must hold 'average', and each of {', '.join(WEIGHT_MERGES)} at most once; "
-            f"got {merges}."
-        )
+    yield from _evaluation_problems(config.evaluation)
     if config.samples.every and not config.samples.prompts:
         yield "samples.every is set but samples.prompts is empty: list the prompts to draw, or set samples.every=0."
     for name in ("weight", "learning_rate"):
@@ -282,6 +281,25 @@ def _problems(config):
     sharded = config.mesh.teacher
     if sharded > 0 and rows % sharded:
         yield f"mesh.teacher must divide the {rows_told(config)}; got {sharded}. Use a divisor of {rows}, or 1."
+
+
+def check_evaluation(evaluation: ml_collections.ConfigDict) -> None:
+    """Raises ValueError that names every option of `config.evaluation` out of range, and what to set."""
+    problems = [problem for problem in _evaluation_problems(evaluation) if problem]
+    if problems:
+        raise ValueError("This cannot be evaluated:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def _evaluation_problems(evaluation):
+    for name, least in (("num_images", 2), ("num_pairs", 1), ("batch_size", 1), ("num_inference_steps", 1)):
+        found = evaluation[name]
+        yield found < least and f"evaluation.{name} must be at least {least}; got {found}."
+    merges = tuple(evaluation.weight_merges)
+    if "average" not in merges or not set(merges) <= set(WEIGHT_MERGES) or len(set(merges)) < len(merges):
+        yield (
+            f"evaluation.weight_merges must hold 'average', and each of {', '.join(WEIGHT_MERGES)} at most once; "
+            f"got {merges}."
+        )
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:

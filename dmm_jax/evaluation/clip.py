@@ -31,6 +31,8 @@ from dmm_jax.tokenizer import Tokenizer
 
 # By the SHA-256 of model.safetensors, as the hub lists it.
 PUBLISHED = {"a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb": "openai/clip-vit-large-patch14"}
+# Of ViT-L/14 at 336 pixels, CMMD's network; no hash of its weights as safetensors is known to us.
+LARGE_336 = {"hidden_size": 1024, "num_hidden_layers": 24, "patch_size": 14, "image_size": 336, "projection_dim": 768}
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # By channel, of what CLIP was trained on; so are the deviations.
 STD = (0.26862954, 0.26130258, 0.27577711)
 PREPROCESSING = {"image_mean": list(MEAN), "image_std": list(STD), "resample": int(Image.Resampling.BICUBIC)}
@@ -73,9 +75,17 @@ class Clip(NamedTuple):
         return self.arguments["image_size"]
 
     @property
+    def large_336(self) -> bool:
+        """Tells whether its config is that of CMMD's network; of the weights only their own hash can be told."""
+        return all(self.arguments[name] == value for name, value in LARGE_336.items())
+
+    @property
     def weights(self) -> str:
         """Says which weights these are, for the names of numbers."""
-        return PUBLISHED.get(self.sha256, f"unknown weights SHA-256 {self.sha256[:10]}")
+        unknown = f"unknown weights SHA-256 {self.sha256[:10]}"
+        if self.large_336:
+            unknown = f"ViT-L/14 at 336 pixels by its config, weights SHA-256 {self.sha256[:10]}"
+        return PUBLISHED.get(self.sha256, unknown)
 
     @property
     def facts(self) -> dict[str, str]:

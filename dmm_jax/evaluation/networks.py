@@ -1,16 +1,19 @@
 """The feature networks that `evaluate` can measure with, and what their distances may be called."""
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from dmm_jax.demo.layout import CLASSIFIER, FOLDER
+from dmm_jax.checkpoints.checkpoint import Checkpoint
+from dmm_jax.demo.layout import BASE, CLASSIFIER, FOLDER
 from dmm_jax.evaluation import clip, features, inception
 from dmm_jax.evaluation.frechet import Statistics, frechet_distance
 from dmm_jax.evaluation.kid import CMMD_SCALE, CMMD_SIGMA, Features, cmmd
 from dmm_jax.models.inception_v3 import NUM_FEATURES as NUM_INCEPTION_FEATURES
+from dmm_jax.tokenizer import Tokenizers
 
 SHAPES = "shapes"
 CLIP = "clip"
@@ -46,7 +49,8 @@ def open_network(spec: str) -> FeatureNetwork:
     kind, _, path = spec.partition(":")
     if spec == SHAPES:
         classifier = functools.partial(features.features, *features.load(FOLDER / CLASSIFIER))
-        facts = {"features": "the embedded world's classifier"}
+        sha256 = hashlib.sha256((FOLDER / CLASSIFIER).read_bytes()).hexdigest()
+        facts = {"features": "the embedded world's classifier", "weights SHA-256": sha256}
         return _frechet(classifier, features.NUM_FEATURES, "FD (shapes)", "", facts)
     if kind not in (*RESIZES, CLIP) or not path:
         raise ValueError(
@@ -55,6 +59,12 @@ def open_network(spec: str) -> FeatureNetwork:
             f"or {CLIP}:PATH, where PATH is a CLIP's folder."
         )
     return _clip(clip.load(path)) if kind == CLIP else of_inception(inception.load(path), kind)
+
+
+def of_shapes_world(base: Checkpoint) -> bool:
+    """Tells whether a base draws the embedded world, whose classifier `shapes` is: it then reads its words alone."""
+    shipped = Tokenizers.from_folders([FOLDER / BASE / "tokenizer"])
+    return Tokenizers.from_folders(base.tokenizer_folders).digest == shipped.digest
 
 
 def _frechet(compute, num_features: int, distance: str, kernel: str, facts: Mapping[str, str]) -> FeatureNetwork:
@@ -76,7 +86,8 @@ def of_inception(network: inception.Inception, kind: str) -> FeatureNetwork:
 def _clip(network: clip.Clip) -> FeatureNetwork:
     compute = functools.partial(clip.image_embeddings, network)
     facts = network.facts | {"kernel": f"Gaussian of width {CMMD_SIGMA:g}, times {CMMD_SCALE:g}, biased"}
-    return FeatureNetwork(compute, f"CMMD ({network.weights})", Features, _cmmd, "", facts)
+    name = "CMMD" if network.large_336 else "MMD"  # CMMD is a number of one network (arXiv:2401.09603, 3).
+    return FeatureNetwork(compute, f"{name} ({network.weights})", Features, _cmmd, "", facts)
 
 
 def _cmmd(a: Features, b: Features) -> float:

@@ -63,8 +63,8 @@ def write_report(
         `diagonal_is_minimum`: of every row and every column.
         Optional: `kernel` {distance: its name, subsets: their number and size, student and floor: {style: {mean,
         std}}}, `clip_score` {name, and in the order of the styles: base, each weight merge, student, teacher,
-        teacher_again}, `fidelity` {measure: {style: value}, or values in the order of the styles}, `settings`,
-        `timings` (seconds), `command`.
+        teacher_again}, `fidelity` {measure: {style: value}, or values in the order of the styles} of so many `pairs` a
+        style, `settings`, `weights` {model: {network: SHA-256}}, `timings` (seconds), `command`.
       grids: fields of `Pairs` by style. interpolation, samples: fields of the classes of those names.
       metrics: the lines of metrics.jsonl.
 
@@ -81,7 +81,7 @@ def write_report(
             sections.pairs(part, {name: Pairs(*one) for name, one in (grids or {}).items()}),
             sections.interpolation(part, *Interpolation(*interpolation)) if interpolation else "",
             sections.losses(part, metrics, results["styles"]),
-            sections.fidelity(plain(results.get("fidelity")), results["styles"]),
+            sections.fidelity(plain(results)),
             sections.kernel(plain(results.get("kernel")), results["styles"]),
             sections.clip_score(part, results),
             sections.made(plain(results)),

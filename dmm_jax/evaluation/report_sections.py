@@ -155,21 +155,24 @@ def losses(part: pathlib.Path, metrics: Sequence[Mapping], styles: Sequence[str]
     return f"<h2>Training</h2>\n{figure}"
 
 
-def fidelity(measures: Mapping | None, styles: Sequence[str]) -> str:
+def fidelity(results: Mapping) -> str:
     """Lists how alike teacher and student draw from the same noise; nothing without measures."""
-    if not measures:
-        return ""
-    rows = []
-    for name, values in measures.items():
+    styles, rows = results["styles"], []
+    for name, values in (results.get("fidelity") or {}).items():
         if not isinstance(values, Mapping):
             values = dict(zip(styles, values, strict=True)) if isinstance(values, (list, tuple)) else {"": values}
         cells = "".join(f"<td><small>{escape(key)}</small>{_shown(one)}</td>" for key, one in values.items())
         rows.append(f'<tr><th scope="row">{escape(_words(name))}</th>{cells}</tr>')
+    if not rows:
+        return ""
+    pairs = f"{results['pairs']:,} pairs a style" if "pairs" in results else "The pairs"
     return f"""<h2>Paired fidelity</h2>
 <p>Teacher and student start from the same noise, so that their pictures can be compared one by one. The floor is the
-teacher against itself from other noise: what the prompt alone makes alike.</p>
+teacher against itself in another precision, from the same noise: nearer than its own rounding nothing can come. Other
+noise: the teacher against itself from there, as far apart as unrelated pictures of one prompt are.</p>
 <div class="scroll"><table class="numbers">
-{_lines(rows)}</table></div>"""
+{_lines(rows)}</table></div>
+<p class="soft note">{pairs}: means, of PSNR the median.</p>"""
 
 
 def kernel(measured: Mapping | None, styles: Sequence[str]) -> str:
@@ -211,10 +214,16 @@ below 0; the bar is the teacher. What the teacher's two rows differ by is chance
 def made(results: Mapping) -> str:
     """Tells how the numbers came about: the command, the settings, the times."""
     lists = []
-    for name in ("settings", "timings"):
+    weights = [(model, one) for model, networks in (results.get("weights") or {}).items() for one in networks.items()]
+    hashes = {f"{model}: {network}": sha256[:16] for model, (network, sha256) in weights}
+    facts = [
+        *((name, results.get(name) or {}) for name in ("settings", "timings")),
+        ("weights, SHA-256 of the contents", hashes),
+    ]
+    for name, values in facts:
         rows = [
-            f'<tr><th scope="row">{escape(_words(key))}</th><td>{_shown(value)}</td></tr>'
-            for key, value in (results.get(name) or {}).items()
+            f'<tr><th scope="row">{escape(key if values is hashes else _words(key))}</th><td>{_shown(value)}</td></tr>'
+            for key, value in values.items()
         ]
         lists.append(f"<div><h3>{name.capitalize()}</h3><table>{_lines(rows)}</table></div>" if rows else "")
     command = f"<pre>{escape(results['command'])}</pre>" if results.get("command") else ""

@@ -6,16 +6,20 @@ import numpy as np
 import pytest
 
 from dmm_jax import config as config_lib
-from dmm_jax.demo import study
+from dmm_jax.data.cache import LatentCache
+from dmm_jax.demo import study, study_data
+from dmm_jax.demo import study_rows as rows
+
+OUT = pathlib.Path("out")
 
 
 @pytest.mark.parametrize("row", study.ROWS)
 def test_every_stage_of_a_row_is_a_config_that_can_run(row):
     """And the styles that are learned are the study's, each once; what a student has grown from is kept."""
     learned, before = (), None
-    for number, stage in enumerate(study.ROWS[row]):
-        config = study.study_config(pathlib.Path("out"), stage.styles, 100, seed=1)
-        config = study.stage_config(config, stage, before)
+    for stage in study.ROWS[row]:
+        config = rows.study_config(OUT, stage.styles, 100, seed=1)
+        config = rows.stage_config(OUT, config, stage, before)
         if stage.replay is not None:
             assert config.grow.student == "stage"
             config.grow.styles, learned = learned, learned + stage.styles
@@ -23,7 +27,7 @@ def test_every_stage_of_a_row_is_a_config_that_can_run(row):
             learned = stage.styles
         config_lib.check(config)
         assert tuple(config_lib.style_names(config)) == learned and config.num_steps == int(100 * stage.steps)
-        assert config.data.cache.endswith("_made") == ("data.source" in stage.changes), number
+        assert config.data.cache == str(OUT / "caches" / stage.data)
         before = pathlib.Path("stage")
     assert learned == study.STYLES
 
@@ -39,6 +43,53 @@ def test_the_table_holds_traces_means_and_spreads():
     assert "| base | 10.00 |  | +400.0% | 100.00 |  | +400.0% |  |" in lines
     assert lines[-2] == "| score | 3.00 | 1.00 | +50.0% | 30.00 | 10.00 | +50.0% | 3 |"
     assert lines[-1] == "| floor | 2.00 |  | +0.0% | 20.00 |  | +0.0% |  |"
+
+
+def test_the_floor_and_the_merges_have_a_spread_where_they_were_drawn_more_than_once():
+    def both(a):
+        return {"all": {"a": a}, "few": {"a": a}}
+
+    def references(seed, floor):
+        return {"row": "references", "seed": seed, "floor": both(floor)} | dict.fromkeys(
+            ("base", *study.METHODS), both(8.0)
+        )
+
+    runs = [{"row": "score", "seed": 0, "distances": both(4.0)}]
+    lines = study.table([references(0, 1.0), *runs, references(1, 3.0)]).splitlines()
+    assert lines[-1] == "| floor | 2.00 | 1.41 | +0.0% | 2.00 | 1.41 | +0.0% | 2 |"
+    assert lines[-2] == "| score | 4.00 |  | +100.0% | 4.00 |  | +100.0% | 1 |"
+
+
+def test_mixed_data_holds_its_share_of_what_teachers_drew_and_the_rest_rendered(tiny, tmp_path):
+    rendered = LatentCache(tiny[1].data.cache)
+
+    class Made(LatentCache):
+        """The same pictures, told apart by their latents."""
+
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            return super().__getitem__(index) | {"latents": np.full(self.header.latent_shape, 7, np.float16)}
+
+    mixed = study_data.mix(rendered, Made(tiny[1].data.cache), tmp_path / "mixed", 0.25)
+    examples = [mixed[k] for k in range(len(mixed))]
+    assert [bool((one["latents"] == 7).all()) for one in examples] == [True] * 2 + [False] * 6
+    for name in ("latents", "input_ids", "time_ids"):
+        np.testing.assert_array_equal(examples[5][name], rendered[3][name])
+    mixed.check(vae=rendered.header.vae, tokenizer=rendered.header.tokenizer)
+    assert "2 of [" in mixed.header.source and "6 of [" in mixed.header.source
+    assert len(study_data.mix(rendered, rendered, tmp_path / "mixed", 0.5)) == 8  # It is there already.
+
+
+def test_short_prompts_name_one_object():
+    assert study_data.short("a large red circle left of a small blue square") == "red circle"
+
+
+def test_only_the_data_of_the_rows_that_are_run_are_made():
+    assert rows.data_of(["score", "4 + 4"]) == {"rendered"}
+    assert rows.data_of(["+ feature, then teacher-made data"]) == {"rendered", "made"}
+    assert rows.data_of(study.ROWS) == {"rendered", "made", "short", *rows.SHARES}
 
 
 def test_the_documents_table_is_that_of_the_committed_results():

@@ -9,7 +9,7 @@ import pytest
 
 from dmm_jax.checkpoints import safetensors_io
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.evaluation import clip
+from dmm_jax.evaluation import clip, networks
 from tests.test_tokenizer import END, IDS, write_files
 
 torch = pytest.importorskip("torch")
@@ -146,3 +146,14 @@ def test_prompts_need_the_tokenizers_files(folder):
     (folder / "merges.txt").unlink()
     with pytest.raises(ValueError, match="merges.txt"):
         clip.text_embeddings(clip.load(str(folder)), PROMPTS)
+
+
+def test_cmmd_is_named_by_the_config_of_its_network_and_every_other_clip_gives_an_mmd(written):
+    """No hash of the network's safetensors is known, so that its name says no more than the config and the hash."""
+    small = clip.load(str(written[0]))
+    large = small._replace(arguments=small.arguments | clip.LARGE_336, sha256="0123456789ab")
+    assert networks._clip(large).distance == ("CMMD (ViT-L/14 at 336 pixels by its config, weights SHA-256 0123456789)")
+    other = large._replace(arguments=large.arguments | {"image_size": 224})
+    assert networks._clip(other).distance == "MMD (unknown weights SHA-256 0123456789)"
+    known = other._replace(sha256=next(iter(clip.PUBLISHED)))
+    assert networks._clip(known).distance == "MMD (openai/clip-vit-large-patch14)"

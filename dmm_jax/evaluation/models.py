@@ -1,0 +1,78 @@
+"""The models that an evaluation compares: the student, its teachers, the base and what merges of weights make."""
+
+import functools
+from collections.abc import Sequence
+
+from dmm_jax import config as config_lib
+from dmm_jax.average import networks_of, parse_method
+from dmm_jax.checkpoints.average import METHODS, merged
+from dmm_jax.checkpoints.checkpoint import Checkpoint
+from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.distill.incremental import origins
+from dmm_jax.folders import Location
+from dmm_jax.pipeline import Pipeline
+
+OTHER_DTYPE = {"float32": "bfloat16", "bfloat16": "float32"}
+
+
+class Models:
+    """The pipelines that are compared; the stock ones share their compiled programs."""
+
+    def __init__(self, config, workdir: Location):
+        """Opens the run's checkpoints; each UNet is brought to the device when it is asked for."""
+        self.names = config_lib.style_names(config)
+        self.dtype = config.dtype
+        self._base = open_checkpoint(config.base, prediction_type=config.prediction_type)
+        self._teachers = origins(config)
+        self._student = open_checkpoint(workdir)
+        frame = Pipeline.of_student(self._base, self._student.unet_config, self.names, dtype=config.dtype)
+        self.student = frame.with_unet(self._student.params("unet"))
+
+    @property
+    def base(self) -> Pipeline:
+        """The base model."""
+        return self._stock.with_unet(self._base.params("unet"))
+
+    def teacher(self, name: str) -> Pipeline:
+        """One teacher, behind its own text encoders where it has them."""
+        return self._in_frame(self._stock, name)
+
+    def teacher_in_other_dtype(self, name: str) -> Pipeline:
+        """The same teacher, all its networks computed in `OTHER_DTYPE`: by as much its own rounding moves a picture."""
+        return self._in_frame(self._stock_in_other_dtype, name)
+
+    def merged(self, method: str) -> Pipeline:
+        """One network of the teachers' weights, text encoders included: what merging was before distillation."""
+        teachers = list(self._teachers.values())
+        found = merged(self._base, teachers, parse_method(method, len(teachers)), networks_of(self._base))
+        return self._stock.with_unet(found.params("unet")).with_text_encoders(found.text_params())
+
+    def digests(self) -> dict[str, dict[str, str]]:
+        """Returns the SHA-256 of the contents of every network that draws, by model and network."""
+        networks = ("unet", *self._base.text_encoders)
+        models = {f"teacher {name}": teacher for name, teacher in self._teachers.items()}
+        found = {"student": _digests(self._student, ("unet",)), "base": _digests(self._base, (*networks, "vae"))}
+        return found | {name: _digests(teacher, networks) for name, teacher in models.items()}
+
+    def _in_frame(self, frame: Pipeline, name: str) -> Pipeline:
+        teacher = self._teachers[name]
+        return frame.with_unet(teacher.params("unet")).with_text_encoders(teacher.text_params(self._base))
+
+    @functools.cached_property
+    def _stock(self) -> Pipeline:
+        return Pipeline.of_student(self._base, self._base.unet_config, (), dtype=self.dtype)
+
+    @functools.cached_property
+    def _stock_in_other_dtype(self) -> Pipeline:
+        return Pipeline.of_student(self._base, self._base.unet_config, (), dtype=OTHER_DTYPE[self.dtype])
+
+
+def _digests(checkpoint: Checkpoint, networks: Sequence[str]) -> dict[str, str]:
+    """Returns the hashes of those of some networks that a checkpoint holds itself; what it lacks is the base's."""
+    return {network: checkpoint.digest(network) for network in networks if checkpoint.has(network)}
+
+
+def merge_options(methods: Sequence[str]) -> dict[str, str]:
+    """Returns the numbers that weight merges were made with, of those that take any."""
+    taken = {method: METHODS[method].items() for method in methods if METHODS[method]}
+    return {method: ", ".join(f"{option} {value:g}" for option, value in given) for method, given in taken.items()}
