@@ -73,13 +73,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--config", required=True, help="an experiment file; its checkpoints need not be there")
     verb.add_argument(
-        "--topology", default="gpu:1x80GB", help="v5e:4x4, v5p:2x2x2, v6e:4x4, gpu:8x80GB, ...; default: gpu:1x80GB"
+        "--topology",
+        default="gpu:1x80GB",
+        help="v5e:4x4, v5p:2x2x2, v5e:16x16*2 (two slices), gpu:8x80GB, ...; default: gpu:1x80GB",
     )
     verb.add_argument(
         "--architecture", default="sd15", choices=("sd15", "sd21", "sdxl"), help="of a base that is not there"
     )
     verb.add_argument("--json", action="store_true", help="print one JSON object")
-    verb.add_argument("--no-compile", action="store_true", help="estimate in seconds, even where libtpu is installed")
+    how = verb.add_mutually_exclusive_group()
+    how.add_argument("--no-compile", action="store_true", help="estimate in seconds, even where libtpu is installed")
+    how.add_argument("--full-effort", action="store_true", help="compile as train does: to the same code, more slowly")
 
     verb = _add(verbs, "export", _export, "a trained student as PyTorch safetensors")
     verb.add_argument("workdir", type=pathlib.Path, metavar="WORKDIR")
@@ -257,10 +261,11 @@ def _train(args):
 
 def _plan(args):
     from dmm_jax.plan import plan, smallest_change
-    from dmm_jax.plan_text import render
+    from dmm_jax.planning.text import render
 
     config = read_config(args.config, args.rest)
     options = {"architecture": args.architecture, "compiled": False if args.no_compile else None}
+    options["full_effort"] = args.full_effort
     planned = plan(config, args.topology, **options)
     change = None if planned.fits else smallest_change(config, args.topology, say=_say, **options)
     if args.json:

@@ -12,10 +12,11 @@ from jax.extend import core
 
 def count(function: Callable, *args) -> float:
     """Returns the operations of one call; `args` may be shapes (jax.ShapeDtypeStruct)."""
-    return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+    return of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _of_jaxpr(jaxpr) -> float:
+def of_jaxpr(jaxpr: core.Jaxpr) -> float:
+    """Returns the operations of one run of a traced program."""
     return sum((_of_equation(equation) for equation in jaxpr.eqns), 0.0)
 
 
@@ -30,7 +31,7 @@ def _of_equation(equation) -> float:
         per_output = math.prod(kernel) / kernel[spec[0]]  # Taps times input channels of a group.
         spread = math.prod(params["lhs_dilation"])  # Zeros between the inputs, a stride's gradient, are no work.
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * per_output / spread
-    inner = [_of_jaxpr(jaxpr) for jaxpr in inner_jaxprs(equation)]
+    inner = [of_jaxpr(jaxpr) for jaxpr in inner_jaxprs(equation)]
     if name == "cond":
         return max(inner)
     return sum(inner, 0.0) * params.get("length", 1)

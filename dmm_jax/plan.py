@@ -5,8 +5,10 @@ no TPU is needed for; without, or for GPUs, the memory of activations is an esti
 """
 
 import dataclasses
+import functools
+import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,83 +22,29 @@ from dmm_jax.checkpoints import published
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.open import CELL, open_checkpoint
-from dmm_jax.data.cache import CacheHeader
 from dmm_jax.distill import incremental
 from dmm_jax.distill import step as distill_step
 from dmm_jax.distill import student as student_lib
 from dmm_jax.distill import teachers as teachers_lib
+from dmm_jax.distill.packing import Packing
 from dmm_jax.models.text_encoders import NUM_TIME_IDS
 from dmm_jax.models.unet_2d_condition import merged_config
+from dmm_jax.planning import changes, compiler, devices, disk, lifetimes, memory, requirements
 from dmm_jax.planning import collectives as collectives_lib
-from dmm_jax.planning import compiler, devices, lifetimes, memory
+from dmm_jax.planning.requirements import COMPILED, ESTIMATED, GIB, Plan
 
-GIB = devices.GIB
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What one config takes on one topology; bytes and FLOPs are per device and step."""
-
-    topology: devices.Topology
-    mesh_shape: dict[str, int]
-    memory: dict[str, float]  # Bytes by kind.
-    available: float
-    fits: bool
-    flops: float
-    bytes_accessed: float | None  # Only a compiler knows.
-    collectives: list[collectives_lib.Collective]
-    compiled: bool
-    batch_size: int
-    num_steps: int
-    disk: dict[str, int]
-    assumptions: tuple[str, ...]
-
-    @property
-    def parts_s(self) -> dict[str, float]:
-        """Returns the seconds that products, memory traffic and collectives would take by themselves."""
-        device = self.topology.device
-        traffic = (self.bytes_accessed or 0.0) / (devices.BANDWIDTH_SHARE * device.memory_bandwidth)
-        return {
-            "products": self.flops / (devices.COMPUTE_SHARE * device.bf16_flops),
-            "memory": traffic,
-            "collectives": sum(one.sent for one in self.collectives) / device.link_bandwidth,
-        }
-
-    @property
-    def step_s(self) -> float:
-        """Returns the roofline's step time: products and memory traffic overlap, collectives do not."""
-        parts = self.parts_s
-        return max(parts["products"], parts["memory"]) + parts["collectives"]
-
-    def to_json(self) -> dict:
-        """Returns the plan as one JSON object; GB are 2^30 bytes."""
-        hours = self.num_steps * self.step_s / 3600
-        return {
-            "fits": self.fits,
-            "topology": self.topology.name,
-            "device": self.topology.device.name,
-            "num_devices": self.topology.count,
-            "mesh": self.mesh_shape,
-            "memory_gb": {kind: size / GIB for kind, size in self.memory.items()},
-            "memory_total_gb": sum(self.memory.values()) / GIB,
-            "memory_available_gb": self.available / GIB,
-            "method": "compiled" if self.compiled else "estimated",
-            "batch_size": self.batch_size,
-            "tflop_per_device": self.flops / 1e12,
-            "gb_accessed_per_device": None if self.bytes_accessed is None else self.bytes_accessed / GIB,
-            "collectives": collectives_lib.summary(self.collectives),
-            "step_s": self.step_s,
-            "step_parts_s": self.parts_s,
-            "images_per_s": self.batch_size / self.step_s,
-            "hours": hours,
-            "chip_hours": hours * self.topology.count,
-            "disk_gb": {name: size / GIB for name, size in self.disk.items()},
-            "assumptions": list(self.assumptions),
-        }
+# Beyond what is counted, estimated temporaries take this much more: what a TPU pads and its program's code, what a
+# GPU's allocator leaves between arrays. So no program of docs/plan.md that was compiled or run took more.
+MARGIN = {"tpu": 0.05, "gpu": 0.02}
 
 
 def plan(
-    config: ml_collections.ConfigDict, topology: str, *, architecture: str = "sd15", compiled: bool | None = None
+    config: ml_collections.ConfigDict,
+    topology: str,
+    *,
+    architecture: str = "sd15",
+    compiled: bool | None = None,
+    full_effort: bool = False,
 ) -> Plan:
     """Plans one config on one topology.
 
@@ -104,56 +52,38 @@ def plan(
       topology: "v5e:4x4", "gpu:8x80GB"; see `planning.devices`.
       architecture: of a base that is not there: a name in `checkpoints.published`.
       compiled: whether to compile for the TPU; None where libtpu is installed.
+      full_effort: whether to compile as `train` does, in three times the time.
 
     Raises:
       ValueError: the config cannot be run, or the topology is unknown; says what to do.
     """
-    config = incremental.resolved(config)
-    config_lib.check(config)
-    where = devices.topology(topology)
-    compiled = where.platform == "tpu" and compiler.is_here() if compiled is None else compiled
-    check_layout(config, where.count)
-    if compiled:
-        mesh = compiler.tpu_mesh(topology, **config.mesh)
-    else:
-        mesh = sharding.abstract_mesh(**config.mesh, num_devices=where.count)
-    program = Program.describe(config, architecture, where.platform, mesh)
-    kinds = {kind: float(size) for kind, size in memory.held(*program.arguments).items()}
-    if compiled:
-        measured = measure(program, kinds, where.device.memory)
-    else:
-        measured = estimate(program, kinds, where.device.memory)
+    program = Program.planned(config, topology, architecture, compiled)
+    where, held = devices.topology(topology), program.held()
+    if program.is_compiled:
+        return _plan(program, where, measure(program, held, where, full_effort), compiler.told(full_effort))
+    return _plan(program, where, estimate(program, held, where), ESTIMATED_HOW)
+
+
+def _plan(program: "Program", where: devices.Topology, found: dict, told: str) -> Plan:
+    found = {"available": where.device.memory} | found
     return Plan(
         topology=where,
-        mesh_shape=dict(mesh.shape),
+        mesh_shape=dict(program.mesh.shape),
+        fits=found.pop("fits", sum(found["memory"].values()) <= found["available"]),
         flops=program.flops(),
-        compiled=compiled,
-        batch_size=config.batch_size,
-        num_steps=config.num_steps,
-        disk=disk(config, program),
-        assumptions=program.assumptions + ASSUMPTIONS,
-        **measured,
+        method=COMPILED if program.is_compiled else ESTIMATED,
+        batch_size=program.config.batch_size,
+        num_steps=program.config.num_steps,
+        disk=disk.needed(program.config, program.arguments[0], program.arguments[3]),
+        assumptions=(*program.assumptions, told, *requirements.roofline_assumptions(where)),
+        **found,
     )
 
 
-ASSUMPTIONS = (
-    f"products at {devices.COMPUTE_SHARE:.0%} of the bf16 peak, memory at {devices.BANDWIDTH_SHARE:.0%} of its "
-    "bandwidth, collectives in a ring along their axis and not overlapped",
-    "the input pipeline keeps up; validation, samples and checkpoints take no time",
+ESTIMATED_HOW = (
+    "temporaries and memory traffic are read off the program before any compiler: docs/plan.md compares them with "
+    "compiled and measured ones. For the compiler's own figures on TPUs: pip install 'dmm-jax[plan]', no --no-compile"
 )
-
-
-def check_layout(config, num_devices: int) -> None:
-    """Raises ValueError when the images of a teacher do not divide among its devices."""
-    shape = sharding.mesh_shape(**config.mesh, num_devices=num_devices)
-    columns = shape["data"] * shape["fsdp"] * config.gradient_accumulation
-    parts = columns * config_lib.num_rows(config)
-    if config.batch_size % parts:
-        raise ValueError(
-            f"batch_size {config.batch_size} must be a multiple of {parts}: {config_lib.rows_told(config)} x "
-            f"mesh.data {shape['data']} x mesh.fsdp {shape['fsdp']} x gradient_accumulation "
-            f"{config.gradient_accumulation}. Use {max(round(config.batch_size / parts), 1) * parts}."
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +96,22 @@ class Program:
     platform: str
     arguments: tuple  # (state, teachers, encoders, batch)
     assumptions: tuple[str, ...]
+
+    @classmethod
+    def planned(cls, config, topology: str, architecture: str, compiled: bool | None) -> "Program":
+        """Checks a config as `train` does, and describes its step on a topology: on TPUs that a compiler knows, or not.
+
+        Args:
+          compiled: as in `plan`.
+        """
+        config = incremental.resolved(config)
+        config_lib.check(config)
+        where = devices.topology(topology)
+        changes.check_layout(config, where)
+        compiled = where.platform == "tpu" and compiler.is_here() if compiled is None else compiled
+        make = compiler.tpu_mesh if compiled else sharding.abstract_mesh
+        which = {"topology": topology} if compiled else {"num_devices": where.count}
+        return cls.describe(config, architecture, where.platform, make(**which, **config.mesh))
 
     @classmethod
     def describe(cls, config, architecture: str, platform: str, mesh) -> "Program":
@@ -182,29 +128,37 @@ class Program:
         batch = abstract_batch(config, base, mesh)
         return cls(config, base, mesh, platform, (state, teachers, encoders, batch), (*assumptions, *more))
 
-    def _defined(self, **changes):
-        config = self.config.copy_and_resolve_references()
-        config.update(changes)
-        networks, _ = train.define_networks(config, self.base, self.platform)
+    def _defined(self, attention: str = ""):
+        networks, _ = train.define_networks(self.config, self.base, self.platform, attention)
         tokens = self.arguments[3]["input_ids"].shape[-1]
-        return (
-            config,
-            networks,
-            train.define_objective(config, self.base, lambda texts: np.zeros((len(texts), tokens), int)),
+        return networks, train.define_objective(
+            self.config, self.base, lambda texts: np.zeros((len(texts), tokens), int)
         )
 
-    def step(self) -> Callable:
-        """Returns the jitted step that `train` runs."""
-        config, networks, objective = self._defined()
-        optimizers = student_lib.make_optimizers(config)
-        return train.define_step(config, networks, objective, optimizers, self.mesh, *self.arguments[:2])
+    @property
+    def is_compiled(self) -> bool:
+        """Tells whether a compiler knows the mesh's devices."""
+        return isinstance(self.mesh, Mesh)
+
+    def held(self) -> dict[str, float]:
+        """Returns the bytes per device of what lives from step to step, and of the gradients, by kind."""
+        return {kind: float(size) for kind, size in memory.held(*self.arguments).items()}
+
+    def lower(self) -> jax.stages.Lowered:
+        """Lowers the step that `train` runs, its state packed as there."""
+        networks, objective = self._defined()
+        optimizers = student_lib.make_optimizers(self.config)
+        state, teachers, *others = self.arguments
+        packing = Packing(state, self.mesh)
+        step = train.define_step(self.config, networks, objective, optimizers, self.mesh, state, teachers, packing)
+        return step.lower(jax.eval_shape(packing.pack, state), teachers, *others)
 
     def gradients(self, attention: str) -> tuple[Callable, tuple]:
         """Returns the function of losses and gradients, with an implementation of attention, and its arguments."""
-        config, networks, objective = self._defined(attention=attention)
+        networks, objective = self._defined(attention)
         state, *others = self.arguments
         trained = distill_step.trained(state)
-        function = train.define_gradients(config, networks, objective, self.mesh, trained)
+        function = train.define_gradients(self.config, networks, objective, self.mesh, trained)
         return function, (trained, *others, jax.ShapeDtypeStruct((), jnp.int32))
 
     def flops(self) -> float:
@@ -252,46 +206,30 @@ def abstract_batch(config, base: Checkpoint, mesh) -> dict:
     return sharding.described(shapes, jax.tree.map(lambda _: sharding.BATCH, shapes), mesh)
 
 
-def measure(program: Program, kinds: dict[str, float], available: float) -> dict:
+def measure(program: Program, held: dict[str, float], where: devices.Topology, full_effort: bool) -> dict:
     """Compiles the step for the mesh's TPU and reads memory, traffic and collectives from the result."""
-    lowered = program.step().lower(*program.arguments)
+    lowered = program.lower()
     try:
-        compiled = lowered.compile(compiler_options=compiler.EFFORT)
+        compiled = lowered.compile(compiler_options=None if full_effort else compiler.EFFORT)
     except jax.errors.JaxRuntimeError as error:
         needed, available = compiler.out_of_memory(error)
-        more = {"temporaries": needed - sum(kinds.values())}
-        return _report(kinds | more, available, foretold(program)) | {"fits": False}
-    found, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    arguments = sum(kinds.values()) - kinds["gradients"]
-    more = {
-        "padding": found.argument_size_in_bytes - arguments,
-        "temporaries": found.peak_memory_in_bytes - found.argument_size_in_bytes - kinds["gradients"],
-        "generated code": float(found.generated_code_size_in_bytes),
-    }
-    cost = cost[0] if isinstance(cost, list) else cost
-    exchanged = collectives_lib.parse(compiled.as_text(), program.mesh.shape)
-    return _report(kinds | more, available, exchanged, cost.get("bytes accessed"))
+        more = {"temporaries": max(needed - sum(held.values()), 0.0)}
+        refused = {"memory": held | more, "available": available, "fits": False}
+        return estimate(program, held, where) | refused
+    return requirements.of_program(compiled, held, program.mesh.shape, where.platform)
 
 
-def estimate(program: Program, kinds: dict[str, float], available: float) -> dict:
+def estimate(program: Program, held: dict[str, float], where: devices.Topology) -> dict:
     """Estimates what lives within a step from the order in which its values are computed and read."""
     implementation = train.attention_implementation(program.config, program.platform)
     # A fused kernel's own scores never exist, whichever kernel it is.
     function, arguments = program.gradients("xla" if implementation == "xla" else "flash")
     (equation,) = jax.make_jaxpr(function)(*arguments).jaxpr.eqns  # The shard_map: inside, shapes are one device's.
-    largest = lifetimes.temporaries(equation.params["jaxpr"])
-    kinds = kinds | {"temporaries": max(largest - kinds["gradients"], 0.0)}
-    return _report(kinds, available, foretold(program))
-
-
-def _report(kinds, available, exchanged, bytes_accessed=None):
-    return {
-        "memory": kinds,
-        "available": available,
-        "fits": sum(kinds.values()) <= available,
-        "bytes_accessed": bytes_accessed,
-        "collectives": exchanged,
-    }
+    inside, padded_heads = equation.params["jaxpr"], where.platform == "tpu"
+    largest = lifetimes.temporaries(inside, padded_heads)
+    more = {"temporaries": max(largest - held["gradients"], 0.0), "margin": MARGIN[where.platform] * largest}
+    moved = lifetimes.traffic(inside, padded_heads) + memory.OPTIMIZER_PASSES * held["gradients"]
+    return {"memory": held | more, "bytes_accessed": moved, "collectives": foretold(program)}
 
 
 def foretold(program: Program) -> list[collectives_lib.Collective]:
@@ -301,104 +239,45 @@ def foretold(program: Program) -> list[collectives_lib.Collective]:
     return collectives_lib.foretell(params, shape, config.dtype, config.gradient_accumulation)
 
 
-def disk(config, program: Program) -> dict[str, int]:
-    """Returns the bytes on disk of the kept checkpoints and of the latent cache."""
-    state, _, _, batch = program.arguments
-    header = CacheHeader(
-        vae="", tokenizer="", resolution=config.data.resolution, scaling_factor=1.0,
-        latent_shape=batch["latents"].shape[2:], num_tokens=batch["input_ids"].shape[-1],
-    )  # fmt: skip
-    # One more than are kept lies there while the next is written.
-    sizes = {"checkpoints": memory.whole(state) * (config.checkpoints_kept + 1)}
-    if config.data.num_examples:
-        return sizes | {"latent_cache": header.record_bytes * config.data.num_examples}
-    return sizes | {"latent_cache_per_million_images": header.record_bytes * 1_000_000}
-
-
-def changes(config: ml_collections.ConfigDict, topology: str) -> Iterator[tuple[str, ml_collections.ConfigDict, str]]:
-    """Yields (what to type, config, topology), the smallest change first: recompute, less at once, shards, machine."""
-    one_by_one = [(_recompute_finest,), (_recompute,), (_accumulate,), (_halve,), (_shard,), (_spread,)]
-    together = [(_recompute, step) for step in (_accumulate, _halve, _shard, _spread)]
-    layouts = [(_recompute, _spread, _shard), (_recompute, _spread, _shard, _shard), (_recompute, _accumulate, _shard)]
-    machines = [
-        (_enlarge,),
-        (_recompute, _enlarge),
-        (_recompute, _spread, _enlarge),
-        (_recompute, _accumulate, _enlarge),
-    ]
-    for steps in one_by_one + together + layouts + machines:
-        try:
-            change = _changed(config, topology, steps)
-        except ValueError:  # A mesh or batch that does not divide.
-            continue
-        if change:
-            yield change
-
-
-def _changed(config, topology, steps: Sequence[Callable]):
-    config, said = config.copy_and_resolve_references(), {}
-    for step in steps:
-        what, topology = step(config, topology)
-        if not what:
-            return None
-        said |= {option.partition("=")[0]: option for option in what.split()}  # Of two values the later counts.
-    config_lib.check(config)
-    check_layout(config, devices.topology(topology).count)
-    return " ".join(said.values()), config, topology
-
-
-def _recompute_finest(config, topology):
-    changed, config.remat = config.remat == "none", "finest"
-    return "--config.remat=finest" if changed else "", topology
-
-
-def _recompute(config, topology):
-    changed, config.remat = config.remat != "all", "all"
-    return "--config.remat=all" if changed else "", topology
-
-
-def _accumulate(config, topology):
-    config.gradient_accumulation *= 2
-    return f"--config.gradient_accumulation={config.gradient_accumulation}", topology
-
-
-def _halve(config, topology):
-    config.batch_size //= 2
-    return f"--config.batch_size={config.batch_size}", topology
-
-
-def _shard(config, topology):
-    shape = sharding.mesh_shape(**config.mesh, num_devices=devices.topology(topology).count)
-    config.mesh.data, config.mesh.fsdp = 0, 2 * shape["fsdp"]
-    possible = shape["data"] % 2 == 0
-    return f"--config.mesh.fsdp={config.mesh.fsdp} --config.mesh.data=0" if possible else "", topology
-
-
-def _spread(config, topology):
-    shape = sharding.mesh_shape(**config.mesh, num_devices=devices.topology(topology).count)
-    spare, rows = shape["teacher"] * shape["data"], config_lib.num_rows(config)
-    most = max(size for size in range(1, spare + 1) if spare % size == 0 and rows % size == 0)
-    changed, config.mesh.data, config.mesh.teacher = most > shape["teacher"], 0, most
-    return f"--config.mesh.teacher={most} --config.mesh.data=0" if changed else "", topology
-
-
-def _enlarge(config, topology):
-    larger = devices.topology(topology).larger
-    if larger is None:
-        return "", topology
-    spare = larger.count // devices.topology(topology).count
-    config.mesh.fsdp *= max(spare, 1)
-    return f"--topology={larger.name} --config.mesh.fsdp={config.mesh.fsdp}", larger.name
-
-
 def smallest_change(
-    config: ml_collections.ConfigDict, topology: str, say: Callable[[str], None] = lambda line: None, **options
+    config: ml_collections.ConfigDict,
+    topology: str,
+    say: Callable[[str], None] = lambda line: None,
+    *,
+    architecture: str = "sd15",
+    compiled: bool | None = None,
+    full_effort: bool = False,
 ) -> tuple[str, Plan] | None:
-    """Returns the first of `changes` under which the run fits, with its plan; each is planned, none is guessed."""
-    for what, changed, where in changes(config, topology):
-        planned = plan(changed, where, **options)
-        total, available = sum(planned.memory.values()) / GIB, planned.available / GIB
-        say(f"{what}: {total:.2f} of {available:.2f} GiB")
+    """Returns the first of `changes.candidates` under which the run fits, with its plan; None where there is none.
+
+    They are ranked by the estimate, and those whose arrays alone do not fit are passed over; only what the estimate
+    finds to fit is compiled.
+    """
+    held: dict[tuple, dict[str, float]] = {}  # By layout.
+    known: dict[tuple, tuple[float, float]] = {}  # By layout and recomputation: images at once, bytes within the step.
+    config = incremental.resolved(config)
+    for change in changes.candidates(config, topology):
+        where, key, program = devices.topology(change.topology), (change.layout, change.config.remat), None
+        described = functools.partial(Program.planned, change.config, change.topology, architecture)
+        if change.layout not in held:
+            program = described(compiled=False)
+            held[change.layout] = program.held()
+        rests, (images, within) = sum(held[change.layout].values()), known.get(key, (math.inf, 0.0))
+        # Of what a step needs for its images, half as many need half; of the rest no less.
+        if rests + within * min(change.images / images, 1.0) > where.device.memory:
+            continue
+        program = program or described(compiled=False)
+        found = estimate(program, program.held(), where)
+        total = sum(found["memory"].values())
+        known[key] = change.images, total - rests
+        say(f"{change.what}: {total / GIB:.2f} of {where.device.memory / GIB:.2f} GiB, estimated")
+        if total > where.device.memory:
+            continue
+        if compiled is False or where.platform != "tpu" or not compiler.is_here():
+            return change.what, _plan(program, where, found, ESTIMATED_HOW)
+        options = {"architecture": architecture, "compiled": True, "full_effort": full_effort}
+        planned = plan(change.config, change.topology, **options)
+        say(f"{change.what}: {sum(planned.memory.values()) / GIB:.2f} GiB, compiled")
         if planned.fits:
-            return what, planned
+            return change.what, planned
     return None

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from dmm_jax import config as config_lib
-from dmm_jax import folders, parents, processes, sharding
+from dmm_jax import flops, folders, parents, processes, sharding
 from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.open import CELL, open_checkpoint, open_teacher
 from dmm_jax.checkpoints.states import StateStore
@@ -33,7 +33,7 @@ from dmm_jax.distill.packing import Packing
 from dmm_jax.metrics import MetricsLog
 from dmm_jax.models.text_encoders import TextEncoders
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel, merged_config
-from dmm_jax.planning import memory
+from dmm_jax.planning import disk, memory, requirements, text
 from dmm_jax.tokenizer import Tokenizers
 
 MAX_STEPS_AHEAD = 2  # Dispatched but not done: keeps the device busy, and lets a run stop soon after it is asked to.
@@ -135,9 +135,15 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
         iterator = data_pipeline.iterate(batches, start)
         batch = put_batch(next(iterator)) if start < config.num_steps else None
         if batch is not None:
-            say(memory.short_table(memory.held(state, frozen, encoders, batch), mesh))
+            known = {"held": memory.held(state, frozen, encoders, batch), "disk": disk.needed(config, state, batch)}
+            counted = step
+            if attention_implementation(config) != "xla":  # Inside fused kernels nothing can be counted.
+                plain, _ = define_networks(config, base, attention="xla")
+                counted = define_step(config, plain, objective, optimizers, mesh, state, frozen, packing)
             state = packing.pack(state)
+            known["flops"] = count_work(counted, state, frozen, encoders, batch)
             step, frozen = distill_step.compile_step(step, state, frozen, encoders, batch)
+            say(text.render(requirements.of_run(config, mesh, step, **known)))
         bar = stack.enter_context(
             tqdm(
                 total=config.num_steps,
@@ -262,14 +268,15 @@ def attention_implementation(config, platform: str = "") -> str:
     return "flash" if platform == "tpu" else "xla"
 
 
-def define_networks(config, base, platform: str = "") -> tuple[distill_step.Networks, dict]:
+def define_networks(config, base, platform: str = "", attention: str = "") -> tuple[distill_step.Networks, dict]:
     """Returns the graph definitions of a config's networks, and the student's config.
 
     Args:
       platform: as in `attention_implementation`.
+      attention: in place of the config's.
     """
     dtype = jnp.dtype(config.dtype)
-    attention = attention_implementation(config, platform)
+    attention = attention or attention_implementation(config, platform)
     unet = {"dtype": dtype, "attention_implementation": attention}
     student_config = merged_config(base.unet_config, len(config_lib.style_names(config)))
     discriminator = None
@@ -334,6 +341,14 @@ def define_gradients(config, networks, objective, mesh, trained) -> Callable:
         gradient_accumulation=config.gradient_accumulation,
         seed=config.seed,
     )
+
+
+def count_work(step, state, teachers, encoders, batch) -> float:
+    """Returns the FLOPs of a jitted step's products and convolutions on one device, recomputation included."""
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), teachers
+    )  # As `compile_step` does.
+    return flops.of_jaxpr(step.trace(state, shapes, encoders, batch).jaxpr.jaxpr)
 
 
 def define_step(config, networks, objective, optimizers, mesh, state, teachers, packing: Packing | None = None):

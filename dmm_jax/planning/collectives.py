@@ -1,6 +1,7 @@
 """What a step sends between devices: read off a compiled program's text, or foretold from where its arrays live."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -162,3 +163,19 @@ def summary(collectives: Sequence[Collective]) -> list[dict]:
         {"kind": kind, "axes": "+".join(axes), "count": row["count"], "gb": row["bytes"] / 2**30}
         for (kind, axes), row in ordered
     ]
+
+
+@functools.lru_cache(maxsize=256)
+def widest_group(axes: tuple[str, ...], sizes: tuple[tuple[str, int], ...], linked: int) -> tuple[int, ...]:
+    """Returns the devices, numbered along the mesh, of a group that runs along `axes`: one that lies at most places.
+
+    Args:
+      sizes: (axis, devices along it), in the mesh's order.
+      linked: how many devices, one after the other, lie at one place.
+    """
+    shape = [size for _, size in sizes]
+    along = [k for k, (axis, _) in enumerate(sizes) if axis in axes]
+    numbers = np.moveaxis(np.arange(math.prod(shape)).reshape(shape), along, range(-len(along), 0))
+    groups = numbers.reshape(-1, math.prod(shape[k] for k in along))
+    places = [len(np.unique(group // linked)) for group in groups]
+    return tuple(groups[int(np.argmax(places))].tolist())

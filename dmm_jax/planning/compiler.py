@@ -8,9 +8,9 @@ import jax
 from jax.sharding import Mesh
 
 from dmm_jax import sharding
-from dmm_jax.planning.devices import GIB
+from dmm_jax.planning import devices
 
-# Compiles in a third of the time, to another code than the full effort's; where both were tried, memory was near.
+# Compiles in a third of the time, to another code than `train`'s, which is of full effort; memory is near.
 EFFORT = {"exec_time_optimization_effort": -1.0}
 # Nothing on this machine is asked for, and two plans may run at once.
 ENVIRONMENT = {
@@ -27,7 +27,7 @@ def is_here() -> bool:
 
 
 def tpu_mesh(topology: str, **axes: int) -> Mesh:
-    """Returns a mesh over a TPU slice that need not exist, as "v5e:4x4"; `axes` as in `sharding.make_mesh`.
+    """Returns a mesh over TPU slices that need not exist, as "v5e:4x4" or "v5e:4x4*2"; `axes` as in `make_mesh`.
 
     Raises:
       ValueError: libtpu is not installed, or does not know the slice.
@@ -41,11 +41,22 @@ def tpu_mesh(topology: str, **axes: int) -> Mesh:
         os.environ |= ENVIRONMENT
     from jax.experimental import topologies
 
+    shape, num_slices = devices.slices(topology)
+    several = {"num_slices": num_slices} if num_slices > 1 else {}
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        described = topologies.get_topology_desc(platform="tpu", topology_name=shape, **several)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"libtpu cannot describe {topology}: {error}") from error
     return sharding.make_mesh(**axes, devices=list(described.devices))
+
+
+def told(full_effort: bool) -> str:
+    """Says how a program was compiled."""
+    if full_effort:
+        return "compiled as `train` compiles"
+    return (
+        "compiled with the least effort for its speed, where `train` takes the full one (--full-effort): memory is near"
+    )
 
 
 def out_of_memory(error: Exception) -> tuple[float, float]:
@@ -53,4 +64,4 @@ def out_of_memory(error: Exception) -> tuple[float, float]:
     numbers = re.search(r"\(?([\d.]+)G\)?[^\d]*(?:exceeds available HBM|of) \(?([\d.]+)G\)?", str(error))
     if "RESOURCE_EXHAUSTED" not in str(error) or not numbers:
         raise error
-    return float(numbers[1]) * GIB, float(numbers[2]) * GIB
+    return float(numbers[1]) * devices.GIB, float(numbers[2]) * devices.GIB

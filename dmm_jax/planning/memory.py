@@ -5,9 +5,10 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from dmm_jax.planning.devices import GIB
+# Of the parameters' bytes: AdamW reads the gradients once for their norm, then again with the parameters and the two
+# moments, and writes those three.
+OPTIMIZER_PASSES = 8
 
 
 def per_device(tree) -> int:
@@ -43,15 +44,3 @@ def held(state: Mapping, teachers, encoders, batch) -> dict[str, int]:
         "batch": per_device(batch),
     }
     return {kind: size for kind, size in kinds.items() if size}
-
-
-def short_table(kinds: Mapping[str, int], mesh: Mesh) -> str:
-    """Writes what `train` says before its first step: how the devices are laid out, and what each of them holds."""
-    total = sum(kinds.values())
-    unit, name = (GIB, "GiB") if total >= GIB else (2.0**20, "MiB")
-    parts = ", ".join(f"{kind} {size / unit:.2f}" for kind, size in kinds.items())
-    layout = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    return (
-        f"Mesh {layout}, {mesh.devices.flat[0].device_kind}. Each device holds {total / unit:.2f} {name} ({parts}) and "
-        "activations, which `dmm-jax plan` counts."
-    )

@@ -1,0 +1,70 @@
+"""What README and docs tell to type: every `plan` and `train` can run on the machine that its page names."""
+
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from dmm_jax import cli, plan
+from dmm_jax.planning import devices
+
+ROOT = pathlib.Path(plan.__file__).parent.parent
+SLICES = {"v5litepod-16": "v5e:4x4"}  # As Cloud TPU and xpk call it.
+PROGRAMS = r"dmm-jax (?:plan|train)|launch/(?:tpu_pod|gke_xpk)\.sh train|launch/(?:slurm|local_processes)\.sh"
+COMMAND = re.compile(rf"(?:{PROGRAMS}) [^`|#\n]*--config=[^`|#\n]*")
+TO_BE_CHANGED = "dmm-jax plan --config=configs/sd15.py --topology v5e:4x4"  # README's: 48 images do not divide by 128.
+
+
+def commands():
+    """Returns (page, command, topology): the machine is named by the command, its page, or the config's docstring."""
+    found = []
+    for page in ("README.md", "docs/plan.md", "docs/pods.md"):
+        text = (ROOT / page).read_text().replace("\\\n", " ")
+        for match in COMMAND.finditer(text):
+            words = shlex.split(match[0])
+            config = (ROOT / option(words, "--config=")).read_text()
+            if "--topology" in words:
+                topology = words[words.index("--topology") + 1]
+            elif "slurm" in words[0]:
+                topology = f"gpu:{int(words[1]) * int(words[2])}x80GB"
+            elif "local_processes" in words[0]:
+                fake = re.search(r"device_count=(\d+)", text)[1]
+                topology = f"gpu:{int(fake) * int(words[1])}x80GB"
+            elif "launch" in words[0]:
+                name = "ACCELERATOR_TYPE" if "tpu_pod" in words[0] else "TPU_TYPE"
+                topology = SLICES[re.search(rf"{name}=([\w-]+)", text)[1]]
+            else:
+                told = re.search(r"--topology (\S+?)`", config)
+                topology = told[1] if told else "gpu:1x80GB"
+            wrong = pytest.mark.xfail(reason="README is to name a layout") if match[0] == TO_BE_CHANGED else ()
+            found.append(pytest.param(page, match[0], topology, marks=wrong))
+    return found
+
+
+def option(words, name):
+    return next(word for word in words if word.startswith(name)).removeprefix(name)
+
+
+@pytest.mark.parametrize("page, command, topology", commands())
+def test_what_is_written_divides_and_the_arrays_alone_fit(page, command, topology):
+    words = shlex.split(command)
+    overrides = [word for word in words if word.startswith("--config.")]
+    config = cli.read_config(str(ROOT / option(words, "--config=")), overrides)
+    if config.grow.student:
+        pytest.skip("its styles are read from a finished student")
+    architecture = words[words.index("--architecture") + 1] if "--architecture" in words else "sd15"
+    program = plan.Program.planned(config, topology, architecture, compiled=False)
+    assert sum(program.held().values()) < devices.topology(topology).device.memory
+
+
+def test_every_page_is_read():
+    pages = [found.values[0] for found in commands()]
+    assert (pages.count("docs/pods.md"), pages.count("docs/plan.md")) == (4, 7) and pages.count("README.md") >= 3
+
+
+def test_the_tables_estimates_are_not_below_what_was_compiled():
+    rows = re.findall(r"\| ([\d.]+) of [\d.]+ \| ([\d.]+) \|", (ROOT / "docs" / "plan.md").read_text())
+    assert len(rows) == 6
+    for compiled, estimated in rows:
+        assert float(compiled) <= float(estimated) < 1.06 * float(compiled)
