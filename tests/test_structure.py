@@ -14,7 +14,7 @@ LAYERS = {
     "images": 1, "checkpoints": 1, "data": 1, "distill": 2, "pipeline": 2, "sample": 3, "verify": 3, "export": 3,
     "average": 3, "prepare": 3, "demo.layout": 3, "demo.lora": 3, "evaluation": 4, "demo.recipe": 5,
     "demo.random_checkpoints": 6, "demo.study": 6, "train": 4, "demo.experiment": 4, "demo.run": 6, "bench_profile": 0,
-    "bench_networks": 6, "bench_numerics": 6, "bench": 7, "bench_peer": 7, "cli": 8, "planning": 1,
+    "bench_networks": 6, "bench_numerics": 6, "bench": 7, "bench_peer": 7, "bench_scaling": 6, "cli": 8, "planning": 1,
     "plan": 5, "plan_text": 6, "prepare_samples": 3,
     "fit_style": 4,
 }  # fmt: skip
