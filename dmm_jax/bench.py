@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -32,8 +32,8 @@ from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.inception_v3 import InceptionV3
 from dmm_jax.models.text_encoders import NUM_TIME_IDS
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
+from dmm_jax.planning import collectives, memory
 
-JOBS = ("train", "sample", "host", "fid", "numerics")
 WARMUP = 3  # Calls before the timed ones.
 NUM_PICTURES, PICTURE_SIZE, PICTURES_AT_ONCE = 5000, 512, 500  # Of each of the two sets whose FID is timed.
 PEAK_SIZE = 8192  # Rows and columns of the square product that measures the matrix peak.
@@ -48,7 +48,13 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def bench(
-    job: str, config, size: str = "sd15", num_steps: int = 10, batch_size: int = 16, profile: str = ""
+    job: str,
+    config,
+    size: str = "sd15",
+    num_steps: int = 10,
+    batch_size: int = 16,
+    profile: str = "",
+    num_devices: int = 0,
 ) -> list[dict]:
     """Runs one job and returns what was measured, an entry a line.
 
@@ -57,31 +63,33 @@ def bench(
       num_steps: that are timed.
       profile: a folder for a trace of two more calls; their kernels, summed by name, are printed on stderr.
       batch_size: images at once, for sampling; training has the config's.
+      num_devices: that training takes, the first of them; 0: all.
     """
+    if num_devices and job != "train":
+        raise ValueError(f"a number of devices is for `bench train` and `bench scaling`; `{job}` takes all there are.")
     if job == "host":
         return bench_host(config, size, num_steps)
     if job == "fid":
         return [bench_fid()]
     device = jax.devices()[0]
-    about = {"device": device.device_kind, "num_devices": jax.device_count(), "jax": jax.__version__, "size": size}
+    num_devices = num_devices or jax.device_count()
+    about = {"device": device.device_kind, "num_devices": num_devices, "jax": jax.__version__, "size": size}
     if job == "numerics":
         return [line | about for line in bench_numerics.bench_numerics(config, size)]
     peak = matmul_peak()
     lines = (
-        bench_train(config, size, num_steps, profile)
+        bench_train(config, size, num_steps, profile, num_devices)
         if job == "train"
         else bench_sample(config, size, num_steps, batch_size, profile)
     )
     per_device = {"matmul_peak_tflop_per_s": peak}
-    return [
-        line | per_device | {"share_of_peak": line["tflop_per_s"] / peak / jax.device_count()} | about for line in lines
-    ]
+    return [line | per_device | {"share_of_peak": line["tflop_per_s"] / peak / num_devices} | about for line in lines]
 
 
-def bench_train(config, size: str, num_steps: int, profile: str = "") -> list[dict]:
+def bench_train(config, size: str, num_steps: int, profile: str = "", num_devices: int = 0) -> list[dict]:
     """Times the training step as `train` compiles it, and the handing over of a batch."""
     config_lib.check(config)
-    base, mesh = bench_networks.described(size), sharding.make_mesh(**config.mesh)
+    base, mesh = bench_networks.described(size), _mesh(config, num_devices)
     networks, student_config = train.define_networks(config, base)
     objective = bench_networks.define_objective(config, base)
     trained, teachers, encoders = bench_networks.random_networks(config, base, mesh, jnp.dtype(config.dtype))
@@ -111,7 +119,7 @@ def bench_train(config, size: str, num_steps: int, profile: str = "") -> list[di
 
     step_s = median_s(once, num_steps)
     host_ms = {part: clock.median_ms() for part, clock in clocks.items()}
-    _print_profile(once, profile)
+    exchanged = collectives.parse(compiled.as_text(), mesh.shape)
     tflop = config.batch_size * train_tflop(base, student_config)
     return [
         {
@@ -123,12 +131,27 @@ def bench_train(config, size: str, num_steps: int, profile: str = "") -> list[di
             "host_parts_ms": host_ms,
             "compile_s": compile_s,
             "planned_memory_gb": planned_memory_gb(compiled),
+            "teacher_gb": memory.per_device(teachers["unet"]) / memory.GIB,
+            "sent_gb": sum(one.sent for one in exchanged) / memory.GIB,
             "batch": config.batch_size,
             "teachers": len(config.teachers),
             "mesh": dict(mesh.shape),
         }
         | peak_memory()
+        | bench_profile.collective_shares(_profiled(once, profile))
     ]
+
+
+def _mesh(config, num_devices: int = 0):
+    """Returns the config's mesh on the first devices, or on all; refuses a batch that does not divide among them."""
+    devices = jax.devices()
+    if num_devices > len(devices):
+        raise ValueError(f"{num_devices} devices were asked for; there are {len(devices)}.")
+    mesh = sharding.make_mesh(**config.mesh, devices=devices[: num_devices or None])
+    without = config.copy_and_resolve_references()
+    without.validation_size = 0  # Nothing is validated here.
+    config_lib.check_mesh(without, mesh.shape)
+    return mesh
 
 
 def bench_host(config, size: str, num_steps: int) -> list[dict]:
@@ -138,7 +161,7 @@ def bench_host(config, size: str, num_steps: int) -> list[dict]:
     `narrow` has the arrays of Stable Diffusion 1.5.
     """
     base, names = bench_networks.described(size), [name for name, _ in config.teachers]
-    mesh = sharding.make_mesh(**config.mesh)
+    mesh = _mesh(config)
     student_config = train.merged_config(base.unet_config, len(names))
     trained = {"student": bench_networks.random_params(abstract_params("unet", student_config), mesh, fsdp=True)}
     state = student_lib.make_state(trained, student_lib.make_optimizers(config), mesh, config.ema_decay)
@@ -205,7 +228,7 @@ def bench_sample(config, size: str, num_steps: int, batch_size: int, profile: st
             }
             | peak_memory()
         )
-    _print_profile(draw, profile)
+    _profiled(draw, profile)
     return lines
 
 
@@ -229,9 +252,14 @@ def bench_fid(num_pictures: int = NUM_PICTURES, side: int = PICTURE_SIZE) -> dic
     return about | {"step_s": seconds, "images_per_s": 2 * num_pictures / seconds, "batch": num_pictures} | parts
 
 
-def _print_profile(call, folder):
-    if folder:
-        print(bench_profile.table(bench_profile.profile(call, folder)), file=sys.stderr)
+def _profiled(call, folder) -> list[bench_profile.Ran]:
+    """Prints the kernels of a traced call on stderr and returns them; nothing without a folder for the trace."""
+    ran = bench_profile.profile(call, folder) if folder else []
+    if ran:
+        print(bench_profile.table(bench_profile.summed(ran)), file=sys.stderr)
+    elif folder:
+        print(f"{folder} holds the trace, and no kernels of a device: a CPU tells none.", file=sys.stderr)
+    return ran
 
 
 def train_tflop(base: Checkpoint, student_config: Mapping) -> float:
@@ -326,24 +354,26 @@ def with_ratios(lines: list[dict], others: list[dict]) -> list[dict]:
     ]
 
 
-def table(lines: list[dict]) -> str:
+COLUMNS = (
+    "job",
+    "arithmetic",
+    "batch",
+    "images_per_s",
+    "tflop_per_s",
+    "share_of_peak",
+    "step_s",
+    "host_ms",
+    "peak_memory_gb",
+    "compile_s",
+    "loss_error",
+    "grad_norm_error",
+    "gradient_error",
+    "latents_error",
+)
+
+
+def table(lines: list[dict], columns: Sequence[str] = COLUMNS) -> str:
     """Lays measured lines out for people."""
-    columns = (
-        "job",
-        "arithmetic",
-        "batch",
-        "images_per_s",
-        "tflop_per_s",
-        "share_of_peak",
-        "step_s",
-        "host_ms",
-        "peak_memory_gb",
-        "compile_s",
-        "loss_error",
-        "grad_norm_error",
-        "gradient_error",
-        "latents_error",
-    )
     columns = [column for column in columns if any(column in line for line in lines)]
     rows = [columns] + [tuple(_cell(line.get(column)) for column in columns) for line in lines]
     widths = [max(len(row[k]) for row in rows) for k in range(len(columns))]
@@ -354,4 +384,6 @@ def table(lines: list[dict]) -> str:
 
 
 def _cell(value) -> str:
+    if isinstance(value, Mapping):  # A mesh.
+        return " x ".join(f"{axis} {size}" for axis, size in value.items() if size > 1) or "1"
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -201,10 +201,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verb.add_argument(
         "job",
-        choices=("train", "sample", "host", "fid", "numerics"),
-        help="host: what a step costs it alone; numerics: errors against float32",
+        choices=("train", "sample", "host", "fid", "numerics", "scaling"),
+        help="host: what a step costs it alone; numerics: errors against float32; scaling: train on 1, 2, 4, ... "
+        "devices, divided in every way",
     )
-    verb.add_argument("--config", default="", help="an experiment file; default: batch 48, eight teachers")
+    verb.add_argument(
+        "--config", default="", help="an experiment file; default: batch 48, for scaling on each device; eight teachers"
+    )
+    verb.add_argument(
+        "--devices", type=integers, default=[], metavar="N", help="train: on the first N; scaling: on each of 1,2,4,8"
+    )
+    verb.add_argument("--results", default="", metavar="FILE", help="scaling: rows kept here are not measured again")
+    verb.add_argument("--figure", type=pathlib.Path, metavar="PNG", help="scaling: draw it; NAME_dark, too")
     verb.add_argument("--size", default="sd15", help="of the networks: sd15, sd21, sdxl, tiny, narrow")
     verb.add_argument("--num-steps", type=int, default=10, help="timed steps; the median counts")
     verb.add_argument("--batch-size", type=int, default=16, help="images at once, for sample; train has the config's")
@@ -334,15 +342,40 @@ def _evaluate(args):
     print(evaluate(**_options(args)))
 
 
+def integers(text):
+    return [int(part) for part in text.split(",")]
+
+
 def _bench(args):
     from dmm_jax import bench
 
     config = _config(args.config or bench.__file__, args.rest)
+    if args.job == "scaling":
+        return _bench_scaling(args, config)
+    if len(args.devices) > 1:
+        raise ValueError(f"--devices of `{args.job}` is one number; `bench scaling` takes several.")
     batch_size = config.batch_size if args.job == "train" else args.batch_size
     others = bench.peer(args.job, args.size, batch_size, args.num_steps) if args.against else []
-    measured = bench.bench(args.job, config, args.size, args.num_steps, args.batch_size, args.profile)
-    lines = bench.with_ratios(measured, others)
+    measured = bench.bench(
+        args.job, config, args.size, args.num_steps, args.batch_size, args.profile, sum(args.devices)
+    )
+    lines = bench.with_ratios(measured, others) if others else measured
     print("\n".join(map(json.dumps, others + lines)) if args.json else bench.table(others + lines))
+
+
+def _bench_scaling(args, config):
+    from dmm_jax import bench, bench_scaling
+
+    def say(row):
+        print(json.dumps(row), file=sys.stdout if args.json else sys.stderr, flush=True)
+
+    options = {"profile": args.profile, "results": args.results, "say": say}
+    rows = bench_scaling.scaling(config, args.size, args.num_steps, args.devices, **options)
+    if not args.json:
+        print(bench.table(rows, bench_scaling.COLUMNS))
+    if args.figure:
+        bench_scaling.write_figure(rows, args.figure)
+    return EXIT_ERROR if all("failed" in row for row in rows) else EXIT_OK
 
 
 def _keep_programs(folder=""):

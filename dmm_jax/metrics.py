@@ -163,9 +163,10 @@ class MetricsLog:
 
 
 def peak_memory() -> dict[str, float]:
-    """Returns {"peak_memory_gb"} of the first local device since the program began; nothing where it is not told."""
-    told = jax.local_devices()[0].memory_stats() or {}
-    return {name: told[key] / 2**30 for name, key in (("peak_memory_gb", "peak_bytes_in_use"),) if key in told}
+    """Returns {"peak_memory_gb"}, the largest of the local devices' since the program began; {} where none tells it."""
+    told = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [stats["peak_bytes_in_use"] for stats in told if "peak_bytes_in_use" in stats]
+    return {"peak_memory_gb": max(peaks) / 2**30} if peaks else {}
 
 
 def read(path: str | os.PathLike) -> list[dict]:

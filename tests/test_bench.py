@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from dmm_jax import bench, bench_networks, bench_numerics, cli
+from dmm_jax import bench, bench_numerics, cli
 
 CONTRACT = {
     "job", "images_per_s", "tflop_per_s", "matmul_peak_tflop_per_s", "compile_s", "batch", "step_s", "share_of_peak",
@@ -21,14 +21,20 @@ def config(**changes):
     return values
 
 
-def test_a_line_of_training_holds_the_contract_and_agrees_with_itself():
-    (line,) = bench.bench("train", config(), "tiny", num_steps=1)
-    assert line.keys() >= CONTRACT
-    assert line["images_per_s"] == pytest.approx(4 / line["step_s"])
-    base = bench_networks.described("tiny")
-    merged = bench.train.merged_config(base.unet_config, 2)
-    assert line["tflop_per_s"] == pytest.approx(line["images_per_s"] * bench.train_tflop(base, merged))
-    assert line["share_of_peak"] == pytest.approx(line["tflop_per_s"] / line["matmul_peak_tflop_per_s"])
+@pytest.mark.parametrize("measure", [bench.bench_train, bench.bench_host])
+def test_a_batch_that_does_not_divide_among_the_devices_is_refused_with_one_that_does(monkeypatch, measure):
+    eight = bench.sharding.abstract_mesh(1, 8, 1, num_devices=8)
+    monkeypatch.setattr(bench.sharding, "make_mesh", lambda **_: eight)
+    with pytest.raises(ValueError, match="batch_size 24 cannot be divided.*Use 32") as refused:
+        measure(config(batch_size=24, validation_size=12), "tiny", 1)
+    assert "validation_size" not in str(refused.value)  # Nothing is validated.
+
+
+def test_more_devices_than_there_are_and_jobs_that_take_all_are_refused():
+    with pytest.raises(ValueError, match="9 devices were asked for; there are 1"):
+        bench.bench_train(config(), "tiny", 1, num_devices=9)
+    with pytest.raises(ValueError, match="`sample` takes all"):
+        bench.bench("sample", config(), "tiny", num_devices=1)
 
 
 def test_sampling_is_timed_in_one_style_and_in_a_mix_per_image_by_one_program():

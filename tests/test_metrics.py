@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from dmm_jax import metrics
 from dmm_jax.metrics import HostClock, MetricsLog, read
 
 METRICS = {"score": np.array([1.0, 3.0]), "feature": np.array([10.0, 30.0]), "grad_norm": np.float32(0.5)}
@@ -71,3 +72,15 @@ def test_the_hosts_time_of_a_step_leaves_out_the_waiting_and_is_the_median():
         clock.step_done()
     assert 20 <= clock.median_ms() < 100
     assert clock.median_ms() is None  # Told already.
+
+
+def test_the_memory_that_is_told_is_the_fullest_devices(monkeypatch):
+    class Device:
+        def __init__(self, **told):
+            self.memory_stats = lambda: told or None
+
+    full, less, silent = Device(peak_bytes_in_use=3 * 2**30), Device(peak_bytes_in_use=2**30), Device()
+    monkeypatch.setattr(metrics.jax, "local_devices", lambda: [silent, less, full])
+    assert metrics.peak_memory() == {"peak_memory_gb": 3.0}
+    monkeypatch.setattr(metrics.jax, "local_devices", lambda: [silent])
+    assert metrics.peak_memory() == {}

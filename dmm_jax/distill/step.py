@@ -211,7 +211,7 @@ def build_loss_and_grads(
     """Returns `f(trained, teachers, encoders, batch, step) -> (grads, errors)` under one shard_map.
 
     grads are of the mean over the whole batch, placed like the parameters: the student's of its loss, the
-    discriminator's of its own. errors are per teacher, (N,).
+    discriminator's of its own. errors are per teacher, (N,), on every device.
     """
     varying = partial(jax.lax.pcast, to="varying")
 
@@ -239,11 +239,18 @@ def build_loss_and_grads(
             grads, errors = _sum_over_micro_batches(grads_of, gradient_accumulation, (sample_ids, batch))
         grads = jax.tree.map(partial(_on_missing_axes, jax.lax.psum), grads, specs)
         share = mesh.shape["data"] * mesh.shape["fsdp"] * gradient_accumulation
-        return grads, jax.tree.map(lambda leaf: jax.lax.psum(leaf, ("data", "fsdp")) / share, errors)
+        return grads, jax.tree.map(lambda leaf: _of_all_teachers(leaf, mesh) / share, errors)
 
     in_specs = (specs, sharding.TEACHERS, sharding.COPY, sharding.BATCH, sharding.COPY)
-    out_specs = (specs, sharding.TEACHERS)
+    out_specs = (specs, sharding.COPY)
     return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=networks.check_vma)
+
+
+def _of_all_teachers(error, mesh):
+    """Sums (T,) over the devices of each teacher and returns it of all, (N,), on each device: one sum does both."""
+    whole = jnp.zeros(error.shape[0] * mesh.shape["teacher"], error.dtype)
+    first = jax.lax.axis_index("teacher") * error.shape[0]
+    return jax.lax.psum(jax.lax.dynamic_update_slice_in_dim(whole, error, first, 0), sharding.AXES)
 
 
 def _sum_over_micro_batches(grads_of, num_micro_batches, batch):

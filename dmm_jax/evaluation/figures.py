@@ -169,6 +169,25 @@ def losses(lines: Sequence[Mapping], styles: Sequence[str], theme: Theme) -> Fig
     return figure
 
 
+def scaling(lines: Mapping[str, Sequence[tuple[int, float]]], theme: Theme) -> Figure:
+    """Draws images/s over the number of devices, a line a layout; dotted, the first point times the devices."""
+    figure = _figure(7.2, 4.2)
+    ax = figure.subplots()
+    for colour, (layout, points) in zip(_LINES[theme.name], lines.items(), strict=False):
+        _curve(ax, points, color=colour, label=layout)
+    devices = sorted({count for points in lines.values() for count, _ in points})
+    first = min(point for points in lines.values() for point in points)
+    ax.plot([0, devices[-1]], [0, first[1] / first[0] * devices[-1]], ls=":", lw=1.2, color=theme.soft, label="linear")
+    ax.set_xlim(0, devices[-1] * 1.03)
+    ax.set_ylim(0)
+    ax.set_xticks(devices)
+    ax.set_xlabel("devices", color=theme.soft, fontsize=9)
+    ax.set_ylabel("images/s", color=theme.soft, fontsize=9)
+    _quiet(ax, theme, grid="y")
+    ax.legend(loc="upper left", frameon=False, labelcolor=theme.ink, fontsize=9)
+    return figure
+
+
 def _curve(ax, points, **style):
     """Draws a line; a long one faintly, with its running mean over it."""
     if not points:
