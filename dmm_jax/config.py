@@ -19,6 +19,7 @@ DTYPES = ("float32", "bfloat16")
 ATTENTION = ("auto", "xla", "cudnn", "flash")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
 PREDICTION_TYPES = ("", "epsilon", "v_prediction")
+_GROUP = ml_collections.ConfigDict
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -166,7 +167,7 @@ def as_teachers(values: Sequence) -> tuple[tuple[str, str], ...]:
     Raises:
       ValueError: an entry is neither.
     """
-    pairs = [tuple(value.split("=", 1)) if isinstance(value, str) else tuple(value) for value in values]
+    pairs = [tuple(value.split("=", 1)) if isinstance(value, str) else _as_pair(value) for value in values]
     for pair, value in zip(pairs, values, strict=True):
         if len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
             raise ValueError(
@@ -174,6 +175,10 @@ def as_teachers(values: Sequence) -> tuple[tuple[str, str], ...]:
                 "for each teacher, or all at once: --config.teachers=\"(('NAME', 'PATH'), ('NAME', 'PATH'))\"."
             )
     return tuple(pairs)
+
+
+def _as_pair(value) -> tuple:
+    return tuple(value) if isinstance(value, Sequence) else (value,)
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -286,19 +291,65 @@ def to_json(config: ml_collections.ConfigDict) -> str:
     return config.to_json(indent=2, sort_keys=True)
 
 
-def from_json(text: str) -> ml_collections.ConfigDict:
-    """Reads what `to_json` wrote; options that are new since then keep their defaults."""
+def from_json(text: str, source: str = "config.json") -> ml_collections.ConfigDict:
+    """Reads what `to_json` wrote; options that are new since then keep their defaults.
+
+    Args:
+      source: what errors call the text.
+
+    Raises:
+      ValueError: the text is no JSON object, or values are not of their options' types.
+    """
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{source} is no JSON ({error}). Restore it from a copy.") from None
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{source} must hold a JSON object of options; got {_kind(values)}.")
     config = get_config()
-    _update(config, json.loads(text))
+    if problems := _update(config, _in_todays_words(values)):
+        raise ValueError(f"{source} cannot be read:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    config.teachers = as_teachers(config.teachers)
     return config
 
 
-def _update(config, values: Mapping):
+def _in_todays_words(values: Mapping) -> Mapping:
+    """Translates options that had another type in older runs: remat was false or true."""
+    if isinstance(values.get("remat"), bool):
+        return {**values, "remat": "all" if values["remat"] else "none"}
+    return values
+
+
+def _update(config, values: Mapping, prefix: str = "") -> list[str]:
+    """Sets the options that there are; returns a line for each value that is not of its option's type."""
+    problems = []
     for name, value in values.items():
-        if isinstance(value, Mapping):
-            _update(config[name], value)
-        elif name in config:
-            config[name] = _as_tuple(value)
+        if name not in config:
+            continue
+        value, default = _as_tuple(value), config[name]
+        if not _fits(value, default):
+            problems.append(
+                f"{prefix}{name}: expected {_kind(default)}, found {_kind(value)}: {json.dumps(value)[:80]}"
+            )
+        elif isinstance(value, Mapping):
+            problems += _update(default, value, f"{prefix}{name}.")
+        else:
+            config[name] = value
+    return problems
+
+
+def _fits(value, default) -> bool:
+    kinds = (int, float) if isinstance(default, float) else Mapping if isinstance(default, _GROUP) else type(default)
+    if isinstance(value, tuple) and not all(isinstance(entry, (str, tuple)) for entry in value):
+        return False
+    return isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
+
+
+def _kind(value) -> str:
+    """Calls a value's type by a word that fits JSON, too."""
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a list of texts"}
+    words |= {list: "a list", type(None): "null"}
+    return words.get(type(value), "a group of options")
 
 
 def _as_tuple(value):
@@ -325,7 +376,7 @@ def load(path: str | os.PathLike) -> ml_collections.ConfigDict:
     """Reads a workdir's `config.json`.
 
     Raises:
-      ValueError: the folder holds no config.json, so no training run wrote it.
+      ValueError: the folder holds no config.json, so no training run wrote it; or one that cannot be read.
     """
     path = folders.locate(path)
     folders.check_reached(path)
@@ -334,4 +385,7 @@ def load(path: str | os.PathLike) -> ml_collections.ConfigDict:
         raise ValueError(
             f"{path.parent} is no training workdir: {path.name} is missing. Give the --workdir of a `train` run."
         )
-    return from_json(path.read_text())
+    try:
+        return from_json(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}). Restore it.") from None

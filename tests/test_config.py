@@ -1,5 +1,7 @@
 """The config: what it refuses, and that it survives a round trip."""
 
+import json
+
 import pytest
 
 from dmm_jax import config as config_lib
@@ -103,6 +105,39 @@ def test_json_round_trip_is_exact():
     again = config_lib.from_json(config_lib.to_json(config))
     assert config_lib.differences(config, again) == []
     assert again.teachers == config.teachers and again.samples.prompts == ("a", "b")
+
+
+@pytest.mark.parametrize("then, now", [(False, "none"), (True, "all")])
+def test_the_remat_of_older_runs_is_translated(then, now, tmp_path):
+    text = config_lib.to_json(valid())
+    (tmp_path / "config.json").write_text(text.replace('"remat": "none"', f'"remat": {json.dumps(then)}'))
+    assert config_lib.load(tmp_path).remat == now
+
+
+def test_options_of_other_types_are_told_with_the_file_what_was_expected_and_what_was_found(tmp_path):
+    values = json.loads(config_lib.to_json(valid()))
+    values |= {"seed": "a", "mesh": 3, "learning_rate": 1, "num_steps": True, "licenses": [3], "data": {"source": None}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError) as refused:
+        config_lib.load(tmp_path)
+    said = str(refused.value)
+    assert said.startswith(f"{tmp_path / 'config.json'} cannot be read:") and "learning_rate" not in said
+    for line in (
+        'seed: expected a whole number, found a text: "a"',
+        "mesh: expected a group of options, found a whole number: 3",
+        "num_steps: expected a whole number, found true or false: true",
+        "licenses: expected a list of texts",
+        "data.source: expected a text, found null: null",
+    ):
+        assert f"  - {line}" in said
+
+
+@pytest.mark.parametrize("text, said", [("[1]", "must hold a JSON object"), ("{", "is no JSON"), ("\xff", "no UTF-8")])
+def test_a_config_json_that_is_none_is_named(text, said, tmp_path):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=said) as refused:
+        config_lib.load(tmp_path)
+    assert str(tmp_path / "config.json") in str(refused.value)
 
 
 def test_differences_name_option_and_both_values():
