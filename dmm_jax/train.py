@@ -17,12 +17,13 @@ from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from dmm_jax import config as config_lib
-from dmm_jax import folders, processes, sharding
+from dmm_jax import folders, processes, sharding, workdirs
 from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.open import CELL, open_checkpoint
 from dmm_jax.checkpoints.states import StateStore
 from dmm_jax.data import pipeline as data_pipeline
 from dmm_jax.data.cache import LatentCache
+from dmm_jax.diffusion import solvers
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.distill import discriminator as discriminator_lib
 from dmm_jax.distill import incremental
@@ -78,7 +79,11 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
     wanted = {"vae": base.digest("vae"), "tokenizer": tokenizer.digest}
     cache.check(**wanted, num_examples=config.validation_size + config.batch_size)
     networks, student_config = define_networks(config, base)
-    open_workdir(workdir, config)
+    if config.samples.every:
+        schedule = NoiseSchedule.from_config(base.scheduler_config)
+        solvers.plan(config.samples.solver, schedule, config.samples.num_inference_steps)  # Refuses in time.
+    for line in workdirs.check(workdir, config):
+        say(f"Config changed since this run was last started: {line}")
 
     # Networks: frozen ones on the mesh in the compute dtype, what is trained in float32.
     dtype = jnp.dtype(config.dtype)
@@ -86,6 +91,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
     sources = [old] if old else [base] if config.student_init == "base" else list(teachers.values())
     style = student_lib.style_params(student_config, config.style_init, config.seed)
     style = incremental.grown(style, old) if old else style
+    if not any(source is base for source in sources):
+        base.params("unet")  # Looked through for NaN, though the student starts elsewhere: reports compare with it.
     unets = [source.params("unet") for source in sources]
     trained = {"student": student_lib.put_student(unets, style, student_config, mesh)}
     if networks.discriminator:
@@ -106,6 +113,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
         kept = {"kept": config.checkpoints_kept, "kept_every": config.checkpoints_kept_every}
         store = stack.enter_context(StateStore(workdir, **kept))
         start, state = store.resume(state)
+        workdirs.write_config(workdir, config)  # All that can be refused has been read.
         if start:
             say(f"Resuming at step {start} of {config.num_steps}.")
         log = stack.enter_context(
@@ -195,32 +203,6 @@ def diagnosis(line: Mapping, config) -> str:
 
 def _due(number, every):
     return bool(every) and number % every == 0
-
-
-def open_workdir(workdir: folders.Location, config) -> None:
-    """Makes the folder and writes config.json; when a run is there already, says what changed since it was written."""
-    path = workdir / "config.json"
-    if path.is_file():
-        old = config_lib.load(workdir)
-        before, now = config_lib.style_names(old), config_lib.style_names(config)
-        if before and before != now:
-            raise ValueError(
-                f"{workdir} was trained on the styles {', '.join(before)}; the config lists {', '.join(now)}. "
-                "Use another --workdir."
-            )
-        for line in config_lib.differences(old, config):
-            say(f"Config changed since this run was last started: {line}")
-    processes.wait_for_all("config.json read")
-    if processes.is_first():
-        with folders.reaching(workdir):
-            workdir.mkdir(parents=True, exist_ok=True)
-            path.write_text(config_lib.to_json(config))
-    processes.wait_for_all("config.json written")
-    if not path.is_file():
-        raise ValueError(
-            f"process {jax.process_index()} does not see {path}, which process 0 wrote. "
-            "Give a --workdir on a file system that all hosts share."
-        )
 
 
 def say(line: str) -> None:
