@@ -19,6 +19,10 @@ DTYPES = ("float32", "bfloat16")
 ATTENTION = ("auto", "xla", "cudnn", "flash")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
 PREDICTION_TYPES = ("", "epsilon", "v_prediction")
+SHARES = ("prompt_dropout", "ema_decay", "adam_b1", "adam_b2")
+COUNTS = ("num_steps", "gradient_accumulation", "max_skipped_in_a_row", "num_inference_steps", "num_images",
+          "resolution", "batch_size")  # fmt: skip
+FLOAT32_MAX, FLOAT32_TINY = 3.4e38, 1.2e-38
 _GROUP = ml_collections.ConfigDict
 
 
@@ -183,9 +187,7 @@ def _as_pair(value) -> tuple:
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError that names every option out of range, what was expected, and what to set."""
-    problems = [problem for problem in _problems(config) if problem]
-    if problems:
-        raise ValueError("The config cannot be run:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    _refuse(_problems(config))
 
 
 def check_mesh(config: ml_collections.ConfigDict, mesh_shape: Mapping[str, int]) -> None:
@@ -237,7 +239,6 @@ def _problems(config):
         yield (name not in known or not told.strip()) and (
             f"licenses has {name!r} with {told!r}; expected 'NAME=LICENCE' with a name of {', '.join(known)}."
         )
-    yield config.grow.replay < 0 and f"grow.replay must not be negative; got {config.grow.replay}."
     yield bool(config.grow.styles) and not config.grow.student and "grow.styles needs grow.student: set the student."
     parts = max(rows, 1) * max(config.gradient_accumulation, 1)
     if config.batch_size < parts or config.batch_size % parts:
@@ -246,30 +247,7 @@ def _problems(config):
             f"batch_size must be a positive multiple of {rows_told(config)} x gradient_accumulation = {parts}; "
             f"got {config.batch_size}. Use {fit}."
         )
-    for name in ("num_steps", "gradient_accumulation", "max_skipped_in_a_row"):
-        yield config[name] < 1 and f"{name} must be at least 1; got {config[name]}."
-    for name in (
-        "learning_rate",
-        "weight_decay",
-        "max_grad_norm",
-        "feature_loss_weight",
-        "warmup_steps",
-        "checkpoint_every",
-        "checkpoints_kept",
-        "checkpoints_kept_every",
-    ):
-        yield config[name] < 0 and f"{name} must not be negative; got {config[name]}."
-    for name in ("prompt_dropout", "ema_decay"):
-        yield not 0 <= config[name] < 1 and f"{name} must lie in [0, 1); got {config[name]}."
-    choices = {"student_init": STUDENT_INITS, "style_init": STYLE_INITS, "feature_loss": FEATURE_LOSSES}
-    choices |= {
-        "prediction_type": PREDICTION_TYPES,
-        "dtype": DTYPES,
-        "attention": ATTENTION,
-        "learning_rate_schedule": LEARNING_RATE_SCHEDULES,
-    }
-    for name, allowed in choices.items():
-        yield config[name] not in allowed and f"{name} must be one of {', '.join(allowed)}; got {config[name]!r}."
+    yield from _values(config)
     merges = tuple(config.evaluation.weight_merges)
     if "average" not in merges or not set(merges) <= set(WEIGHT_MERGES) or len(set(merges)) < len(merges):
         yield (
@@ -278,12 +256,46 @@ def _problems(config):
         )
     if config.samples.every and not config.samples.prompts:
         yield "samples.every is set but samples.prompts is empty: list the prompts to draw, or set samples.every=0."
-    for name in ("weight", "learning_rate"):
-        found = config.adversarial[name]
-        yield found < 0 and f"adversarial.{name} must not be negative; got {found}."
     sharded = config.mesh.teacher
     if sharded < 1 or rows % sharded:
         yield f"mesh.teacher must divide the {rows_told(config)}; got {sharded}. Use a divisor of {rows}, or 1."
+
+
+def check_values(config: ml_collections.ConfigDict) -> None:
+    """As `check`, but of each option by itself: what holds whether the config is to train or to prepare data."""
+    _refuse(_values(config))
+
+
+def _refuse(problems):
+    problems = [problem for problem in problems if problem]
+    if problems:
+        raise ValueError("The config cannot be run:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def _values(config):
+    for name, value in _flat(config.to_dict()).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and (wanted := _range_missed(name, value)):
+            yield f"{name} must {wanted}; got {value}."
+    choices = {
+        "student_init": STUDENT_INITS, "style_init": STYLE_INITS, "feature_loss": FEATURE_LOSSES, "dtype": DTYPES,
+        "attention": ATTENTION, "prediction_type": PREDICTION_TYPES, "learning_rate_schedule": LEARNING_RATE_SCHEDULES,
+    }  # fmt: skip
+    for name, allowed in choices.items():
+        yield config[name] not in allowed and f"{name} must be one of {', '.join(allowed)}; got {config[name]!r}."
+
+
+def _range_missed(name: str, value: int | float) -> str:
+    """Says which range a number misses; "" where it lies in it. All are finite, as float32 too, none is negative."""
+    own = name.rpartition(".")[2]
+    if not abs(value) <= FLOAT32_MAX:
+        return "be a finite number"
+    if own in SHARES and not 0 <= value < 1:
+        return "lie in [0, 1)"
+    if own in COUNTS and value < 1:
+        return "be at least 1"
+    if name == "adam_eps" and value < FLOAT32_TINY:
+        return f"be at least {FLOAT32_TINY}"
+    return "not be negative" if value < 0 else ""
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:

@@ -38,6 +38,7 @@ from dmm_jax.planning import memory
 from dmm_jax.tokenizer import Tokenizers
 
 MAX_STEPS_AHEAD = 2  # Dispatched but not done: keeps the device busy, and lets a run stop soon after it is asked to.
+TRIES = "a lower learning_rate, more warmup_steps or a smaller max_grad_norm"
 NUM_TIMESTEP_BINS = 4  # Of the validation loss: 0-249, 250-499, 500-749, 750-999.
 
 
@@ -174,7 +175,14 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
                 draw_samples(number, whole.get("ema", whole["params"]))
             if last or _due(number, config.checkpoint_every):
                 log.keep()  # Before the step, so that a run that resumes at it has every line.
-                store.save(number, packing.unpack(state))
+                whole = packing.unpack(state)
+                if not distill_step.all_finite(whole):
+                    failure = (
+                        f"step {number}: trained parameters are not finite, so the step is not saved. Resume from the "
+                        f"last checkpoint with {TRIES}."
+                    )
+                    break
+                store.save(number, whole)
             bar.update()
             if stopping:
                 break
@@ -190,13 +198,12 @@ def diagnosis(line: Mapping, config) -> str:
     bad = [name for name in line["score"] if not math.isfinite(line["score"][name] + line["feature"][name])]
     what = f"the loss of {', '.join(bad)} is" if bad else "every loss is finite, the gradient is"
     learning_rate = student_lib.learning_rate_schedule(config)(line["step"] - line["skipped_steps"])
-    tries = "a lower learning_rate, more warmup_steps or a smaller max_grad_norm"
     return (
         f"step {line['step']}: {line['skipped_in_a_row']} steps in a row had no finite gradient and were skipped "
         f"({line['skipped_steps']} in all): {what} not finite (learning rate {float(learning_rate):.3g}, gradient norm "
         f"{line['grad_norm']}). "
         + ("Look at its checkpoint with `dmm-jax inspect`. " if 0 < len(bad) < len(line["score"]) else "")
-        + f"The weights are still those before the first of them. Resume from the last checkpoint with {tries}"
+        + f"The weights are still those before the first of them. Resume from the last checkpoint with {TRIES}"
         + (", or with dtype float32." if config.dtype != "float32" else ".")
     )
 

@@ -42,6 +42,40 @@ def test_each_wrong_option_is_named_with_what_to_do(name, value, said):
         config_lib.check(config)
 
 
+def options(tree, prefix=""):
+    """Yields the name and the value of every option."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from options(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+NUMBERS = {
+    name: value
+    for name, value in options(config_lib.get_config().to_dict())
+    if isinstance(value, (int, float)) and not isinstance(value, bool)
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_is_finite_and_not_negative(name):
+    wrong = [-1] if isinstance(NUMBERS[name], int) else [-1.0, float("nan"), float("inf"), 1e39]
+    for value in wrong:
+        config = valid()
+        config.update_from_flattened_dict({name: value})
+        with pytest.raises(ValueError, match=name):
+            config_lib.check(config)
+
+
+@pytest.mark.parametrize("name, value", [("adam_b1", 1.0), ("adam_eps", 0.0), ("samples.num_inference_steps", 0)])
+def test_numbers_have_the_ranges_that_their_use_wants(name, value):
+    config = valid()
+    config.update_from_flattened_dict({name: value})
+    with pytest.raises(ValueError, match=f"{name} must .*; got {value}"):
+        config_lib.check(config)
+
+
 @pytest.mark.parametrize("merges", [(), ("ties",), ("average", "soup"), ("average", "average")])
 def test_weight_merges_are_the_average_and_others_that_there_are(merges):
     config = valid()

@@ -133,6 +133,14 @@ def test_a_run_without_finite_gradients_stops_with_a_diagnosis_and_keeps_its_las
     assert all(np.isfinite(kept[key]).all() for key in kept)
 
 
+def test_parameters_that_are_not_finite_are_never_saved(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.distill_step, "all_finite", lambda state: state["step"] < 4)
+    with pytest.raises(FloatingPointError, match="step 4: trained parameters are not finite.*lower learning_rate"):
+        train.run(tiny[1].copy_and_resolve_references(), tmp_path)
+    with StateStore(tmp_path) as store:
+        assert store.steps == [2]
+
+
 def test_the_diagnosis_names_the_one_style_that_is_at_fault(tiny):
     line = {"step": 9, "skipped_steps": 4, "skipped_in_a_row": 3, "grad_norm": float("nan")}
     line |= {"score": {"left": 0.1, "right": float("inf")}, "feature": {"left": 0.1, "right": 0.1}}
