@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import ml_collections
 
 from dmm_jax import folders
+from dmm_jax.styles import is_writable
 
 STUDENT_INITS = ("base", "average")
 STYLE_INITS = ("zero", "paper")
@@ -139,11 +140,16 @@ def as_kept(entries: Sequence[str]) -> dict[str, str]:
     """Reads ("name", "new name=name", ...) as {new name: name}.
 
     Raises:
-      ValueError: two have the same new name.
+      ValueError: two have the same new name, or one that no mix can hold.
     """
     kept = {}
     for entry in entries:
         new, _, old = entry.partition("=")
+        if not is_writable(new):
+            raise ValueError(
+                f"a style that is kept is 'name' or 'new name=name'; {entry!r} would be called {new!r}, which no mix "
+                "could hold."
+            )
         if new in kept:
             raise ValueError(f"two styles are to be called {new!r}: give each its own name, as in 'new name=name'.")
         kept[new] = old or new
@@ -232,7 +238,7 @@ def _problems(config):
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"the style {name!r} is there twice: give each teacher, and each style that is kept, its own name."
     for name in names:
-        if not name or any(symbol in name for symbol in "=,\n"):
+        if not is_writable(name):
             yield f"style name {name!r} is empty or holds '=', ',' or a line break: such a mix could not be written."
     for name, told in licenses(config).items():
         known = ("base", *(teacher for teacher, _ in config.teachers))

@@ -76,6 +76,12 @@ def test_numbers_have_the_ranges_that_their_use_wants(name, value):
         config_lib.check(config)
 
 
+@pytest.mark.parametrize("entry", ["=comic", "a,b=ink", " a=ink", ""])
+def test_a_style_that_is_kept_gets_a_name_that_a_mix_can_hold(entry):
+    with pytest.raises(ValueError, match="no mix could hold"):
+        config_lib.as_kept([entry])
+
+
 @pytest.mark.parametrize("merges", [(), ("ties",), ("average", "soup"), ("average", "average")])
 def test_weight_merges_are_the_average_and_others_that_there_are(merges):
     config = valid()
