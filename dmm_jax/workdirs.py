@@ -10,7 +10,8 @@ def check(workdir: folders.Location, config) -> list[str]:
     """Returns what changed in the config since the run that is there was last started; makes nothing.
 
     Raises:
-      ValueError: the folder is of a run on other styles, or of no run, or cannot be written.
+      ValueError: the folder is of a run on other styles or with another kind of state, or of no run, or cannot be
+        written.
     """
     if (workdir / "config.json").is_file():
         old = config_lib.load(workdir)
@@ -21,6 +22,8 @@ def check(workdir: folders.Location, config) -> list[str]:
                 "Use another --workdir."
             )
         changed = config_lib.differences(old, config)
+        if (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
+            _check_state(workdir, old, config)
     else:
         with folders.reaching(workdir):
             strangers = _strangers(workdir, config)
@@ -34,6 +37,27 @@ def check(workdir: folders.Location, config) -> list[str]:
         folders.check_writable(workdir)
     processes.wait_for_all("workdir looked at")
     return changed
+
+
+def _check_state(workdir, old, new):
+    """Refuses what would change which arrays a checkpoint holds, so that the newest one could not be read."""
+    kept = {
+        "ema_decay": lambda config: bool(config.ema_decay),
+        "max_grad_norm": lambda config: bool(config.max_grad_norm),
+        "style_learning_rate_scale": lambda config: config.style_learning_rate_scale != 1.0,
+        "adversarial.weight": lambda config: bool(config.adversarial.weight),
+        "adversarial.train_backbone": lambda config: (
+            bool(config.adversarial.weight) and config.adversarial.train_backbone
+        ),
+    }
+    before, after = ({name: said(config) for name, said in kept.items()} for config in (old, new))
+    told = {line.partition(":")[0]: line for line in config_lib.differences(old, new)}
+    lines = [told[name] for name in kept if before[name] != after[name] and name in told]
+    if lines:
+        raise ValueError(
+            f"{workdir} cannot go on with {'; '.join(lines)}: its checkpoints hold other arrays. Set it as it was, or "
+            "start anew in another --workdir."
+        )
 
 
 def _strangers(workdir, config) -> list[str]:

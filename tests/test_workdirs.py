@@ -45,11 +45,28 @@ def test_the_base_is_looked_through_for_nan_even_where_the_student_starts_from_t
         train.run(config, tmp_path / "run")
 
 
-def test_a_resume_that_fails_leaves_the_config_as_it_was(tiny, trained):
+@pytest.mark.parametrize(
+    "name, value",
+    [("ema_decay", 0.9), ("max_grad_norm", 0.0), ("style_learning_rate_scale", 2.0), ("adversarial.weight", 0.1)],
+)
+def test_options_that_change_what_a_checkpoint_holds_are_named_and_the_config_is_left(tiny, trained, name, value):
     before = (trained / "config.json").read_bytes()
     config = copied(tiny[1])
-    config.learning_rate, config.ema_decay = 0.5, 0.9
-    with pytest.raises(ValueError):
+    config.update_from_flattened_dict({name: value})
+    with pytest.raises(ValueError, match=f"cannot go on with {name}: .* -> {value}: its checkpoints hold other arrays"):
+        train.run(config, trained)
+    assert (trained / "config.json").read_bytes() == before
+
+
+def test_a_resume_that_fails_leaves_the_config_as_it_was(tiny, trained, monkeypatch):
+    def fail(*_):
+        raise ValueError("unreadable")
+
+    before = (trained / "config.json").read_bytes()
+    monkeypatch.setattr(train.StateStore, "resume", fail)
+    config = copied(tiny[1])
+    config.learning_rate = 0.5
+    with pytest.raises(ValueError, match="unreadable"):
         train.run(config, trained)
     assert (trained / "config.json").read_bytes() == before
 
