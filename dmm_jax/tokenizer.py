@@ -46,7 +46,7 @@ class Tokenizer:
         """
         folder = Path(path)
         _check_files(folder / "vocab.json", folder / "merges.txt")
-        tokenizer = _clip_tokenizer_class().from_pretrained(folder, local_files_only=True)
+        tokenizer = _read(folder, _clip_tokenizer_class().from_pretrained, folder, local_files_only=True)
         for name in ("local_files_only", "is_local"):  # How it was opened is no part of it: `save` would write it down.
             tokenizer.init_kwargs.pop(name, None)
         return cls(tokenizer)
@@ -59,7 +59,8 @@ class Tokenizer:
           ValueError: a file is missing, or they do not fit together.
         """
         _check_files(Path(vocab_path), Path(merges_path))
-        return cls(_clip_tokenizer_class()(vocab=str(vocab_path), merges=str(merges_path)))
+        files = {"vocab": str(vocab_path), "merges": str(merges_path)}
+        return cls(_read(Path(vocab_path).parent, _clip_tokenizer_class(), **files))
 
     @property
     def pad_id(self) -> int:
@@ -145,6 +146,16 @@ class Tokenizers:
         if len(self.tokenizers) > 1:
             ids[[prompt is None for prompt in prompts]] = NO_PROMPT
         return ids
+
+
+def _read(folder: Path, reader, *args, **kwargs):
+    try:
+        return reader(*args, **kwargs)
+    except Exception as error:  # The tokenizers package raises bare Exceptions.
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"the tokenizer in {folder} cannot be read ({said}). Get its vocab.json and merges.txt anew."
+        ) from error
 
 
 def _clip_tokenizer_class():

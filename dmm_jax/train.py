@@ -77,7 +77,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
         say(line)
     tokenizer = Tokenizers.from_folders(base.tokenizer_folders)
     cache = LatentCache(config.data.cache)
-    wanted = {"vae": base.digest("vae"), "tokenizer": tokenizer.digest}
+    wanted = {"vae": base.digest("vae"), "tokenizer": tokenizer.digest, "resolution": config.data.resolution}
     cache.check(**wanted, num_examples=config.validation_size + config.batch_size)
     networks, student_config = define_networks(config, base)
     if config.samples.every:

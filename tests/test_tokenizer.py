@@ -144,3 +144,12 @@ assert not transformers.is_torch_available()
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("name, text", [("vocab.json", "{"), ("vocab.json", "[]"), ("merges.txt", "one\n")])
+def test_files_that_are_broken_are_told_with_their_folder(folder, name, text):
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=f"tokenizer in {folder} cannot be read"):
+        Tokenizer.from_folder(folder)
+    with pytest.raises(ValueError, match=f"tokenizer in {folder} cannot be read"):
+        Tokenizer.from_files(folder / "vocab.json", folder / "merges.txt")
