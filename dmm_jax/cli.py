@@ -1,35 +1,74 @@
 """The command line: `dmm-jax VERB`. Arguments in, one function called, errors as one line and an exit code."""
 
 import argparse
+import contextlib
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 
-EXIT_OK, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
+from dmm_jax.config import DTYPES
+from dmm_jax.config_files import UsageError, read_config
+
+EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns 0 for success, 1 for an error that was said on stderr, 2 for wrong usage."""
+    """Runs one verb; returns 0 for success, 1 for an error said on stderr, 2 for wrong usage, 130 for Ctrl-C."""
     parser = build_parser()
     args, rest = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     if rest and not args.takes_config:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
-    try:
-        return args.run(args) or EXIT_OK
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"dmm-jax {args.verb}: error: {_message(error)}", file=sys.stderr)
-        return EXIT_ERROR
-    except KeyboardInterrupt:
-        print(f"dmm-jax {args.verb}: interrupted", file=sys.stderr)
-        return EXIT_ERROR
+    with _plainly_said(args.verb):
+        try:
+            return args.run(args) or EXIT_OK
+        except KeyboardInterrupt:
+            print(f"dmm-jax {args.verb}: interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        except Exception as error:
+            if (said := _message(error)) is None:
+                raise  # A fault of ours, which its traceback tells best.
+            print(f"dmm-jax {args.verb}: error: {said}", file=sys.stderr)
+            return EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR
 
 
-def _message(error):
+def _message(error) -> str | None:
+    """Returns what is said of an error that has its cause in what was given, or on the machine; None of any other."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
+    if isinstance(error, (ValueError, OSError, FloatingPointError)):
+        return str(error)
+    first = " ".join((str(error).splitlines() or [""])[0].split())
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return f"out of memory: {first[:300]} Compute fewer images at once (batch size), or smaller ones."
+    if type(error).__name__ == "JaxRuntimeError":
+        return f"the device cannot go on: {first[:300]}"
+    return None
+
+
+@contextlib.contextmanager
+def _plainly_said(verb: str) -> Iterator[None]:
+    """Says warnings in one line, without the code that gave them; leaves out a line of Orbax's that means nothing."""
+    from absl import logging as absl_logging
+
+    absl_logging.get_absl_logger().addFilter(_is_worth_saying)
+    with warnings.catch_warnings():
+        other = warnings.showwarning
+
+        def show(message, category, *where, **more):
+            if issubclass(category, UserWarning):
+                print(f"dmm-jax {verb}: warning: {message}", file=sys.stderr, flush=True)
+            else:
+                other(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield
+
+
+def _is_worth_saying(record) -> bool:
+    return "Metadata file does not exist" not in record.getMessage()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -139,7 +178,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--prompt-dropout", type=float, default=0.1)
     verb.add_argument("--resolution", type=int, default=0, help="pixels of a side; default: the model's")
     verb.add_argument("--seed", type=int, default=0)
-    verb.add_argument("--dtype", default="", help="float32 or bfloat16; default: bfloat16 on accelerators")
+    verb.add_argument("--dtype", default="", choices=DTYPES, help="default: bfloat16 on accelerators, float32 on CPUs")
 
     verb = _add(verbs, "sample", _sample, "draw prompts in styles: PNGs, grid.png, index.html")
     verb.add_argument("model", metavar="MODEL", help="a workdir, a diffusers or DMM folder, or a single file")
@@ -167,7 +206,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--height", type=int, default=0, help="pixels; default: the model's")
     verb.add_argument("--width", type=int, default=0)
     verb.add_argument("--batch-size", type=int, default=8, help="images computed at once")
-    verb.add_argument("--dtype", default="", help="float32 or bfloat16; default: bfloat16 on accelerators")
+    verb.add_argument("--dtype", default="", choices=DTYPES, help="default: bfloat16 on accelerators, float32 on CPUs")
 
     verb = _add(verbs, "evaluate", _evaluate, "fidelity, the style matrix, FD or FID: metrics.json and a report")
     verb.add_argument("workdir", type=pathlib.Path, metavar="WORKDIR")
@@ -388,32 +427,6 @@ def _config(path, overrides):
     config = read_config(path, overrides)
     _keep_programs(config.compilation_cache)
     return config
-
-
-def read_config(path: str, overrides: Sequence[str] = ()):
-    """Runs an experiment file's `get_config()` and applies `--config.NAME=VALUE`; tuples take one flag an entry, too.
-
-    Raises:
-      ValueError: there is no such file, or an option has no such name or takes no such value.
-    """
-    from absl import flags
-    from ml_collections import config_flags
-
-    from dmm_jax import config as config_lib
-
-    if not pathlib.Path(path.partition(":")[0]).is_file():
-        raise ValueError(f"there is no config file {path}. The experiments are in configs/.")
-    values = flags.FlagValues()
-    arguments = ["dmm-jax", f"--config={path}", *overrides]
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
-    try:
-        left = values(arguments)
-    except (flags.Error, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{' '.join(overrides) or path}: {error} The options are in dmm_jax/config.py.") from error
-    if left[1:]:
-        raise ValueError(f"unexpected arguments: {' '.join(left[1:])}. Options are set as --config.NAME=VALUE.")
-    values.config.teachers = config_lib.as_teachers(values.config.teachers)
-    return values.config
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import ml_collections
 
 from dmm_jax import folders
+from dmm_jax.styles import is_writable
 
 STUDENT_INITS = ("base", "average")
 STYLE_INITS = ("zero", "paper")
@@ -19,6 +20,11 @@ DTYPES = ("float32", "bfloat16")
 ATTENTION = ("auto", "xla", "cudnn", "flash")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
 PREDICTION_TYPES = ("", "epsilon", "v_prediction")
+SHARES = ("prompt_dropout", "ema_decay", "adam_b1", "adam_b2")
+COUNTS = ("num_steps", "gradient_accumulation", "max_skipped_in_a_row", "num_inference_steps", "num_pairs",
+          "resolution", "batch_size", "teacher", "fsdp")  # fmt: skip
+FLOAT32_MAX, FLOAT32_TINY = 3.4e38, 1.2e-38
+_GROUP = ml_collections.ConfigDict
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -138,11 +144,16 @@ def as_kept(entries: Sequence[str]) -> dict[str, str]:
     """Reads ("name", "new name=name", ...) as {new name: name}.
 
     Raises:
-      ValueError: two have the same new name.
+      ValueError: two have the same new name, or one that no mix can hold.
     """
     kept = {}
     for entry in entries:
         new, _, old = entry.partition("=")
+        if not is_writable(new):
+            raise ValueError(
+                f"a style that is kept is 'name' or 'new name=name'; {entry!r} would be called {new!r}, which no mix "
+                "could hold."
+            )
         if new in kept:
             raise ValueError(f"two styles are to be called {new!r}: give each its own name, as in 'new name=name'.")
         kept[new] = old or new
@@ -170,7 +181,7 @@ def as_teachers(values: Sequence) -> tuple[tuple[str, str], ...]:
     Raises:
       ValueError: an entry is neither.
     """
-    pairs = [tuple(value.split("=", 1)) if isinstance(value, str) else tuple(value) for value in values]
+    pairs = [tuple(value.split("=", 1)) if isinstance(value, str) else _as_pair(value) for value in values]
     for pair, value in zip(pairs, values, strict=True):
         if len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
             raise ValueError(
@@ -180,11 +191,13 @@ def as_teachers(values: Sequence) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
+def _as_pair(value) -> tuple:
+    return tuple(value) if isinstance(value, Sequence) else (value,)
+
+
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError that names every option out of range, what was expected, and what to set."""
-    problems = [problem for problem in _problems(config) if problem]
-    if problems:
-        raise ValueError("The config cannot be run:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    _refuse(_problems(config))
 
 
 def check_mesh(config: ml_collections.ConfigDict, mesh_shape: Mapping[str, int]) -> None:
@@ -229,14 +242,13 @@ def _problems(config):
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"the style {name!r} is there twice: give each teacher, and each style that is kept, its own name."
     for name in names:
-        if not name or any(symbol in name for symbol in "=,\n"):
+        if not is_writable(name):
             yield f"style name {name!r} is empty or holds '=', ',' or a line break: such a mix could not be written."
     for name, told in licenses(config).items():
         known = ("base", *(teacher for teacher, _ in config.teachers))
         yield (name not in known or not told.strip()) and (
             f"licenses has {name!r} with {told!r}; expected 'NAME=LICENCE' with a name of {', '.join(known)}."
         )
-    yield config.grow.replay < 0 and f"grow.replay must not be negative; got {config.grow.replay}."
     yield bool(config.grow.styles) and not config.grow.student and "grow.styles needs grow.student: set the student."
     parts = max(rows, 1) * max(config.gradient_accumulation, 1)
     if config.batch_size < parts or config.batch_size % parts:
@@ -245,61 +257,70 @@ def _problems(config):
             f"batch_size must be a positive multiple of {rows_told(config)} x gradient_accumulation = {parts}; "
             f"got {config.batch_size}. Use {fit}."
         )
-    for name in ("num_steps", "gradient_accumulation", "max_skipped_in_a_row"):
-        yield config[name] < 1 and f"{name} must be at least 1; got {config[name]}."
-    for name in (
-        "learning_rate",
-        "weight_decay",
-        "max_grad_norm",
-        "feature_loss_weight",
-        "warmup_steps",
-        "checkpoint_every",
-        "checkpoints_kept",
-        "checkpoints_kept_every",
-    ):
-        yield config[name] < 0 and f"{name} must not be negative; got {config[name]}."
-    for name in ("prompt_dropout", "ema_decay"):
-        yield not 0 <= config[name] < 1 and f"{name} must lie in [0, 1); got {config[name]}."
-    choices = {"student_init": STUDENT_INITS, "style_init": STYLE_INITS, "feature_loss": FEATURE_LOSSES}
-    choices |= {
-        "prediction_type": PREDICTION_TYPES,
-        "dtype": DTYPES,
-        "attention": ATTENTION,
-        "learning_rate_schedule": LEARNING_RATE_SCHEDULES,
-    }
-    for name, allowed in choices.items():
-        yield config[name] not in allowed and f"{name} must be one of {', '.join(allowed)}; got {config[name]!r}."
-    yield from _evaluation_problems(config.evaluation)
+    yield from _values(config)
+    yield _merges_missed(config.evaluation)
     if config.samples.every and not config.samples.prompts:
         yield "samples.every is set but samples.prompts is empty: list the prompts to draw, or set samples.every=0."
-    for name in ("weight", "learning_rate"):
-        found = config.adversarial[name]
-        yield found < 0 and f"adversarial.{name} must not be negative; got {found}."
-    for name, least in (("teacher", 1), ("data", 0), ("fsdp", 1)):
-        found = config.mesh[name]
-        yield found < least and f"mesh.{name} must be at least {least}; got {found}. Use {least}."
     sharded = config.mesh.teacher
     if sharded > 0 and rows % sharded:
         yield f"mesh.teacher must divide the {rows_told(config)}; got {sharded}. Use a divisor of {rows}, or 1."
 
 
 def check_evaluation(evaluation: ml_collections.ConfigDict) -> None:
-    """Raises ValueError that names every option of `config.evaluation` out of range, and what to set."""
-    problems = [problem for problem in _evaluation_problems(evaluation) if problem]
-    if problems:
-        raise ValueError("This cannot be evaluated:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    """As `check`, but of `config.evaluation` alone, which is all that may change after training."""
+    _refuse([*_ranges(ml_collections.ConfigDict({"evaluation": evaluation})), _merges_missed(evaluation)])
 
 
-def _evaluation_problems(evaluation):
-    for name, least in (("num_images", 2), ("num_pairs", 1), ("batch_size", 1), ("num_inference_steps", 1)):
-        found = evaluation[name]
-        yield found < least and f"evaluation.{name} must be at least {least}; got {found}."
+def _merges_missed(evaluation):
     merges = tuple(evaluation.weight_merges)
     if "average" not in merges or not set(merges) <= set(WEIGHT_MERGES) or len(set(merges)) < len(merges):
-        yield (
+        return (
             f"evaluation.weight_merges must hold 'average', and each of {', '.join(WEIGHT_MERGES)} at most once; "
             f"got {merges}."
         )
+
+
+def check_values(config: ml_collections.ConfigDict) -> None:
+    """As `check`, but of each option by itself: what holds whether the config is to train or to prepare data."""
+    _refuse(_values(config))
+
+
+def _refuse(problems):
+    problems = [problem for problem in problems if problem]
+    if problems:
+        raise ValueError("The config cannot be run:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def _ranges(config):
+    for name, value in _flat(config.to_dict()).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and (wanted := _range_missed(name, value)):
+            yield f"{name} must {wanted}; got {value}."
+
+
+def _values(config):
+    yield from _ranges(config)
+    choices = {
+        "student_init": STUDENT_INITS, "style_init": STYLE_INITS, "feature_loss": FEATURE_LOSSES, "dtype": DTYPES,
+        "attention": ATTENTION, "prediction_type": PREDICTION_TYPES, "learning_rate_schedule": LEARNING_RATE_SCHEDULES,
+    }  # fmt: skip
+    for name, allowed in choices.items():
+        yield config[name] not in allowed and f"{name} must be one of {', '.join(allowed)}; got {config[name]!r}."
+
+
+def _range_missed(name: str, value: int | float) -> str:
+    """Says which range a number misses; "" where it lies in it. All are finite, as float32 too, none is negative."""
+    own = name.rpartition(".")[2]
+    if not abs(value) <= FLOAT32_MAX:
+        return "be a finite number"
+    if own in SHARES and not 0 <= value < 1:
+        return "lie in [0, 1)"
+    if own == "num_images" and value < 2:
+        return "be at least 2"  # A distance needs a variance.
+    if own in COUNTS and value < 1:
+        return "be at least 1"
+    if name == "adam_eps" and value < FLOAT32_TINY:
+        return f"be at least {FLOAT32_TINY}"
+    return "not be negative" if value < 0 else ""
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
@@ -307,19 +328,65 @@ def to_json(config: ml_collections.ConfigDict) -> str:
     return config.to_json(indent=2, sort_keys=True)
 
 
-def from_json(text: str) -> ml_collections.ConfigDict:
-    """Reads what `to_json` wrote; options that are new since then keep their defaults."""
+def from_json(text: str, source: str = "config.json") -> ml_collections.ConfigDict:
+    """Reads what `to_json` wrote; options that are new since then keep their defaults.
+
+    Args:
+      source: what errors call the text.
+
+    Raises:
+      ValueError: the text is no JSON object, or values are not of their options' types.
+    """
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{source} is no JSON ({error}). Restore it from a copy.") from None
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{source} must hold a JSON object of options; got {_kind(values)}.")
     config = get_config()
-    _update(config, json.loads(text))
+    if problems := _update(config, _in_todays_words(values)):
+        raise ValueError(f"{source} cannot be read:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    config.teachers = as_teachers(config.teachers)
     return config
 
 
-def _update(config, values: Mapping):
+def _in_todays_words(values: Mapping) -> Mapping:
+    """Translates options that had another type in older runs: remat was false or true."""
+    if isinstance(values.get("remat"), bool):
+        return {**values, "remat": "all" if values["remat"] else "none"}
+    return values
+
+
+def _update(config, values: Mapping, prefix: str = "") -> list[str]:
+    """Sets the options that there are; returns a line for each value that is not of its option's type."""
+    problems = []
     for name, value in values.items():
-        if isinstance(value, Mapping):
-            _update(config[name], value)
-        elif name in config:
-            config[name] = _as_tuple(value)
+        if name not in config:
+            continue
+        value, default = _as_tuple(value), config[name]
+        if not _fits(value, default):
+            problems.append(
+                f"{prefix}{name}: expected {_kind(default)}, found {_kind(value)}: {json.dumps(value)[:80]}"
+            )
+        elif isinstance(value, Mapping):
+            problems += _update(default, value, f"{prefix}{name}.")
+        else:
+            config[name] = value
+    return problems
+
+
+def _fits(value, default) -> bool:
+    kinds = (int, float) if isinstance(default, float) else Mapping if isinstance(default, _GROUP) else type(default)
+    if isinstance(value, tuple) and not all(isinstance(entry, (str, tuple)) for entry in value):
+        return False
+    return isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
+
+
+def _kind(value) -> str:
+    """Calls a value's type by a word that fits JSON, too."""
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a list of texts"}
+    words |= {list: "a list", type(None): "null"}
+    return words.get(type(value), "a group of options")
 
 
 def _as_tuple(value):
@@ -346,7 +413,7 @@ def load(path: str | os.PathLike) -> ml_collections.ConfigDict:
     """Reads a workdir's `config.json`.
 
     Raises:
-      ValueError: the folder holds no config.json, so no training run wrote it.
+      ValueError: the folder holds no config.json, so no training run wrote it; or one that cannot be read.
     """
     path = folders.locate(path)
     folders.check_reached(path)
@@ -355,4 +422,7 @@ def load(path: str | os.PathLike) -> ml_collections.ConfigDict:
         raise ValueError(
             f"{path.parent} is no training workdir: {path.name} is missing. Give the --workdir of a `train` run."
         )
-    return from_json(path.read_text())
+    try:
+        return from_json(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}). Restore it.") from None

@@ -10,14 +10,16 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+from dmm_jax import arguments
 from dmm_jax.checkpoints.fitted_style import write_fitted_style
 from dmm_jax.data.prepare import encode_examples
 from dmm_jax.data.sources import FolderSource
 from dmm_jax.distill import fit_style as fitting
 from dmm_jax.distill.step import Objective
+from dmm_jax.folders import check_writable
 from dmm_jax.pipeline import Pipeline
 from dmm_jax.prepare import IMAGES_AT_ONCE, build_encoder
-from dmm_jax.styles import parse_style, style_row, style_text
+from dmm_jax.styles import is_writable, parse_style, style_row, style_text
 
 HELD_OUT_DRAWS = 256  # Of noise and timestep, in all; at least one an image.
 
@@ -52,17 +54,18 @@ def fit_style(
         raise ValueError(f"{out} is there already; nothing is overwritten. Give a new file.")
     if out.suffix != ".safetensors":
         raise ValueError(f"--out must be a .safetensors file; got {out}.")
-    for number, least, option in (
-        (steps, 1, "steps"),
-        (batch_size, 1, "batch-size"),
-        (learning_rate, 0, "learning-rate"),
-    ):
-        if not number >= least:
-            raise ValueError(f"--{option} must be at least {least}; got {number}.")
+    check_writable(out)
+    for option, given, least in (("steps", steps, 1), ("batch-size", batch_size, 1), ("resolution", resolution, 0)):
+        arguments.whole(f"--{option}", given, least)
+    arguments.whole("--seed", seed, 0, arguments.MAX_SEED)
+    arguments.number("--learning-rate", learning_rate, 0.0)
+    if not 0 <= prompt_dropout < 1:
+        raise ValueError(f"--prompt-dropout must lie in [0, 1); got {prompt_dropout}.")
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     pipeline = Pipeline.from_pretrained(model, dtype=dtype, base=base)
     weights = _start(pipeline, name, start)
     side = resolution or pipeline.unet.merged().config["sample_size"] * pipeline.cells
+    arguments.size("--resolution", side, pipeline.cells)
     data = _encoded(pipeline, FolderSource(images, side), side, dtype, seed)
     batch_size = min(batch_size, len(data["latents"]))
 
@@ -121,6 +124,7 @@ def fit_style(
     }
     if mix_only:
         said["mix"] = dict(zip(pipeline.styles, np.asarray(state["learned"])[0].tolist(), strict=True))
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_fitted_style(out, row, said)
     return said
 
@@ -149,7 +153,7 @@ def _start(pipeline, name, start):
         raise ValueError(f"{pipeline.source.path} is a stock checkpoint; a style is fitted to a merged model.")
     if name in pipeline.styles:
         raise ValueError(f"there is a style {name!r} in {pipeline.source.path}. Give --name another.")
-    if not name or not name.isprintable() or set("=,") & set(name) or parse_style(name) != name:
+    if not is_writable(name):
         raise ValueError(f"a style's name must be writable in a mix, without '=', ',' or line breaks; got {name!r}.")
     if start:
         return style_row(parse_style(start), pipeline.styles)

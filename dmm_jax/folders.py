@@ -108,9 +108,21 @@ def check_output(folder: str | os.PathLike) -> pathlib.Path:
         raise ValueError(f"{folder} is a file; the output is a folder. Give another path.")
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; nothing is overwritten. Give a new folder or empty this one.")
-    parent = folder
+    check_writable(folder)
+    return folder
+
+
+def check_writable(path: pathlib.Path) -> None:
+    """Looks whether a file or folder can be written at `path`, by its nearest parent that is there; makes nothing.
+
+    Raises:
+      ValueError: it cannot.
+    """
+    parent = path
     while not parent.exists():
         parent = parent.absolute().parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{folder} cannot be written: no permission in {parent}. Give a folder that you may write.")
-    return folder
+    writable = os.access(parent, os.W_OK | os.X_OK)
+    if parent != path and not parent.is_dir():
+        raise ValueError(f"{path} cannot be written: {parent} is a file. Give a path in a folder.")
+    if not writable:
+        raise ValueError(f"{path} cannot be written: no permission in {parent}. Give a path that you may write.")

@@ -16,12 +16,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from dmm_jax import sharding
+from dmm_jax import arguments, sharding
 from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.compare import whole_obstacles
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.fitted_style import with_fitted_styles
 from dmm_jax.checkpoints.open import Checkpoint, open_checkpoint
+from dmm_jax.config import DTYPES
 from dmm_jax.diffusion import guidance, solvers
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.models import layers
@@ -104,9 +105,14 @@ class Pipeline:
             predicts.
         """
         problems = whole_obstacles(str(base.path), base)
+        if len(base.tokenizer_folders) > len(base.text_encoders):
+            problems.append(
+                f"{base.path} has {len(base.text_encoders)} text encoder and {len(base.tokenizer_folders)} tokenizers: "
+                f"give a base of its own family, {base.architecture}."
+            )
         if problems:
             raise CheckpointError(" ".join(problems))
-        dtype = jnp.dtype(dtype)
+        dtype = _dtype_of(dtype)
         attention = "cudnn" if jax.default_backend() == "gpu" and dtype == jnp.bfloat16 else "xla"
         builders = {
             "unet": lambda rngs: UNet2DConditionModel.from_config(
@@ -149,10 +155,7 @@ class Pipeline:
         """
         if styles is None or isinstance(styles, (str, Mapping)) or is_schedule(styles):
             styles = [styles] * batch_size
-        if len(styles) != batch_size:
-            raise ValueError(
-                f"styles has {len(styles)} entries for {batch_size} prompts: give one for all, or one each."
-            )
+        styles = arguments.each("styles", styles, batch_size)
         if not self.styles:
             if any(style is not None for style in styles):
                 raise ValueError("this checkpoint has no styles: it is a stock one. Leave styles out.")
@@ -203,9 +206,11 @@ class Pipeline:
           styles: a name, a mix such as {"anime": 0.7, "photo": 0.3} (rows are mixed before the MLP), a schedule of
             these over timesteps such as [(1000, "photo"), (600, "anime")] (`dmm_jax.styles.style_rows`), or one of
             them per prompt. Needed by a merged model; a stock one takes none.
-          seeds: one per prompt (default 0, 1, ...): the same seed draws the same noise whatever batch it is in.
+          seeds: one per prompt, 0 to 2**32 - 1 (default 0, 1, ...). A seed draws the same noise, bit for bit, whatever
+            batch it is in. The image is then the same to float rounding, which depends on the batch's size: one of its
+            values of 0 to 255 may differ by 1.
           latents: unit noise (B, h, w, C) instead of seeds.
-          height, width: pixels; 0 is the size that the model was trained at.
+          height, width: pixels; 0 is the size of `latents`, or that which the model was trained at.
           num_inference_steps: of the solver.
           guidance_scale: one, or one each; 1.0 is off (arXiv:2207.12598).
           solver: a name in `dmm_jax.diffusion.solvers.SOLVERS`.
@@ -219,45 +224,59 @@ class Pipeline:
         """
         if output not in ("images", "latents"):
             raise ValueError(f"output must be 'images' or 'latents'; got {output!r}.")
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = arguments.texts("prompts", prompts)
         batch_size = len(prompts)
-        negatives = (
-            [negative_prompts] * batch_size if isinstance(negative_prompts, (str, type(None))) else negative_prompts
+        if isinstance(negative_prompts, (str, type(None))):
+            negative_prompts = [negative_prompts] * batch_size
+        negatives = arguments.each(
+            "negative_prompts", arguments.texts("negative_prompts", negative_prompts), batch_size
         )
-        _check_length("negative_prompts", negatives, batch_size)
-        plan = solvers.plan(solver, self.schedule, num_inference_steps)
+        arguments.whole("num_inference_steps", num_inference_steps, 1)
+        plan = solvers.plan(str(solver), self.schedule, num_inference_steps)
         weights = self.style_weights(styles, batch_size, plan.timesteps)
-        seeds = list(range(batch_size)) if seeds is None else list(seeds)
-        _check_length("seeds", seeds, batch_size)
-        keys = jax.vmap(jax.random.key)(jnp.asarray([seed % 2**32 for seed in seeds], jnp.uint32))
-        side = self.unet.merged().config["sample_size"] * self.cells
-        height, width = height or side, width or side
-        latents = self._noise(keys, latents, height, width)
-        scales = np.broadcast_to(np.asarray(guidance_scale, np.float32), (batch_size,))
+        seeds = arguments.each("seeds", range(batch_size) if seeds is None else seeds, batch_size)
+        seeds = [arguments.whole("a seed", seed, 0, arguments.MAX_SEED) for seed in seeds]
+        keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+        scales = [guidance_scale] * batch_size if np.ndim(guidance_scale) == 0 else guidance_scale
+        scales = arguments.each("guidance_scale", scales, batch_size)
+        scales = np.array([arguments.number("guidance_scale", scale) for scale in scales], np.float32)
         guided = bool(np.any(scales != 1.0))
+        height, width = self._sides(height, width, latents)
+        latents = self._noise(keys, latents, height, width)
         text = self.encode_prompts(
             [text for pair in zip(negatives, prompts, strict=True) for text in pair] if guided else prompts
         )
-        told = (*(original_size or (height, width)), *crops_coords_top_left, *(target_size or (height, width)))
+        told = [original_size or (height, width), crops_coords_top_left, target_size or (height, width)]
+        names = ("original_size", "crops_coords_top_left", "target_size")
+        told = [pixels for name, given in zip(names, told, strict=True) for pixels in arguments.pair(name, given)]
         added = text.added_cond(jnp.tile(jnp.array(told, jnp.float32), (len(text.encoder_hidden_states), 1)))
         states = text.encoder_hidden_states
         latents, keys, weights, scales = sharding.spread((latents, keys, weights, scales))
         drawn = _denoise(self.unet.graph, guided, self.unet.params, plan, latents, keys, states, added, weights, scales)
         return np.asarray(drawn if output == "latents" else self.decode(drawn))
 
+    def _sides(self, height, width, latents) -> tuple[int, int]:
+        """Returns height and width in pixels: as given, or where they are 0 those of the latents, or the model's."""
+        shape = np.shape(latents)
+        side = self.unet.merged().config["sample_size"] * self.cells
+        own = [cells * self.cells for cells in shape[1:3]] if len(shape) == 4 else (side, side)
+        sides = {"height": height or own[0], "width": width or own[1]}
+        return tuple(arguments.size(name, pixels, self.cells) for name, pixels in sides.items())
+
     def _noise(self, keys, latents, height, width):
-        for name, value in (("height", height), ("width", width)):
-            if value % self.cells:
-                raise ValueError(
-                    f"{name} must be a multiple of {self.cells} pixels; got {value}. Use {value - value % self.cells}."
-                )
         shape = (height // self.cells, width // self.cells, self.unet.merged().config["in_channels"])
         if latents is None:
             return _unit_noise(keys, shape)
         latents = jnp.asarray(latents, jnp.float32)
-        if latents.shape[0] != len(keys) or latents.shape[3:] != shape[2:]:
-            raise ValueError(f"latents must be unit noise of shape {(len(keys), *shape)}; got {latents.shape}.")
+        if latents.shape != (len(keys), *shape) or not jnp.isfinite(latents).all():
+            raise ValueError(f"latents must be finite unit noise of shape {(len(keys), *shape)}; got {latents.shape}.")
         return latents
+
+
+def _dtype_of(dtype) -> np.dtype:
+    if str(dtype) not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
+    return jnp.dtype(dtype)
 
 
 def in_memory(params: Mapping, dtype):
@@ -268,11 +287,6 @@ def in_memory(params: Mapping, dtype):
 def in_dtype(params: Mapping, dtype):
     """Returns parameters as layers of this compute dtype keep them (`layers.stored_dtype`)."""
     return jax.tree.map_with_path(lambda path, leaf: jnp.asarray(leaf, layers.stored_dtype(path, dtype)), params)
-
-
-def _check_length(name, values, batch_size):
-    if len(values) != batch_size:
-        raise ValueError(f"{name} has {len(values)} entries for {batch_size} prompts: give one each.")
 
 
 @functools.partial(jax.jit, static_argnums=1)

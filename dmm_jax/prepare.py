@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dmm_jax import sharding
-from dmm_jax.checkpoints.open import Checkpoint, open_checkpoint
+from dmm_jax import arguments, sharding
+from dmm_jax import config as config_lib
+from dmm_jax.checkpoints.open import CELL, Checkpoint, open_checkpoint
 from dmm_jax.data.cache import LatentCache
-from dmm_jax.data.prepare import prepare
+from dmm_jax.data.prepare import check_place, prepare
 from dmm_jax.data.sources import FolderSource, ImageSource, ShapesSource
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.pipeline import in_memory
@@ -30,13 +31,17 @@ def prepare_from_config(config) -> LatentCache:
     Raises:
       ValueError: the source, the base or the cache folder cannot be used.
     """
+    config_lib.check_values(config)
     if not config.data.cache:
         raise ValueError("data.cache is empty: set the folder that the latent cache is written to.")
+    check_place(config.data.cache)
     if config.data.source == TEACHERS:
         return prepare_samples_from_config(config)
-    source = open_source(config)
     base = open_checkpoint(config.base)
+    arguments.size("data.resolution", config.data.resolution, CELL)
     tokenizers = Tokenizers.from_folders(base.tokenizer_folders)
+    base.config("vae")
+    source = open_source(config)  # The embedded world is drawn here: after all that may be missing.
     scaling_factor, encode = build_encoder(base, config.dtype)
     return prepare(
         source,

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from dmm_jax import arguments
 from dmm_jax import config as config_lib
-from dmm_jax.checkpoints.open import Checkpoint, open_checkpoint
+from dmm_jax.checkpoints.open import CELL, Checkpoint, open_checkpoint
 from dmm_jax.data.cache import LatentCache
 from dmm_jax.data.prepare import prepare_samples
 from dmm_jax.data.prompts import Draws, read_prompts
@@ -28,8 +29,7 @@ def prepare_samples_from_config(config) -> LatentCache:
     """
     config = incremental.resolved(config)
     draws, sampling = _draws(config), config.data.sampling
-    if sampling.batch_size < 1:
-        raise ValueError(f"data.sampling.batch_size must be at least 1; got {sampling.batch_size}.")
+    arguments.size("data.resolution", config.data.resolution, CELL)
     told = {"prediction_type": config.prediction_type}
     base = open_checkpoint(config.base, **told)
     teachers = incremental.origins(config)

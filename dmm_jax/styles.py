@@ -7,6 +7,7 @@ the structure, which is drawn at high timesteps, and one for the detail.
 
 import difflib
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ Mix = str | Mapping[str, float]
 Schedule = Sequence[Sequence]  # Of pairs: from which timestep down, or in which span (high, low), and which mix.
 Style = Mix | Schedule | None
 NULL_STYLE = "none"  # Its teacher is the base: what a model draws that is asked for no style.
+SUM_TOLERANCE = 0.02  # Three times 0.33 is meant to be 1.
 _START = re.compile(r":([0-9.]+(?:-[0-9.]+)?):")
 
 
@@ -23,7 +25,8 @@ def style_row(style: Style, names: Sequence[str]) -> Float[np.ndarray, " N"]:
     """Returns the weights of a style name or a mix; None is the null style where the model has one.
 
     Raises:
-      ValueError: there is no such style, none was given, or a schedule was, which is more than one row.
+      ValueError: there is no such style, none was given, all weights are 0, or a schedule was given, which is more than
+        one row.
     """
     if style is None and NULL_STYLE not in names:
         raise ValueError(f"this merged model needs a style for every image; it has: {', '.join(names)}.")
@@ -45,9 +48,20 @@ def style_row(style: Style, names: Sequence[str]) -> Float[np.ndarray, " N"]:
             near = difflib.get_close_matches(name, names, 1, 0.0)
             raise ValueError(f"there is no style {name!r}; did you mean {near[0]!r}? There are: {', '.join(names)}.")
         row[list(names).index(name)] = weight
-    if not mix or not np.isfinite(row).all():
-        raise ValueError(f"a mix needs at least one style and finite weights; got {mix}.")
+    if not np.isfinite(row).all() or not row.any():
+        raise ValueError(f"a mix needs finite weights, and one at least that is not 0; got {style_text(mix)!r}.")
+    if abs(row.sum() - 1.0) > SUM_TOLERANCE or (row < 0).any():
+        warnings.warn(
+            f"the weights of {style_text(mix)!r} are not shares of 1 (their sum is {row.sum():g}): such a style lies "
+            "outside of those that were trained.",
+            stacklevel=2,
+        )
     return row
+
+
+def is_writable(name: str) -> bool:
+    """Tells whether a mix can hold a style's name as the command line writes it."""
+    return bool(name) and name.isprintable() and not set("=,") & set(name) and parse_style(name) == name
 
 
 def style_rows(
@@ -108,7 +122,7 @@ def parse_style(text: str, num_train_timesteps: int = 1000) -> Style:
     to the other.
 
     Raises:
-      ValueError: a weight or a timestep is no number.
+      ValueError: a weight or a timestep is no number, or a name is there twice.
     """
     first, *rest = _START.split(text)  # A name may hold a colon, too: only timesteps between two make a schedule.
     if not rest:
@@ -134,6 +148,8 @@ def _parse_mix(text: str) -> Mix:
     mix = {}
     for part in text.split(","):
         name, _, weight = part.partition("=")
+        if name.strip() in mix:
+            raise ValueError(f"style {text!r} names {name.strip()!r} twice: give each style one weight.")
         try:
             mix[name.strip()] = float(weight)
         except ValueError:

@@ -51,7 +51,7 @@ class Tokenizer:
         if folder.parent == BUNDLED:
             config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
             return cls(_clip_tokenizer_class()(vocab=words.vocabulary, merges=words.merges, **config))
-        tokenizer = _clip_tokenizer_class().from_pretrained(folder, local_files_only=True)
+        tokenizer = _read(folder, _clip_tokenizer_class().from_pretrained, folder, local_files_only=True)
         for name in ("local_files_only", "is_local"):  # How it was opened is no part of it: `save` would write it down.
             tokenizer.init_kwargs.pop(name, None)
         return cls(tokenizer)
@@ -140,6 +140,16 @@ class Tokenizers:
         if len(self.tokenizers) > 1:
             ids[[prompt is None for prompt in prompts]] = NO_PROMPT
         return ids
+
+
+def _read(folder: Path, reader, *args, **kwargs):
+    try:
+        return reader(*args, **kwargs)
+    except Exception as error:  # The tokenizers package raises bare Exceptions.
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"the tokenizer in {folder} cannot be read ({said}). Get its vocab.json and merges.txt anew."
+        ) from error
 
 
 def _clip_tokenizer_class():

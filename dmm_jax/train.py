@@ -17,12 +17,13 @@ from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from dmm_jax import config as config_lib
-from dmm_jax import flops, folders, parents, processes, sharding
+from dmm_jax import flops, folders, parents, processes, sharding, workdirs
 from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.open import CELL, open_checkpoint, open_teacher
 from dmm_jax.checkpoints.states import StateStore
 from dmm_jax.data import pipeline as data_pipeline
 from dmm_jax.data.cache import LatentCache
+from dmm_jax.diffusion import solvers
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.distill import discriminator as discriminator_lib
 from dmm_jax.distill import incremental
@@ -37,6 +38,7 @@ from dmm_jax.planning import disk, memory, requirements, text
 from dmm_jax.tokenizer import Tokenizers
 
 MAX_STEPS_AHEAD = 2  # Dispatched but not done: keeps the device busy, and lets a run stop soon after it is asked to.
+TRIES = "a lower learning_rate, more warmup_steps or a smaller max_grad_norm"
 NUM_TIMESTEP_BINS = 4  # Of the validation loss: 0-249, 250-499, 500-749, 750-999.
 
 
@@ -78,10 +80,14 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
             say(line)
         tokenizer = Tokenizers.from_folders(base.tokenizer_folders)
         cache = LatentCache(config.data.cache)
-        wanted = {"vae": base.digest("vae"), "tokenizer": tokenizer.digest}
+        wanted = {"vae": base.digest("vae"), "tokenizer": tokenizer.digest, "resolution": config.data.resolution}
         cache.check(**wanted, num_examples=config.validation_size + config.batch_size)
         networks, student_config = define_networks(config, base)
-        open_workdir(workdir, config)
+        if config.samples.every:
+            schedule = NoiseSchedule.from_config(base.scheduler_config)
+            solvers.plan(config.samples.solver, schedule, config.samples.num_inference_steps)  # Refuses in time.
+        for line in workdirs.check(workdir, config):
+            say(f"Config changed since this run was last started: {line}")
 
         # Networks: frozen ones on the mesh in the compute dtype, what is trained in float32.
         dtype = jnp.dtype(config.dtype)
@@ -89,6 +95,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
         sources = [old] if old else [base] if config.student_init == "base" else list(teachers.values())
         style = student_lib.style_params(student_config, config.style_init, config.seed)
         style = incremental.grown(style, old) if old else style
+        if not any(source is base for source in sources):
+            base.params("unet")  # Looked through for NaN, though the student starts elsewhere: reports compare with it.
         unets = [source.params("unet") for source in sources]
         trained = {"student": student_lib.put_student(unets, style, student_config, mesh)}
         if networks.discriminator:
@@ -103,11 +111,12 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
         optimizers = student_lib.make_optimizers(config)
         state = student_lib.make_state(trained, optimizers, mesh, config.ema_decay)
         del trained
-        stack.enter_context(parents.being_kept(workdir, config))
         kept = {"kept": config.checkpoints_kept, "kept_every": config.checkpoints_kept_every}
         store = stack.enter_context(StateStore(workdir, **kept))
         start, state = store.resume(state)
         seen = start * config.batch_size
+        workdirs.write_config(workdir, config)  # All that can be refused has been read.
+        stack.enter_context(parents.being_kept(workdir, config))
         if start:
             say(f"Resuming at step {start} of {config.num_steps}.")
             seen = store.notes(start).get("samples_seen", seen)
@@ -188,7 +197,14 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
                 stopping = stop()
             if last or stopping or _due(number, config.checkpoint_every):
                 log.keep()  # Before the step, so that a run that resumes at it has every line.
-                store.save(number, packing.unpack(state), {"samples_seen": offset + number * config.batch_size})
+                whole = packing.unpack(state)
+                if not distill_step.all_finite(whole):
+                    failure = (
+                        f"step {number}: trained parameters are not finite, so the step is not saved. Resume from the "
+                        f"last checkpoint with {TRIES}."
+                    )
+                    break
+                store.save(number, whole, {"samples_seen": offset + number * config.batch_size})
             bar.update()
             if stopping:
                 break
@@ -204,48 +220,18 @@ def diagnosis(line: Mapping, config) -> str:
     bad = [name for name in line["score"] if not math.isfinite(line["score"][name] + line["feature"][name])]
     what = f"the loss of {', '.join(bad)} is" if bad else "every loss is finite, the gradient is"
     learning_rate = student_lib.learning_rate_schedule(config)(line["step"] - line["skipped_steps"])
-    tries = "a lower learning_rate, more warmup_steps or a smaller max_grad_norm"
     return (
         f"step {line['step']}: {line['skipped_in_a_row']} steps in a row had no finite gradient and were skipped "
         f"({line['skipped_steps']} in all): {what} not finite (learning rate {float(learning_rate):.3g}, gradient norm "
         f"{line['grad_norm']}). "
         + ("Look at its checkpoint with `dmm-jax inspect`. " if 0 < len(bad) < len(line["score"]) else "")
-        + f"The weights are still those before the first of them. Resume from the last checkpoint with {tries}"
+        + f"The weights are still those before the first of them. Resume from the last checkpoint with {TRIES}"
         + (", or with dtype float32." if config.dtype != "float32" else ".")
     )
 
 
 def _due(number, every):
     return bool(every) and number % every == 0
-
-
-def open_workdir(workdir: folders.Location, config) -> None:
-    """Makes the folder and writes config.json; when a run is there already, says what changed since it was written."""
-    path = workdir / "config.json"
-    if path.is_file():
-        old = config_lib.load(workdir)
-        before, now = config_lib.style_names(old), config_lib.style_names(config)
-        if before and before != now:
-            raise ValueError(
-                f"{workdir} was trained on the styles {', '.join(before)}; the config lists {', '.join(now)}. "
-                "Use another --workdir."
-            )
-        for line in config_lib.differences(old, config):
-            say(f"Config changed since this run was last started: {line}")
-    processes.wait_for_all("config.json read")
-    if processes.is_first():
-        with folders.reaching(workdir):
-            workdir.mkdir(parents=True, exist_ok=True)
-            part = path if folders.in_bucket(path) else path.with_suffix(".part")  # Objects are written whole.
-            part.write_text(config_lib.to_json(config))
-            if part != path:
-                part.replace(path)
-    processes.wait_for_all("config.json written")
-    if not path.is_file():
-        raise ValueError(
-            f"process {jax.process_index()} does not see {path}, which process 0 wrote. "
-            "Give a --workdir on a file system that all hosts share."
-        )
 
 
 def say(line: str) -> None:

@@ -1,7 +1,9 @@
 """The command line as a user meets it: exit codes, one clear message, nothing half-written."""
 
 import types
+import warnings
 
+import jax
 import numpy as np
 import pytest
 
@@ -32,8 +34,8 @@ def experiment(tiny, tmp_path):
     return write
 
 
-def failing(capsys, *argv) -> str:
-    assert cli.main([str(one) for one in argv]) == 1
+def failing(capsys, *argv, code: int = cli.EXIT_ERROR) -> str:
+    assert cli.main([str(one) for one in argv]) == code
     said = capsys.readouterr().err
     assert "Traceback" not in said
     return said
@@ -84,9 +86,99 @@ def test_a_teacher_of_another_architecture_is_told_with_the_differing_shapes(cap
     assert "cannot be merged" in said and "attn2.to_k" in said and "(64, 64)" in said and "(64, 32)" in said
 
 
-def test_unknown_options_are_told(capsys, experiment):
-    said = failing(capsys, "train", *experiment(), "--config.learning_rat=1")
-    assert "learning_rat" in said and "config.py" in said
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["--config.learning_rat=1"], "did you mean --config.learning_rate?"),
+        (["--config.data.cach=x"], "did you mean --config.data.cache?"),
+        (["--config.seed=much"], "seed"),
+        (["--num_steps=3"], "no option --num_steps; did you mean --config.num_steps?"),
+        (["extra"], "unexpected arguments: extra"),
+    ],
+)
+def test_options_that_there_are_not_are_wrong_usage_and_the_nearest_is_suggested(capsys, experiment, given, said):
+    assert said in failing(capsys, "train", *experiment(), *given, code=cli.EXIT_USAGE)
+
+
+@pytest.mark.parametrize(
+    "option, said",
+    [
+        ("base=nothing_here", "there is no checkpoint"),
+        ("seed=-1", "seed must not be negative"),
+        ("dtype=foo", "dtype must be one of float32, bfloat16"),
+        ("data.resolution=0", "data.resolution must be at least 1"),
+        ("data.resolution=60", "data.resolution must be a multiple of 8 pixels; got 60. Use 56"),
+    ],
+)
+def test_what_cannot_be_prepared_is_told_before_a_picture_is_drawn(capsys, experiment, tmp_path, option, said):
+    given = [experiment()[0], f"--config.data.cache={tmp_path / 'cache'}", f"--config.{option}"]
+    assert said in failing(capsys, "prepare", *given)
+    assert [path.name for path in tmp_path.iterdir()] == ["experiment.py"]
+
+
+def test_a_cache_of_another_resolution_is_not_trained_on(capsys, experiment, tmp_path):
+    said = failing(capsys, "train", *experiment(), "--config.data.resolution=128")
+    assert "resolution: expected 128, the cache has 64" in said and not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    "option, said", [("solver=foo", "there is no solver 'foo'"), ("num_inference_steps=0", "at least 1")]
+)
+def test_sample_grids_that_could_not_be_drawn_are_told_at_the_start(capsys, experiment, tmp_path, option, said):
+    grids = ["--config.samples.every=2", "--config.samples.prompts=a", f"--config.samples.{option}"]
+    assert said in failing(capsys, "train", *experiment(), *grids) and not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("import nowhere_to_be_found", "cannot be run: ModuleNotFoundError"),
+        ("def get_config():\n    return {'base': ''}", "must return a ConfigDict; got dict"),
+        (
+            "from dmm_jax import config\ndef get_config():\n"
+            "    c = config.get_config()\n    del c.teachers, c.data.cache\n    return c",
+            "lacks data.cache, teachers",
+        ),
+    ],
+)
+def test_an_experiment_file_that_is_none_is_told(capsys, tmp_path, text, said):
+    (tmp_path / "mine.py").write_text(text)
+    found = failing(capsys, "plan", f"--config={tmp_path / 'mine.py'}")
+    assert said in found and "mine.py" in found
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n#0 x"), 1, "out of memory"),
+        (MemoryError("Unable to allocate 9 TiB"), 1, "out of memory: Unable to allocate 9 TiB"),
+        (jax.errors.JaxRuntimeError("INTERNAL: gone\nframes"), 1, "the device cannot go on: INTERNAL: gone\n"),
+    ],
+)
+def test_what_ends_a_verb_from_outside_is_said_in_a_line(capsys, monkeypatch, error, code, said):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(cli, "_inspect", fail)
+    assert said in failing(capsys, "inspect", "x", code=code)
+
+
+def test_warnings_and_what_orbax_logs_are_one_clean_line_or_none(capsys, monkeypatch):
+    from absl import logging as absl_logging
+
+    def warn(_):
+        absl_logging.warning("Metadata file does not exist: /a")
+        absl_logging.warning("something else")
+        warnings.warn("a prompt was cut", stacklevel=1)
+
+    monkeypatch.setattr(cli, "_inspect", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.main(["inspect", "x"]) == 0
+    said = capsys.readouterr().err
+    assert "dmm-jax inspect: warning: a prompt was cut\n" in said and "test_cli.py" not in said
+    assert "Metadata file" not in said
 
 
 @pytest.mark.parametrize(
@@ -109,7 +201,7 @@ def test_teachers_can_be_given_on_the_command_line(experiment, given):
 
 @pytest.mark.parametrize("given", ["('new', 'a/x')", "new", "(('new',),)", "(('new', 1),)", "=x", "new="])
 def test_teachers_that_are_no_names_with_paths_are_told_how_to_be_given(capsys, experiment, given):
-    said = failing(capsys, "train", *experiment(), f"--config.teachers={given}")
+    said = failing(capsys, "train", *experiment(), f"--config.teachers={given}", code=cli.EXIT_USAGE)
     assert "--config.teachers=NAME=PATH once" in said
 
 

@@ -1,5 +1,7 @@
 """The config: what it refuses, and that it survives a round trip."""
 
+import json
+
 import pytest
 
 from dmm_jax import config as config_lib
@@ -40,6 +42,46 @@ def test_each_wrong_option_is_named_with_what_to_do(name, value, said):
         config_lib.check(config)
 
 
+def options(tree, prefix=""):
+    """Yields the name and the value of every option."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from options(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+NUMBERS = {
+    name: value
+    for name, value in options(config_lib.get_config().to_dict())
+    if isinstance(value, (int, float)) and not isinstance(value, bool)
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_is_finite_and_not_negative(name):
+    wrong = [-1] if isinstance(NUMBERS[name], int) else [-1.0, float("nan"), float("inf"), 1e39]
+    for value in wrong:
+        config = valid()
+        config.update_from_flattened_dict({name: value})
+        with pytest.raises(ValueError, match=name):
+            config_lib.check(config)
+
+
+@pytest.mark.parametrize("name, value", [("adam_b1", 1.0), ("adam_eps", 0.0), ("samples.num_inference_steps", 0)])
+def test_numbers_have_the_ranges_that_their_use_wants(name, value):
+    config = valid()
+    config.update_from_flattened_dict({name: value})
+    with pytest.raises(ValueError, match=f"{name} must .*; got {value}"):
+        config_lib.check(config)
+
+
+@pytest.mark.parametrize("entry", ["=comic", "a,b=ink", " a=ink", ""])
+def test_a_style_that_is_kept_gets_a_name_that_a_mix_can_hold(entry):
+    with pytest.raises(ValueError, match="no mix could hold"):
+        config_lib.as_kept([entry])
+
+
 @pytest.mark.parametrize("merges", [(), ("ties",), ("average", "soup"), ("average", "average")])
 def test_weight_merges_are_the_average_and_others_that_there_are(merges):
     config = valid()
@@ -71,11 +113,12 @@ def test_a_mesh_that_does_not_divide_the_teachers_is_refused():
         config_lib.check(config)
 
 
-@pytest.mark.parametrize("name, value, least", [("teacher", 0, 1), ("teacher", -1, 1), ("data", -1, 0), ("fsdp", 0, 1)])
-def test_an_axis_of_no_devices_is_refused(name, value, least):
+@pytest.mark.parametrize("name, value", [("teacher", 0), ("teacher", -1), ("data", -1), ("fsdp", 0)])
+def test_an_axis_of_no_devices_is_refused(name, value):
     config = valid()
     config.mesh[name] = value
-    with pytest.raises(ValueError, match=f"mesh.{name} must be at least {least}; got {value}. Use {least}") as refused:
+    wanted = "not be negative" if name == "data" else "be at least 1"
+    with pytest.raises(ValueError, match=f"mesh.{name} must {wanted}; got {value}") as refused:
         config_lib.check(config)
     assert "must divide" not in str(refused.value)
 
@@ -112,6 +155,39 @@ def test_json_round_trip_is_exact():
     again = config_lib.from_json(config_lib.to_json(config))
     assert config_lib.differences(config, again) == []
     assert again.teachers == config.teachers and again.samples.prompts == ("a", "b")
+
+
+@pytest.mark.parametrize("then, now", [(False, "none"), (True, "all")])
+def test_the_remat_of_older_runs_is_translated(then, now, tmp_path):
+    text = config_lib.to_json(valid())
+    (tmp_path / "config.json").write_text(text.replace('"remat": "none"', f'"remat": {json.dumps(then)}'))
+    assert config_lib.load(tmp_path).remat == now
+
+
+def test_options_of_other_types_are_told_with_the_file_what_was_expected_and_what_was_found(tmp_path):
+    values = json.loads(config_lib.to_json(valid()))
+    values |= {"seed": "a", "mesh": 3, "learning_rate": 1, "num_steps": True, "licenses": [3], "data": {"source": None}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError) as refused:
+        config_lib.load(tmp_path)
+    said = str(refused.value)
+    assert said.startswith(f"{tmp_path / 'config.json'} cannot be read:") and "learning_rate" not in said
+    for line in (
+        'seed: expected a whole number, found a text: "a"',
+        "mesh: expected a group of options, found a whole number: 3",
+        "num_steps: expected a whole number, found true or false: true",
+        "licenses: expected a list of texts",
+        "data.source: expected a text, found null: null",
+    ):
+        assert f"  - {line}" in said
+
+
+@pytest.mark.parametrize("text, said", [("[1]", "must hold a JSON object"), ("{", "is no JSON"), ("\xff", "no UTF-8")])
+def test_a_config_json_that_is_none_is_named(text, said, tmp_path):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=said) as refused:
+        config_lib.load(tmp_path)
+    assert str(tmp_path / "config.json") in str(refused.value)
 
 
 def test_differences_name_option_and_both_values():

@@ -131,3 +131,18 @@ def _plain(folder):
 def test_names_that_a_mix_cannot_hold_are_refused(student, images, tmp_path, name, said):
     with pytest.raises(ValueError, match=said):
         fit_style(str(student), images, name, tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("learning_rate", float("inf")), ("seed", -1), ("steps", 0), ("prompt_dropout", 1.0), ("resolution", -8)],
+)
+def test_options_out_of_range_are_told_before_the_model_is_opened(images, tmp_path, option, value):
+    with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} must"):
+        fit_style("no model", images, "mine", tmp_path / "a.safetensors", **{option: value})
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_model_is_opened(images, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written: .*file is a file"):
+        fit_style("no model", images, "mine", tmp_path / "file" / "a.safetensors")

@@ -144,6 +144,12 @@ def test_a_bucket_that_is_not_there_is_told(store):
         config.load("gs://elsewhere/run")
 
 
+def test_a_place_in_a_bucket_that_holds_other_things_is_no_place_for_a_run(store, tiny):
+    store.write("mine/thesis.tex", b"mine")
+    with pytest.raises(ValueError, match="gs://runs/mine is not empty and holds no run .*thesis.tex"):
+        train.run(tiny[1], "gs://runs/mine")
+
+
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_a_missing_permission_is_told_with_the_role_that_gives_it(store, tiny, method, monkeypatch):
     monkeypatch.setattr(store, "denied", {method})

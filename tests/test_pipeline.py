@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -68,13 +69,42 @@ def test_new_prompts_styles_seeds_and_scales_compile_nothing(student):
         ({"styles": "left", "seeds": [1]}, "seeds has 1"),
         ({"styles": "left", "height": 63}, "Use 56"),
         ({"styles": "left", "solver": "eular"}, "did you mean 'euler'"),
+        ({"styles": "left", "height": 7}, "Use 8"),
         ({"styles": "left", "latents": np.zeros((1, 8, 8, 4))}, "unit noise"),
+        ({"styles": "left", "latents": np.full((2, 8, 8, 4), np.nan)}, "finite unit noise"),
+        ({"styles": "left", "latents": np.zeros((2, 8, 8, 4)), "height": 128}, r"shape \(2, 16, 8, 4\)"),
+        ({"styles": "left", "seeds": [1, -1]}, "a seed must be a whole number from 0"),
+        ({"styles": "left", "seeds": [1, 2**32]}, "a seed must be a whole number from 0"),
         ({"styles": "left", "output": "png"}, "'images' or 'latents'"),
     ],
 )
 def test_what_does_not_fit_is_told(student, arguments, said):
     with pytest.raises(ValueError, match=said):
         student(PROMPTS, **QUICK, **arguments)
+
+
+@pytest.mark.parametrize("scale, said", [(float("nan"), "finite number"), ([2.0], "has 1 entries for 2 prompts")])
+def test_guidance_that_does_not_fit_is_told(student, scale, said):
+    with pytest.raises(ValueError, match=f"guidance_scale .*{said}"):
+        student(PROMPTS, styles="left", num_inference_steps=2, guidance_scale=scale)
+
+
+def test_no_prompts_and_dtypes_that_there_are_not_are_told(student, trained):
+    with pytest.raises(ValueError, match="prompts is empty"):
+        student([], styles="left")
+    for dtype in ("foo", "int32"):
+        with pytest.raises(ValueError, match="float32, bfloat16; got"):
+            Pipeline.from_pretrained(trained, dtype=dtype)
+
+
+def test_a_seed_draws_the_same_noise_and_to_rounding_the_same_image_in_batches_of_any_size(student):
+    options = QUICK | {"styles": "left", "output": "latents"}
+    five = student([PROMPTS[0]] * 5, seeds=[3, 4, 5, 6, 7], **options)
+    one = student(PROMPTS[:1], seeds=[5], **options)
+    assert np.abs(one[0] - five[2]).max() < 1e-5 * np.abs(one).max()
+    keys = jax.vmap(jax.random.key)(np.arange(5, dtype=np.uint32))
+    noise = [pipeline_lib._unit_noise(some, (8, 8, 4)) for some in (keys, keys[3:4])]
+    assert np.array_equal(noise[0][3], noise[1][0])
 
 
 def test_a_stock_checkpoint_takes_no_style(tiny):

@@ -7,7 +7,7 @@ import pytest
 
 from dmm_jax.diffusion import solvers
 from dmm_jax.diffusion.schedule import NoiseSchedule
-from dmm_jax.styles import is_schedule, parse_style, style_row, style_rows, style_text
+from dmm_jax.styles import is_schedule, is_writable, parse_style, style_row, style_rows, style_text
 
 NAMES = ("photo", "anime", "ink")
 TIMESTEPS = np.array([999.0, 800.0, 600.0, 500.0, 400.0, 0.0], np.float32)
@@ -61,6 +61,31 @@ def test_both_evaluations_of_a_heun_step_have_the_style_of_their_own_timestep():
 def test_gaps_overlaps_and_unknown_names_are_told(style, said):
     with pytest.raises(ValueError, match=said):
         style_rows(style, NAMES, TIMESTEPS, 1000)
+
+
+def test_a_name_that_is_there_twice_and_weights_that_are_all_zero_are_told():
+    with pytest.raises(ValueError, match="names 'photo' twice"):
+        parse_style("photo=0.5, photo =0.3")
+    for nothing in ({"photo": 0.0}, {"photo": 0.0, "ink": 0.0}, {}, {"photo": float("nan")}):
+        with pytest.raises(ValueError, match="one at least that is not 0"):
+            style_row(nothing, NAMES)
+
+
+@pytest.mark.parametrize("mix, said", [({"photo": 0.7}, "sum is 0.7"), ({"photo": 1.5, "ink": -0.5}, "sum is 1")])
+def test_weights_that_are_no_shares_of_1_are_warned_of(mix, said):
+    with pytest.warns(UserWarning, match=said):
+        style_row(mix, NAMES)
+
+
+def test_shares_of_1_draw_no_warning(recwarn):
+    for mix in ("photo", HALF, {"photo": 0.33, "anime": 0.33, "ink": 0.33}):
+        style_row(mix, NAMES)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("name", ["", "a=b", "a,b", "a\nb", " a", "a:600:b"])
+def test_names_that_no_mix_can_hold_are_known(name):
+    assert not is_writable(name) and is_writable("anime: soft 2")
 
 
 def test_a_list_of_styles_is_no_schedule():

@@ -214,3 +214,12 @@ def test_clips_own_tokenizer_written_out_is_the_same_to_transformers(tmp_path):
     prompts = ["".join(rng.choice(symbols, size)) for size in rng.integers(1, 30, 100)]
     theirs = CLIPTokenizer.from_pretrained(tmp_path / "t")(prompts, padding="max_length", return_tensors="np")
     assert (Tokenizer.from_folder(OPEN_CLIP)(prompts) == theirs["input_ids"]).all()
+
+
+@pytest.mark.parametrize("name, text", [("vocab.json", "{"), ("vocab.json", "[]"), ("merges.txt", "one\n")])
+def test_files_that_are_broken_are_told_with_their_folder(folder, name, text):
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=f"tokenizer in {folder} cannot be read"):
+        Tokenizer.from_folder(folder)
+    with pytest.raises(ValueError, match=f"tokenizer in {folder} cannot be read"):
+        Tokenizer.from_files(folder / "vocab.json", folder / "merges.txt")

@@ -162,6 +162,15 @@ def test_sigterm_while_the_run_validates_stops_it_before_it_draws(tiny, tmp_path
         assert store.steps == [2]
 
 
+def test_parameters_that_are_not_finite_are_never_saved(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.distill_step, "all_finite", lambda state: state["step"] < 4)
+    with pytest.raises(FloatingPointError, match="step 4: trained parameters are not finite.*lower learning_rate"):
+        train.run(tiny[1].copy_and_resolve_references(), tmp_path)
+
+    with StateStore(tmp_path) as store:
+        assert store.steps == [2]
+
+
 def test_a_run_that_goes_on_with_another_batch_size_goes_on_in_its_data(tiny, trained, tmp_path, monkeypatch, capsys):
     shutil.copytree(trained, tmp_path / "run")
     config = stopped_at(tiny[1], 7)  # Its first steps had batches of another size: ten examples on average.

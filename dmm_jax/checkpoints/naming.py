@@ -147,7 +147,7 @@ def checked(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping, where: str)
 
 
 def _not_finite(where, keys):
-    return f"{where}: NaN or infinity in {listed(keys)}. The file is damaged; fetch it again or leave it out."
+    return f"{where}: NaN or infinity in {listed(keys)}. The weights are damaged: take a sound copy, or leave it out."
 
 
 def differences(expected: Mapping, tensors: Mapping) -> dict[str, list[str]]:

@@ -87,7 +87,9 @@ def read_header(folder: pathlib.Path) -> tuple[CacheHeader, dict[str, Any]]:
         fields["shards"] = tuple((str(name), int(count)) for name, count in fields["shards"])
         return CacheHeader(**fields), raw
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not the header of a latent cache ({error}). Run `dmm-jax prepare`.") from error
+        raise ValueError(
+            f"{path} is not the header of a latent cache ({error}). Prepare the cache in a new folder."
+        ) from error
 
 
 def encode_record(latents: np.ndarray, input_ids: np.ndarray, frame: np.ndarray, image_id: int) -> bytes:

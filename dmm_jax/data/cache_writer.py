@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import shutil
 from collections.abc import Sequence
 
 import numpy as np
@@ -98,10 +99,12 @@ class CacheWriter:
         return LatentCache(self.folder)
 
     def abandon(self) -> None:
-        """Lets go of the open shard; the whole ones stay for the next writer."""
+        """Lets go of the open shard; the whole ones stay for the next writer, and where there is none nothing does."""
         if self._shard is not None:
             self._shard.close()
             self._shard, self._in_shard = None, 0
+        if not self._shards and self.partial.exists():
+            shutil.rmtree(self.partial)
 
     def _close_shard(self) -> None:
         if self._shard is None:

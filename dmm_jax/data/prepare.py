@@ -17,6 +17,7 @@ from dmm_jax.data.cache_writer import CacheWriter
 from dmm_jax.data.images import UnreadableImage, crop_of, fit_square
 from dmm_jax.data.prompts import Draws
 from dmm_jax.data.sources import Example, ImageSource
+from dmm_jax.folders import check_local, check_writable
 
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray, Sequence[int], int]  # The arguments of `CacheWriter.add`.
 
@@ -137,9 +138,13 @@ def fill(
         rows: yields the arguments of `CacheWriter.add` from `writer.next_index` on, and moves the bar.
         total: where the source ends.
     """
-    out = pathlib.Path(out)
+    out = check_place(out)
     if out.exists():
-        return LatentCache(out, **wanted)
+        cache = LatentCache(out)
+        if problems := cache.header.differences(**wanted):
+            listed = "\n  ".join(problems)
+            raise ValueError(f"{out} is a cache of other things:\n  {listed}\nDelete it, or set another data.cache.")
+        return cache
     writer = CacheWriter(out, CacheHeader(**wanted, **shapes()), shard_size)
     hidden = not sys.stderr.isatty() if progress is None else not progress
     try:
@@ -149,6 +154,22 @@ def fill(
         return writer.finish()
     finally:
         writer.abandon()
+
+
+def check_place(out: str | pathlib.Path) -> pathlib.Path:
+    """Returns where a cache is to be, if nothing else is there and it can be written.
+
+    Raises:
+        ValueError: other things are there, it cannot be written, or lies in a bucket.
+    """
+    out = check_local(out, "a latent cache")
+    if out.exists() and not (out / "cache.json").is_file():
+        raise ValueError(
+            f"{out} is there and is no latent cache (it holds no cache.json). Set data.cache to a new folder, which "
+            "prepare makes."
+        )
+    check_writable(out)
+    return out
 
 
 def _batches_by_teacher(draws: Draws, ids: np.ndarray, batch_size: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -298,6 +298,20 @@ def build_step(loss_and_grads: Callable, optimizers: Mapping, ema_decay: float) 
     return step
 
 
+def all_finite(state: Mapping) -> bool:
+    """Tells whether all trained parameters are finite: what a run asks before it saves them.
+
+    `build_step` keeps what is not finite out of the gradient; of a finite one AdamW makes finite parameters, but for
+    rates near float32's end. Asking at every step would cost another reading of the whole state.
+    """
+    return bool(_all_finite(trained(state)))
+
+
+@jax.jit
+def _all_finite(params):
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
+
+
 def trained(state: Mapping) -> dict:
     """Returns the parameters in a training state, by network: the student's, perhaps the discriminator's."""
     there = {"student": state} | {name: state[name] for name in ("discriminator",) if name in state}

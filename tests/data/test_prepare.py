@@ -125,9 +125,17 @@ def test_a_cache_of_other_things_is_not_overwritten(tmp_path, change):
         _prepare(tmp_path / "cache", **change)
 
 
+def test_a_folder_of_other_things_is_told_to_one_who_prepares(tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="is no latent cache .*new folder"):
+        _prepare(tmp_path / "cache")
+
+
 def test_latents_that_are_not_finite_are_refused(tmp_path):
     with pytest.raises(ValueError, match="NaN"):
         _prepare(tmp_path / "cache", encode=lambda images, keys: encode(images, keys) / 0.0 * 0.0)
+    assert list(tmp_path.iterdir()) == []  # Nothing whole was written, so nothing stays.
 
 
 def test_the_world_is_prepared_as_it_is(tmp_path):

@@ -61,6 +61,14 @@ def test_a_student_that_starts_as_its_only_teacher_has_no_error_and_no_gradient(
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads)) < 1e-4
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_one_value_that_is_not_finite_in_any_network_is_found(bad):
+    state = {"params": {"a": jnp.ones(3), "b": jnp.ones((2, 2))}, "discriminator": {"params": {"c": jnp.ones(2)}}}
+    assert distill_step.all_finite(state)
+    assert not distill_step.all_finite(state | {"params": {"a": jnp.ones(3), "b": jnp.ones((2, 2)).at[1, 0].set(bad)}})
+    assert not distill_step.all_finite(state | {"discriminator": {"params": {"c": jnp.array([1, bad])}}})
+
+
 def test_teachers_on_the_mesh_equal_teachers_alone(run):
     """The law that a partitioned vmap over convolutions broke: each teacher's error is what it is by itself."""
     params, frozen, encoders, batch, step = run["args"]
