@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 JOIN_TIMEOUT_S = 300  # How long processes wait for each other at the start.
 HEARTBEAT_TIMEOUT_S = 30  # A process not heard of for so long is dead, and ends the run.
 POLL_S = 0.5  # How often a process asks before its first step whether another was told to stop.
+LOST = 134  # The exit code of a process that has lost another, by JAX's hand or ours; xpk starts such a run again.
 LAST_WORDS_S = 2  # Without process 0 the others are aborted: where all fail alike, it lets them speak first.
 SAID_PLAINLY = (ValueError, OSError, FloatingPointError, KeyboardInterrupt)  # The rest needs its traceback.
 
@@ -37,8 +38,8 @@ def joined(
 ) -> Iterator[None]:
     """Makes this process one of several for the block; without arguments, does nothing.
 
-    A failure inside ends the process with exit code 1 after it was said on stderr: the usual way out would wait for the
-    other processes, and they for this one.
+    A failure inside ends the process after it was said on stderr, with exit code 1, or `LOST` where another process or
+    the device was lost: the usual way out would wait for the other processes, and they for this one.
 
     Args:
       distributed: ask the cluster (Cloud TPU, GKE, Slurm, Open MPI) for what is not given below.
@@ -114,8 +115,9 @@ def _missing(seconds: float) -> str:
 
 def _end(error: BaseException):
     """Says what happened and leaves without waiting for anyone."""
-    text = str(error) or type(error).__name__
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    text, code = str(error) or type(error).__name__, 1
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in text:
+        code = LOST
         text = f"the device or another process is gone (if it was a process, its own log says why): {text}"
     elif not isinstance(error, SAID_PLAINLY):
         traceback.print_exception(error)
@@ -123,7 +125,7 @@ def _end(error: BaseException):
     sys.stdout.flush()
     if is_first():
         time.sleep(LAST_WORDS_S)
-    os._exit(1)
+    os._exit(code)
 
 
 def is_first() -> bool:

@@ -284,6 +284,39 @@ def test_a_failing_process_does_not_wait_for_the_lost_one_to_finish_a_save(tmp_p
     assert "process 0 of 2 failed: a reason" in first.communicate()[1]
 
 
+STEPS = """
+import sys
+import jax
+from dmm_jax import processes
+
+with processes.joined(False, sys.argv[2], 2, int(sys.argv[3])):
+    for step in range(10**9):
+        processes.wait_for_all("step")
+        if step == 3:
+            print("running", flush=True)
+        if step == 4 and sys.argv[1].endswith("broken") and jax.process_index() == 1:
+            raise KeyError("a bug")
+"""
+
+
+def test_when_process_0_is_killed_the_others_end_with_a_message(tmp_path):
+    first, other = start_two_programs(STEPS, tmp_path)
+    while "running" not in (line := first.stdout.readline()):
+        assert line, first.communicate()[1][-3000:]
+    first.kill()
+    said = other.communicate(timeout=2 * processes.HEARTBEAT_TIMEOUT_S)[1]
+    assert other.returncode in (processes.LOST, -signal.SIGABRT), said[-3000:]
+    assert "another process is gone" in said or "another task died" in said
+
+
+def test_an_error_in_one_process_ends_all_with_a_message(tmp_path):
+    first, broken = start_two_programs(STEPS, tmp_path / "broken")
+    said = [child.communicate(timeout=2 * processes.HEARTBEAT_TIMEOUT_S)[1] for child in (first, broken)]
+    assert broken.returncode == 1 and "process 1 of 2 failed: 'a bug'" in said[1], said[1][-3000:]
+    assert first.returncode in (processes.LOST, -signal.SIGABRT), said[0][-3000:]
+    assert "another process is gone" in said[0] or "another task died" in said[0]
+
+
 def random_state(seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     return {"kernel": rng.standard_normal((64, 64), np.float32), "bias": rng.standard_normal(64).astype(np.float32)}

@@ -1,7 +1,9 @@
 """The run: resumed equals uninterrupted, twice in a row; what is written; what is refused."""
 
 import json
+import multiprocessing
 import os
+import random
 import shutil
 import signal
 import threading
@@ -13,6 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
+from dmm_jax import config as config_lib
 from dmm_jax import images, processes, train
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.states import StateStore
@@ -21,6 +24,7 @@ from dmm_jax.metrics import read
 from dmm_jax.pipeline import Pipeline
 from tests import worlds
 
+KILLS = int(os.environ.get("DMM_JAX_KILLS", "5"))  # How many times the kill tests kill.
 NOTICE_S = 30  # What Google gives a spot machine between the signal and its end.
 
 
@@ -118,6 +122,45 @@ def test_sigterm_saves_the_step_that_was_reached_and_the_next_run_goes_on_bit_fo
     train.run(config, tmp_path / "whole")
     whole, parts = (open_checkpoint(folder).tensors("unet") for folder in (tmp_path / "whole", workdir))
     assert all(np.array_equal(whole[key], parts[key]) for key in whole)
+
+
+def run_in_a_child(config_json, workdir, settings):
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    train.run(config_lib.from_json(config_json), workdir)
+
+
+def test_a_run_that_was_killed_at_random_moments_equals_one_that_never_was_bit_for_bit(tiny, tmp_path):
+    """From the start of `run` on: the first kill comes when a step is written down, the others at any moment so far."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dmm_jax.train"])
+    config, workdir, rng = stopped_at(tiny[1], 100_000), tmp_path / "run", random.Random(0)
+    reached, longest_s = 0, 0.0
+    settings = {
+        name: getattr(jax.config, name) for name in ("jax_default_matmul_precision", "jax_compilation_cache_dir")
+    }
+    for _ in range(max(KILLS // 5, 1)):
+        child = context.Process(target=run_in_a_child, args=(config_lib.to_json(config), workdir, settings))
+        started = time.monotonic()
+        child.start()
+        if longest_s:
+            time.sleep(rng.uniform(0.0, longest_s))
+        else:
+            while not read(workdir / "metrics.jsonl"):
+                assert child.is_alive()
+                time.sleep(0.01)
+            longest_s = 1.2 * (time.monotonic() - started)
+        child.kill()
+        child.join()
+        steps = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+        assert max(steps, default=0) >= reached
+        reached = max(steps, default=0)
+    config.num_steps = reached + 2
+    train.run(config, workdir)
+    train.run(config, tmp_path / "whole")
+    whole, parts = (open_checkpoint(folder).tensors("unet") for folder in (tmp_path / "whole", workdir))
+    assert all(np.array_equal(whole[key], parts[key]) for key in whole)
+    print(f"killed {max(KILLS // 5, 1)} times, up to step {reached}; then as if it never had been")
 
 
 def test_a_run_without_finite_gradients_stops_with_a_diagnosis_and_keeps_its_last_good_weights(tiny, tmp_path, capsys):

@@ -1,21 +1,42 @@
 """One number per array, which tells whether its bits are those it had: the same on every mesh, device and host."""
 
+import collections
+import functools
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 WORDS_AT_ONCE = 2**20  # On the host: what the caches hold.
 
 
 def of_tree(tree) -> dict[str, list]:
-    """Returns {path: [dtype, shape, checksum]} of a tree of arrays; on the device, where it costs one read of them."""
-    leaves = paths(tree)
-    sums = [_on_device(leaf) if isinstance(leaf, jax.Array) else of_host(leaf) for leaf in leaves.values()]
-    return {
-        path: [*kind(leaf), int(one)] for (path, leaf), one in zip(leaves.items(), jax.device_get(sums), strict=True)
-    }
+    """Returns {path: [dtype, shape, checksum]} of a tree of arrays of numpy, or of arrays on a mesh, or on a device.
+
+    Every device sums its own part of what lies on a mesh, and no program communicates: it would have to wait for its
+    turn among those that the processes have dispatched. The sums are added up on the hosts.
+    """
+    leaves, groups = paths(tree), collections.defaultdict(list)
+    for path, leaf in leaves.items():
+        groups[leaf.shape, np.dtype(leaf.dtype), getattr(leaf, "sharding", None)].append(path)
+    parts = {}
+    for (shape, _, place), names in groups.items():
+        same = [leaves[name] for name in names]
+        if isinstance(place, NamedSharding):
+            parts |= dict(zip(names, _ours(_on_mesh(place, shape)(same), same[0]), strict=True))
+        elif place is not None:
+            parts |= dict(zip(names, [[one] for one in jax.device_get(_on_device(same))], strict=True))
+        else:
+            parts |= {name: [of_host(leaf)] for name, leaf in zip(names, same, strict=True)}
+    sums = np.array([sum(map(int, parts[path])) % 2**32 for path in leaves], np.uint32)
+    if jax.process_count() > 1 and any(isinstance(place, NamedSharding) for *_, place in groups):
+        sums = multihost_utils.process_allgather(sums).astype(np.uint64).sum(0) % 2**32
+    return {path: [*kind(leaf), int(one)] for (path, leaf), one in zip(leaves.items(), sums, strict=True)}
 
 
 def paths(tree) -> dict[str, Any]:
@@ -40,14 +61,42 @@ def of_host(leaf: np.ndarray) -> int:
     return total % 2**32
 
 
+def _ours(summed, leaf) -> np.ndarray:
+    """Returns the sums of the parts that this process counts, (leaves, parts): of copies one counts."""
+    counted = {shard.device for shard in leaf.addressable_shards if shard.replica_id == 0}
+    ours = [shard.data for shard in summed.addressable_shards if shard.device in counted]
+    return np.concatenate([np.zeros((0, summed.shape[1]), np.uint32), *jax.device_get(ours)]).T
+
+
+@functools.cache
+def _on_mesh(place, shape):
+    """Returns the program that sums arrays of one shape and place: (devices, arrays)."""
+
+    def local(leaves):
+        starts = []
+        for axes, size in itertools.zip_longest(place.spec, leaves[0].shape):
+            index = 0
+            for axis in (axes,) if isinstance(axes, str) else axes or ():
+                index = index * place.mesh.shape[axis] + jax.lax.axis_index(axis)
+            starts.append(jnp.uint32(index * size))
+        return jnp.stack([_sum(leaf, starts, shape) for leaf in leaves])[None]
+
+    everywhere = P(place.mesh.axis_names)
+    return jax.jit(jax.shard_map(local, mesh=place.mesh, in_specs=place.spec, out_specs=everywhere, check_vma=False))
+
+
 @jax.jit
-def _on_device(leaf):
-    words = leaf if leaf.dtype == bool else jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
-    words = words.astype(jnp.uint32)
-    places = jnp.zeros(leaf.shape, jnp.uint32)
-    for axis, size in enumerate(leaf.shape):  # Never flattened: a sharded array stays where it is.
-        places = places * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    return _mixed(words, places).sum(dtype=jnp.uint32)
+def _on_device(leaves):
+    return [_sum(leaf, [jnp.uint32(0)] * leaf.ndim, leaf.shape) for leaf in leaves]
+
+
+def _sum(part, starts, shape):
+    """Sums the part of an array of `shape` that begins at `starts`."""
+    words = part if part.dtype == bool else jax.lax.bitcast_convert_type(part, f"uint{8 * part.dtype.itemsize}")
+    places = jnp.zeros(part.shape, jnp.uint32)
+    for axis, (start, size) in enumerate(zip(starts, shape, strict=True)):
+        places = places * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, part.shape, axis) + start
+    return _mixed(words.astype(jnp.uint32), places).sum(dtype=jnp.uint32)
 
 
 def _mixed(words, places):

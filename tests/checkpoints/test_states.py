@@ -188,21 +188,26 @@ def save_for_ever(folder, report):
 
 
 def test_kill_9_at_any_moment_loses_no_finished_save(tmp_path):
-    """At moments drawn at random, each after one more save; DMM_JAX_KILLS=50 for many of them."""
+    """Every other kill comes while the child saves; the next one may come while it starts and clears up after that."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dmm_jax.checkpoints.states"])
     rng = random.Random(0)
-    finished = broken_off = 0
-    for _ in range(KILLS):
+    finished, broken_off, starting_s = 0, 0, []
+    for kill in range(KILLS):
         mine, its = context.Pipe(duplex=False)
         child = context.Process(target=save_for_ever, args=(tmp_path, its), daemon=True)
+        started = time.monotonic()
         child.start()
         its.close()
-        before = finished
-        while finished == before:  # At least one more save, however slow the machine is.
-            assert mine.poll(60)
-            finished = max(finished, mine.recv())
-        time.sleep(rng.uniform(0.0, 0.5))
+        if kill % 2 == 0:
+            before = finished
+            while finished == before:  # At least one more save, however slow the machine is.
+                assert mine.poll(60)
+                finished = max(finished, mine.recv())
+            starting_s.append(time.monotonic() - started)
+            time.sleep(rng.uniform(0.0, 0.5))
+        else:
+            time.sleep(rng.uniform(0.0, max(starting_s)))
         os.kill(child.pid, signal.SIGKILL)
         child.join()
         try:
@@ -211,11 +216,11 @@ def test_kill_9_at_any_moment_loses_no_finished_save(tmp_path):
         except EOFError:
             pass
         broken_off += any(path.name.endswith("tmp") for path in (tmp_path / "checkpoints").iterdir())
-        with StateStore(tmp_path) as store:
-            assert store.latest_step is None or store.latest_step >= finished
-            if store.latest_step:
+        if kill % 2 or kill == KILLS - 1:
+            with StateStore(tmp_path) as store:
+                assert store.latest_step >= finished
                 step, state = store.resume(state_of(0, 20_000))
                 assert step == store.latest_step
                 assert_is_of(step, state, 20_000)
-    assert finished >= KILLS and broken_off
+    assert finished > KILLS // 2 and broken_off
     print(f"{KILLS} kills, {broken_off} of them in the middle of a save; {finished} saves finished, none lost")
