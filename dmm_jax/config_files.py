@@ -86,5 +86,6 @@ def _check_names(config, overrides):
 
 def _no_option(name, config) -> str:
     own = name.removeprefix("config.")
-    (near,) = difflib.get_close_matches(own, _option_names(config), 1, 0.0)
-    return f"there is no option --{name}; did you mean --config.{near}? The options are in dmm_jax/config.py."
+    near = difflib.get_close_matches(own, _option_names(config), 1, 0.5)
+    meant = f"; did you mean --config.{near[0]}?" if near else "."
+    return f"there is no option --{name}{meant} The options are in dmm_jax/config.py."

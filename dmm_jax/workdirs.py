@@ -1,5 +1,7 @@
 """The folder of a run: whose it is, looked at before any work is done; config.json, once nothing can be refused."""
 
+import os
+
 import jax
 
 from dmm_jax import config as config_lib
@@ -66,9 +68,9 @@ def _strangers(workdir, config) -> list[str]:
         return []
     if not workdir.is_dir():
         raise ValueError(f"{workdir} is a file; a run is kept in a folder. Give another --workdir.")
-    own = {f"{config.data.cache}{end}" for end in ("", ".images")}
+    own = {os.path.abspath(f"{config.data.cache}{end}") for end in ("", ".images")}
     there = [path for path in workdir.iterdir() if not path.is_dir() or any(path.iterdir())]
-    return sorted(path.name for path in there if str(path) not in own)
+    return sorted(path.name for path in there if os.path.abspath(path) not in own)
 
 
 def write_config(workdir: folders.Location, config) -> None:
