@@ -84,7 +84,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     verb = _add(verbs, "inspect", _inspect, "what checkpoints hold, and whether they can be merged")
     verb.add_argument(
-        "checkpoints", nargs="+", type=pathlib.Path, metavar="CKPT", help="diffusers folders or .safetensors files"
+        "checkpoints",
+        nargs="+",
+        type=pathlib.Path,
+        metavar="CKPT",
+        help="diffusers folders, .safetensors files, or hf:OWNER/NAME",
     )
     verb.add_argument("--json", action="store_true", help="print one JSON object")
     verb.add_argument("--deep", action="store_true", help="read large files whole, too: hashes, and all damage")

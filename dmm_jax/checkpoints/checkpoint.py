@@ -135,6 +135,7 @@ class Checkpoint:
     borrowed: Sequence[str] = ()  # Networks that it lacks and its base lent.
     loras: Sequence["Lora"] = ()  # Folded into its tensors; `path` is then the whole text, and
     root: pathlib.Path | None = None  # the path of what they are folded into.
+    called: str = ""  # Its name, where its path does not tell it.
     stated: Collection[str] = ()  # Fields of `scheduler_config` that it says itself, not its family.
 
     @property
@@ -142,7 +143,8 @@ class Checkpoint:
         """The file's or folder's name, without its ending."""
         path = (self.root or self.path).absolute()
         folded = (f"{lora.path.stem}*{lora.weight:g}" for lora in self.loras)
-        return " + ".join([path.stem if self.kind == "single-file" else path.name, *folded])
+        own = self.called or (path.stem if self.kind == "single-file" else path.name)
+        return " + ".join([own, *folded])
 
     @property
     def architecture(self) -> str:

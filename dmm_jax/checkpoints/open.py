@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Mapping
 
 from dmm_jax import vocabulary
-from dmm_jax.checkpoints import architecture, licenses, lora, naming, single_file
+from dmm_jax.checkpoints import architecture, hub, licenses, lora, naming, single_file
 from dmm_jax.checkpoints.abstract import COMPONENTS, abstract_params
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component, Place, abstract
 from dmm_jax.checkpoints.diffusers_folder import STYLES_KEY, WEIGHTS, open_folder
@@ -31,12 +31,12 @@ def open_checkpoint(
     prediction_type: str = "",
     allow_unsupported: bool = False,
 ) -> Checkpoint:
-    """Opens a checkpoint; nothing is fetched, and no weights are read.
+    """Opens a checkpoint; nothing is fetched unasked, and no weights are read.
 
     Args:
       path: a diffusers or DMM folder, a .safetensors single file, or the workdir of a training run, which alone may be
-        in a bucket; with LoRAs folded in: `BASE + LORA.safetensors*0.8 + OTHER.safetensors` (weight 1 where none is
-        given).
+        in a bucket; `hf:OWNER/NAME@REVISION`, which alone is fetched (see `hub`); with LoRAs folded in:
+        `BASE + LORA.safetensors*0.8 + OTHER.safetensors` (weight 1 where none is given).
       base: another checkpoint, for the networks, tokenizer and sizes that `path` lacks.
       prediction_type: "epsilon" or "v_prediction", believed where `path` does not say it: single files, which look the
         same either way.
@@ -53,8 +53,15 @@ def open_checkpoint(
         root, files = lora.parse(path)
         told = {"prediction_type": prediction_type, "allow_unsupported": allow_unsupported}
         return lora.with_loras(open_checkpoint(root, base, **told), path, files)
+    if hub.is_hub_id(path):
+        name, folder = hub.fetched(path)
+        told = {"prediction_type": prediction_type, "allow_unsupported": allow_unsupported}
+        return dataclasses.replace(open_checkpoint(folder, base, **told), called=name)
     if not path.exists():
-        raise CheckpointError(f"there is no checkpoint {path}. Give a diffusers folder or a .safetensors file.")
+        raise CheckpointError(
+            f"there is no checkpoint {path}. Give a diffusers folder or a .safetensors file, or hf:OWNER/NAME to fetch "
+            "it from the Hugging Face hub."
+        )
     if path.is_file():
         checkpoint = _open_single_file(path)
     elif (path / "model_index.json").is_file():
