@@ -1,11 +1,15 @@
 """The mesh, and the one rule that says which array lives where.
 
-| array                                    | teacher | data | fsdp |
-|------------------------------------------|---------|------|------|
-| batch [N, B/N, ...]                      | N       | B/N  | B/N  |
-| teacher parameters [N, ...]              | N       | copy | copy |
-| text encoders (the distinct ones)        | copy    | copy | copy |
-| student, its moments and its average     | copy    | copy | largest dimension that divides |
+| array                                           | teacher | data | fsdp                           |
+|-------------------------------------------------|---------|------|--------------------------------|
+| batch, validation inputs [N, B/N, ...]          | N       | B/N  | B/N                            |
+| teacher parameters, encoder rows, styles [N, .] | N       | copy | copy                           |
+| text encoders, the distinct ones                | copy    | copy | copy                           |
+| frozen backbone of a discriminator              | copy    | copy | copy                           |
+| student, discriminator, moments, average        | copy    | copy | largest dimension that divides |
+| vector of all that is small of these (packed)   | copy    | copy | copy                           |
+| counters                                        | copy    | copy | copy                           |
+| losses of all teachers [N], gradient norm       | copy    | copy | copy                           |
 """
 
 import collections

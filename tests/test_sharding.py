@@ -1,4 +1,4 @@
-"""The mesh: what it refuses, and that every layout of one batch gives the same step."""
+"""The mesh: what it refuses, and that every layout of one batch gives the same steps."""
 
 import json
 import os
@@ -13,81 +13,112 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from dmm_jax import sharding
+from tests import mesh_program
 
 ROOT = pathlib.Path(__file__).parent.parent
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (4, 2, 1), (1, 1, 8)]
-FLAGS = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"  # conftest.py's, and fake devices.
-PROGRAM = """
-import json, sys, functools
-import jax, jax.numpy as jnp, numpy as np
-from dmm_jax import sharding, train
-from dmm_jax.config import load, from_json
-from dmm_jax.checkpoints.open import open_checkpoint
-from dmm_jax.data.cache import LatentCache
-from dmm_jax.data.pipeline import batches
-from dmm_jax.distill import discriminator, incremental, step as S, student, teachers
-from dmm_jax.tokenizer import Tokenizers
-config = from_json(open(sys.argv[1]).read())
-base = open_checkpoint(config.base)
-lessons = incremental.lessons({name: open_checkpoint(path) for name, path in config.teachers}, None, 0)
-described = train.discriminator_arguments(config, base)
-host = batches(LatentCache(config.data.cache), 0, 8, 64)[0]
-for number, (t, d, f) in enumerate(json.loads(sys.argv[2])):
-    mesh = sharding.make_mesh(t, d, f, devices=jax.devices()[: t * d * f])
-    frozen, encoders = teachers.put_teachers(base, lessons, base.unet_config, mesh, jnp.float32)
-    networks, student_config = train.define_networks(config, base)
-    style = student.style_params(student_config, "paper", 0)
-    params = {"student": student.put_student([base.params("unet")], style, student_config, mesh)}
-    if networks.discriminator:
-        judge = discriminator.initial_params(*described, base.params("unet"), 0)
-        params["discriminator"] = student.put_trained(judge, mesh)
-    objective = train.define_objective(config, base, Tokenizers.from_folders(base.tokenizer_folders))
-    specs = sharding.state_specs(params, mesh)
-    f = S.build_loss_and_grads(networks, objective, mesh, specs, dtype=jnp.float32, gradient_accumulation=1, seed=0)
-    grads, errors = jax.jit(f)(params, frozen, encoders, sharding.put(host, mesh, sharding.BATCH), jnp.int32(1))
-    np.savez(f"{sys.argv[3]}/{number}.npz", *jax.tree.leaves((grads, errors)))
-"""
+FLAGS = (  # conftest.py's, and fake devices.
+    f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true"
+)
+IN_PARTS = (4, 2, 1)  # The mesh on which gradients are summed over two micro-batches.
+JUDGED = {"adversarial.weight": 0.1}
+CASES = {
+    **{("float32", mesh): {"gradient_accumulation": 1 + (mesh == IN_PARTS)} for mesh in MESHES},
+    ("bfloat16", (2, 2, 2)): {"dtype": "bfloat16"},
+    ("judged", (4, 2, 1)): JUDGED,
+    ("judged", (2, 2, 2)): JUDGED,
+}
 
 
-def on_each_mesh(tiny, folder, meshes, adversarial_weight):
-    """Returns the gradients and errors, as lists of arrays, of one step of eight teachers on each mesh."""
-    from dmm_jax.config import to_json
-
-    config = tiny[1].copy_and_resolve_references()
-    config.teachers = tuple((f"{name}_{k}", path) for k in range(4) for name, path in config.teachers)
-    config.adversarial.weight = adversarial_weight
-    (folder / "config.json").write_text(to_json(config))
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    """What two whole steps of eight teachers logged, and where they led, in each of CASES; where the arrays lived."""
+    folder = tmp_path_factory.mktemp("meshes")
     environment = os.environ | {"XLA_FLAGS": FLAGS, "PYTHONPATH": str(ROOT)}
     environment |= {"JAX_PLATFORMS": "cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-    command = [sys.executable, "-c", PROGRAM, str(folder / "config.json"), json.dumps(meshes), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    cases = json.dumps([[mesh, changes] for (_, mesh), changes in CASES.items()])
+    command = [sys.executable, "-m", "tests.mesh_program", cases, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [list(np.load(folder / f"{number}.npz").values()) for number in range(len(meshes))]
+    found = {case: dict(np.load(folder / f"{number}.npz")) for number, case in enumerate(CASES)}
+    return found, json.loads((folder / "places.json").read_text())
 
 
-def norm(leaves):
-    return np.sqrt(sum(float(np.square(leaf, dtype=np.float64).sum()) for leaf in leaves))
+def difference(found, wanted, name):
+    """Returns the distance between what two runs call `name`, over all its arrays, relative to its length."""
+    pairs = [(found[key].astype(np.float64), wanted[key]) for key in wanted if key.startswith(f"{name}.")]
+    assert pairs
+    length = np.sqrt(sum(np.square(other, dtype=np.float64).sum() for _, other in pairs))
+    return np.sqrt(sum(np.square(one - other).sum() for one, other in pairs)) / length
 
 
-def difference(left, right):
-    return norm([a.astype(np.float64) - b for a, b in zip(left, right, strict=True)])
+@pytest.mark.parametrize("mesh", MESHES[1:], ids=str)
+def test_every_mesh_and_micro_batches_make_the_same_steps(steps, mesh):
+    """Losses, gradient norm, moments, and with them parameters and their average: all that a step leaves behind.
+
+    Adam divides by a gradient's size, so a parameter whose gradient is nothing but rounding would move by the learning
+    rate, anyhow; with an epsilon of 1e-3, of the size of the gradients, an update is as exact as its gradient.
+    """
+    wanted, found = steps[0]["float32", MESHES[0]], steps[0]["float32", mesh]
+    for name in ("score", "feature", "grad_norm"):
+        for number in range(2):
+            key = f"logged {name}.{number}"
+            np.testing.assert_allclose(found[key], wanted[key], rtol=1e-5, err_msg=key)
+    for name in ("student mu", "student nu", "student moved", "student average"):
+        assert difference(found, wanted, name) < 1e-5, name
+    moments = [key for key in wanted if key.startswith("student mu.")]
+    whole = np.sqrt(sum(np.square(wanted[key]).sum() for key in moments))
+    for key in moments:  # And in every array, but for those that hardly move.
+        length = max(np.linalg.norm(wanted[key]), 1e-3 * whole)
+        assert np.linalg.norm(found[key] - wanted[key]) < 1e-5 * length, key
 
 
-def test_every_mesh_gives_the_same_gradients_and_errors(tiny, tmp_path):
-    first, *others = on_each_mesh(tiny, tmp_path, MESHES, 0.0)
-    for mesh, leaves in zip(MESHES[1:], others, strict=True):
-        assert difference(leaves, first) < 1e-5 * norm(first), mesh
-        for one, other in zip(leaves, first, strict=True):
-            assert difference([one], [other]) < 1e-5 * max(norm([other]), 1e-3 * norm(first)), mesh
+def test_the_steps_that_are_compared_tell_teachers_apart_and_are_clipped(steps):
+    """No two teachers have a loss in common, so one in another's place is seen."""
+    found = steps[0]["float32", (1, 1, 1)]
+    losses = np.sort(found["logged score.0"])
+    assert losses.shape == (8,) and (np.diff(losses) > 1e-3 * losses[:-1]).all()
+    assert found["logged grad_norm.0"] > mesh_program.settings({}).max_grad_norm
 
 
-def test_a_mesh_gives_the_same_gradients_and_errors_with_a_discriminator(tiny, tmp_path):
+def test_a_discriminator_learns_the_same_on_two_meshes(steps):
     """Gradients up to rounding, of which the tiny head makes much: two compilations for one mesh differ by 6e-5."""
-    alone, divided = on_each_mesh(tiny, tmp_path, [(1, 1, 1), (2, 2, 2)], 0.1)
-    *_, adversarial, discriminator, feature, score = zip(alone, divided, strict=True)
-    for one, other in (adversarial, discriminator, feature, score):
-        np.testing.assert_allclose(one, other, rtol=1e-5)
-    assert difference(alone, divided) < 2e-4 * norm(alone)
+    wanted, found = steps[0]["judged", (2, 2, 2)], steps[0]["judged", (4, 2, 1)]
+    for name in ("score", "feature", "adversarial", "discriminator"):
+        np.testing.assert_allclose(found[f"logged {name}.0"], wanted[f"logged {name}.0"], rtol=1e-5)
+    for name in ("score", "feature"):  # Before the first update nothing is judged.
+        alone = steps[0]["float32", (1, 1, 1)][f"logged {name}.0"]
+        np.testing.assert_allclose(found[f"logged {name}.0"], alone, rtol=1e-5)
+    for name in ("student mu", "student nu", "student moved", "discriminator mu", "discriminator nu"):
+        assert difference(found, wanted, name) < 2e-4, name
+
+
+def test_a_bfloat16_step_on_a_mesh_is_the_float32_one_up_to_its_rounding(steps):
+    """Of a few roundings in a row, each by up to 2^-9: losses, then gradients through the whole network."""
+    wanted, found = steps[0]["float32", (1, 1, 1)], steps[0]["bfloat16", (2, 2, 2)]
+    for name, bound in (("score", 2**-8), ("feature", 2**-8), ("grad_norm", 2**-6)):
+        assert 0 < difference(found, wanted, f"logged {name}") < bound, name
+    for name in ("student mu", "student moved"):
+        assert difference(found, wanted, name) < 2**-6, name
+
+
+def test_arrays_live_where_the_table_says(steps):
+    """Read off the devices of the mesh 2 x 2 x 2; the table is the one of `sharding`."""
+    rows = [line.strip("| ").split("|") for line in sharding.__doc__.splitlines() if line.startswith("| ")][1:]
+    table = {
+        name.strip(): [axis for axis, place in zip(sharding.AXES, places, strict=True) if place.strip() != "copy"]
+        for name, *places in rows
+    }
+    named = {
+        "batch": "batch", "teachers": "teacher", "text": "text", "backbone": "frozen", "trained": "student",
+        "counters": "counters", "small": "vector", "logged": "losses",
+    }  # fmt: skip
+    assert len(table) == len(named)
+    for name, start in named.items():
+        (told,) = [axes for row, axes in table.items() if row.startswith(start)]
+        places = [axes for axes in steps[1][name] if axes or name != "trained"]  # Small ones are copied.
+        assert places and all(axes == told for axes in places), name
+    assert [] in steps[1]["trained"]
 
 
 def test_a_mesh_that_does_not_use_all_devices_is_refused():
