@@ -216,7 +216,7 @@ def measure(program: Program, held: dict[str, float], where: devices.Topology, f
         more = {"temporaries": max(needed - sum(held.values()), 0.0)}
         refused = {"memory": held | more, "available": available, "fits": False}
         return estimate(program, held, where) | refused
-    return requirements.of_program(compiled, held, program.mesh.shape, where.platform)
+    return requirements.of_program(compiled, held, program.mesh.shape, where)
 
 
 def estimate(program: Program, held: dict[str, float], where: devices.Topology) -> dict:

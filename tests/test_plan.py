@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,11 @@ from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.distill import incremental, student, teachers
 from dmm_jax.models.unet_2d_condition import merged_config
-from dmm_jax.planning import changes, collectives, compiler, devices, memory, text
+from dmm_jax.planning import changes, collectives, compiler, devices, memory, requirements, text
 from tests import worlds
 
 MIB = 2.0**20
+LIBTPU = pytest.mark.skipif(not compiler.is_here(), reason="needs libtpu: pip install 'dmm-jax[plan]'")
 ROOT = pathlib.Path(plan.__file__).parent.parent
 
 
@@ -161,6 +163,27 @@ def test_an_unknown_architecture_is_told_which_there_are(config):
         plan.plan(config, "gpu:1x80GB", architecture="sd9")
 
 
+def test_fsdp_does_not_lie_across_slices(config):
+    config.mesh.fsdp = 8
+    with pytest.raises(ValueError, match="fsdp=8 would lie across TPU slices, of 4 devices each"):
+        plan.plan(config, "v5e:2x2*2", compiled=False)
+
+
+def test_the_network_counts_beyond_a_host(on_one):
+    """Eight teachers' groups of two on two hosts: pairs are joined by links, teachers by the network."""
+    row = collectives.Collective("a", "all-reduce", ("teacher",), 8, 2**30)
+    pairs = dataclasses.replace(row, axes=("fsdp",), group=2)
+    topology = devices.topology("gpu:16xH100")
+    planned = dataclasses.replace(
+        on_one, topology=topology, mesh_shape={"teacher": 8, "data": 1, "fsdp": 2}, collectives=[row, pairs]
+    )
+    assert planned.parts_s["network"] == pytest.approx(row.sent / (4 * topology.device.network_bandwidth))
+    assert planned.parts_s["collectives"] == pytest.approx(pairs.sent / topology.device.link_bandwidth)
+    assert {one["axes"]: one["over"] for one in planned.exchanged} == {"teacher": "network", "fsdp": "links"}
+    assert "GiB between hosts" in text.render(planned)
+    assert any("50 GB/s a device between hosts" in line for line in requirements.roofline_assumptions(topology))
+
+
 def test_what_train_refuses_plan_refuses_and_names_flags_that_run(config):
     config.batch_size = 36
     with pytest.raises(ValueError, match="Use 32") as refused:
@@ -237,7 +260,7 @@ def test_the_smallest_changes_come_first(config):
     assert machines == sorted(machines) and any(machines)
 
 
-@pytest.mark.skipif(not compiler.is_here(), reason="needs libtpu: pip install 'dmm-jax[plan]'")
+@LIBTPU
 def test_only_what_the_estimate_finds_to_fit_is_compiled(config, by_formula, small_device, monkeypatch):
     small_device(held_by(config, "v5e:2x2") + 4.1, "v5e")
     compiled = []
@@ -284,12 +307,30 @@ def test_teachers_are_spread_where_they_weigh_most(config, by_formula, small_dev
     assert what == "--config.mesh.teacher=4" and changed.mesh_shape["teacher"] == 4
 
 
-@pytest.mark.skipif(not compiler.is_here(), reason="needs libtpu: pip install 'dmm-jax[plan]'")
+def test_train_prints_plans_table_of_its_compiled_step(tiny, capsys, tmp_path):
+    config = tiny[1].copy_and_resolve_references()
+    config.num_steps, config.validation_size, config.checkpoint_every = 1, 0, 0
+    train.run(config, tmp_path / "run")
+    said = capsys.readouterr().err
+    said = said[: said.index("step 1/1")]  # Before the first step.
+    planned = plan.plan(config, "gpu:1x80GB", compiled=False)
+    for kind in ("student", "moments", "gradients", "teachers", "text encoders"):
+        assert f"  {kind:<16}{planned.memory[kind] / MIB:8.2f}\n" in said
+    assert re.search(r"temporaries +[1-9]\d*\.\d+", said)
+    assert f"{'products':<16}{planned.flops / 1e12:8.2f}  TFLOP" in said
+    assert re.search(r"memory traffic +\d+\.\d+ +GiB\n", said)
+    assert "collectives, of the compiled program: none" in said
+    assert "Roofline: none, the rates of cpu are not known" in said
+    assert f"checkpoints {planned.disk['checkpoints'] / MIB:.1f} MiB" in said
+    assert len(said[said.index("cpu: 1 x cpu") :].splitlines()) <= 25
+
+
+@LIBTPU
 def test_the_tpus_compiler_agrees_with_what_is_held(config):
     config.dtype, config.mesh.teacher, config.mesh.fsdp = "bfloat16", 2, 2
     with jax.default_matmul_precision("default"):
         planned = plan.plan(config, "v5e:2x2")
-    assert planned.compiled and planned.fits
+    assert planned.method == requirements.COMPILED and planned.fits
     assert planned.memory["padding"] >= 0  # What it is given is what we count, laid out in tiles.
     across = {row["kind"] for row in planned.to_json()["collectives"] if "teacher" in row["axes"]}
     assert across == {"all-reduce"}

@@ -14,6 +14,7 @@ from dmm_jax import sharding
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(\S+) \(.*\) -> .*\{$")
 _OPERATION = re.compile(rf"^\s*(?:ROOT )?%?(\S+) = (.+?) ({'|'.join(KINDS)})(-start)?\((.*)$")
+_BETWEEN_SLICES = re.compile(r'^\s*%?(\S+) = \((\w+\[[\d,]*\]).* send\(.*_xla_megascale_transfer_type="(\w+)"')
 _LOOP = re.compile(r" while\(.*body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count"?[:=]\{"?n"?:"?(\d+)')
 _CALLED = re.compile(r"(?:calls|body|to_apply|branch_computations)=\{?%?([\w.\-]+(?:, ?%[\w.\-]+)*)\}?")
@@ -43,17 +44,23 @@ class Collective:
         return factor * self.bytes * self.count
 
 
-def parse(program: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
+def parse(program: str, mesh_shape: Mapping[str, int], linked: int = 0) -> list[Collective]:
     """Reads the collectives of a compiled program (`compiled.as_text()`).
 
     Args:
       mesh_shape: the sizes of the mesh's axes, in order; the program's devices are numbered along it.
+      linked: devices of a TPU slice, where there are several: what goes between slices is told another way.
     """
     runs, found, computation = _runs(program), [], ""
     for line in program.splitlines():
         header = _COMPUTATION.match(line)
         computation = header[1] if header else computation
-        match = _OPERATION.match(line)
+        match, between = _OPERATION.match(line), _BETWEEN_SLICES.match(line)
+        if between:
+            name, shape, kind = between.groups()
+            across = [list(range(first, math.prod(mesh_shape.values()), linked)) for first in range(linked)]
+            size, axes, kind = len(across[0]), _axes(across, mesh_shape), kind.lower().replace("_", "-")
+            found.append(Collective(name, kind, axes, size, _bytes(shape, kind, False), runs.get(computation, 1)))
         if not match:
             continue
         name, shape, kind, start, rest = match.groups()

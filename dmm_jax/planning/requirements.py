@@ -113,7 +113,10 @@ def roofline_assumptions(topology: devices.Topology) -> tuple[str, ...]:
 
 
 def of_program(
-    compiled: jax.stages.Compiled, held: Mapping[str, float], mesh_shape: Mapping[str, int], platform: str
+    compiled: jax.stages.Compiled,
+    held: Mapping[str, float | int],
+    mesh_shape: Mapping[str, int],
+    topology: devices.Topology,
 ) -> dict:
     """Reads a compiled step: {"memory": bytes by kind, "bytes_accessed", "collectives"}.
 
@@ -124,7 +127,7 @@ def of_program(
     cost = cost[0] if isinstance(cost, list) else cost
     given = sum(held.values()) - held["gradients"]
     within = found.temp_size_in_bytes + max(found.output_size_in_bytes - found.alias_size_in_bytes, 0)
-    if platform == "tpu":  # The others' compilers do not tell the peak.
+    if topology.platform == "tpu":  # The others' compilers do not tell the peak.
         within = found.peak_memory_in_bytes - found.argument_size_in_bytes
     more = {
         "gradients": min(held["gradients"], within),
@@ -136,7 +139,7 @@ def of_program(
     return {
         "memory": {kind: float(size) for kind, size in {**held, **more}.items()},
         "bytes_accessed": float(cost.get("bytes accessed", 0.0)),
-        "collectives": [] if alone else collectives_lib.parse(compiled.as_text(), mesh_shape),
+        "collectives": [] if alone else collectives_lib.parse(compiled.as_text(), mesh_shape, topology.linked),
     }
 
 
@@ -145,13 +148,13 @@ def of_run(
     mesh: Mesh,
     compiled: jax.stages.Compiled,
     *,
-    held: Mapping[str, float],
+    held: Mapping[str, float | int],
     flops: float,
     disk: dict[str, int],
 ) -> Plan:
     """Returns the plan of a run on devices that are here, read off its compiled step; `held` as in `of_program`."""
     topology = devices.here(mesh.devices.flatten().tolist())
-    found = of_program(compiled, held, mesh.shape, topology.platform)
+    found = of_program(compiled, held, mesh.shape, topology)
     available = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     return Plan(
         topology=topology,

@@ -6,10 +6,13 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from dmm_jax.planning import collectives
+from dmm_jax.planning import collectives, compiler
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 MESH = {"teacher": 2, "data": 2, "fsdp": 2}
@@ -90,6 +93,25 @@ def test_a_ring_sends_all_but_a_devices_own_share():
         return collectives.Collective("a", kind, ("fsdp",), 4, 100, 3).sent
 
     assert (sent("all-gather"), sent("reduce-scatter"), sent("all-reduce")) == (225, 225, 450)
+
+
+def test_what_goes_between_slices_is_a_collective_too():
+    line = (
+        "%send.1 = (f32[4,6]{1,0:T(8,128)}, u32[], token[]) send(%x, %after), channel_id=4, is_host_transfer=true, "
+        'frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    (found,) = collectives.parse(LINE.format(line), MESH, linked=4)
+    assert (found.kind, found.axes, found.group, found.bytes) == ("all-reduce", ("teacher",), 2, 96)
+
+
+@pytest.mark.skipif(not compiler.is_here(), reason="needs libtpu: pip install 'dmm-jax[plan]'")
+def test_the_tpus_compiler_sums_between_slices_what_is_summed_over_teachers():
+    mesh = compiler.tpu_mesh("v5e:2x2*2", **MESH)
+    summed = jax.shard_map(lambda x: jax.lax.psum(x, "teacher"), mesh=mesh, in_specs=P("teacher"), out_specs=P())
+    given = jax.ShapeDtypeStruct((64, 128), np.float32, sharding=NamedSharding(mesh, P("teacher")))
+    program = jax.jit(summed).lower(given).compile(compiler_options=compiler.EFFORT).as_text()
+    (found,) = collectives.parse(program, MESH, linked=4)
+    assert (found.kind, found.axes, found.group, found.bytes) == ("all-reduce", ("teacher",), 2, 32 * 128 * 4)
 
 
 PROGRAM = """
