@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -117,6 +118,17 @@ def test_two_processes_have_the_losses_and_validation_of_one_on_the_same_mesh(wo
     assert alone.wait(BOUND_S) == 0, world.said("alone")[-2000:]
     wanted = losses(world.folder / "one")
     np.testing.assert_allclose(losses(stopped[0])[: len(wanted)], wanted, rtol=1e-5)
+
+
+def test_a_checkpoint_of_one_device_goes_on_on_eight_with_the_losses_of_the_run_that_never_stopped(world, trained):
+    workdir = world.folder / "from_one"
+    shutil.copytree(trained, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "6")
+    child = world.start("from_one", f"--workdir={workdir}")
+    assert child.wait(BOUND_S) == 0, world.said("from_one")[-2000:]
+    said = world.said("from_one")
+    assert "Resuming at step 4 of 6" in said and "Mesh teacher 2 x data 2 x fsdp 2" in said
+    np.testing.assert_allclose(losses(workdir), losses(trained), rtol=1e-5)
 
 
 def test_sigterm_to_one_of_two_processes_stops_both_at_one_saved_step(stopped):
