@@ -13,7 +13,6 @@ ROOT = pathlib.Path(plan.__file__).parent.parent
 SLICES = {"v5litepod-16": "v5e:4x4"}  # As Cloud TPU and xpk call it.
 PROGRAMS = r"dmm-jax (?:plan|train)|launch/(?:tpu_pod|gke_xpk)\.sh train|launch/(?:slurm|local_processes)\.sh"
 COMMAND = re.compile(rf"(?:{PROGRAMS}) [^`|#\n]*--config=[^`|#\n]*")
-TO_BE_CHANGED = "dmm-jax plan --config=configs/sd15.py --topology v5e:4x4"  # README's: 48 images do not divide by 128.
 
 
 def commands():
@@ -37,8 +36,8 @@ def commands():
             else:
                 told = re.search(r"--topology (\S+?)`", config)
                 topology = told[1] if told else "gpu:1x80GB"
-            wrong = pytest.mark.xfail(reason="README is to name a layout") if match[0] == TO_BE_CHANGED else ()
-            found.append(pytest.param(page, match[0], topology, marks=wrong))
+
+            found.append(pytest.param(page, match[0], topology))
     return found
 
 
