@@ -33,6 +33,7 @@ from dmm_jax.models.inception_v3 import InceptionV3
 from dmm_jax.models.text_encoders import NUM_TIME_IDS
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
 from dmm_jax.planning import collectives, memory
+from dmm_jax.planning.devices import GIB
 
 WARMUP = 3  # Calls before the timed ones.
 NUM_PICTURES, PICTURE_SIZE, PICTURES_AT_ONCE = 5000, 512, 500  # Of each of the two sets whose FID is timed.
@@ -131,8 +132,8 @@ def bench_train(config, size: str, num_steps: int, profile: str = "", num_device
             "host_parts_ms": host_ms,
             "compile_s": compile_s,
             "planned_memory_gb": planned_memory_gb(compiled),
-            "teacher_gb": memory.per_device(teachers["unet"]) / memory.GIB,
-            "sent_gb": sum(one.sent for one in exchanged) / memory.GIB,
+            "teacher_gb": memory.per_device(teachers["unet"]) / GIB,
+            "sent_gb": sum(one.sent for one in exchanged) / GIB,
             "batch": config.batch_size,
             "teachers": len(config.teachers),
             "mesh": dict(mesh.shape),

@@ -127,7 +127,7 @@ def test_a_checkpoint_of_one_device_goes_on_on_eight_with_the_losses_of_the_run_
     child = world.start("from_one", f"--workdir={workdir}")
     assert child.wait(BOUND_S) == 0, world.said("from_one")[-2000:]
     said = world.said("from_one")
-    assert "Resuming at step 4 of 6" in said and "Mesh teacher 2 x data 2 x fsdp 2" in said
+    assert "Resuming at step 4 of 6" in said and "mesh teacher 2 x data 2 x fsdp 2" in said
     np.testing.assert_allclose(losses(workdir), losses(trained), rtol=1e-5)
 
 

@@ -1,5 +1,6 @@
 """Disk: the checkpoints that Orbax keeps, counted without writing one."""
 
+import jax.numpy as jnp
 import pytest
 
 from dmm_jax import config as config_lib
@@ -33,7 +34,7 @@ def test_it_is_what_is_left_on_disk_and_one_more(tmp_path):
     config = config_of(9, 1, 2, 3)
     with StateStore(tmp_path, kept=config.checkpoints_kept, kept_every=config.checkpoints_kept_every) as store:
         for step in range(1, config.num_steps + 1):
-            store.save(step, {"step": step})
+            store.save(step, {"step": jnp.int32(step)})
     left = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert set(disk.checkpoints(config)) - set(left) == {config.num_steps - config.checkpoints_kept}
     assert set(left) < set(disk.checkpoints(config))
