@@ -12,7 +12,7 @@ from PIL import Image
 
 from dmm_jax import bench, bench_networks, bench_scaling, cli
 from dmm_jax.checkpoints.abstract import abstract_params
-from dmm_jax.planning import memory
+from dmm_jax.planning.devices import GIB
 from tests.test_bench import CONTRACT
 
 OUT_OF_MEMORY = "Traceback ...\njax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory\nMore of it."
@@ -118,7 +118,7 @@ def test_a_row_is_a_line_of_training_with_the_contract_and_agrees_with_itself(mo
     assert row["tflop_per_s"] == pytest.approx(row["images_per_s"] * bench.train_tflop(base, merged))
     assert row["share_of_peak"] == pytest.approx(row["tflop_per_s"] / row["matmul_peak_tflop_per_s"] / 2)
     one, student = (
-        sum(leaf.size for leaf in jax.tree.leaves(abstract_params("unet", values))) * 4 / memory.GIB
+        sum(leaf.size for leaf in jax.tree.leaves(abstract_params("unet", values))) * 4 / GIB
         for values in (base.unet_config, merged)
     )
     assert row["teacher_gb"] == pytest.approx(one)
