@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    verb = _add(verbs, "demo", _demo, "the whole road on the embedded world, to report/index.html")
+    verb = _add(verbs, "demo", _demo, "the whole road on the embedded world, to report/index.html", takes_config=True)
     verb.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("demo-run"), help="default: demo-run")
     verb.add_argument("--config", default="", help="an experiment file; default: the one that fits two CPU cores")
 
@@ -277,10 +277,10 @@ def _add_prediction_type(verb):
 
 
 def _demo(args):
+    from dmm_jax.demo import experiment
     from dmm_jax.demo.run import demo
 
-    _keep_programs()
-    demo(args.workdir, read_config(args.config) if args.config else None)
+    demo(args.workdir, _config(args.config or experiment.__file__, args.rest))
 
 
 def _inspect(args):

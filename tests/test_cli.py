@@ -100,6 +100,11 @@ def test_options_that_there_are_not_are_wrong_usage_and_the_nearest_is_suggested
     assert said in failing(capsys, "train", *experiment(), *given, code=cli.EXIT_USAGE)
 
 
+def test_the_demo_takes_options_of_its_experiment(capsys, tmp_path):
+    said = failing(capsys, "demo", "--workdir", str(tmp_path / "d"), "--config.num_stepz=3", code=cli.EXIT_USAGE)
+    assert "did you mean --config.num_steps?" in said and not (tmp_path / "d").exists()
+
+
 @pytest.mark.parametrize(
     "option, said",
     [

@@ -9,7 +9,6 @@ import time
 from dmm_jax import config as config_lib
 from dmm_jax import train
 from dmm_jax.checkpoints.inspect import inspect, render
-from dmm_jax.demo import experiment
 from dmm_jax.evaluation.evaluate import evaluate
 from dmm_jax.export import export_workdir
 from dmm_jax.folders import check_output
@@ -19,7 +18,7 @@ from dmm_jax.sample import sample
 MIX = "comic=0.5,neon=0.5"
 
 
-def demo(workdir: pathlib.Path, config=None) -> pathlib.Path:
+def demo(workdir: pathlib.Path, config) -> pathlib.Path:
     """Inspects, merges, evaluates, exports and samples below `workdir`; returns the path of the report's page.
 
     A demo that was broken off goes on where it stopped.
@@ -28,7 +27,6 @@ def demo(workdir: pathlib.Path, config=None) -> pathlib.Path:
       ValueError: the workdir holds something else.
     """
     workdir = pathlib.Path(workdir)
-    config = experiment.get_config() if config is None else config
     if not (workdir / "config.json").is_file() and not (workdir / "cache").is_dir():
         check_output(workdir)
     config.data.cache = str(workdir / "cache")
