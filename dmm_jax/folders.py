@@ -31,8 +31,8 @@ def locate(path: str | os.PathLike) -> Location:
     path = f"{scheme}://{inside}"
     if scheme != "gs":
         raise ValueError(
-            f"{path}: a run is kept on a file system or in Google Cloud Storage, gs://BUCKET/NAME; Orbax writes no "
-            f"checkpoints to {scheme}://. Give a folder that all hosts share."
+            f"{path}: a run is kept on a file system or in Google Cloud Storage, gs://BUCKET/NAME; "
+            f"{scheme}:// has not been tried. Give a folder that all hosts share."
         )
     if "/" not in inside:
         raise ValueError(f"{path} names a whole bucket. Give a place in it: {path.rstrip('/') or 'gs:/'}/NAME.")
