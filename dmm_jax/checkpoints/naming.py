@@ -88,8 +88,10 @@ def from_torch(
     for path, _ in flat(abstract):
         key = torch_key(path)
         read = functools.partial(_read, tensors, names[key], path, shapes[key], dtype)
-        array = read()
-        if check_finite and not is_finite(array):
+        stored = np.asarray(tensors[names[key]]).reshape(shapes[key])
+        array = _in_our_layout(path, stored, dtype)
+        # As it is stored where nothing is converted: looking through it in our order would copy it first.
+        if check_finite and not is_finite(stored if dtype is None else array):
             infinite.append(names[key])
         _insert(params, path, ComputedArray(read, array.shape, array.dtype) if names[key] in computed else array)
     if infinite:
@@ -98,7 +100,11 @@ def from_torch(
 
 
 def _read(tensors, name, path, shape, dtype):
-    array = our_layout(path, np.asarray(tensors[name]).reshape(shape))
+    return _in_our_layout(path, np.asarray(tensors[name]).reshape(shape), dtype)
+
+
+def _in_our_layout(path, stored, dtype):
+    array = our_layout(path, stored)
     return array if dtype is None else array.astype(dtype, copy=False)
 
 
