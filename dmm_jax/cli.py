@@ -288,6 +288,8 @@ def _inspect(args):
 
     report = inspect(args.checkpoints, args.deep, args.hash, args.prediction_type)
     print(json.dumps(report, indent=2) if args.json else render(report))
+    for obstacle in report["obstacles"]:
+        print(f"dmm-jax inspect: error: {obstacle}", file=sys.stderr)
     return EXIT_OK if report["mergeable"] else EXIT_ERROR
 
 

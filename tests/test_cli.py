@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit codes, one clear message, nothing half-written."""
 
+import json
 import types
 import warnings
 
@@ -98,6 +99,12 @@ def test_a_teacher_of_another_architecture_is_told_with_the_differing_shapes(cap
 )
 def test_options_that_there_are_not_are_wrong_usage_and_the_nearest_is_suggested(capsys, experiment, given, said):
     assert said in failing(capsys, "train", *experiment(), *given, code=cli.EXIT_USAGE)
+
+
+def test_what_inspect_finds_in_the_way_is_said_on_stderr_too(capsys, tmp_path):
+    assert cli.main(["inspect", str(tmp_path / "x.safetensors"), "--json"]) == cli.EXIT_ERROR
+    told = capsys.readouterr()
+    assert json.loads(told.out)["obstacles"][0] in told.err and told.err.startswith("dmm-jax inspect: error: ")
 
 
 def test_the_demo_takes_options_of_its_experiment(capsys, tmp_path):
