@@ -331,9 +331,7 @@ def define_gradients(config, networks, objective, mesh, trained) -> Callable:
 
 def count_work(step, state, teachers, encoders, batch) -> float:
     """Returns the FLOPs of a jitted step's products and convolutions on one device, recomputation included."""
-    shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), teachers
-    )  # As `compile_step` does.
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), teachers)  # As in `compile_step`.
     return flops.of_jaxpr(step.trace(state, shapes, encoders, batch).jaxpr.jaxpr)
 
 
