@@ -2,8 +2,9 @@
 
     dmm-jax demo --config=configs/demo_gpu.py --workdir=demo-gpu
 
-Expect every style to close at least 95 % of the distance from the base to the floor (measured before `blueprint` was
-among the teachers, which are five now).
+Expect every style to close at least 95 % of the distance from the base to the floor: one run on one H200 closed 99.0 %
+(comic), 99.3 % (cartoon), 97.7 % (ink), 98.9 % (neon) and 99.8 % (blueprint). It took 9 min 40 s beside up to 24 other
+processes on 16 cores, which made it wait for compilation above all; 1.2 GB of the GPU's memory in training.
 """
 
 from dmm_jax.demo import experiment

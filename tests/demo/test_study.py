@@ -92,9 +92,10 @@ def test_only_the_data_of_the_rows_that_are_run_are_made():
     assert rows.data_of(study.ROWS) == {"rendered", "made", "short", *rows.SHARES}
 
 
-def test_the_documents_table_is_that_of_the_committed_results():
+@pytest.mark.parametrize("training", ["study", "study/second"])
+def test_the_documents_tables_are_those_of_the_committed_results(training):
     docs = pathlib.Path(__file__).parents[2] / "docs"
-    assert study.table(study.read(docs / "study" / "results.jsonl")) in (docs / "study.md").read_text()
+    assert study.table(study.read(docs / training / "results.jsonl")) in (docs / "study.md").read_text()
 
 
 def test_a_mean_distance_is_of_disjoint_parts():
