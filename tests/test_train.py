@@ -245,15 +245,25 @@ def test_the_diagnosis_names_the_one_style_that_is_at_fault(tiny):
 
 
 @pytest.fixture(scope="module")
-def with_ema_and_samples(tiny, tmp_path_factory):
-    """The workdir of a run that keeps an average and draws samples every second step."""
+def with_and_without(tiny, tmp_path_factory):
+    """The workdirs of a run that keeps an average and draws samples every second step, and of one that does not."""
     config = tiny[1].copy_and_resolve_references()
-    config.num_steps, config.ema_decay, config.validation_every = 3, 0.5, 0
+    config.num_steps, config.validation_every = 3, 0
     config.checkpoint_every, config.checkpoints_kept = 1, 0
-    config.samples.every, config.samples.prompts, config.samples.num_inference_steps = 2, ("a star", "a square"), 2
-    workdir = tmp_path_factory.mktemp("samples")
-    train.run(config, workdir)
-    return workdir
+    without, workdir = (tmp_path_factory.mktemp(name) for name in ("plain", "samples"))
+    with pytest.MonkeyPatch.context() as patch:
+        if "--xla_cpu_use_fusion_emitters=false" in os.environ["XLA_FLAGS"]:  # With them two programs round alike.
+            patch.setitem(train.distill_step.COMPILER_OPTIONS, "cpu", {"xla_cpu_use_fusion_emitters": True})
+        train.run(config, without)
+        config.ema_decay = 0.5
+        config.samples.every, config.samples.prompts, config.samples.num_inference_steps = 2, ("a star", "a square"), 2
+        train.run(config, workdir)
+    return workdir, without
+
+
+@pytest.fixture(scope="module")
+def with_ema_and_samples(with_and_without):
+    return with_and_without[0]
 
 
 def test_the_average_is_the_closed_form_of_the_steps_before(tiny, with_ema_and_samples):
@@ -297,9 +307,8 @@ def test_sample_grids_show_the_average_prompts_down_styles_across(with_ema_and_s
         assert np.abs(np.asarray(drawn.convert("RGB"), int) - np.asarray(grid.convert("RGB"), int)).max() <= 1
 
 
-def test_average_and_samples_do_not_change_the_student(trained, with_ema_and_samples):
+def test_average_and_samples_do_not_change_the_student(with_and_without):
     losses = [
-        [line["loss"] for line in read(folder / "metrics.jsonl") if "loss" in line][:3]
-        for folder in (trained, with_ema_and_samples)
+        [line["loss"] for line in read(folder / "metrics.jsonl") if "loss" in line] for folder in with_and_without
     ]
-    assert losses[0] == losses[1]
+    assert len(losses[0]) == 3 and losses[0] == losses[1]
