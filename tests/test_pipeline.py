@@ -158,7 +158,7 @@ np.savez(sys.argv[2], *drawn)
 
 
 def test_a_batch_is_divided_among_the_devices_and_comes_out_the_same(student, trained, tmp_path):
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)}
     environment |= {"JAX_PLATFORMS": "cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     command = [sys.executable, "-c", ON_TWO_DEVICES, str(trained), str(tmp_path / "drawn.npz")]

@@ -149,11 +149,8 @@ def programs(tiny, tmp_path_factory):
 
     path = tmp_path_factory.mktemp("collectives") / "config.json"
     path.write_text(to_json(tiny[1]))
-    flags = (
-        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-        "--xla_llvm_disable_expensive_passes=true"
-    )
-    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    flags = "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true"
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flags}", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", PROGRAM, str(path)]
     done = subprocess.run(
         command, env=environment | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=600
