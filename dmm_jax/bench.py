@@ -334,13 +334,13 @@ def planned_memory_gb(compiled) -> float:
     return (sum(kinds) - plan.alias_size_in_bytes) / 2**30
 
 
-def peer(job: str, size: str, batch_size: int, num_steps: int) -> list[dict]:
+def peer(job: str, size: str, batch_size: int, num_steps: int, num_teachers: int = 1) -> list[dict]:
     """Runs PyTorch's side of the same job on this machine, in a process of its own, and returns its lines.
 
     Raises:
       ValueError: torch or diffusers is not installed, or the peer failed; quotes the end of what it said.
     """
-    command = [sys.executable, "-m", "dmm_jax.bench_peer", job, size, str(batch_size), str(num_steps)]
+    command = [sys.executable, "-m", "dmm_jax.bench_peer", job, size, *map(str, (batch_size, num_steps, num_teachers))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"the PyTorch peer failed (it needs the [torch] extra): {done.stderr.strip()[-500:]}")

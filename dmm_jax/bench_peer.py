@@ -1,10 +1,11 @@
 """PyTorch's side of `dmm-jax bench --against torch`: stock diffusers modules in the strongest form that users run.
 
-    python -m dmm_jax.bench_peer train|sample SIZE BATCH_SIZE NUM_STEPS
+    python -m dmm_jax.bench_peer train|sample SIZE BATCH_SIZE NUM_STEPS [NUM_TEACHERS]
 
-Training: float32 master weights, bfloat16 autocast, one teacher, score and feature loss, fused AdamW, clipping; latents
-and text cached, compiled and channels-last; and, second, the original recipe's step: eager, with the VAE and both text
-encoders in it. Sampling: compiled, 25 steps of DPM-Solver++ 2M with guidance, decoded. One JSON object a line.
+Training: float32 master weights, bfloat16 autocast, score and feature loss, fused AdamW, clipping; latents and text
+cached, compiled and channels-last, with one teacher, and with several that take a part of the batch each; and the
+original recipe's step: one teacher, eager, with the VAE and both text encoders in it. Sampling: compiled, 25 steps of
+DPM-Solver++ 2M with guidance, decoded. One JSON object a line.
 """
 
 import json
@@ -63,13 +64,15 @@ def report(job: str, batch_size: int, seconds: float) -> None:
     print(json.dumps(line | {"peak_memory_gb": peak, "torch": torch.__version__}), flush=True)
 
 
-def train(size: str, batch_size: int, num_steps: int, *, cached: bool) -> None:
-    """Times one kind of training step."""
+def train(size: str, batch_size: int, num_steps: int, *, num_teachers: int = 1, cached: bool) -> None:
+    """Times one kind of training step; several teachers are asked one after the other, and share the batch."""
     layout = {"memory_format": torch.channels_last} if cached else {}
     student = build(size, "unet", num_class_embeds=8).to(DEVICE, **layout).train()
-    teacher = build(size, "unet").to(DEVICE, HALF, **layout).eval().requires_grad_(False)
-    seen = {id(student): [], id(teacher): []}
-    for model in (student, teacher):
+    teachers = [
+        build(size, "unet").to(DEVICE, HALF, **layout).eval().requires_grad_(False) for _ in range(num_teachers)
+    ]
+    seen = {id(model): [] for model in (student, *teachers)}
+    for model in (student, *teachers):
         for block in [*model.down_blocks, model.mid_block, *model.up_blocks]:
             block.register_forward_hook(_keep(seen[id(model)]))
     configs = SIZES[size]
@@ -81,7 +84,8 @@ def train(size: str, batch_size: int, num_steps: int, *, cached: bool) -> None:
     labels = torch.zeros(batch_size, dtype=torch.long, device=DEVICE)
     latents = torch.randn(batch_size, 4, side, side, device=DEVICE, dtype=HALF)
     text = torch.randn(batch_size, 77, width, device=DEVICE, dtype=HALF)
-    ask, follow = (torch.compile(teacher), torch.compile(student)) if cached else (teacher, student)
+    compiled = torch.compile if cached else lambda model: model
+    asked, follow = [compiled(teacher) for teacher in teachers], compiled(student)
     if not cached:
         vae, encoders = frozen(build(size, "vae")), [frozen(build(size, "text_encoder")) for _ in range(2)]
 
@@ -98,11 +102,13 @@ def train(size: str, batch_size: int, num_steps: int, *, cached: bool) -> None:
             clean, ours, theirs = conditioning()
             noise, timesteps = torch.randn_like(clean), torch.randint(0, 1000, (batch_size,), device=DEVICE)
             noisy = scheduler.add_noise(clean, noise, timesteps)
-            target = ask(noisy, timesteps, theirs).sample
+            parts = zip(asked, *(leaf.chunk(num_teachers) for leaf in (noisy, timesteps, theirs)), strict=True)
+            target = torch.cat([ask(*part).sample for ask, *part in parts])
+            targets = [torch.cat(maps) for maps in zip(*(seen[id(teacher)] for teacher in teachers), strict=True)]
         with torch.autocast(DEVICE.type, HALF):
             output = follow(noisy, timesteps, ours, class_labels=labels).sample
         loss = torch.nn.functional.mse_loss(output.float(), target.float())
-        pairs = list(zip(seen[id(student)], seen[id(teacher)], strict=True))
+        pairs = list(zip(seen[id(student)], targets, strict=True))
         features = sum(torch.nn.functional.mse_loss(a.float(), b.float()) for a, b in pairs) / len(pairs)
         (loss + FEATURE_LOSS_WEIGHT * features).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -110,6 +116,7 @@ def train(size: str, batch_size: int, num_steps: int, *, cached: bool) -> None:
         optimizer.zero_grad(set_to_none=True)
 
     name = "torch.compile, cached latents and text" if cached else "torch eager, the original recipe from images"
+    name += f", {num_teachers} teachers" if num_teachers > 1 else ""
     report(name, batch_size, median_s(step, num_steps))
 
 
@@ -145,13 +152,16 @@ def sample(size: str, batch_size: int, num_steps: int) -> None:
 
 def main() -> None:
     """Runs what the command line asks for."""
-    job, size, batch_size, num_steps = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    job, size, batch_size, num_steps = sys.argv[1], *sys.argv[2:3], *map(int, sys.argv[3:5])
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     if job == "sample":
         return sample(size, batch_size, num_steps)
-    for cached in (True, False):
-        train(size, batch_size, num_steps, cached=cached)
+    num_teachers = int(sys.argv[5]) if len(sys.argv) > 5 else 1
+    torch._dynamo.config.cache_size_limit = num_teachers + 8  # A compiled program each.
+    kinds = [{"cached": True}, {"cached": True, "num_teachers": num_teachers}, {"cached": False}]
+    for kind in kinds if num_teachers > 1 else kinds[::2]:
+        train(size, batch_size, num_steps, **kind)
         torch.compiler.reset()
         if DEVICE.type == "cuda":
             torch.cuda.empty_cache()

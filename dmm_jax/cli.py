@@ -400,7 +400,7 @@ def _bench(args):
     if len(args.devices) > 1:
         raise ValueError(f"--devices of `{args.job}` is one number; `bench scaling` takes several.")
     batch_size = config.batch_size if args.job == "train" else args.batch_size
-    others = bench.peer(args.job, args.size, batch_size, args.num_steps) if args.against else []
+    others = bench.peer(args.job, args.size, batch_size, args.num_steps, len(config.teachers)) if args.against else []
     measured = bench.bench(
         args.job, config, args.size, args.num_steps, args.batch_size, args.profile, sum(args.devices)
     )

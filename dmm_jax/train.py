@@ -32,6 +32,7 @@ from dmm_jax.distill import student as student_lib
 from dmm_jax.distill import teachers as teachers_lib
 from dmm_jax.distill.packing import Packing
 from dmm_jax.metrics import MetricsLog
+from dmm_jax.models import layers
 from dmm_jax.models.text_encoders import TextEncoders
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel, merged_config
 from dmm_jax.planning import disk, memory, requirements, text
@@ -270,15 +271,13 @@ def define_networks(config, base, platform: str = "", attention: str = "") -> tu
         described = discriminator_lib.define(*discriminator_arguments(config, base), remat=config.remat, **unet)
         discriminator = nnx.split(described)[0]
 
-    def graph(described, **options):
-        return nnx.split(
-            abstract_model(lambda rngs: UNet2DConditionModel.from_config(described, rngs=rngs, **options))
-        )[0]
+    def unet_of(described, **options):
+        return abstract_model(lambda rngs: UNet2DConditionModel.from_config(described, rngs=rngs, **options))
 
     texts = abstract_model(lambda rngs: TextEncoders(base.text_configs, dtype=dtype, rngs=rngs))
     networks = distill_step.Networks(
-        student=graph(student_config, remat=config.remat, **unet),
-        teacher=graph(teacher_config(config, base), **unet),
+        student=nnx.split(unet_of(student_config, remat=config.remat, **unet))[0],
+        teacher=nnx.split(layers.for_stacks(unet_of(teacher_config(config, base), **unet)))[0],
         text_encoders=nnx.split(texts)[0],
         discriminator=discriminator,
         check_vma=attention != "flash",

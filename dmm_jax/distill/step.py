@@ -128,7 +128,11 @@ def sample_errors(networks: Networks, objective: Objective, trained, teachers, e
 
 
 def ask_teachers(networks: Networks, objective: Objective, teachers, encoders, inputs, noisy, text) -> UNetOutput:
-    """Returns what the teachers predict for their part of the noisy latents (B, h, w, C), one after the other.
+    """Returns what the teachers predict for their part of the noisy latents (B, h, w, C), all at once.
+
+    One program for a batch of networks: what has no parameters runs once for all images, dense layers are batched
+    products, and convolutions run network by network (`layers.for_stacks`). Asked one after the other, eight teachers
+    would be thousands of small kernels more.
 
     Args:
       text: what the base's text encoders make of the prompts; a teacher with encoders of its own asks those.
@@ -138,25 +142,22 @@ def ask_teachers(networks: Networks, objective: Objective, teachers, encoders, i
     def split(leaf):
         return leaf.reshape(lead + leaf.shape[1:])
 
-    def ask(_, teacher):
-        unet, encoder, noisy, inputs, text = teacher
-        if encoders["others"] is not None:
-            text = jax.lax.cond(
-                encoder < 0,
-                lambda: text,
-                lambda: encode(
-                    networks, jax.tree.map(lambda leaf: leaf[encoder], encoders["others"]), inputs["input_ids"]
-                ),
-            )
+    def prompted(encoder, input_ids, text):
+        own = jax.tree.map(lambda leaf: leaf[encoder], encoders["others"])
+        return jax.lax.cond(encoder < 0, lambda: text, lambda: encode(networks, own, input_ids))
+
+    def ask(unet, noisy, inputs, text):
         model = nnx.merge(networks.teacher, unet)
         styled = {"style_embedding": _style(model, inputs["style_ids"]) if model.num_models else None}
         added = text.added_cond(inputs.get("time_ids"))
         output = model(noisy, inputs["timesteps"], text.encoder_hidden_states, **styled, added_cond=added)
-        return None, output._replace(features=output.features if objective.feature_loss_weight else ())
+        return output._replace(features=output.features if objective.feature_loss_weight else ())
 
-    given = {name: inputs[name] for name in ("timesteps", "input_ids", "style_ids", "time_ids") if name in inputs}
-    rows = (teachers["unet"], teachers["encoder"], split(noisy), given, jax.tree.map(split, text))
-    _, targets = jax.lax.scan(ask, None, rows)
+    given = {name: inputs[name] for name in ("timesteps", "style_ids", "time_ids") if name in inputs}
+    text = jax.tree.map(split, text)
+    if encoders["others"] is not None:
+        text = jax.lax.map(lambda row: prompted(*row), (teachers["encoder"], inputs["input_ids"], text))
+    targets = jax.vmap(ask)(teachers["unet"], split(noisy), given, text)
     return jax.lax.stop_gradient(jax.tree.map(_samples, targets))
 
 
@@ -227,6 +228,9 @@ def build_loss_and_grads(
         sample_ids = local_ids(mesh, *batch["input_ids"].shape[:2])
         step_key = jax.random.fold_in(jax.random.key(seed), step)
         trained = jax.tree.map(partial(_on_missing_axes, varying), trained, specs)
+        if "backbone" in encoders:  # Gradients pass through it, and layers that write theirs out want all to vary.
+            backbone = jax.tree.map(lambda leaf: varying(leaf, sharding.AXES), encoders["backbone"])
+            encoders = encoders | {"backbone": backbone}
 
         def grads_of(sample_ids, batch):
             differentiate = jax.value_and_grad(loss_fn, has_aux=True)

@@ -48,14 +48,12 @@ def _largest_fused_head() -> int:
 
 
 def _cudnn(query, key, value):
-    (batch_size, num_queries), num_keys = query.shape[:2], key.shape[1]
+    num_queries, num_keys = query.shape[1], key.shape[1]
     missing, lengths = -num_keys % KEYS_MULTIPLE, {}
     if missing:
         key, value = (jnp.pad(states, ((0, 0), (0, missing), (0, 0), (0, 0))) for states in (key, value))
-        lengths = {
-            "query_seq_lengths": jnp.full(batch_size, num_queries, jnp.int32),
-            "key_value_seq_lengths": jnp.full(batch_size, num_keys, jnp.int32),
-        }
+        zeros = 0 * query[:, 0, 0, 0].astype(jnp.int32)  # Of the queries: under `vmap` JAX takes lengths for batched.
+        lengths = {"query_seq_lengths": zeros + num_queries, "key_value_seq_lengths": zeros + num_keys}
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn", **lengths)
 
 
@@ -92,32 +90,47 @@ class GEGLU(nnx.Module):
 
     def __call__(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L F"]:
         """Returns value times GELU(gate)."""
-        return _gated(self.proj(hidden))
+        hidden, kernel, bias = self.proj.promote_dtype(
+            (hidden, self.proj.kernel[...], self.proj.bias[...]), dtype=self.proj.dtype
+        )
+        return _geglu(hidden, kernel, bias)
 
 
 @jax.custom_vjp
-def _gated(projected):
+def _geglu(hidden, kernel, bias):
+    return _geglu_forward(hidden, kernel, bias)[0]
+
+
+def _geglu_forward(hidden, kernel, bias):
+    projected = hidden @ kernel + jnp.expand_dims(bias, range(hidden.ndim - 1))
     value, gate = _halves(projected)
-    return (value * _gelu(gate)).astype(projected.dtype)
+    return (value * _gelu(gate)).astype(projected.dtype), (hidden, kernel, projected)
 
 
-def _gated_forward(projected):
-    return _gated(projected), projected  # Not the gate, its GELU and that one's slope too.
+def _geglu_backward(kept, gradient):
+    """Keeps the gradients of value and gate apart, which are computed in one pass, and never joined."""
+    hidden, kernel, projected = kept
+    parts = []
+    for k in range(2):
+        # Behind each barrier the error function is computed anew: else XLA would keep it, in float32.
+        projected, gradient = jax.lax.optimization_barrier((projected, gradient))
+        value, gate = _halves(projected)
+        gelu, slope = jax.jvp(_gelu, (gate,), (jnp.ones_like(gate),))
+        parts.append((gradient.astype(jnp.float32) * (gelu, value * slope)[k]).astype(projected.dtype))
+    back = sum(part @ half.T for part, half in zip(parts, jnp.split(kernel, 2, axis=1), strict=True))
+    rows, parts = _rows(hidden), [_rows(part) for part in parts]
+    return back, jnp.concatenate([rows.T @ part for part in parts], axis=1), jnp.concatenate([p.sum(0) for p in parts])
 
 
-def _gated_backward(projected, gradient):
-    (value, gate), gradient = _halves(projected), gradient.astype(jnp.float32)
-    gelu, slope = jax.jvp(_gelu, (gate,), (jnp.ones_like(gate),))
-    both = jnp.concatenate([gradient * gelu, gradient * value * slope], axis=-1).astype(projected.dtype)
-    # Three products and sums read it. Left to itself, XLA writes the halves and joins them once for each.
-    return (jax.lax.optimization_barrier(both),)
-
-
-_gated.defvjp(_gated_forward, _gated_backward)
+_geglu.defvjp(_geglu_forward, _geglu_backward)
 
 
 def _halves(projected):
     return jnp.split(projected.astype(jnp.float32), 2, axis=-1)
+
+
+def _rows(hidden):
+    return hidden.reshape(-1, hidden.shape[-1])
 
 
 _gelu = functools.partial(jax.nn.gelu, approximate=False)

@@ -57,17 +57,34 @@ class Downsample2D(nnx.Module):
 
 
 class Upsample2D(nnx.Module):
-    """Doubles the resolution: nearest neighbour, then a convolution."""
+    """Doubles the resolution: nearest neighbour, then a convolution; both at once."""
 
     def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
-        self.conv = layers.conv(channels, channels, 3, dtype=dtype, rngs=rngs)
+        self.conv = layers.conv(channels, channels, 3, convolve=_convolve_nearest_x2, dtype=dtype, rngs=rngs)
 
     def __call__(self, hidden: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 C"]:
         """Returns four times the cells."""
-        return self.conv(nearest_x2(hidden))
+        return self.conv(hidden)
 
 
-def nearest_x2(hidden: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 C"]:
-    """Repeats every cell twice along height and width."""
-    b, h, w, c = hidden.shape
-    return jnp.broadcast_to(hidden[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+def _convolve_nearest_x2(hidden, kernel, *_, precision=None, **__):
+    """Convolves by a 3x3 kernel what nearest neighbours would make of `hidden`, without making it.
+
+    A repeated cell meets the sum of its taps, so that each of the four phases of the output is a convolution by a 2x2
+    kernel: 16 products in place of 36.
+    """
+    (b, h, w, c), dimensions = hidden.shape, ("NHWC", "HWIO", "NHWC")
+    phases = _of_neighbours(_of_neighbours(kernel.astype(jnp.float32), 0), 2)  # (2, 2, 2, 2, C, D): row, its phase, ...
+    phases = jnp.transpose(phases, (0, 2, 4, 1, 3, 5)).reshape(2, 2, c, -1).astype(kernel.dtype)
+    options = {"dimension_numbers": dimensions, "precision": precision}
+    around = jax.lax.conv_general_dilated(hidden, phases, (1, 1), ((1, 1), (1, 1)), **options)
+    around = around.reshape(b, h + 1, w + 1, 2, 2, -1)  # An odd cell looks a neighbour further.
+    rows = [jnp.stack([around[:, y : y + h, x : x + w, y, x] for x in (0, 1)], axis=3) for y in (0, 1)]
+    return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, -1)
+
+
+def _of_neighbours(kernel, axis):
+    """Sums three taps to two, as an even cell sees two neighbours, and as an odd one: axes (neighbour, phase)."""
+    first, middle, last = jnp.moveaxis(kernel, axis, 0)
+    taps = jnp.stack([jnp.stack([first, first + middle]), jnp.stack([middle + last, last])])
+    return jnp.moveaxis(taps, (0, 1), (axis, axis + 1))

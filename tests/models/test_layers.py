@@ -1,11 +1,13 @@
 """Laws of the shared layers: PyTorch's initial weights and defaults, and configs read field by field."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from dmm_jax.models import layers
+from dmm_jax.models.resnet import Upsample2D
 
 
 def drawn_like_pytorch(layer, fan_in):
@@ -62,6 +64,32 @@ def test_norms_keep_a_small_variance_beside_a_large_mean():
     hidden = jnp.asarray(1000 + np.random.default_rng(0).standard_normal((1, 4, 4, 8)) / 16, jnp.float32)
     normed = layers.group_norm(1, 8, epsilon=1e-6, rngs=nnx.Rngs(0))(hidden)
     assert normed.std() == pytest.approx(1, rel=1e-2)
+
+
+class Chain(nnx.Module):
+    """One of each kind of layer that is not the same under `vmap`."""
+
+    def __init__(self, *, rngs):
+        common = {"dtype": jnp.float32, "rngs": rngs}
+        self.conv = layers.conv(4, 8, 3, **common)
+        self.by_cell = layers.conv(8, 8, 1, **common)
+        self.norm = layers.group_norm(2, 8, epsilon=1e-5, rngs=rngs)
+        self.up = Upsample2D(8, **common)
+
+    def __call__(self, hidden):
+        return self.up(layers.normed(self.norm, self.by_cell(self.conv(hidden))))
+
+
+def test_networks_in_a_stack_are_each_itself_and_no_convolution_is_by_groups():
+    models = [layers.for_stacks(Chain(rngs=nnx.Rngs(seed))) for seed in range(3)]
+    graph, _ = nnx.split(models[0])
+    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.split(model)[1] for model in models))
+    hidden = jnp.asarray(np.random.default_rng(0).standard_normal((3, 2, 4, 4, 4)), jnp.float32)
+    stacked = jax.vmap(lambda params, hidden: nnx.merge(graph, params)(hidden))
+    for k, model in enumerate(models):
+        np.testing.assert_allclose(stacked(params, hidden)[k], model(hidden[k]), atol=1e-5)
+    program = str(jax.make_jaxpr(stacked)(params, hidden))
+    assert program.count("conv_general_dilated") == 2 * len(models) and "feature_group_count=3" not in program
 
 
 def build(widths, heads=2, *, dtype=None, rngs=None):

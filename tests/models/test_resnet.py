@@ -1,12 +1,13 @@
 """Laws of residual blocks and resampling: equal to diffusers' on small inputs, where a wrong epsilon shows."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from torch_parity import SCALES, TOLERANCE, abstract, load, normal, relative_error, scaled, to_torch
 
-from dmm_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, nearest_x2
+from dmm_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -55,9 +56,22 @@ def test_upsampling_is_that_of_diffusers(scale):
     assert relative_error(model(hidden), twin(to_torch(hidden))) < TOLERANCE
 
 
-def test_nearest_x2_repeats_each_cell():
-    hidden = normal(2, 3, 5, 4)
-    assert np.array_equal(nearest_x2(hidden), np.repeat(np.repeat(hidden, 2, axis=1), 2, axis=2))
+def test_upsampling_convolves_what_nearest_neighbours_make():
+    graph, params = nnx.split(Upsample2D(4, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    hidden, wanted = normal(2, 3, 5, 4), normal(2, 6, 10, 4)
+
+    def at_once(params):
+        return nnx.merge(graph, params)(hidden)
+
+    def plainly(params):
+        repeated = jnp.repeat(jnp.repeat(hidden, 2, axis=1), 2, axis=2)
+        options = {"padding": "SAME", "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+        convolved = jax.lax.conv_general_dilated(repeated, params.conv.kernel[...], (1, 1), **options)
+        return convolved + params.conv.bias[...].reshape(1, 1, 1, -1)
+
+    np.testing.assert_allclose(at_once(params), plainly(params), atol=1e-6)
+    grads = [jax.grad(lambda params, f=f: jnp.vdot(f(params), wanted))(params) for f in (at_once, plainly)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *grads)
 
 
 def test_a_bfloat16_block_keeps_its_input_dtype_and_norms_in_float32():

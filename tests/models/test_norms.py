@@ -1,0 +1,64 @@
+"""Laws of the norms whose gradients are written out: the values and the gradients of plain differentiation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from torch_parity import normal
+
+from dmm_jax.models import layers
+
+
+def random_norm(norm):
+    norm.scale[...], norm.bias[...] = normal(*norm.scale.shape, seed=1), normal(*norm.bias.shape, seed=2)
+    return nnx.split(norm)
+
+
+def check_against_plain_differentiation(norm, hidden, *activation):
+    graph, params = random_norm(norm)
+    wanted = normal(*hidden.shape, seed=3)
+
+    def ours(params, hidden):
+        return layers.normed(nnx.merge(graph, params), hidden, *activation)
+
+    def plain(params, hidden):
+        output = nnx.merge(graph, params)(hidden)
+        return activation[0](output) if activation else output
+
+    np.testing.assert_allclose(ours(params, hidden), plain(params, hidden), atol=2e-6)
+    grads = [
+        jax.grad(lambda p, h, f=f: jnp.vdot(f(p, h), wanted), argnums=(0, 1))(params, hidden) for f in (ours, plain)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *grads)
+
+
+@pytest.mark.parametrize("activation", [(), (jax.nn.silu,)], ids=["plain", "silu"])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 16), (3, 7, 16), (1, 1, 1, 16)])
+def test_group_norm_has_the_values_and_gradients_of_plain_differentiation(shape, activation):
+    norm = layers.group_norm(4, 16, epsilon=1e-5, rngs=nnx.Rngs(0))
+    check_against_plain_differentiation(norm, 3 * normal(*shape) + 1, *activation)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 16), (16,)])
+def test_layer_norm_has_the_values_and_gradients_of_plain_differentiation(shape):
+    check_against_plain_differentiation(layers.layer_norm(16, rngs=nnx.Rngs(0)), 3 * normal(*shape) + 1)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [lambda **rngs: layers.group_norm(4, 16, epsilon=1e-5, **rngs), lambda **rngs: layers.layer_norm(16, **rngs)],
+)
+def test_in_bfloat16_all_but_the_ends_is_float32(build):
+    graph, params = random_norm(build(rngs=nnx.Rngs(0)))
+    hidden, wanted = normal(2, 6, 16).astype(jnp.bfloat16), normal(2, 6, 16, seed=3).astype(jnp.bfloat16)
+
+    def loss(params, hidden):
+        return jnp.vdot(layers.normed(nnx.merge(graph, params), hidden).astype(jnp.float32), wanted.astype(jnp.float32))
+
+    (of_params, of_hidden) = jax.grad(loss, argnums=(0, 1))(params, hidden)
+    exact = jax.grad(loss, argnums=(0, 1))(params, hidden.astype(jnp.float32))
+    assert of_hidden.dtype == jnp.bfloat16
+    np.testing.assert_allclose(of_hidden.astype(jnp.float32), exact[1], rtol=2**-8, atol=2**-8)
+    # Sums of float32, of gradients that were rounded once, as they came.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02), of_params, exact[0])
