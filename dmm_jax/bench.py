@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from dmm_jax import bench_networks, bench_numerics, bench_profile, flops, sharding, train
+from dmm_jax import bench_networks, bench_numerics, bench_profile, bench_traffic, flops, sharding, train
 from dmm_jax import config as config_lib
 from dmm_jax.checkpoints.abstract import abstract_model, abstract_params
 from dmm_jax.checkpoints.checkpoint import Checkpoint
@@ -120,7 +120,8 @@ def bench_train(config, size: str, num_steps: int, profile: str = "", num_device
 
     step_s = median_s(once, num_steps)
     host_ms = {part: clock.median_ms() for part, clock in clocks.items()}
-    exchanged = collectives.parse(compiled.as_text(), mesh.shape)
+    program = compiled.as_text()
+    exchanged = collectives.parse(program, mesh.shape)
     tflop = config.batch_size * train_tflop(base, student_config)
     return [
         {
@@ -139,7 +140,7 @@ def bench_train(config, size: str, num_steps: int, profile: str = "", num_device
             "mesh": dict(mesh.shape),
         }
         | peak_memory()
-        | bench_profile.collective_shares(_profiled(once, profile))
+        | bench_profile.collective_shares(_profiled(once, profile, program))
     ]
 
 
@@ -253,11 +254,17 @@ def bench_fid(num_pictures: int = NUM_PICTURES, side: int = PICTURE_SIZE) -> dic
     return about | {"step_s": seconds, "images_per_s": 2 * num_pictures / seconds, "batch": num_pictures} | parts
 
 
-def _profiled(call, folder) -> list[bench_profile.Ran]:
-    """Prints the kernels of a traced call on stderr and returns them; nothing without a folder for the trace."""
+def _profiled(call, folder, program: str = "") -> list[bench_profile.Ran]:
+    """Prints the kernels of a traced call on stderr and returns them; nothing without a folder for the trace.
+
+    Args:
+      program: the compiled program's text, where one is all that runs: what its fusions move is told, too.
+    """
     ran = bench_profile.profile(call, folder) if folder else []
     if ran:
         print(bench_profile.table(bench_profile.summed(ran)), file=sys.stderr)
+        if program:
+            print(bench_traffic.table(bench_profile.summed(ran, str), program), file=sys.stderr)
     elif folder:
         print(f"{folder} holds the trace, and no kernels of a device: a CPU tells none.", file=sys.stderr)
     return ran

@@ -63,19 +63,26 @@ def on_devices(events: list[dict]) -> Iterator[Ran]:
             yield Ran(device, event["name"], start, start + event["dur"], line == _ASYNC)
 
 
-def summed(ran: Iterable[Ran]) -> dict[str, tuple[float, int]]:
+def plain(name: str) -> str:
+    """Takes the numbers off a kernel's name that tell one instance from the next: `loop_fusion_12` -> `loop_fusion`."""
+    return re.sub(r"([_.]\d+)+$", "", name)
+
+
+def summed(ran: Iterable[Ran], called: Callable[[str], str] = plain) -> dict[str, tuple[float, int]]:
     """Sums kernels up by name.
 
+    Args:
+      called: what is made of a kernel's name; `str`: each by its own.
+
     Returns:
-      {kernel's name without its number: (milliseconds, launches)} of one device in one call, the mean over both; the
-      longest first.
+      {name: (milliseconds, launches)} of one device in one call, the mean over both; the longest first.
     """
     ran = [one for one in ran if not one.background]
     parts = CALLS * len({one.device for one in ran})
     sums = collections.defaultdict(lambda: [0.0, 0])
     for one in ran:
-        sums[plain(one.name)][0] += (one.end - one.start) / 1e3
-        sums[plain(one.name)][1] += 1
+        sums[called(one.name)][0] += (one.end - one.start) / 1e3
+        sums[called(one.name)][1] += 1
     ordered = sorted(sums.items(), key=lambda item: -item[1][0])
     return {name: (total / parts, round(count / parts)) for name, (total, count) in ordered}
 
@@ -109,15 +116,11 @@ def _covered(ran: Iterable[Ran]) -> float:
     return total
 
 
-def plain(name: str) -> str:
-    """Takes the numbers off a kernel's name that tell one instance from the next: `loop_fusion_12` -> `loop_fusion`."""
-    return re.sub(r"([_.]\d+)+$", "", name)
-
-
 def table(kernels: dict[str, tuple[float, int]], rows: int = 40) -> str:
     """Lays the longest kernels out for people."""
     total = sum(time for time, _ in kernels.values())
-    lines = [f"{total:10.2f} ms of kernels a call and device"]
+    launches = sum(count for _, count in kernels.values())
+    lines = [f"{total:10.2f} ms of kernels a call and device, {launches} launches"]
     for name, (time, count) in list(kernels.items())[:rows]:
         lines.append(f"{time:10.2f} ms {100 * time / total:5.1f} % {count:6d} x {name[:110]}")
     return "\n".join(lines)
