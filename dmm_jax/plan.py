@@ -222,8 +222,8 @@ def measure(program: Program, held: dict[str, float], where: devices.Topology, f
 def estimate(program: Program, held: dict[str, float], where: devices.Topology) -> dict:
     """Estimates what lives within a step from the order in which its values are computed and read."""
     implementation = train.attention_implementation(program.config, program.platform)
-    # A fused kernel's own scores never exist, whichever kernel it is.
-    function, arguments = program.gradients("xla" if implementation == "xla" else "flash")
+    # Scores inside a fused kernel never exist.
+    function, arguments = program.gradients("fused" if implementation == "cudnn" else implementation)
     (equation,) = jax.make_jaxpr(function)(*arguments).jaxpr.eqns  # The shard_map: inside, shapes are one device's.
     inside, padded_heads = equation.params["jaxpr"], where.platform == "tpu"
     largest = lifetimes.temporaries(inside, padded_heads)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from dmm_jax.models import flash_attention, layers
 
-IMPLEMENTATIONS = ("xla", "cudnn", "flash")
+IMPLEMENTATIONS = ("xla", "cudnn", "flash", "fused")
 FUSED_FROM_QUERIES = 256  # Fewer, and XLA's plain products are as quick as cuDNN's fused kernel.
 KEYS_MULTIPLE = 16  # Of what the fused kernel takes in its backward pass; a prompt's 77 keys are padded and masked.
 FUSED_HEAD_SIZE, FUSED_HEAD_SIZE_HOPPER = 128, 256  # At most.
@@ -26,13 +26,20 @@ def attention(
 
     Args:
       implementation: "xla", or a fused kernel wherever it takes the shapes: "cudnn" (16-bit, NVIDIA only) or "flash"
-        (TPU only).
+        (TPU only). "fused" is for programs that are traced and never run: a kernel where cuDNN's would be, without
+        asking for a GPU.
     """
+    if implementation == "fused" and query.shape[1] >= FUSED_FROM_QUERIES:
+        return flash_attention.flash_attention(query, *map(_padded_to_lanes, (key, value)))
     if implementation == "flash" and flash_attention.takes(query, key):
         return flash_attention.flash_attention(query, key, value)
     if implementation == "cudnn" and _cudnn_takes(query):
         return _cudnn(query, key, value)
     return jax.nn.dot_product_attention(query, key, value, implementation="xla")
+
+
+def _padded_to_lanes(states):
+    return jnp.pad(states, ((0, 0), (0, -states.shape[1] % flash_attention.LANES), (0, 0), (0, 0)))
 
 
 def _cudnn_takes(query) -> bool:

@@ -183,7 +183,7 @@ class UNet2DConditionModel(UNet2DEncoder):
         Args:
           attention_head_dim: the NUMBER of heads, per level or for all (diffusers' name for it is an old accident).
           num_models: rows of the style table, where `addition_embed_type` is one of the "model_merge" kinds.
-          attention_implementation: "xla", "cudnn" or "flash"; see `dmm_jax.models.attention`.
+          attention_implementation: one of `IMPLEMENTATIONS`; see `dmm_jax.models.attention`.
           remat: what is computed again in the backward pass; see `recomputed_blocks`.
           dtype: of the arithmetic.
 

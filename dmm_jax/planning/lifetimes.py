@@ -22,8 +22,8 @@ FUSED = frozenset(
 )
 
 RENAMED = frozenset(
-    "copy copy_p pcast pvary reshape squeeze stop_gradient transpose".split()
-)  # Another view of a value.
+    "copy copy_p optimization_barrier pcast pvary reshape squeeze stop_gradient transpose".split()
+)  # Other views of values.
 PRODUCTS = frozenset("conv_general_dilated dot_general pallas_call".split())  # Their operands are written before.
 BODIES = frozenset("checkpoint cond pallas_call remat remat2 scan while".split())  # Run apart from what is around them.
 
@@ -142,8 +142,8 @@ def _without_views(operations) -> tuple[dict, list[_Operation]]:
     kept = []
     for operation in operations:
         inputs = [names.get(value, value) for value in operation.inputs]
-        if operation.name in RENAMED and len(inputs) == 1:
-            names[operation.outputs[0][0]] = inputs[0]
+        if operation.name in RENAMED and len(inputs) == len(operation.outputs):
+            names |= {value: seen for (value, _), seen in zip(operation.outputs, inputs, strict=True)}
         else:
             kept.append(dataclasses.replace(operation, inputs=inputs))
     return names, kept

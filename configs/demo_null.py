@@ -1,0 +1,16 @@
+"""The demo with the null style: the base is a sixth teacher, called `none`, and what no style asks for is drawn as it draws.
+
+    dmm-jax demo --config=configs/demo_null.py --workdir=demo-null
+
+The row `none` of the report says how near: the student without a style beside the base drawn again from other noise.
+"""
+
+from dmm_jax.demo import experiment
+
+
+def get_config():
+    """Returns the demo's config with the null style, and as many images of each teacher."""
+    config = experiment.get_config()
+    config.teachers = (("none", config.base), *config.teachers)
+    config.batch_size = 72
+    return config
