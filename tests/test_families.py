@@ -39,6 +39,7 @@ def xl(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sdxl")
     paths = families.write_world(folder, "sdxl")
     config = families.tiny_config(paths, folder / "cache")
+    config.adversarial.weight = 0.01
     prepare_from_config(config)
     train.run(config, folder / "run")
     return paths, folder / "run"
@@ -165,6 +166,15 @@ def test_an_xl_run_learns_and_validates(xl):
     lines = read(xl[1] / "metrics.jsonl")
     assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
     assert [line["step"] for line in lines if "validation" in line] == [3]
+
+
+def test_the_discriminator_of_xl_starts_near_chance_and_moves(xl):
+    """Of 2 N classes, behind a backbone that is told sizes and pooled prompts as the other networks are."""
+    lines = [line for line in read(xl[1] / "metrics.jsonl") if "score" in line]
+    for name in ("adversarial", "discriminator"):
+        errors = np.array([[line[name][style] for style in families.STYLES] for line in lines])
+        assert (0.1 * np.log(4) < errors).all() and (errors < 10 * np.log(4)).all()
+        assert (np.ptp(errors, axis=0) > 0).all()
 
 
 def test_teacher_and_student_of_xl_are_told_the_same_sizes_and_prompts(xl):

@@ -86,9 +86,9 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit_discriminator_and_all(finish
         assert [line[name] for line in lines[0]] == [line[name] for line in lines[1]]
 
 
-def test_with_a_fixed_backbone_the_head_alone_is_trained_and_saved(config, tmp_path, capsys):
+def test_with_a_fixed_backbone_the_head_alone_is_trained_and_saved_in_bfloat16_too(config, tmp_path, capsys):
     config = config.copy_and_resolve_references()
-    config.adversarial.train_backbone, config.num_steps = False, 2
+    config.adversarial.train_backbone, config.num_steps, config.dtype = False, 2, "bfloat16"
     line = train.run(config, tmp_path / "run")
     assert np.isfinite(line["loss"])
     keys = (tmp_path / "run" / "checkpoints" / "2" / "state" / "_METADATA").read_text()

@@ -24,6 +24,7 @@ def config(tiny, trained):
     config.grow.student, config.grow.styles = str(trained), ("right", "links=left")
     config.teachers = (("none", config.base),)
     config.num_steps, config.validation_every, config.checkpoint_every, config.checkpoints_kept = 3, 1, 1, 0
+    config.adversarial.weight = 0.01
     return config
 
 
@@ -53,7 +54,9 @@ def test_before_the_first_update_a_grown_student_is_the_old_one(grown, trained, 
 def test_old_and_new_styles_are_learned_under_their_names(grown):
     assert open_checkpoint(grown).styles == ("right", "links", "none")
     lines = [line for line in read(grown / "metrics.jsonl") if "score" in line]
-    assert all(sorted(line["score"]) == ["none", "replay"] for line in lines)
+    for name in ("score", "adversarial", "discriminator"):
+        assert all(sorted(line[name]) == ["none", "replay"] for line in lines)
+        assert np.isfinite([list(line[name].values()) for line in lines]).all()
 
 
 def test_every_style_of_the_old_student_is_replayed(config, grown):
