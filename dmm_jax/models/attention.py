@@ -8,7 +8,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dmm_jax.models import flash_attention, layers
+from dmm_jax.models import flash_attention, layers, norms
 
 IMPLEMENTATIONS = ("xla", "cudnn", "flash", "fused")
 FUSED_FROM_QUERIES = 256  # Fewer, and XLA's plain products are as quick as cuDNN's fused kernel.
@@ -119,8 +119,8 @@ def _geglu_backward(kept, gradient):
     hidden, kernel, projected = kept
     parts = []
     for k in range(2):
-        # Behind each barrier the error function is computed anew: else XLA would keep it, in float32.
-        projected, gradient = jax.lax.optimization_barrier((projected, gradient))
+        # The error function anew each time: else XLA would keep it, in float32, and from the forward pass on.
+        projected, gradient = norms.read_again(projected, gradient)
         value, gate = _halves(projected)
         gelu, slope = jax.jvp(_gelu, (gate,), (jnp.ones_like(gate),))
         parts.append((gradient.astype(jnp.float32) * (gelu, value * slope)[k]).astype(projected.dtype))

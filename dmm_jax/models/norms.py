@@ -1,7 +1,7 @@
 """Group norm and layer norm (arXiv:1803.08494, 1607.06450), their gradients written out: one pass sums, one writes.
 
 Left to differentiation, the backward passes read values and gradients up to four times, and keep in float32 what
-several sums share. A barrier makes XLA read bfloat16 and compute it again instead.
+several sums share. On GPUs a barrier makes XLA read bfloat16 and compute it again instead (`read_again`).
 """
 
 import math
@@ -11,6 +11,18 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+
+def read_again(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns the arrays; on GPUs XLA computes what comes of them anew, and shares nothing with what came before.
+
+    On TPUs, whose compiler reads once for several sums, it would move a tenth more bytes (docs/plan.md).
+    """
+    return jax.lax.platform_dependent(*arrays, cuda=_behind_barrier, default=lambda *same: same)
+
+
+def _behind_barrier(*arrays):
+    return jax.lax.optimization_barrier(arrays)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -42,7 +54,7 @@ def _group_norm_backward(num_groups, epsilon, activation, kept, gradient):
 
     def slopes():
         nonlocal hidden, gradient
-        hidden, gradient = jax.lax.optimization_barrier((hidden, gradient))
+        hidden, gradient = read_again(hidden, gradient)
         values, inverse_deviation = _standardized_by_group(hidden, moments)
         _, pull = jax.vjp(activation, values * wide_scale + wide_bias)
         return values, inverse_deviation, pull(gradient.astype(jnp.float32))[0]
@@ -84,7 +96,7 @@ def _layer_norm_backward(epsilon, kept, gradient):
 
     def read():
         nonlocal hidden, gradient
-        hidden, gradient = jax.lax.optimization_barrier((hidden, gradient))
+        hidden, gradient = read_again(hidden, gradient)
         return _standardized(hidden, *moments), gradient.astype(jnp.float32)
 
     rows = tuple(range(hidden.ndim - 1))
