@@ -1,4 +1,4 @@
-"""The demo with the null style: the base is a sixth teacher, called `none`, and what no style asks for is drawn as it draws.
+"""The demo with the null style: the base is a sixth teacher, called `none`, and stands for no style.
 
     dmm-jax demo --config=configs/demo_null.py --workdir=demo-null
 
