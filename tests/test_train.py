@@ -35,13 +35,16 @@ def stopped_at(config, step):
     return config
 
 
+def saved_steps(workdir):
+    return [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+
+
 def assert_as_if_it_never_stopped(config, workdir, trained, folder):
     """Lets the run of `workdir` go on, and compares it with one of as many steps that never stopped, bit for bit.
 
     That is `trained` but where more steps than it has were reached.
     """
-    reached = max((int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()), default=0)
-    config.num_steps = max(reached + 2, NUM_STEPS)
+    config.num_steps = max(NUM_STEPS - 2, *saved_steps(workdir)) + 2
     train.run(config, workdir)
     if config.num_steps > NUM_STEPS:
         trained = folder / "whole"
@@ -143,7 +146,7 @@ def run_in_a_child(config_json, workdir, settings):
 
 
 def test_a_run_that_was_killed_at_random_moments_equals_one_that_never_was_bit_for_bit(tiny, trained, tmp_path):
-    """From the start of `run` on: the first kill comes when a step is written down, the others at any moment so far."""
+    """The first kill comes when a checkpoint has been written, the others at any moment between the start and then."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dmm_jax.train"])
     config, workdir, rng = stopped_at(tiny[1], 100_000), tmp_path / "run", random.Random(0)
@@ -158,15 +161,14 @@ def test_a_run_that_was_killed_at_random_moments_equals_one_that_never_was_bit_f
         if longest_s:
             time.sleep(rng.uniform(0.0, longest_s))
         else:
-            while not read(workdir / "metrics.jsonl"):
+            while not saved_steps(workdir):
                 assert child.is_alive()
                 time.sleep(0.01)
             longest_s = 1.2 * (time.monotonic() - started)
         child.kill()
         child.join()
-        steps = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
-        assert max(steps, default=0) >= reached
-        reached = max(steps, default=0)
+        assert max(saved_steps(workdir), default=0) >= reached
+        reached = max(saved_steps(workdir), default=0)
     assert_as_if_it_never_stopped(config, workdir, trained, tmp_path)
     print(f"killed {max(KILLS // 5, 1)} times, up to step {reached}; then as if it never had been")
 
