@@ -103,8 +103,8 @@ def train(size: str, batch_size: int, num_steps: int, *, num_teachers: int = 1, 
             noise, timesteps = torch.randn_like(clean), torch.randint(0, 1000, (batch_size,), device=DEVICE)
             noisy = scheduler.add_noise(clean, noise, timesteps)
             parts = zip(asked, *(leaf.chunk(num_teachers) for leaf in (noisy, timesteps, theirs)), strict=True)
-            target = torch.cat([ask(*part).sample for ask, *part in parts])
-            targets = [torch.cat(maps) for maps in zip(*(seen[id(teacher)] for teacher in teachers), strict=True)]
+            target = _joined([ask(*part).sample for ask, *part in parts])
+            targets = [_joined(maps) for maps in zip(*(seen[id(teacher)] for teacher in teachers), strict=True)]
         with torch.autocast(DEVICE.type, HALF):
             output = follow(noisy, timesteps, ours, class_labels=labels).sample
         loss = torch.nn.functional.mse_loss(output.float(), target.float())
@@ -118,6 +118,10 @@ def train(size: str, batch_size: int, num_steps: int, *, num_teachers: int = 1, 
     name = "torch.compile, cached latents and text" if cached else "torch eager, the original recipe from images"
     name += f", {num_teachers} teachers" if num_teachers > 1 else ""
     report(name, batch_size, median_s(step, num_steps))
+
+
+def _joined(parts):
+    return torch.cat(parts) if len(parts) > 1 else parts[0]  # One is not copied.
 
 
 def _keep(kept):
@@ -152,12 +156,12 @@ def sample(size: str, batch_size: int, num_steps: int) -> None:
 
 def main() -> None:
     """Runs what the command line asks for."""
-    job, size, batch_size, num_steps = sys.argv[1], *sys.argv[2:3], *map(int, sys.argv[3:5])
+    (job, size), (batch_size, num_steps, *more) = sys.argv[1:3], map(int, sys.argv[3:])
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     if job == "sample":
         return sample(size, batch_size, num_steps)
-    num_teachers = int(sys.argv[5]) if len(sys.argv) > 5 else 1
+    num_teachers = more[0] if more else 1
     torch._dynamo.config.cache_size_limit = num_teachers + 8  # A compiled program each.
     kinds = [{"cached": True}, {"cached": True, "num_teachers": num_teachers}, {"cached": False}]
     for kind in kinds if num_teachers > 1 else kinds[::2]:

@@ -15,6 +15,7 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(\S+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?(\S+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _OPERAND = re.compile(r"%([\w.\-]+)")
+_INDEX = re.compile(r"index=(\d+)")
 _CALLED = re.compile(r"calls=%?([\w.\-]+)")
 _PIECES = {"slice": 1, "dynamic-slice": 1, "dynamic-update-slice": 0}  # How often their result's bytes are read.
 
@@ -34,12 +35,29 @@ class Instruction:
 def of_fusions(program: str) -> dict[str, int]:
     """Returns the bytes read and written by each fusion of a program (`compiled.as_text()`), by its name.
 
-    Of what a fusion only takes slices of, the slices count; of what it updates in place, the update.
+    Of what a fusion only takes slices of, the slices count; of what it updates in place, the update; an array that
+    comes under two names, such as behind barriers, once.
     """
-    computations = _computations(program)
-    fusions = (one for lines in computations.values() for one in lines if one.opcode == "fusion")
-    called = {one.name: computations[_CALLED.search(one.rest)[1]] for one in fusions}
-    return {name: sum(_read(inside)) + _written(inside) for name, inside in called.items()}
+    computations, found = _computations(program), {}
+    for lines in computations.values():
+        by_name = {one.name: one for one in lines}
+        for one in (one for one in lines if one.opcode == "fusion"):
+            inside = computations[_CALLED.search(one.rest)[1]]
+            read: dict[str, int] = {}
+            for operand, size in zip(one.operands, _read(inside), strict=True):
+                source = _source(operand, by_name)
+                read[source] = max(read.get(source, 0), size)
+            found[one.name] = sum(read.values()) + _written(inside)
+    return found
+
+
+def _source(name: str, by_name: Mapping[str, Instruction]) -> str:
+    """Follows a name through tuples to what was computed."""
+    one = by_name.get(name)
+    while one and one.opcode == "get-tuple-element" and by_name[one.operands[0]].opcode == "tuple":
+        name = by_name[one.operands[0]].operands[int(_INDEX.search(one.rest)[1])]
+        one = by_name.get(name)
+    return name
 
 
 def table(kernels: Mapping[str, tuple[float, int]], program: str, rows: int = 30) -> str:
@@ -91,6 +109,7 @@ def _bytes(shape: str) -> int:
 
 
 def _read(inside: Sequence[Instruction]) -> Iterator[int]:
+    """Yields the bytes read of each parameter, in their order."""
     users = collections.defaultdict(list)
     for one in inside:
         for operand in dict.fromkeys(one.operands):
@@ -100,7 +119,8 @@ def _read(inside: Sequence[Instruction]) -> Iterator[int]:
         for user in users[value.name]:
             yield from seen(user) if user.opcode == "bitcast" else [(user, value)]
 
-    for parameter in (one for one in inside if one.opcode == "parameter"):
+    parameters = [one for one in inside if one.opcode == "parameter"]
+    for parameter in sorted(parameters, key=lambda one: int(one.rest.split(")")[0])):
         uses = list(seen(parameter))
         if all(user.opcode in _PIECES and user.operands[0] == value.name for user, value in uses):
             yield sum(_PIECES[user.opcode] * user.bytes for user, _ in uses)

@@ -392,9 +392,11 @@ def integers(text):
 
 
 def _bench(args):
-    from dmm_jax import bench
+    from dmm_jax import arguments, bench
 
     config = _config(args.config or bench.__file__, args.rest)
+    arguments.whole("--num-steps", args.num_steps, 1)
+    arguments.whole("--batch-size", args.batch_size, 1)
     if args.job == "scaling":
         return _bench_scaling(args, config)
     if len(args.devices) > 1:

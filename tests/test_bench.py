@@ -85,3 +85,9 @@ def test_packing_the_state_halves_the_arrays_that_a_step_hands_over():
     whole, packed = bench.bench("host", config(), "tiny", num_steps=2)
     assert packed["arrays"]["out"] < whole["arrays"]["out"] / 2
     assert packed["host_ms"] == pytest.approx(sum(packed["host_parts_ms"].values()))
+
+
+@pytest.mark.parametrize("option", ["--num-steps", "--batch-size"])
+def test_numbers_below_one_are_refused_before_anything_runs(option, capsys):
+    assert cli.main(["bench", "train", option, "0", "--against", "torch"]) == 1
+    assert f"{option} must be a whole number of at least 1; got 0." in capsys.readouterr().err

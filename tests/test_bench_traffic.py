@@ -22,6 +22,14 @@ PROGRAM = """HloModule step, is_scheduled=true
   ROOT %both = (f32[8]{0}, bf16[4,8]{1,0}) tuple(%most, %p)
 }
 
+%sums (v: bf16[4,8], w: bf16[4,8]) -> f32[8] {
+  %v = bf16[4,8]{1,0} parameter(0)
+  %w = bf16[4,8]{1,0} parameter(1)
+  %zero.2 = f32[] constant(0)
+  %product = f32[4,8]{1,0} multiply(%v, %w)
+  ROOT %over = f32[8]{0} reduce(%product, %zero.2), dimensions={0}, to_apply=%add
+}
+
 %piece (stack: bf16[100,8], row: s32[]) -> f32[8] {
   %stack = bf16[100,8]{1,0} parameter(0)
   %flat = bf16[800]{0} bitcast(%stack)
@@ -45,6 +53,9 @@ ENTRY %main (x: bf16[4,8], y: f32[8], s: bf16[100,8], r: s32[], t: f32[100,8], n
   %r = s32[] parameter(3)
   %t = f32[100,8]{1,0} parameter(4)
   %n = f32[1,8]{1,0} parameter(5)
+  %behind = (bf16[4,8]{1,0}, f32[8]{0}) tuple(%x, %y)
+  %again = bf16[4,8]{1,0} get-tuple-element(%behind), index=0
+  %sums.4 = f32[8]{0} fusion(%again, %x), kind=kInput, calls=%sums
   %whole.1 = (f32[8]{0}, bf16[4,8]{1,0}) fusion(%x, /*index=1*/%y), kind=kInput, calls=%whole, metadata={op_name="f(x)"}
   %piece.2 = f32[8]{0} fusion(%s, %r), kind=kLoop, calls=%piece
   ROOT %kept.3 = f32[100,8]{1,0} fusion(%t, %n, %r), kind=kLoop, calls=%kept
@@ -52,11 +63,13 @@ ENTRY %main (x: bf16[4,8], y: f32[8], s: bf16[100,8], r: s32[], t: f32[100,8], n
 """
 
 
-def test_a_fusion_moves_its_operands_and_results_but_of_slices_and_updates_only_these():
+def test_a_fusion_moves_its_operands_and_results_but_of_slices_and_updates_only_these_and_no_array_twice():
     whole = 4 * 8 * 2 + 8 * 4  # Read; and as much is written.
     piece = 8 * 2 + 4 + 8 * 4
     kept = 8 * 4 + 4 + 8 * 4
-    assert bench_traffic.of_fusions(PROGRAM) == {"whole.1": 2 * whole, "piece.2": piece, "kept.3": kept}
+    sums = 4 * 8 * 2 + 8 * 4  # Its two operands are the same array.
+    moved = {"sums.4": sums, "whole.1": 2 * whole, "piece.2": piece, "kept.3": kept}
+    assert bench_traffic.of_fusions(PROGRAM) == moved
 
 
 def test_the_table_tells_bytes_and_speed_of_what_is_a_fusion_by_the_longest():

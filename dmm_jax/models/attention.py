@@ -115,7 +115,7 @@ def _geglu_forward(hidden, kernel, bias):
 
 
 def _geglu_backward(kept, gradient):
-    """Keeps the gradients of value and gate apart, which are computed in one pass, and never joined."""
+    """Keeps the gradients of value and gate apart: two products read them, and nothing joins them."""
     hidden, kernel, projected = kept
     parts = []
     for k in range(2):
