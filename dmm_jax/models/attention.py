@@ -90,7 +90,7 @@ class Attention(nnx.Module):
 
 
 class GEGLU(nnx.Module):
-    """A gated projection (arXiv:2002.05202): the first half is the value, the second the gate; its GELU is exact."""
+    """A gated projection (arXiv:2002.05202): the first half is the value, the second the gate; its GELU is exact (arXiv:1606.08415)."""
 
     def __init__(self, width: int, out_width: int, *, dtype, rngs: nnx.Rngs):
         self.proj = layers.linear(width, 2 * out_width, dtype=dtype, rngs=rngs)
@@ -111,19 +111,18 @@ def _geglu(hidden, kernel, bias):
 def _geglu_forward(hidden, kernel, bias):
     projected = hidden @ kernel + jnp.expand_dims(bias, range(hidden.ndim - 1))
     value, gate = _halves(projected)
-    return (value * _gelu(gate)).astype(projected.dtype), (hidden, kernel, projected)
+    return (value * gate * _below(gate)).astype(projected.dtype), (hidden, kernel, projected)
 
 
 def _geglu_backward(kept, gradient):
     """Keeps the gradients of value and gate apart: two products read them, and nothing joins them."""
     hidden, kernel, projected = kept
-    parts = []
-    for k in range(2):
-        # The error function anew each time: else XLA would keep it, in float32, and from the forward pass on.
-        projected, gradient = norms.read_again(projected, gradient)
-        value, gate = _halves(projected)
-        gelu, slope = jax.jvp(_gelu, (gate,), (jnp.ones_like(gate),))
-        parts.append((gradient.astype(jnp.float32) * (gelu, value * slope)[k]).astype(projected.dtype))
+    # The error function anew: else XLA would keep it, in float32, and from the forward pass on.
+    projected, gradient = norms.read_again(projected, gradient)
+    (value, gate), slope = _halves(projected), gradient.astype(jnp.float32)
+    below, density = jax.jvp(_below, (gate,), (jnp.ones_like(gate),))
+    parts = [slope * gate * below, slope * value * (below + gate * density)]
+    parts = [part.astype(projected.dtype) for part in parts]
     back = sum(part @ half.T for part, half in zip(parts, jnp.split(kernel, 2, axis=1), strict=True))
     rows, parts = _rows(hidden), [_rows(part) for part in parts]
     return back, jnp.concatenate([rows.T @ part for part in parts], axis=1), jnp.concatenate([p.sum(0) for p in parts])
@@ -140,7 +139,9 @@ def _rows(hidden):
     return hidden.reshape(-1, hidden.shape[-1])
 
 
-_gelu = functools.partial(jax.nn.gelu, approximate=False)
+def _below(gate):
+    """The normal distribution's share below `gate`, GELU(gate) / gate; `jax.nn.gelu`, by erfc, takes twice as long."""
+    return 0.5 * (1.0 + jax.lax.erf(gate * 0.5**0.5))
 
 
 class FeedForward(nnx.Module):

@@ -39,36 +39,52 @@ def group_norm(
 
 
 def _group_norm_forward(hidden, scale, bias, num_groups, epsilon, activation):
-    groups = _grouped(hidden.astype(jnp.float32), num_groups)
-    mean = groups.mean((1, 3))
-    variance = jnp.square(groups - mean[:, None, :, None]).mean((1, 3))
-    moments = mean, jax.lax.rsqrt(variance + epsilon)  # (B, G) each
-    values, _ = _standardized_by_group(hidden, moments)
-    output = activation(values * _wide(scale, hidden) + _wide(bias, hidden))
-    return output.astype(hidden.dtype), (hidden, scale, bias, moments)
+    mean, variance = _moments(hidden, num_groups)
+    inverse_deviation = jax.lax.rsqrt(variance + epsilon)
+    moments = read_again(mean, inverse_deviation, inverse_deviation * _wide(scale, mean))  # (B, C) each
+    output = activation(_centred(hidden, moments[0]) * _of_images(moments[2], hidden) + _wide(bias, hidden))
+    return output.astype(hidden.dtype), (hidden, bias, moments)
 
 
 def _group_norm_backward(num_groups, epsilon, activation, kept, gradient):
-    hidden, scale, bias, moments = kept
-    wide_scale, wide_bias = _wide(scale, hidden), _wide(bias, hidden)
+    hidden, bias, (mean, inverse_deviation, gain) = kept
 
     def slopes():
         nonlocal hidden, gradient
         hidden, gradient = read_again(hidden, gradient)
-        values, inverse_deviation = _standardized_by_group(hidden, moments)
-        _, pull = jax.vjp(activation, values * wide_scale + wide_bias)
-        return values, inverse_deviation, pull(gradient.astype(jnp.float32))[0]
+        centred = _centred(hidden, mean)
+        _, pull = jax.vjp(activation, centred * _of_images(gain, hidden) + _wide(bias, hidden))
+        return centred, pull(gradient.astype(jnp.float32))[0]
 
-    (_, _, slope), (values, _, again) = slopes(), slopes()
+    (_, slope), (centred, again) = slopes(), slopes()
     # Of these all other sums are made, for which XLA would go back to the cells.
-    parts = jax.lax.optimization_barrier((slope.sum(-2), (again * values).sum(-2)))
-    of_bias, of_scale = (part.sum(tuple(range(part.ndim - 1))) for part in parts)
+    parts = jax.lax.optimization_barrier((slope.sum(-2), (again * centred).sum(-2)))
+    of_bias, tilt = (_over_rows(part) for part in parts)  # (B, C)
     size = math.prod(hidden.shape[1:]) // num_groups
-    mean, tilt = (
-        _of_groups(_grouped(part * _wide(scale, part), num_groups).sum((1, 3)) / size, hidden) for part in parts
-    )
-    values, inverse_deviation, slope = slopes()
-    return ((slope * wide_scale - mean - values * tilt) * inverse_deviation).astype(hidden.dtype), of_scale, of_bias
+    offset = _over_group(of_bias * gain, num_groups) / size
+    slant = _over_group(tilt * gain, num_groups) / size * jnp.square(inverse_deviation)
+    offset, slant = (_of_images(part, hidden) for part in read_again(offset, slant))
+    centred, slope = slopes()
+    back = slope * _of_images(gain, hidden) - offset - centred * slant
+    return back.astype(hidden.dtype), (tilt * inverse_deviation).sum(0), of_bias.sum(0)
+
+
+def _moments(hidden, num_groups):
+    """Returns the mean and the variance of every channel's group, (B, C) each, from one reading of `hidden`.
+
+    Sums of the distances from a first guess at each channel's mean, that of the middle row: the squares of one row are
+    a part of the variance, so that no more than the number of rows, in units of float32's rounding, can be lost.
+    """
+    num_cells = math.prod(hidden.shape[1:-1])
+    rows = hidden.reshape(len(hidden), -1, *hidden.shape[-2:])
+    guess = rows[:, rows.shape[1] // 2].astype(jnp.float32).mean(-2)
+    distances = _centred(hidden, guess)
+    sums = jax.lax.optimization_barrier((distances.sum(-2), jnp.square(distances).sum(-2)))
+    off, squares = (_over_rows(part) / num_cells for part in sums)
+    of_channel, num_channels = guess + off, hidden.shape[-1] // num_groups
+    mean = _over_group(of_channel, num_groups) / num_channels
+    squares = squares - jnp.square(off) + jnp.square(of_channel - mean)
+    return mean, _over_group(squares, num_groups) / num_channels
 
 
 group_norm.defvjp(_group_norm_forward, _group_norm_backward)
@@ -116,20 +132,24 @@ def _standardized(hidden, mean, inverse_deviation):
     return (hidden.astype(jnp.float32) - mean) * inverse_deviation
 
 
-def _standardized_by_group(hidden, moments):
-    mean, inverse_deviation = (_of_groups(moment, hidden) for moment in moments)
-    return _standardized(hidden, mean, inverse_deviation), inverse_deviation
+def _centred(hidden, mean):
+    return hidden.astype(jnp.float32) - _of_images(mean, hidden)
 
 
 def _wide(vector, hidden):
     return jnp.expand_dims(vector, range(hidden.ndim - 1))
 
 
-def _grouped(hidden, num_groups):
-    return hidden.reshape(len(hidden), -1, num_groups, hidden.shape[-1] // num_groups)
+def _of_images(vectors, hidden):
+    """Repeats a vector an image (B, C) for all cells of `hidden`."""
+    return vectors.reshape(len(vectors), *(1 for _ in hidden.shape[1:-1]), -1)
 
 
-def _of_groups(values, hidden):
-    """Repeats a number a group (B, G) for each of its channels, and for all cells of `hidden`."""
-    channels = jnp.repeat(values, hidden.shape[-1] // values.shape[-1], axis=-1)
-    return channels.reshape(len(values), *(1 for _ in hidden.shape[1:-1]), -1)
+def _over_rows(part):
+    return part.reshape(len(part), -1, part.shape[-1]).sum(1)
+
+
+def _over_group(values, num_groups):
+    """Sums (B, C) over the channels of each group, and repeats the sum for each of them."""
+    groups = values.reshape(len(values), num_groups, -1).sum(-1)
+    return jnp.repeat(groups, values.shape[-1] // num_groups, axis=-1)
