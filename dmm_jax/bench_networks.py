@@ -15,6 +15,7 @@ from dmm_jax.demo.random_checkpoints import SIZES
 from dmm_jax.demo.words import write_tokenizer
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.distill import step as distill_step
+from dmm_jax.distill import teachers as teachers_lib
 from dmm_jax.models import layers
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.text_encoders import NUM_TIME_IDS, TextEncoders
@@ -36,13 +37,12 @@ def random_params(abstract, mesh, dtype=jnp.float32, *, fsdp: bool = False, copi
     Args:
       dtype: of the layers; norms and tables are float32, as in training.
       fsdp: place them as the student; otherwise whole on every device.
-      copies: stack so many along a first axis over `teacher`; 0: no such axis.
+      copies: of so many teachers, as `put_teachers` lays them out; 0: of one network.
     """
-    lead = (copies,) if copies else ()
     longest = max(leaf.size for leaf in jax.tree.leaves(abstract))
 
     def spec(leaf):
-        return sharding.TEACHERS if copies else sharding.parameter_spec(leaf.shape, mesh) if fsdp else sharding.COPY
+        return sharding.parameter_spec(leaf.shape, mesh) if fsdp else sharding.COPY
 
     def make():
         noise = jax.random.normal(jax.random.key(seed), (longest,))  # Every leaf takes a piece of the same noise.
@@ -52,11 +52,15 @@ def random_params(abstract, mesh, dtype=jnp.float32, *, fsdp: bool = False, copi
             values = noise[: leaf.size].reshape(leaf.shape) * (3 * fan_in) ** -0.5
             values = jnp.abs(values) if path[-1].key == "running_var" else values
             values = values + (path[-1].key in ("scale", "running_var"))
-            return jnp.broadcast_to(values, lead + leaf.shape).astype(layers.stored_dtype(path, dtype))
+            values = values.astype(layers.stored_dtype(path, dtype))
+            if not copies:
+                return values
+            return teachers_lib.for_each_stack(lambda rows: jnp.stack([values] * copies)[rows], path, leaf, copies, mesh)
 
         return jax.tree.map_with_path(one, abstract)
 
-    return jax.jit(make, out_shardings=sharding.placed(mesh, jax.tree.map(spec, abstract)))()
+    places = sharding.placed(mesh, sharding.TEACHERS if copies else jax.tree.map(spec, abstract))
+    return jax.jit(make, out_shardings=places)()
 
 
 def random_networks(config, base: Checkpoint, mesh, dtype) -> tuple[dict, dict, dict]:

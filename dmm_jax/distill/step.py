@@ -21,6 +21,7 @@ from dmm_jax import sharding
 from dmm_jax.diffusion import schedule as noise_schedule
 from dmm_jax.diffusion.prediction import to_x0
 from dmm_jax.distill import adversarial, losses
+from dmm_jax.distill.teachers import stacked
 from dmm_jax.models.text_encoders import TextConditioning
 from dmm_jax.models.unet_2d_condition import UNetOutput
 
@@ -92,7 +93,7 @@ def sample_errors(networks: Networks, objective: Objective, trained, teachers, e
 
     Args:
       trained: {"student": its parameters, whole}, and the "discriminator"'s where there is one.
-      teachers: {"unet": parameters (T, ...), "encoder": (T,) int, -1 for the base's text encoders}.
+      teachers: {"unet": parameters as `put_teachers` has them, "encoder": (T,) int, -1 for the base's text encoders}.
       encoders: {"base": parameters, "others": parameters (K, ...) or None}, and the "backbone" of a discriminator
         whose head alone is trained.
       inputs: leaves (T, b, ...): latents, noise, timesteps, input_ids, style_ids; and SDXL's time_ids.
@@ -157,7 +158,7 @@ def ask_teachers(networks: Networks, objective: Objective, teachers, encoders, i
     text = jax.tree.map(split, text)
     if encoders["others"] is not None:
         text = jax.lax.map(lambda row: prompted(*row), (teachers["encoder"], inputs["input_ids"], text))
-    targets = jax.vmap(ask)(teachers["unet"], split(noisy), given, text)
+    targets = jax.vmap(ask)(stacked(teachers["unet"]), split(noisy), given, text)
     return jax.lax.stop_gradient(jax.tree.map(_samples, targets))
 
 

@@ -1,15 +1,20 @@
 """Teachers on the mesh: their UNets stacked along `teacher`, and the text encoders that differ from the base's.
 
+Kernels of convolutions are no one stack. Dense layers of several teachers are batched products, which read a stack as it
+lies; a convolution reads one teacher's kernel, and would have it copied out of a stack at every step. So of a device's T
+teachers each has its own: a tuple of T arrays, each (shards of `teacher`, h, w, I, O).
+
 Checkpoints are memory-mapped and read shard by shard, so the host never holds a second copy of a network.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dmm_jax import sharding
@@ -57,18 +62,23 @@ def put_teachers(
       unet_config: of the UNet that runs the teachers': the base's; with a style table where one is a merged student.
 
     Returns:
-      teachers: {"unet": parameters (T, ...), "encoder": (T,) int32 row of `others`, -1 for the base's, "styles":
+      teachers: {"unet": parameters (T, ...), kernels of convolutions apart (see above), "encoder": (T,) int32 row of `others`, -1 for the base's, "styles":
         (T, 2) int32, the first style and how many}. A style table that a teacher lacks adds nothing.
       encoders: {"base": parameters, "others": parameters (K, ...) of the distinct other encoders, or None}.
     """
     teachers = [lesson.teacher for lesson in lessons]
     shapes = abstract_params("unet", unet_config)
-    unets = put_stacked([_with_table(teacher.params("unet"), shapes) for teacher in teachers], mesh, dtype)
+    unets = [_with_table(teacher.params("unet"), shapes) for teacher in teachers]
+
+    def put(path, leaf, *leaves):
+        return for_each_stack(lambda rows: _put_stack(path, leaves[rows], mesh, dtype), path, leaf, len(leaves), mesh)
+
+    unets = jax.tree.map_with_path(put, shapes, *unets)
     rows, distinct = encoder_rows(base, teachers)
     others = [teacher.text_params(base) for teacher in distinct]
     encoders = {
         "base": put_params(base.text_params(), mesh, dtype),
-        "others": put_stacked(others, mesh, dtype, sharding.COPY) if others else None,
+        "others": _put_stacked(others, mesh, dtype, sharding.COPY) if others else None,
     }
     numbers = {"encoder": rows, "styles": [(lesson.first_style, lesson.num_styles) for lesson in lessons]}
     numbers = {name: np.asarray(value, np.int32) for name, value in numbers.items()}
@@ -98,20 +108,50 @@ def abstract_teachers(
         name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, sharding.TEACHERS))
         for name, shape in (("encoder", (num_teachers,)), ("styles", (num_teachers, 2)))
     }
-    unets = described(abstract_params("unet", unet_config), mesh, dtype, sharding.TEACHERS, (num_teachers,))
+
+    def describe(path, leaf):
+        def one(rows):
+            number = len(range(num_teachers)[rows])
+            return _described(path, leaf, mesh, dtype, sharding.TEACHERS, (number,))
+
+        return for_each_stack(one, path, leaf, num_teachers, mesh)
+
+    unets = jax.tree.map_with_path(describe, abstract_params("unet", unet_config))
     texts = {name: base.abstract(name) for name in base.text_encoders}
     others = described(texts, mesh, dtype, leading=(num_encoders,)) if num_encoders else None
     return {"unet": unets} | numbers, {"base": described(texts, mesh, dtype), "others": others}
 
 
+def for_each_stack(make: Callable[[slice], Any], path, leaf, num_teachers: int, mesh: Mesh | AbstractMesh):
+    """Returns `make(rows)` of the teachers' parameters that lie in one array: of all, or a tuple for a convolution's.
+
+    Args:
+      path, leaf: of the parameter in one network; the leaf's shape is asked for.
+      make: given which rows of all teachers, in their order, the array is to hold.
+    """
+    if path[-1].key != "kernel" or len(leaf.shape) != 4 or leaf.shape[:2] == (1, 1):
+        return make(slice(None))
+    on_device = num_teachers // mesh.shape["teacher"]
+    return tuple(make(slice(row, None, on_device)) for row in range(on_device))
+
+
+def stacked(unets):
+    """Returns one device's part of the teachers' parameters, all as stacks (T, ...); inside shard_map."""
+    return jax.tree.map(
+        lambda leaf: jnp.concatenate(leaf) if isinstance(leaf, tuple) else leaf,
+        unets,
+        is_leaf=lambda leaf: isinstance(leaf, tuple),
+    )
+
+
 def described(params: Mapping, mesh, dtype, spec: P = sharding.COPY, leading: tuple[int, ...] = ()):
     """Returns the shapes and shardings of frozen parameters on the mesh; nothing is allocated."""
+    return jax.tree.map_with_path(lambda path, leaf: _described(path, leaf, mesh, dtype, spec, leading), params)
 
-    def one(path, leaf):
-        sharded = NamedSharding(mesh, spec)
-        return jax.ShapeDtypeStruct((*leading, *leaf.shape), layers.stored_dtype(path, dtype), sharding=sharded)
 
-    return jax.tree.map_with_path(one, params)
+def _described(path, leaf, mesh, dtype, spec, leading):
+    placed = NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct((*leading, *leaf.shape), layers.stored_dtype(path, dtype), sharding=placed)
 
 
 def encoder_rows(base: Checkpoint, teachers: Sequence[Checkpoint]) -> tuple[list[int], list[Checkpoint]]:
@@ -139,14 +179,15 @@ def put_params(params: Mapping, mesh: Mesh, dtype):
     return jax.tree.map_with_path(one, params)
 
 
-def put_stacked(networks: Sequence[Mapping], mesh: Mesh, dtype, spec: P = sharding.TEACHERS):
-    """Stacks equal networks along a new first axis placed at `spec`, reading only what each device needs."""
+def _put_stacked(networks: Sequence[Mapping], mesh: Mesh, dtype, spec: P):
+    return jax.tree.map_with_path(lambda path, *leaves: _put_stack(path, leaves, mesh, dtype, spec), *networks)
 
-    def one(path, *leaves):
-        def read(index):
-            rows = range(len(leaves))[index[0]]
-            return np.stack([np.asarray(leaves[row][index[1:]], layers.stored_dtype(path, dtype)) for row in rows])
 
-        return sharding.make((len(leaves), *leaves[0].shape), layers.stored_dtype(path, dtype), mesh, spec, read)
+def _put_stack(path, leaves, mesh, dtype, spec: P = sharding.TEACHERS):
+    """Stacks equal parameters along a new first axis placed at `spec`, reading only what each device needs."""
 
-    return jax.tree.map_with_path(one, *networks)
+    def read(index):
+        rows = range(len(leaves))[index[0]]
+        return np.stack([np.asarray(leaves[row][index[1:]], layers.stored_dtype(path, dtype)) for row in rows])
+
+    return sharding.make((len(leaves), *leaves[0].shape), layers.stored_dtype(path, dtype), mesh, spec, read)

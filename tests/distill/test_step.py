@@ -74,7 +74,8 @@ def test_teachers_on_the_mesh_equal_teachers_alone(run):
     params, frozen, encoders, batch, step = run["args"]
     _, both = run["whole"](*run["args"])
     for row in range(2):
-        alone = jax.tree.map(lambda leaf, row=row: leaf[jnp.array([row, row])], frozen)
+        alone = frozen | {"unet": jax.jit(teachers.stacked)(frozen["unet"])}
+        alone = jax.tree.map(lambda leaf, row=row: leaf[jnp.array([row, row])], alone)
         _, errors = run["whole"](params, alone, encoders, batch, step)
         assert np.allclose(errors["score"][row], both["score"][row], rtol=1e-5)
 
