@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+CELLS_AT_ONCE = 64
+
 
 def read_again(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Returns the arrays; on GPUs XLA computes what comes of them anew, and shares nothing with what came before.
@@ -57,9 +59,7 @@ def _group_norm_backward(num_groups, epsilon, activation, kept, gradient):
         return centred, pull(gradient.astype(jnp.float32))[0]
 
     (_, slope), (centred, again) = slopes(), slopes()
-    # Of these all other sums are made, for which XLA would go back to the cells.
-    parts = jax.lax.optimization_barrier((slope.sum(-2), (again * centred).sum(-2)))
-    of_bias, tilt = (_over_rows(part) for part in parts)  # (B, C)
+    of_bias, tilt = _over_cells(slope, again * centred)
     size = math.prod(hidden.shape[1:]) // num_groups
     offset = _over_group(of_bias * gain, num_groups) / size
     slant = _over_group(tilt * gain, num_groups) / size * jnp.square(inverse_deviation)
@@ -76,11 +76,10 @@ def _moments(hidden, num_groups):
     a part of the variance, so that no more than the number of rows, in units of float32's rounding, can be lost.
     """
     num_cells = math.prod(hidden.shape[1:-1])
-    rows = hidden.reshape(len(hidden), -1, *hidden.shape[-2:])
-    guess = rows[:, rows.shape[1] // 2].astype(jnp.float32).mean(-2)
+    guess = hidden.reshape(len(hidden), -1, *hidden.shape[-2:])[:, math.prod(hidden.shape[1:-2]) // 2]
+    guess = guess.astype(jnp.float32).mean(-2)
     distances = _centred(hidden, guess)
-    sums = jax.lax.optimization_barrier((distances.sum(-2), jnp.square(distances).sum(-2)))
-    off, squares = (_over_rows(part) / num_cells for part in sums)
+    off, squares = (part / num_cells for part in _over_cells(distances, jnp.square(distances)))
     of_channel, num_channels = guess + off, hidden.shape[-1] // num_groups
     mean = _over_group(of_channel, num_groups) / num_channels
     squares = squares - jnp.square(off) + jnp.square(of_channel - mean)
@@ -145,8 +144,15 @@ def _of_images(vectors, hidden):
     return vectors.reshape(len(vectors), *(1 for _ in hidden.shape[1:-1]), -1)
 
 
-def _over_rows(part):
-    return part.reshape(len(part), -1, part.shape[-1]).sum(1)
+def _over_cells(*maps):
+    """Sums maps (B, *cells, C) over their cells, all in one reading; of the sums (B, C) all else can be made.
+
+    First over a few cells each: over more at once, XLA for GPUs would turn the maps over. A barrier keeps it from doing
+    that all the same, and from going back to the cells for what is made of the sums.
+    """
+    size = math.gcd(math.prod(maps[0].shape[1:-1]), CELLS_AT_ONCE)
+    parts = [cells.reshape(len(cells), -1, size, cells.shape[-1]).sum(-2) for cells in maps]
+    return [part.sum(1) for part in jax.lax.optimization_barrier(parts)]
 
 
 def _over_group(values, num_groups):

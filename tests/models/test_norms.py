@@ -34,10 +34,27 @@ def check_against_plain_differentiation(norm, hidden, *activation):
 
 
 @pytest.mark.parametrize("activation", [(), (jax.nn.silu,)], ids=["plain", "silu"])
-@pytest.mark.parametrize("shape", [(2, 3, 5, 16), (3, 7, 16), (1, 1, 1, 16)])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 16), (2, 16, 24, 16), (3, 7, 16), (1, 1, 1, 16)])
 def test_group_norm_has_the_values_and_gradients_of_plain_differentiation(shape, activation):
     norm = layers.group_norm(4, 16, epsilon=1e-5, rngs=nnx.Rngs(0))
     check_against_plain_differentiation(norm, 3 * normal(*shape) + 1, *activation)
+
+
+def off_row(row):
+    return 10.0 * (np.arange(64) == row)[:, None, None]
+
+
+@pytest.mark.parametrize(
+    ("scale", "offset"),
+    [(1.0, 1e3), (1e-2, off_row(32)), (1e-2, off_row(0)), (1.0, np.linspace(-1e3, 1e3, 16))],
+    ids=["large mean", "middle row", "first row", "means of channels"],
+)
+def test_one_reading_loses_nothing_beside_large_means_or_rows_unlike_the_others(scale, offset):
+    hidden = jnp.asarray(scale * np.asarray(normal(2, 64, 64, 16)) + offset, jnp.float32)
+    groups = np.asarray(hidden, np.float64).reshape(2, -1, 4, 4)
+    exact = (groups - groups.mean((1, 3), keepdims=True)) / np.sqrt(groups.var((1, 3), keepdims=True) + 1e-5)
+    norm = layers.group_norm(4, 16, epsilon=1e-5, rngs=nnx.Rngs(0))
+    assert np.abs(layers.normed(norm, hidden) - exact.reshape(hidden.shape)).max() < 2e-5 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 16), (16,)])
