@@ -279,14 +279,19 @@ def train_tflop(base: Checkpoint, student_config: Mapping) -> float:
 
 
 def sample_tflop(base: Checkpoint) -> float:
-    """Counts the TFLOP per sampled image: the UNet twice a step for guidance, and the decoder."""
+    """Counts the TFLOP per sampled image: at each step the UNet for two prompts, for guidance; and the decoder.
+
+    As the pipeline computes it: Stable Diffusion 1 and 2 share what comes before the first look at a prompt.
+    """
     decode = _network_flops(AutoencoderKL, "vae", base.vae_config, _latents(base.unet_config), method="decode")
-    return 2 * bench_networks.SAMPLING["num_inference_steps"] * unet_tflop(base.unet_config) + decode
+    config = base.unet_config
+    both = 2 * unet_tflop(config) if config.get("addition_time_embed_dim") else unet_tflop(config, num_prompts=2)
+    return bench_networks.SAMPLING["num_inference_steps"] * both + decode
 
 
-def unet_tflop(config: Mapping) -> float:
-    """Counts the TFLOP of a UNet's forward pass for one image."""
-    states = jax.ShapeDtypeStruct((1, 77, config["cross_attention_dim"]), jnp.float32)
+def unet_tflop(config: Mapping, num_prompts: int = 1) -> float:
+    """Counts the TFLOP of a UNet's forward pass for one image, or for several prompts to one."""
+    states = jax.ShapeDtypeStruct((num_prompts, 77, config["cross_attention_dim"]), jnp.float32)
     inputs = [_latents(config), jax.ShapeDtypeStruct((1,), jnp.int32), states]
     style = (1, 4 * config["block_out_channels"][0]) if config.get("num_models") else None
     inputs.append(style and jax.ShapeDtypeStruct(style, jnp.float32))

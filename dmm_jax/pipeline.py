@@ -308,9 +308,12 @@ def _decode(graph, params, latents):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _denoise(graph, guided, params, plan, noise, keys, text, added, weights, guidance_scales):
-    """Runs the solver; an image's pair (negative, prompt) stays adjacent, so that a sharded batch stays put."""
+    """Runs the solver; an image's pair (negative, prompt) stays adjacent, so that a sharded batch stays put.
+
+    The UNet itself makes two of a latent where its two prompts come in. SDXL's come in at once, beside the timestep.
+    """
     unet = nnx.merge(graph, params)
-    repeats = 2 if guided else 1
+    repeats = 1 if added is None else len(text) // len(noise)
 
     def denoise(latents, timestep, weights=None):
         style = None if weights is None else jnp.repeat(unet.style_embedding(weights), repeats, axis=0)

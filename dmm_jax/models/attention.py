@@ -78,13 +78,14 @@ class Attention(nnx.Module):
         self.to_out = nnx.List([layers.linear(width, width, **common), layers.Identity()])
 
     def __call__(
-        self, hidden: Float[Array, "B L D"], states: Float[Array, "B S C"] | None = None
-    ) -> Float[Array, "B L D"]:
-        """Returns what `hidden` gathers from `states`, or from itself."""
+        self, hidden: Float[Array, "B L D"], states: Float[Array, "B2 S C"] | None = None
+    ) -> Float[Array, "B2 L D"]:
+        """Returns what `hidden` gathers from `states`, each row from as many as there are to it, or from itself."""
         states = hidden if states is None else states
+        query = layers.repeated(self.to_q(hidden), len(states))
         heads = (
             rearrange(projected, "B L (N K) -> B L N K", N=self.num_heads)
-            for projected in (self.to_q(hidden), self.to_k(states), self.to_v(states))
+            for projected in (query, self.to_k(states), self.to_v(states))
         )
         return self.to_out[0](rearrange(attention(*heads, self.implementation), "B L N K -> B L (N K)"))
 
@@ -170,8 +171,9 @@ class BasicTransformerBlock(nnx.Module):
         self.norm3 = layers.layer_norm(width, rngs=rngs)
         self.ff = FeedForward(width, **common)
 
-    def __call__(self, hidden: Float[Array, "B L D"], states: Float[Array, "B S C"]) -> Float[Array, "B L D"]:
+    def __call__(self, hidden: Float[Array, "B L D"], states: Float[Array, "B2 S C"]) -> Float[Array, "B2 L D"]:
         """Returns the residual stream, in the dtype of `hidden`."""
         hidden = hidden + self.attn1(layers.normed(self.norm1, hidden))
-        hidden = hidden + self.attn2(layers.normed(self.norm2, hidden), states)
+        gathered = self.attn2(layers.normed(self.norm2, hidden), states)
+        hidden = layers.repeated(hidden, len(gathered)) + gathered
         return hidden + self.ff(layers.normed(self.norm3, hidden))

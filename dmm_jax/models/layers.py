@@ -143,6 +143,11 @@ def normed(
     return activation(norms.layer_norm(hidden, scale, bias, norm.epsilon))
 
 
+def repeated(leaf: jax.Array, batch_size: int) -> jax.Array:
+    """Repeats each row, where a batch has become larger than `leaf`: behind its prompts, where a latent has several."""
+    return leaf if len(leaf) == batch_size else jnp.repeat(leaf, batch_size // len(leaf), axis=0)
+
+
 def stored_dtype(path, dtype):
     """Frozen kernels and their biases rest in the compute dtype, which their layers cast to anyway; the rest, float32.
 

@@ -34,12 +34,12 @@ class ResnetBlock2D(nnx.Module):
             self.conv_shortcut = layers.conv(in_channels, out_channels, 1, **common)
 
     def __call__(
-        self, hidden: Float[Array, "B h w C"], temb: Float[Array, "B E"] | None = None
+        self, hidden: Float[Array, "B h w C"], temb: Float[Array, "_B E"] | None = None
     ) -> Float[Array, "B h w C2"]:
         """Returns the block's output, in the dtype of `hidden`."""
         residual = self.conv1(layers.normed(self.norm1, hidden, jax.nn.silu))
         if temb is not None:
-            residual = residual + self.time_emb_proj(jax.nn.silu(temb))[:, None, None, :]
+            residual = residual + layers.repeated(self.time_emb_proj(jax.nn.silu(temb)), len(hidden))[:, None, None, :]
         residual = self.conv2(layers.normed(self.norm2, residual, jax.nn.silu))
         shortcut = self.conv_shortcut(hidden) if hasattr(self, "conv_shortcut") else hidden
         return shortcut + residual

@@ -41,11 +41,11 @@ class Transformer2DModel(nnx.Module):
         )
         self.proj_out = projection()
 
-    def __call__(self, hidden: Float[Array, "B h w C"], states: Float[Array, "B S D"]) -> Float[Array, "B h w C"]:
-        """Returns hidden plus what the blocks made of it and of `states`."""
+    def __call__(self, hidden: Float[Array, "B h w C"], states: Float[Array, "B2 S D"]) -> Float[Array, "B2 h w C"]:
+        """Returns hidden plus what the blocks made of it and of `states`, which may be several to a feature map."""
         # A dense layer on (h, w, C) is the 1x1 convolution and the flattened projection alike.
         cells = self.proj_in(layers.normed(self.norm, hidden))
         tokens = rearrange(cells, "B h w C -> B (h w) C")
         for block in self.transformer_blocks:
             tokens = block(tokens, states)
-        return hidden + self.proj_out(tokens.reshape(hidden.shape))
+        return layers.repeated(hidden, len(tokens)) + self.proj_out(tokens.reshape(-1, *hidden.shape[1:]))

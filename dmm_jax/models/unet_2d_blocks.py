@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dmm_jax.models import layers
 from dmm_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from dmm_jax.models.transformer_2d import Transformer2DModel
 
@@ -47,8 +48,8 @@ class DownBlock(nnx.Module):
             self.downsamplers = nnx.List([Downsample2D(out_channels, **common)])
 
     def __call__(
-        self, hidden: Float[Array, "B h w C"], temb: Float[Array, "B E"], states: Float[Array, "B S D"]
-    ) -> list[Float[Array, "B _h _w _C"]]:
+        self, hidden: Float[Array, "B h w C"], temb: Float[Array, "_B E"], states: Float[Array, "B2 S D"]
+    ) -> list[Float[Array, "_B _h _w _C"]]:
         """Returns the skips of this level, finest first; the last is its output."""
         skips = []
         for layer, resnet in enumerate(self.resnets):
@@ -71,8 +72,8 @@ class MidBlock(nnx.Module):
         self.attentions = nnx.List([Transformer2DModel(channels, **attention, **common)])
 
     def __call__(
-        self, hidden: Float[Array, "B h w C"], temb: Float[Array, "B E"], states: Float[Array, "B S D"]
-    ) -> Float[Array, "B h w C"]:
+        self, hidden: Float[Array, "B h w C"], temb: Float[Array, "_B E"], states: Float[Array, "B2 S D"]
+    ) -> Float[Array, "B2 h w C"]:
         """Returns the coarsest features."""
         hidden = call(self.remat, self.resnets[0], hidden, temb)
         hidden = call(self.remat, self.attentions[0], hidden, states)
@@ -112,12 +113,13 @@ class UpBlock(nnx.Module):
         self,
         hidden: Float[Array, "B h w C"],
         skips: Sequence[Array],
-        temb: Float[Array, "B E"],
-        states: Float[Array, "B S D"],
-    ) -> Float[Array, "B h2 w2 C2"]:
+        temb: Float[Array, "_B E"],
+        states: Float[Array, "B2 S D"],
+    ) -> Float[Array, "B2 h2 w2 C2"]:
         """Returns the level's output; takes one skip per resnet, in the order given."""
         for layer, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
-            hidden = call(self.remat, resnet, jnp.concatenate([hidden, skip], axis=-1), temb)
+            both = jnp.concatenate([hidden, layers.repeated(skip, len(hidden))], axis=-1)
+            hidden = call(self.remat, resnet, both, temb)
             if hasattr(self, "attentions"):
                 hidden = call(self.remat, self.attentions[layer], hidden, states)
         return self.upsamplers[0](hidden) if hasattr(self, "upsamplers") else hidden

@@ -54,18 +54,19 @@ def style_mlp_name(config: Mapping) -> str:
 class UNetOutput(NamedTuple):
     """What one forward pass gives."""
 
-    sample: Float[Array, "B h w C"]  # float32
+    sample: Float[Array, "B2 h w C"]  # float32
     features: tuple[Array, ...]  # Outputs of the down blocks, the mid block and the up blocks, in the compute dtype.
+    # Where a latent has several prompts, what comes before the first look at one is a row a latent.
 
 
 class Encoded(NamedTuple):
     """The UNet's way down, and what its way up needs."""
 
-    hidden: Float[Array, "B h w C"]  # The middle block's output.
+    hidden: Float[Array, "B2 h w C"]  # The middle block's output.
     skips: list[Array]  # Finest first.
     features: list[Array]  # Outputs of the down blocks and the middle block.
     temb: Float[Array, "B E"]
-    states: Float[Array, "B L D"]
+    states: Float[Array, "B2 L D"]
 
 
 class UNet2DEncoder(nnx.Module):
@@ -116,12 +117,13 @@ class UNet2DEncoder(nnx.Module):
         self,
         latents: Float[Array, "B h w C"],
         timesteps: Num[Array, " B"],
-        encoder_hidden_states: Float[Array, "B L D"],
+        encoder_hidden_states: Float[Array, "B2 L D"],
         style_embedding: Float[Array, "B E"] | None = None,
         added_cond: Mapping[str, Array] | None = None,
     ) -> Encoded:
         """Runs the way down; arguments and errors as of `UNet2DConditionModel.__call__`."""
         _check_size(*latents.shape[1:3], multiple=2 ** (len(self.down_blocks) - 1))
+        _check_number(len(latents), len(encoder_hidden_states))
         _check_conditioning(self.config, style_embedding, added_cond)
         temb = self._time_embedding(timesteps, style_embedding, added_cond)
         states = encoder_hidden_states.astype(self.dtype)
@@ -240,19 +242,22 @@ class UNet2DConditionModel(UNet2DEncoder):
         self,
         latents: Float[Array, "B h w C"],
         timesteps: Num[Array, " B"],
-        encoder_hidden_states: Float[Array, "B L D"],
+        encoder_hidden_states: Float[Array, "B2 L D"],
         style_embedding: Float[Array, "B E"] | None = None,
         added_cond: Mapping[str, Array] | None = None,
     ) -> UNetOutput:
         """Predicts the noise (or velocity) in `latents`.
 
         Args:
+          encoder_hidden_states: of a prompt for each latent; or of k, adjacent, and so are the k predictions. What comes
+            before the first look at a prompt is then computed once for all of them.
           timesteps: int or float32, 0 to 999.
           style_embedding: mixed rows of the style table, before the MLP; needed by a merged model, refused by others.
           added_cond: SDXL's {"text_embeds": (B, P), "time_ids": (B, 6)}.
 
         Raises:
-          ValueError: latents that the levels cannot halve, or conditioning that is missing or has no place.
+          ValueError: latents that the levels cannot halve, prompts that cannot be shared out among them, or conditioning
+            that is missing or has no place.
         """
         down = self.encode(latents, timesteps, encoder_hidden_states, style_embedding, added_cond)
         hidden, skips, features = down.hidden, list(down.skips), list(down.features)
@@ -316,6 +321,11 @@ def _check_size(height: int, width: int, multiple: int) -> None:
             f"latents' height and width must be multiples of {multiple} cells, since every level halves them; "
             f"got {height} x {width}."
         )
+
+
+def _check_number(latents: int, prompts: int) -> None:
+    if prompts % latents:
+        raise ValueError(f"each latent needs as many prompts as the next; got {prompts} for {latents} latents.")
 
 
 def _check_conditioning(config: Mapping, style_embedding, added_cond) -> None:

@@ -311,6 +311,21 @@ def test_an_images_style_changes_no_other_image():
     assert jnp.abs(before[1] - after[1]).max() > 1e-3 * jnp.abs(before[1]).max()
 
 
+@pytest.mark.parametrize("name", ["SD1", "uneven", "one level"])
+def test_several_prompts_to_a_latent_give_what_each_gives_alone(name):
+    model, run = forward(name, num_models=3)
+    params, (latents, timesteps, states, added) = pure(draw(model)), inputs(VARIANTS[name])
+    states, weights = jnp.concatenate([states, states[::-1] + 1]), jnp.eye(3)[:2]  # Four, of two latents.
+    shared = run(params, latents, timesteps, states, added, weights)
+    twice = [jnp.repeat(leaf, 2, axis=0) for leaf in (latents, timesteps, weights)]
+    alone = run(params, *twice[:2], states, added, twice[2])
+    np.testing.assert_allclose(shared.sample, alone.sample, atol=1e-5)
+    once = 1 if name == "uneven" else 0  # Blocks before the first look at a prompt.
+    assert [len(feature) for feature in shared.features] == [2] * once + [4] * (len(shared.features) - once)
+    with pytest.raises(ValueError, match="as many prompts as the next; got 3 for 2"):
+        run(params, latents, timesteps, states[:3], added, weights)
+
+
 @pytest.mark.parametrize(
     "name, num_keys, num_values",
     [("SD1.5", 686, 859_520_964), ("SD2.1", 686, 865_910_724), ("SDXL", 1680, 2_567_463_684)],
