@@ -115,8 +115,8 @@ def _layer_norm_backward(epsilon, kept, gradient):
         return _standardized(hidden, *moments), gradient.astype(jnp.float32)
 
     rows = tuple(range(hidden.ndim - 1))
-    (_, slope), (values, again) = read(), read()
-    of_bias, of_scale = slope.sum(rows), (values * again).sum(rows)
+    values, slope = read()
+    of_bias, of_scale = slope.sum(rows), (values * slope).sum(rows)
     values, slope = read()
     slope = slope * _wide(scale, hidden)
     tilt = (slope * values).mean(-1, keepdims=True)
