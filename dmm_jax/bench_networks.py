@@ -55,7 +55,9 @@ def random_params(abstract, mesh, dtype=jnp.float32, *, fsdp: bool = False, copi
             values = values.astype(layers.stored_dtype(path, dtype))
             if not copies:
                 return values
-            return teachers_lib.for_each_stack(lambda rows: jnp.stack([values] * copies)[rows], path, leaf, copies, mesh)
+            return teachers_lib.for_each_stack(
+                lambda rows: jnp.stack([values] * copies)[rows], path, leaf, copies, mesh
+            )
 
         return jax.tree.map_with_path(one, abstract)
 

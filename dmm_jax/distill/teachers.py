@@ -1,8 +1,8 @@
 """Teachers on the mesh: their UNets stacked along `teacher`, and the text encoders that differ from the base's.
 
-Kernels of convolutions are no one stack. Dense layers of several teachers are batched products, which read a stack as it
-lies; a convolution reads one teacher's kernel, and would have it copied out of a stack at every step. So of a device's T
-teachers each has its own: a tuple of T arrays, each (shards of `teacher`, h, w, I, O).
+Dense layers of several teachers are batched products, which read a stack as it lies. A convolution reads one teacher's
+kernel, and would have it copied out of a stack at every step: so each of a device's T teachers has its own, in a tuple
+of T arrays (shards of `teacher`, h, w, I, O).
 
 Checkpoints are memory-mapped and read shard by shard, so the host never holds a second copy of a network.
 """
@@ -62,8 +62,9 @@ def put_teachers(
       unet_config: of the UNet that runs the teachers': the base's; with a style table where one is a merged student.
 
     Returns:
-      teachers: {"unet": parameters (T, ...), kernels of convolutions apart (see above), "encoder": (T,) int32 row of `others`, -1 for the base's, "styles":
-        (T, 2) int32, the first style and how many}. A style table that a teacher lacks adds nothing.
+      teachers: {"unet": parameters (T, ...), a tuple for a convolution's kernel; "encoder": (T,) int32, the row of
+        `others`, -1 for the base's; "styles": (T, 2) int32, the first style and how many}. A style table that a teacher
+        lacks adds nothing.
       encoders: {"base": parameters, "others": parameters (K, ...) of the distinct other encoders, or None}.
     """
     teachers = [lesson.teacher for lesson in lessons]

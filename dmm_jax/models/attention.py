@@ -91,7 +91,7 @@ class Attention(nnx.Module):
 
 
 class GEGLU(nnx.Module):
-    """A gated projection (arXiv:2002.05202): the first half is the value, the second the gate; its GELU is exact (arXiv:1606.08415)."""
+    """A gated projection (arXiv:2002.05202): the first half is the value, the second the gate; its GELU is exact."""
 
     def __init__(self, width: int, out_width: int, *, dtype, rngs: nnx.Rngs):
         self.proj = layers.linear(width, 2 * out_width, dtype=dtype, rngs=rngs)

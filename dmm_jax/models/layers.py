@@ -135,11 +135,12 @@ def normed(
     norm: nnx.GroupNorm | nnx.LayerNorm,
     hidden: jax.Array,
     activation: Callable[[jax.Array], jax.Array] = identity,
+    shift: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns a norm's output, behind an activation, in the dtype of `hidden`."""
+    """Returns a norm's output, behind an activation, in the dtype of `hidden`; a group norm's of `hidden` + `shift`."""
     scale, bias = norm.scale[...], norm.bias[...]
     if isinstance(norm, nnx.GroupNorm):
-        return norms.group_norm(hidden, scale, bias, norm.num_groups, norm.epsilon, activation)
+        return norms.group_norm(hidden, scale, bias, shift, norm.num_groups, norm.epsilon, activation)
     return activation(norms.layer_norm(hidden, scale, bias, norm.epsilon))
 
 

@@ -27,34 +27,41 @@ def _behind_barrier(*arrays):
     return jax.lax.optimization_barrier(arrays)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def group_norm(
     hidden: Float[Array, "B *cells C"],
     scale: Float[Array, " C"],
     bias: Float[Array, " C"],
+    shift: Float[Array, "B C"] | None,
     num_groups: int,
     epsilon: float,
     activation: Callable[[jax.Array], jax.Array],
 ) -> Float[Array, "B *cells C"]:
-    """Returns activation(standardized * scale + bias), in the dtype of `hidden`; in between all is float32."""
-    return _group_norm_forward(hidden, scale, bias, num_groups, epsilon, activation)[0]
+    """Returns activation(standardized * scale + bias), in the dtype of `hidden`; in between all is float32.
+
+    Args:
+      shift: added to all cells of an image first, without a map of the sum; None for none.
+    """
+    return _group_norm_forward(hidden, scale, bias, shift, num_groups, epsilon, activation)[0]
 
 
-def _group_norm_forward(hidden, scale, bias, num_groups, epsilon, activation):
-    mean, variance = _moments(hidden, num_groups)
+def _group_norm_forward(hidden, scale, bias, shift, num_groups, epsilon, activation):
+    mean, of_channel, variance = _moments(hidden, shift, num_groups)
     inverse_deviation = jax.lax.rsqrt(variance + epsilon)
-    moments = read_again(mean, inverse_deviation, inverse_deviation * _wide(scale, mean))  # (B, C) each
-    output = activation(_centred(hidden, moments[0]) * _of_images(moments[2], hidden) + _wide(bias, hidden))
-    return output.astype(hidden.dtype), (hidden, bias, moments)
+    centre = mean if shift is None else mean - shift.astype(jnp.float32)
+    kept = read_again(centre, of_channel - mean, inverse_deviation, inverse_deviation * _wide(scale, mean))
+    centre, _, _, gain = kept  # (B, C) each
+    output = activation(_centred(hidden, centre) * _of_images(gain, hidden) + _wide(bias, hidden))
+    return output.astype(hidden.dtype), (hidden, bias, shift, kept)
 
 
 def _group_norm_backward(num_groups, epsilon, activation, kept, gradient):
-    hidden, bias, (mean, inverse_deviation, gain) = kept
+    hidden, bias, shift, (centre, skew, inverse_deviation, gain) = kept
 
     def slopes():
         nonlocal hidden, gradient
         hidden, gradient = read_again(hidden, gradient)
-        centred = _centred(hidden, mean)
+        centred = _centred(hidden, centre)
         _, pull = jax.vjp(activation, centred * _of_images(gain, hidden) + _wide(bias, hidden))
         return centred, pull(gradient.astype(jnp.float32))[0]
 
@@ -63,27 +70,30 @@ def _group_norm_backward(num_groups, epsilon, activation, kept, gradient):
     size = math.prod(hidden.shape[1:]) // num_groups
     offset = _over_group(of_bias * gain, num_groups) / size
     slant = _over_group(tilt * gain, num_groups) / size * jnp.square(inverse_deviation)
-    offset, slant = (_of_images(part, hidden) for part in read_again(offset, slant))
+    offset, slant = read_again(offset, slant)
     centred, slope = slopes()
-    back = slope * _of_images(gain, hidden) - offset - centred * slant
-    return back.astype(hidden.dtype), (tilt * inverse_deviation).sum(0), of_bias.sum(0)
+    back = slope * _of_images(gain, hidden) - _of_images(offset, hidden) - centred * _of_images(slant, hidden)
+    if shift is not None:  # The sum of `back` over an image's cells.
+        shift = (of_bias * gain - _num_cells(hidden) * (offset + slant * skew)).astype(shift.dtype)
+    return back.astype(hidden.dtype), (tilt * inverse_deviation).sum(0), of_bias.sum(0), shift
 
 
-def _moments(hidden, num_groups):
-    """Returns the mean and the variance of every channel's group, (B, C) each, from one reading of `hidden`.
+def _moments(hidden, shift, num_groups):
+    """Returns the mean of every channel's group, its own, and the group's variance, (B, C) each, from one reading.
 
     Sums of the distances from a first guess at each channel's mean, that of the middle row: the squares of one row are
     a part of the variance, so that no more than the number of rows, in units of float32's rounding, can be lost.
     """
-    num_cells = math.prod(hidden.shape[1:-1])
     guess = hidden.reshape(len(hidden), -1, *hidden.shape[-2:])[:, math.prod(hidden.shape[1:-2]) // 2]
     guess = guess.astype(jnp.float32).mean(-2)
     distances = _centred(hidden, guess)
-    off, squares = (part / num_cells for part in _over_cells(distances, jnp.square(distances)))
+    off, squares = (part / _num_cells(hidden) for part in _over_cells(distances, jnp.square(distances)))
     of_channel, num_channels = guess + off, hidden.shape[-1] // num_groups
+    if shift is not None:
+        of_channel = of_channel + shift.astype(jnp.float32)
     mean = _over_group(of_channel, num_groups) / num_channels
     squares = squares - jnp.square(off) + jnp.square(of_channel - mean)
-    return mean, _over_group(squares, num_groups) / num_channels
+    return mean, of_channel, _over_group(squares, num_groups) / num_channels
 
 
 group_norm.defvjp(_group_norm_forward, _group_norm_backward)
@@ -144,13 +154,17 @@ def _of_images(vectors, hidden):
     return vectors.reshape(len(vectors), *(1 for _ in hidden.shape[1:-1]), -1)
 
 
+def _num_cells(hidden):
+    return math.prod(hidden.shape[1:-1])
+
+
 def _over_cells(*maps):
     """Sums maps (B, *cells, C) over their cells, all in one reading; of the sums (B, C) all else can be made.
 
     First over a few cells each: over more at once, XLA for GPUs would turn the maps over. A barrier keeps it from doing
     that all the same, and from going back to the cells for what is made of the sums.
     """
-    size = math.gcd(math.prod(maps[0].shape[1:-1]), CELLS_AT_ONCE)
+    size = math.gcd(_num_cells(maps[0]), CELLS_AT_ONCE)
     parts = [cells.reshape(len(cells), -1, size, cells.shape[-1]).sum(-2) for cells in maps]
     return [part.sum(1) for part in jax.lax.optimization_barrier(parts)]
 

@@ -38,9 +38,10 @@ class ResnetBlock2D(nnx.Module):
     ) -> Float[Array, "B h w C2"]:
         """Returns the block's output, in the dtype of `hidden`."""
         residual = self.conv1(layers.normed(self.norm1, hidden, jax.nn.silu))
+        shift = None
         if temb is not None:
-            residual = residual + layers.repeated(self.time_emb_proj(jax.nn.silu(temb)), len(hidden))[:, None, None, :]
-        residual = self.conv2(layers.normed(self.norm2, residual, jax.nn.silu))
+            shift = layers.repeated(self.time_emb_proj(jax.nn.silu(temb)), len(hidden))
+        residual = self.conv2(layers.normed(self.norm2, residual, jax.nn.silu, shift))
         shortcut = self.conv_shortcut(hidden) if hasattr(self, "conv_shortcut") else hidden
         return shortcut + residual
 

@@ -249,15 +249,15 @@ class UNet2DConditionModel(UNet2DEncoder):
         """Predicts the noise (or velocity) in `latents`.
 
         Args:
-          encoder_hidden_states: of a prompt for each latent; or of k, adjacent, and so are the k predictions. What comes
-            before the first look at a prompt is then computed once for all of them.
+          encoder_hidden_states: of a prompt for each latent; or of k, adjacent, as their predictions will be: what
+            comes before the first look at a prompt is then computed once for the k.
           timesteps: int or float32, 0 to 999.
           style_embedding: mixed rows of the style table, before the MLP; needed by a merged model, refused by others.
           added_cond: SDXL's {"text_embeds": (B, P), "time_ids": (B, 6)}.
 
         Raises:
-          ValueError: latents that the levels cannot halve, prompts that cannot be shared out among them, or conditioning
-            that is missing or has no place.
+          ValueError: latents that the levels cannot halve or prompts cannot be shared out among, or conditioning that
+            is missing or has no place.
         """
         down = self.encode(latents, timesteps, encoder_hidden_states, style_embedding, added_cond)
         hidden, skips, features = down.hidden, list(down.skips), list(down.features)

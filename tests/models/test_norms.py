@@ -57,6 +57,22 @@ def test_one_reading_loses_nothing_beside_large_means_or_rows_unlike_the_others(
     assert np.abs(layers.normed(norm, hidden) - exact.reshape(hidden.shape)).max() < 2e-5 * np.abs(exact).max()
 
 
+def test_a_shift_is_as_if_it_had_been_added_to_every_cell():
+    graph, params = random_norm(layers.group_norm(4, 16, epsilon=1e-5, rngs=nnx.Rngs(0)))
+    hidden, shift, wanted = normal(2, 8, 16, 16), 3 * normal(2, 16, seed=4), normal(2, 8, 16, 16, seed=3)
+
+    def apart(params, hidden, shift):
+        return layers.normed(nnx.merge(graph, params), hidden, jax.nn.silu, shift)
+
+    def added(params, hidden, shift):
+        return layers.normed(nnx.merge(graph, params), hidden + shift[:, None, None], jax.nn.silu)
+
+    outputs, grads = zip(*(jax.vjp(f, params, hidden, shift) for f in (apart, added)), strict=True)
+    np.testing.assert_allclose(*outputs, atol=2e-6)
+    pairs = [pull(wanted) for pull in grads]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *pairs)
+
+
 @pytest.mark.parametrize("shape", [(2, 5, 16), (16,)])
 def test_layer_norm_has_the_values_and_gradients_of_plain_differentiation(shape):
     check_against_plain_differentiation(layers.layer_norm(16, rngs=nnx.Rngs(0)), 3 * normal(*shape) + 1)
