@@ -49,7 +49,7 @@ def off_row(row):
     [(1.0, 1e3), (1e-2, off_row(32)), (1e-2, off_row(0)), (1.0, np.linspace(-1e3, 1e3, 16))],
     ids=["large mean", "middle row", "first row", "means of channels"],
 )
-def test_one_reading_loses_nothing_beside_large_means_or_rows_unlike_the_others(scale, offset):
+def test_nothing_is_lost_beside_large_means_or_rows_unlike_the_others(scale, offset):
     hidden = jnp.asarray(scale * np.asarray(normal(2, 64, 64, 16)) + offset, jnp.float32)
     groups = np.asarray(hidden, np.float64).reshape(2, -1, 4, 4)
     exact = (groups - groups.mean((1, 3), keepdims=True)) / np.sqrt(groups.var((1, 3), keepdims=True) + 1e-5)
