@@ -342,7 +342,8 @@ def define_step(config, networks, objective, optimizers, mesh, state, teachers, 
       packing: of the state, where the step is to take and return it packed.
     """
     gradients = define_gradients(config, networks, objective, mesh, distill_step.trained(state))
-    step = distill_step.build_step(gradients, optimizers, config.ema_decay)
+    norms = distill_step.build_norm(mesh, sharding.state_specs(distill_step.trained(state), mesh))
+    step = distill_step.build_step(gradients, norms, optimizers, config.ema_decay)
     places = sharding.placed(mesh, sharding.state_specs(state, mesh))
     given = None
     if packing:

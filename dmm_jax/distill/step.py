@@ -274,24 +274,56 @@ def _micro_batches(leaf, num_micro_batches):
     return jnp.moveaxis(leaf, 1, 0)  # (A, T, b / A, ...)
 
 
-def build_step(loss_and_grads: Callable, optimizers: Mapping, ema_decay: float) -> Callable:
+def build_norm(mesh: Mesh | AbstractMesh, specs) -> Callable:
+    """Returns `f(grads) -> {network: norm of all its gradients}` under a shard_map, for gradients placed at `specs`.
+
+    Vectors are summed as one: a kernel or two for each of hundreds would be a tenth of a step's launches.
+    """
+
+    def squares(leaves):
+        vectors = [leaf for leaf in leaves if leaf.ndim < 2]
+        joined = [jnp.concatenate([jnp.atleast_1d(leaf) for leaf in vectors])] if vectors else []
+        return sum(jnp.sum(jnp.square(leaf)) for leaf in [*joined, *(leaf for leaf in leaves if leaf.ndim > 1)])
+
+    def local(grads):
+        norms = {}
+        for name, tree in grads.items():
+            leaves, places = (
+                jax.tree.leaves(tree),
+                jax.tree.leaves(specs[name], is_leaf=lambda leaf: isinstance(leaf, P)),
+            )
+            parts = {True: [], False: []}
+            for leaf, place in zip(leaves, places, strict=True):
+                parts["fsdp" in place].append(leaf)
+            total = jnp.zeros(()) + squares(parts[False])
+            if parts[True]:
+                total += jax.lax.psum(squares(parts[True]), "fsdp")
+            norms[name] = jnp.sqrt(total)
+        return norms
+
+    return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=sharding.COPY)
+
+
+def build_step(loss_and_grads: Callable, norms_of: Callable, optimizers: Mapping, ema_decay: float) -> Callable:
     """Returns `step(state, teachers, encoders, batch) -> (state, metrics)`: one update, ready to be compiled.
 
     Where the gradient or a loss is not finite, params, moments and average stay as they are: the step is counted as
     skipped, and nothing else happens.
 
     Args:
-      optimizers: optax's, of what is trained: "student", perhaps "discriminator".
+      norms_of: see `build_norm`.
+      optimizers: optax's, of what is trained: "student", perhaps "discriminator"; they are given the gradient's `norm`.
     """
 
     def step(state, teachers, encoders, batch):
         grads, errors = loss_and_grads(trained(state), teachers, encoders, batch, state["step"])
-        new = _updated(optimizers["student"], grads["student"], state)
+        norms = norms_of(grads)
+        new = _updated(optimizers["student"], grads["student"], norms["student"], state)
         if ema_decay:
             new["ema"] = optax.incremental_update(new["params"], state["ema"], 1.0 - ema_decay)
         if "discriminator" in grads:
-            new["discriminator"] = _updated(optimizers["discriminator"], grads["discriminator"], state["discriminator"])
-        norms = {name: optax.tree.norm(grad) for name, grad in grads.items()}
+            given = grads["discriminator"], norms["discriminator"], state["discriminator"]
+            new["discriminator"] = _updated(optimizers["discriminator"], *given)
         finite = jnp.isfinite(jnp.stack([sum(norms.values()), *(error.sum() for error in errors.values())])).all()
         new = jax.tree.map(partial(jnp.where, finite), new, {name: state[name] for name in new})
         skipped = {
@@ -323,8 +355,9 @@ def trained(state: Mapping) -> dict:
     return {name: held["params"] for name, held in there.items()}
 
 
-def _updated(optimizer, grads, held) -> dict:
-    updates, opt_state = optimizer.update(grads, held["opt_state"], held["params"])
+def _updated(optimizer, grads, norm, held) -> dict:
+    optimizer = optax.with_extra_args_support(optimizer)
+    updates, opt_state = optimizer.update(grads, held["opt_state"], held["params"], norm=norm)
     return {"params": optax.apply_updates(held["params"], updates), "opt_state": opt_state}
 
 

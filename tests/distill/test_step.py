@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from dmm_jax import config as config_lib
@@ -127,13 +128,31 @@ def steps_with(grad_at, numbers):
         errors = {"score": jnp.ones(2), "feature": jnp.where(batch == 7, jnp.inf, jnp.ones(2))}
         return {"student": {"w": params["student"]["w"] * grad_at(batch)}}, errors
 
-    step = jax.jit(distill_step.build_step(loss_and_grads, optimizers, ema_decay=0.5))
+    norms = distill_step.build_norm(mesh, {"student": {"w": sharding.COPY}})
+    step = jax.jit(distill_step.build_step(loss_and_grads, norms, optimizers, ema_decay=0.5))
     states, logged = [], []
     for number in numbers:
         state, metrics = step(state, None, None, jnp.float32(number))
         states.append(state)
         logged.append(metrics)
     return states, logged
+
+
+@pytest.mark.parametrize("longest", [3.0, 3000.0])  # Below and above the gradient's norm.
+def test_the_norm_and_the_clip_are_those_of_optax(longest):
+    rng, shapes = np.random.default_rng(0), {"a": (), "b": (700,), "c": (30, 40), "d": (3, 3, 20, 5), "e": (5,)}
+    grads = {
+        "student": {name: jnp.asarray(50 * rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+    }
+    specs = jax.tree.map(lambda leaf: sharding.COPY, grads)
+    norm = jax.jit(distill_step.build_norm(sharding.make_mesh(devices=jax.devices()[:1]), specs))(grads)["student"]
+    assert 3 < norm < 3000 and float(norm) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-6)
+
+    ours, theirs = student.clip_by_norm(longest), optax.clip_by_global_norm(longest)
+    state = theirs.init(grads)
+    assert ours.init(grads) == state  # Checkpoints from before stay readable.
+    (found, _), (wanted, _) = ours.update(grads, state, norm=norm), theirs.update(grads, state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, wanted)
 
 
 @pytest.mark.parametrize("bad", [4.0, 7.0])  # A gradient, or a loss alone, that is not finite.
