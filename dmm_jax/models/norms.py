@@ -79,22 +79,16 @@ def _group_norm_backward(num_groups, epsilon, activation, kept, gradient):
 
 
 def _moments(hidden, shift, num_groups):
-    """Returns the mean of every channel's group, its own, and the group's variance, (B, C) each.
-
-    Sums of the distances from a first guess at each channel's mean, that of the middle row: the squares of one row are
-    a part of the variance, so that no more than the number of rows, in units of float32's rounding, can be lost.
-    """
-    guess = hidden.reshape(len(hidden), -1, *hidden.shape[-2:])[:, math.prod(hidden.shape[1:-2]) // 2]
-    guess = guess.astype(jnp.float32).mean(-2)
-    # On GPUs two kernels read, and take half as long as one that XLA makes of both sums.
-    distances, again = _centred(hidden, guess), _centred(*read_again(hidden, guess))
-    off, squares = (part / _num_cells(hidden) for part in _over_cells(distances, jnp.square(again)))
-    of_channel, num_channels = guess + off, hidden.shape[-1] // num_groups
+    """Returns the mean of every channel's group, its own, and the group's variance, (B, C) each; of what is shifted."""
+    num_channels = hidden.shape[-1] // num_groups
+    (of_channel,) = _over_cells(hidden.astype(jnp.float32))
+    of_channel = of_channel / _num_cells(hidden)
     if shift is not None:
-        of_channel = of_channel + shift.astype(jnp.float32)
+        shift = shift.astype(jnp.float32)
+        of_channel = of_channel + shift
     mean = _over_group(of_channel, num_groups) / num_channels
-    squares = squares - jnp.square(off) + jnp.square(of_channel - mean)
-    return mean, of_channel, _over_group(squares, num_groups) / num_channels
+    (squares,) = _over_cells(jnp.square(_centred(hidden, mean if shift is None else mean - shift)))
+    return mean, of_channel, _over_group(squares / _num_cells(hidden), num_groups) / num_channels
 
 
 group_norm.defvjp(_group_norm_forward, _group_norm_backward)
@@ -160,14 +154,22 @@ def _num_cells(hidden):
 
 
 def _over_cells(*maps):
-    """Sums maps (B, *cells, C) over their cells, all in one reading; of the sums (B, C) all else can be made.
+    """Sums maps (B, *cells, C) over their cells, all in one reading; of the sums (B, C) all else can be made."""
+    return jax.lax.platform_dependent(*maps, cuda=_in_parts, default=_at_once)
 
-    First over a few cells each: over more at once, XLA for GPUs would turn the maps over. A barrier keeps it from doing
-    that all the same, and from going back to the cells for what is made of the sums.
+
+def _at_once(*maps):
+    return tuple(cells.sum(tuple(range(1, cells.ndim - 1))) for cells in maps)
+
+
+def _in_parts(*maps):
+    """First over a few cells each: over more at once, XLA for GPUs would turn the maps over.
+
+    A barrier keeps it from doing that all the same, and from going back to the cells for what is made of the sums.
     """
     size = math.gcd(_num_cells(maps[0]), CELLS_AT_ONCE)
     parts = [cells.reshape(len(cells), -1, size, cells.shape[-1]).sum(-2) for cells in maps]
-    return [part.sum(1) for part in jax.lax.optimization_barrier(parts)]
+    return tuple(part.sum(1) for part in jax.lax.optimization_barrier(parts))
 
 
 def _over_group(values, num_groups):
