@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from torch_parity import normal
 
-from dmm_jax.models import layers
+from dmm_jax.models import layers, norms
 
 
 def random_norm(norm):
@@ -55,6 +55,13 @@ def test_nothing_is_lost_beside_large_means_or_rows_unlike_the_others(scale, off
     exact = (groups - groups.mean((1, 3), keepdims=True)) / np.sqrt(groups.var((1, 3), keepdims=True) + 1e-5)
     norm = layers.group_norm(4, 16, epsilon=1e-5, rngs=nnx.Rngs(0))
     assert np.abs(layers.normed(norm, hidden) - exact.reshape(hidden.shape)).max() < 2e-5 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 16, 8), (2, 3, 5, 8), (3, 192, 8), (1, 1, 1, 8)])
+def test_the_sums_of_gpus_are_those_of_the_others(shape):
+    maps = normal(*shape), normal(*shape, seed=1)
+    for ours, wanted in zip(norms._in_parts(*maps), norms._at_once(*maps), strict=True):
+        np.testing.assert_allclose(ours, wanted, atol=1e-4)
 
 
 def test_a_shift_is_as_if_it_had_been_added_to_every_cell():
