@@ -60,17 +60,20 @@ def test_upsampling_convolves_what_nearest_neighbours_make():
     graph, params = nnx.split(Upsample2D(4, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     hidden, wanted = normal(2, 3, 5, 4), normal(2, 6, 10, 4)
 
-    def at_once(params):
+    def at_once(params, hidden):
         return nnx.merge(graph, params)(hidden)
 
-    def plainly(params):
+    def plainly(params, hidden):
         repeated = jnp.repeat(jnp.repeat(hidden, 2, axis=1), 2, axis=2)
         options = {"padding": "SAME", "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
         convolved = jax.lax.conv_general_dilated(repeated, params.conv.kernel[...], (1, 1), **options)
         return convolved + params.conv.bias[...].reshape(1, 1, 1, -1)
 
-    np.testing.assert_allclose(at_once(params), plainly(params), atol=1e-6)
-    grads = [jax.grad(lambda params, f=f: jnp.vdot(f(params), wanted))(params) for f in (at_once, plainly)]
+    np.testing.assert_allclose(at_once(params, hidden), plainly(params, hidden), atol=1e-6)
+    grads = [
+        jax.grad(lambda *given, f=f: jnp.vdot(f(*given), wanted), argnums=(0, 1))(params, hidden)
+        for f in (at_once, plainly)
+    ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *grads)
 
 
