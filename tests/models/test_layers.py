@@ -44,6 +44,16 @@ def test_parameters_are_float32_in_every_compute_dtype():
         assert layer(jnp.ones((1, 4, 4, 4))).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("kernel_size", [None, 1, 3], ids=["dense", "convolution by cell", "convolution"])
+def test_the_gradient_of_a_bias_is_summed_in_float32(kernel_size):
+    common = {"dtype": jnp.bfloat16, "rngs": nnx.Rngs(0)}
+    layer = layers.conv(1, 2, kernel_size, **common) if kernel_size else layers.linear(1, 2, **common)
+    hidden = jnp.zeros((1, 17, 241, 1))  # 4,097 rows: bfloat16 knows 4,096 and 4,128.
+    graph, params = nnx.split(layer)
+    grads = jax.grad(lambda params: nnx.merge(graph, params)(hidden).astype(jnp.float32).sum())(params)
+    assert grads.bias[...].tolist() == [4097.0, 4097.0]
+
+
 @pytest.mark.parametrize("epsilon", [1e-5, 1e-6])
 def test_norms_divide_by_the_root_of_variance_plus_epsilon_in_float32(epsilon):
     hidden = (3e-3 * np.random.default_rng(0).standard_normal((2, 8, 8))).astype(np.float32)  # Variance about 1e-5.
