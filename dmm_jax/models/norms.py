@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-CELLS_AT_ONCE = 64
+CELLS_AT_ONCE = 512
 
 
 def read_again(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -163,13 +163,14 @@ def _at_once(*maps):
 
 
 def _in_parts(*maps):
-    """First over a few cells each: over more at once, XLA for GPUs would turn the maps over.
+    """First over many cells each: XLA's kernels for GPUs take a block of threads for each such sum.
 
-    A barrier keeps it from doing that all the same, and from going back to the cells for what is made of the sums.
+    Over few, a block has nothing to do; over all, there are too few blocks. A barrier keeps XLA from making one sum of
+    the two, and from going back to the cells for what is made of the sums.
     """
     size = math.gcd(_num_cells(maps[0]), CELLS_AT_ONCE)
-    parts = [cells.reshape(len(cells), -1, size, cells.shape[-1]).sum(-2) for cells in maps]
-    return tuple(part.sum(1) for part in jax.lax.optimization_barrier(parts))
+    parts = jax.lax.optimization_barrier([cells.reshape(-1, size, cells.shape[-1]).sum(1) for cells in maps])
+    return tuple(part.reshape(len(maps[0]), -1, part.shape[-1]).sum(1) for part in parts)
 
 
 def _over_group(values, num_groups):
