@@ -25,8 +25,8 @@ from dmm_jax.data import pipeline as data_pipeline
 from dmm_jax.data.cache import LatentCache
 from dmm_jax.diffusion import solvers
 from dmm_jax.diffusion.schedule import NoiseSchedule
+from dmm_jax.distill import clipping, incremental
 from dmm_jax.distill import discriminator as discriminator_lib
-from dmm_jax.distill import incremental
 from dmm_jax.distill import step as distill_step
 from dmm_jax.distill import student as student_lib
 from dmm_jax.distill import teachers as teachers_lib
@@ -342,7 +342,7 @@ def define_step(config, networks, objective, optimizers, mesh, state, teachers, 
       packing: of the state, where the step is to take and return it packed.
     """
     gradients = define_gradients(config, networks, objective, mesh, distill_step.trained(state))
-    norms = distill_step.build_norm(mesh, sharding.state_specs(distill_step.trained(state), mesh))
+    norms = clipping.build_norm(mesh, sharding.state_specs(distill_step.trained(state), mesh))
     step = distill_step.build_step(gradients, norms, optimizers, config.ema_decay)
     places = sharding.placed(mesh, sharding.state_specs(state, mesh))
     given = None

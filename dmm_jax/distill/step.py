@@ -274,36 +274,6 @@ def _micro_batches(leaf, num_micro_batches):
     return jnp.moveaxis(leaf, 1, 0)  # (A, T, b / A, ...)
 
 
-def build_norm(mesh: Mesh | AbstractMesh, specs) -> Callable:
-    """Returns `f(grads) -> {network: norm of all its gradients}` under a shard_map, for gradients placed at `specs`.
-
-    Vectors are summed as one: a kernel or two for each of hundreds would be a tenth of a step's launches.
-    """
-
-    def squares(leaves):
-        vectors = [leaf for leaf in leaves if leaf.ndim < 2]
-        joined = [jnp.concatenate([jnp.atleast_1d(leaf) for leaf in vectors])] if vectors else []
-        return sum(jnp.sum(jnp.square(leaf)) for leaf in [*joined, *(leaf for leaf in leaves if leaf.ndim > 1)])
-
-    def local(grads):
-        norms = {}
-        for name, tree in grads.items():
-            leaves, places = (
-                jax.tree.leaves(tree),
-                jax.tree.leaves(specs[name], is_leaf=lambda leaf: isinstance(leaf, P)),
-            )
-            parts = {True: [], False: []}
-            for leaf, place in zip(leaves, places, strict=True):
-                parts["fsdp" in place].append(leaf)
-            total = jnp.zeros(()) + squares(parts[False])
-            if parts[True]:
-                total += jax.lax.psum(squares(parts[True]), "fsdp")
-            norms[name] = jnp.sqrt(total)
-        return norms
-
-    return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=sharding.COPY)
-
-
 def build_step(loss_and_grads: Callable, norms_of: Callable, optimizers: Mapping, ema_decay: float) -> Callable:
     """Returns `step(state, teachers, encoders, batch) -> (state, metrics)`: one update, ready to be compiled.
 
@@ -311,7 +281,7 @@ def build_step(loss_and_grads: Callable, norms_of: Callable, optimizers: Mapping
     skipped, and nothing else happens.
 
     Args:
-      norms_of: see `build_norm`.
+      norms_of: see `clipping.build_norm`.
       optimizers: optax's, of what is trained: "student", perhaps "discriminator"; they are given the gradient's `norm`.
     """
 

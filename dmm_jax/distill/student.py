@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from dmm_jax import sharding
 from dmm_jax.checkpoints.abstract import abstract_params
+from dmm_jax.distill import clipping
 from dmm_jax.models.unet_2d_condition import style_mlp_name
 
 
@@ -93,7 +94,7 @@ def make_optimizers(config) -> dict[str, optax.GradientTransformation]:
 
 
 def _adamw(config, learning_rate):
-    parts = [clip_by_norm(config.max_grad_norm)] if config.max_grad_norm else []
+    parts = [clipping.clip_by_norm(config.max_grad_norm)] if config.max_grad_norm else []
     parts.append(
         optax.adamw(
             learning_rate,
@@ -104,16 +105,6 @@ def _adamw(config, learning_rate):
         )
     )
     return optax.chain(*parts)
-
-
-def clip_by_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
-    """As `optax.clip_by_global_norm`, whose state is empty too, by a norm that is given: the step has it already."""
-
-    def update(updates, state, params=None, *, norm, **_):
-        del params
-        return jax.tree.map(lambda leaf: jnp.where(norm < max_norm, leaf, leaf / norm * max_norm), updates), state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def _scale_style(scale):

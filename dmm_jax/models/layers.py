@@ -27,8 +27,8 @@ def _bias_init(fan_in: int):
 def _plus_bias(hidden, bias):
     """Adds a bias (C,) in the dtype of `hidden`. Its gradient, a sum over thousands of rows, is summed in float32.
 
-    Left to differentiation it would be summed in the dtype of `hidden`; and XLA's kernel for the last part of such a sum
-    takes 77 microseconds in bfloat16, and 3 in float32.
+    Left to differentiation it would be summed in the dtype of `hidden`; and in bfloat16, XLA's kernel for GPUs takes 77
+    microseconds for the last part of such a sum, where it takes 3 in float32.
     """
     return hidden + jnp.expand_dims(bias.astype(hidden.dtype), range(hidden.ndim - 1))
 

@@ -14,7 +14,7 @@ from dmm_jax import sharding, train
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.data.cache import LatentCache
 from dmm_jax.data.pipeline import batches
-from dmm_jax.distill import incremental, student, teachers
+from dmm_jax.distill import clipping, incremental, student, teachers
 from dmm_jax.distill import step as distill_step
 from dmm_jax.tokenizer import Tokenizers
 from tests import worlds
@@ -128,7 +128,7 @@ def steps_with(grad_at, numbers):
         errors = {"score": jnp.ones(2), "feature": jnp.where(batch == 7, jnp.inf, jnp.ones(2))}
         return {"student": {"w": params["student"]["w"] * grad_at(batch)}}, errors
 
-    norms = distill_step.build_norm(mesh, {"student": {"w": sharding.COPY}})
+    norms = clipping.build_norm(mesh, {"student": {"w": sharding.COPY}})
     step = jax.jit(distill_step.build_step(loss_and_grads, norms, optimizers, ema_decay=0.5))
     states, logged = [], []
     for number in numbers:
@@ -145,10 +145,10 @@ def test_the_norm_and_the_clip_are_those_of_optax(longest):
         "student": {name: jnp.asarray(50 * rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
     }
     specs = jax.tree.map(lambda leaf: sharding.COPY, grads)
-    norm = jax.jit(distill_step.build_norm(sharding.make_mesh(devices=jax.devices()[:1]), specs))(grads)["student"]
+    norm = jax.jit(clipping.build_norm(sharding.make_mesh(devices=jax.devices()[:1]), specs))(grads)["student"]
     assert 3 < norm < 3000 and float(norm) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-6)
 
-    ours, theirs = student.clip_by_norm(longest), optax.clip_by_global_norm(longest)
+    ours, theirs = clipping.clip_by_norm(longest), optax.clip_by_global_norm(longest)
     state = theirs.init(grads)
     assert ours.init(grads) == state  # Checkpoints from before stay readable.
     (found, _), (wanted, _) = ours.update(grads, state, norm=norm), theirs.update(grads, state)

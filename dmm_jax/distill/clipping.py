@@ -1,0 +1,46 @@
+"""The gradient's norm and the clip by it: summed once, for the metrics and for the optimiser."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
+
+from dmm_jax import sharding
+
+
+def build_norm(mesh: Mesh | AbstractMesh, specs) -> Callable:
+    """Returns `f(grads) -> {network: norm of all its gradients}` under a shard_map, for gradients placed at `specs`."""
+
+    def local(grads):
+        return {name: _norm(grads[name], specs[name]) for name in grads}
+
+    return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=sharding.COPY)
+
+
+def _norm(grads, specs):
+    whole, parts = [], []
+    specs = jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, P))
+    for leaf, spec in zip(jax.tree.leaves(grads), specs, strict=True):
+        (parts if "fsdp" in spec else whole).append(leaf)
+    squares = _squares(whole)
+    return jnp.sqrt(squares + jax.lax.psum(_squares(parts), "fsdp") if parts else squares)
+
+
+def _squares(leaves):
+    """Sums all squares, of the vectors as of one: a kernel or two for each of hundreds would be a tenth of a step's."""
+    vectors = [jnp.atleast_1d(leaf) for leaf in leaves if leaf.ndim < 2]
+    joined = [jnp.concatenate(vectors)] if vectors else []
+    return sum(jnp.sum(jnp.square(leaf)) for leaf in [*joined, *(leaf for leaf in leaves if leaf.ndim > 1)])
+
+
+def clip_by_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """As `optax.clip_by_global_norm`, whose state is empty too, by a norm that is given: the step has it already."""
+
+    def update(updates, state, params=None, *, norm, **_):
+        del params
+        return jax.tree.map(lambda leaf: jnp.where(norm < max_norm, leaf, leaf / norm * max_norm), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
