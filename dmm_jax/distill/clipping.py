@@ -30,7 +30,7 @@ def _norm(grads, specs):
 
 
 def _squares(leaves):
-    """Sums all squares, of the vectors as of one: a kernel or two for each of hundreds would be a tenth of a step's."""
+    """Sums all squares, those of the vectors as of one: a kernel for each would be hundreds of launches a step."""
     vectors = [jnp.atleast_1d(leaf) for leaf in leaves if leaf.ndim < 2]
     joined = [jnp.concatenate(vectors)] if vectors else []
     return sum(jnp.sum(jnp.square(leaf)) for leaf in [*joined, *(leaf for leaf in leaves if leaf.ndim > 1)])

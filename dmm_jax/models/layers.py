@@ -27,8 +27,8 @@ def _bias_init(fan_in: int):
 def _plus_bias(hidden, bias):
     """Adds a bias (C,) in the dtype of `hidden`. Its gradient, a sum over thousands of rows, is summed in float32.
 
-    Left to differentiation it would be summed in the dtype of `hidden`; and in bfloat16, XLA's kernel for GPUs takes 77
-    microseconds for the last part of such a sum, where it takes 3 in float32.
+    Left to differentiation it would be summed in the dtype of `hidden`: less exact in bfloat16, and slower on GPUs
+    (docs/performance.md, step 8).
     """
     return hidden + jnp.expand_dims(bias.astype(hidden.dtype), range(hidden.ndim - 1))
 
@@ -46,7 +46,7 @@ _plus_bias.defvjp(_plus_bias_forward, _plus_bias_backward)
 
 
 class Linear(nnx.Linear):
-    """A dense layer; see `_plus_bias`."""
+    """A dense layer as `linear` builds it; its bias is added by `_plus_bias`."""
 
     def __call__(self, hidden: Float[Array, "*B C"]) -> Float[Array, "*B D"]:
         """Returns hidden @ kernel + bias, in the layer's dtype."""
@@ -55,7 +55,7 @@ class Linear(nnx.Linear):
 
 
 class Conv(nnx.Conv):
-    """A 2-D convolution; see `_plus_bias`."""
+    """A 2-D convolution as `conv` builds it, without groups or dilation; its bias is added by `_plus_bias`."""
 
     def __call__(self, hidden: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 D"]:
         """Returns the convolution with its bias, in the layer's dtype."""
