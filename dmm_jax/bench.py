@@ -4,11 +4,10 @@ The networks have the published sizes and random weights, made on the device: sp
 """
 
 import json
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -17,10 +16,9 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from dmm_jax import bench_networks, bench_numerics, bench_profile, bench_traffic, flops, sharding, train
+from dmm_jax import bench_networks, bench_numerics, bench_profile, bench_timing, bench_traffic, sharding, train
 from dmm_jax import config as config_lib
 from dmm_jax.checkpoints.abstract import abstract_model, abstract_params
-from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.distill import step as distill_step
 from dmm_jax.distill import student as student_lib
 from dmm_jax.distill.packing import Packing
@@ -28,16 +26,11 @@ from dmm_jax.evaluation import networks
 from dmm_jax.evaluation.evaluate import measure
 from dmm_jax.evaluation.inception import Inception
 from dmm_jax.metrics import HostClock, peak_memory
-from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.inception_v3 import InceptionV3
-from dmm_jax.models.text_encoders import NUM_TIME_IDS
-from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
 from dmm_jax.planning import collectives, memory
 from dmm_jax.planning.devices import GIB
 
-WARMUP = 3  # Calls before the timed ones.
 NUM_PICTURES, PICTURE_SIZE, PICTURES_AT_ONCE = 5000, 512, 500  # Of each of the two sets whose FID is timed.
-PEAK_SIZE = 8192  # Rows and columns of the square product that measures the matrix peak.
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -56,8 +49,8 @@ def bench(
     batch_size: int = 16,
     profile: str = "",
     num_devices: int = 0,
-) -> list[dict]:
-    """Runs one job and returns what was measured, an entry a line.
+) -> Iterable[dict]:
+    """Runs one job and returns what was measured, an entry a line; of `numerics` each as soon as it is.
 
     Args:
       size: of the networks: a name in `SIZES`.
@@ -76,8 +69,8 @@ def bench(
     num_devices = num_devices or jax.device_count()
     about = {"device": device.device_kind, "num_devices": num_devices, "jax": jax.__version__, "size": size}
     if job == "numerics":
-        return [line | about for line in bench_numerics.bench_numerics(config, size)]
-    peak = matmul_peak()
+        return (line | about for line in bench_numerics.bench_numerics(config, size))
+    peak = bench_timing.matmul_peak()
     lines = (
         bench_train(config, size, num_steps, profile, num_devices)
         if job == "train"
@@ -118,17 +111,20 @@ def bench_train(config, size: str, num_steps: int, profile: str = "", num_device
         clocks["batch"].step_done()
         return metrics["grad_norm"]
 
-    step_s = median_s(once, num_steps)
+    step_s = bench_timing.median_s(once, num_steps)
     host_ms = {part: clock.median_ms() for part, clock in clocks.items()}
+    with bench_timing.watched_power(mesh.size) as power:
+        queued_s = bench_timing.queued_s(once, num_steps)
     program = compiled.as_text()
     exchanged = collectives.parse(program, mesh.shape)
-    tflop = config.batch_size * train_tflop(base, student_config)
+    tflop = config.batch_size * bench_networks.train_tflop(base, student_config)
     return [
         {
             "job": "train",
             "images_per_s": config.batch_size / step_s,
             "tflop_per_s": tflop / step_s,
             "step_s": step_s,
+            "queued_step_s": queued_s,
             "host_ms": sum(host_ms.values()),
             "host_parts_ms": host_ms,
             "compile_s": compile_s,
@@ -139,6 +135,7 @@ def bench_train(config, size: str, num_steps: int, profile: str = "", num_device
             "teachers": len(config.teachers),
             "mesh": dict(mesh.shape),
         }
+        | power
         | peak_memory()
         | bench_profile.collective_shares(_profiled(once, profile, program))
     ]
@@ -189,8 +186,8 @@ def _host_line(job, state, teachers, encoders, on_host, mesh, num_steps):
     batch = sharding.put(on_host, mesh, sharding.BATCH)
     compiled = step.lower(state, teachers, encoders, batch).compile()
     parts = {part: HostClock() for part in ("dispatch", "batch")}
-    for number in range(WARMUP + num_steps):
-        if number == WARMUP:
+    for number in range(bench_timing.WARMUP + num_steps):
+        if number == bench_timing.WARMUP:
             jax.tree.map(HostClock.median_ms, parts)
         parts["dispatch"].restart()
         state = compiled(state, teachers, encoders, batch)
@@ -211,14 +208,14 @@ def bench_sample(config, size: str, num_steps: int, batch_size: int, profile: st
     prompts = ["a large red circle"] * batch_size
     rng = np.random.default_rng(0)
     mixes = [dict(zip(names, rng.dirichlet(np.ones(len(names))).tolist(), strict=True)) for _ in prompts]
-    tflop = batch_size * sample_tflop(bench_networks.described(size))
+    tflop = batch_size * bench_networks.sample_tflop(bench_networks.described(size))
     lines = []
     for job, styles in (("sample", names[0]), ("sample, a mix per image", mixes)):
         draw = partial(pipeline, prompts, styles=styles, **bench_networks.SAMPLING)
         started = time.perf_counter()
         draw()
         first_s = time.perf_counter() - started
-        sample_s = median_s(draw, max(num_steps // 2, 1))
+        sample_s = bench_timing.median_s(draw, max(num_steps // 2, 1))
         lines.append(
             {
                 "job": job,
@@ -268,75 +265,6 @@ def _profiled(call, folder, program: str = "") -> list[bench_profile.Ran]:
     elif folder:
         print(f"{folder} holds the trace, and no kernels of a device: a CPU tells none.", file=sys.stderr)
     return ran
-
-
-def train_tflop(base: Checkpoint, student_config: Mapping) -> float:
-    """Counts the TFLOP per image of a step: student forward and backward (twice the forward), one teacher's forward.
-
-    Recomputation is not counted: it is a way of computing, not a part of the work. Nor are text encoders.
-    """
-    return 3 * unet_tflop(student_config) + unet_tflop(base.unet_config)
-
-
-def sample_tflop(base: Checkpoint) -> float:
-    """Counts the TFLOP per sampled image: at each step the UNet for two prompts, for guidance; and the decoder.
-
-    As the pipeline computes it: Stable Diffusion 1 and 2 share what comes before the first look at a prompt.
-    """
-    decode = _network_flops(AutoencoderKL, "vae", base.vae_config, _latents(base.unet_config), method="decode")
-    config = base.unet_config
-    both = 2 * unet_tflop(config) if config.get("addition_time_embed_dim") else unet_tflop(config, num_prompts=2)
-    return bench_networks.SAMPLING["num_inference_steps"] * both + decode
-
-
-def unet_tflop(config: Mapping, num_prompts: int = 1) -> float:
-    """Counts the TFLOP of a UNet's forward pass for one image, or for several prompts to one."""
-    states = jax.ShapeDtypeStruct((num_prompts, 77, config["cross_attention_dim"]), jnp.float32)
-    inputs = [_latents(config), jax.ShapeDtypeStruct((1,), jnp.int32), states]
-    style = (1, 4 * config["block_out_channels"][0]) if config.get("num_models") else None
-    inputs.append(style and jax.ShapeDtypeStruct(style, jnp.float32))
-    if config.get("addition_time_embed_dim"):
-        pooled = config["projection_class_embeddings_input_dim"] - NUM_TIME_IDS * config["addition_time_embed_dim"]
-        widths = {"text_embeds": pooled, "time_ids": NUM_TIME_IDS}
-        inputs.append({name: jax.ShapeDtypeStruct((1, width), jnp.float32) for name, width in widths.items()})
-    return _network_flops(UNet2DConditionModel, "unet", config, *inputs)
-
-
-def _latents(config):
-    return jax.ShapeDtypeStruct((1, config["sample_size"], config["sample_size"], 4), jnp.float32)
-
-
-def _network_flops(model, component, config, *inputs, method="__call__") -> float:
-    graph = nnx.split(abstract_model(lambda rngs: model.from_config(config, rngs=rngs)))[0]
-
-    def forward(params, *inputs):
-        return jax.tree.leaves(getattr(nnx.merge(graph, params), method)(*inputs))
-
-    return flops.count(forward, abstract_params(component, config), *inputs) / 1e12
-
-
-def matmul_peak() -> float:
-    """Measures the TFLOP/s of a large bfloat16 matrix product on random data (on a CPU, of a small one)."""
-    size = PEAK_SIZE if jax.default_backend() != "cpu" else 1024
-    repeats = 8
-
-    @jax.jit
-    def product(a, b):
-        return jax.lax.fori_loop(0, repeats, lambda _, c: ((c @ b) * (size**-0.5)).astype(c.dtype), a)
-
-    a, b = (jax.random.normal(jax.random.key(seed), (size, size), jnp.bfloat16) for seed in range(2))
-    return 2 * size**3 * repeats / median_s(lambda: product(a, b), 10) / 1e12
-
-
-def median_s(call: Callable, repeats: int) -> float:
-    """Returns the median seconds of a call whose result is waited for, after warm-up."""
-    times = []
-    for number in range(WARMUP + repeats):
-        started = time.perf_counter()
-        jax.block_until_ready(call())
-        if number >= WARMUP:
-            times.append(time.perf_counter() - started)
-    return statistics.median(times)
 
 
 def planned_memory_gb(compiled) -> float:

@@ -21,17 +21,16 @@ MOVED = 0.1
 NUM_PICTURES = 4  # Of the sample.
 
 
-def bench_numerics(config, size: str) -> list[dict]:
-    """Returns a line for each arithmetic but the reference's: relative errors of a step, and of a sample.
+def bench_numerics(config, size: str) -> Iterator[dict]:
+    """Yields a line for each arithmetic but the reference's: relative errors of a step, and of a sample.
 
     Of a step: of the loss, of the gradient's norm, and ||g - reference|| / ||reference|| of the whole gradient. Of a
     sample of 25 steps with guidance: the same of its latents.
     """
     config_lib.check(config)
-    lines = []
     for variant, (loss, gradient), (right_loss, right) in _against_reference(config, lambda one: _step(one, size)):
         norm, right_norm = optax.tree.norm(gradient), optax.tree.norm(right)
-        lines.append(
+        yield (
             variant
             | {
                 "job": "numerics, a training step",
@@ -44,8 +43,7 @@ def bench_numerics(config, size: str) -> list[dict]:
         )
     for variant, latents, right in _against_reference(config, lambda one: _sample(one, size)):
         error = float(np.linalg.norm(latents - right) / np.linalg.norm(right))
-        lines.append(variant | {"job": "numerics, a 25-step sample", "latents_error": error, "batch": NUM_PICTURES})
-    return lines
+        yield variant | {"job": "numerics, a 25-step sample", "latents_error": error, "batch": NUM_PICTURES}
 
 
 def _against_reference(config, compute: Callable) -> Iterator[tuple[dict, object, object]]:

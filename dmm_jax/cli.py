@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import json
 import pathlib
 import sys
@@ -406,8 +407,13 @@ def _bench(args):
     measured = bench.bench(
         args.job, config, args.size, args.num_steps, args.batch_size, args.profile, sum(args.devices)
     )
-    lines = bench.with_ratios(measured, others) if others else measured
-    print("\n".join(map(json.dumps, others + lines)) if args.json else bench.table(others + lines))
+    lines = []
+    for line in itertools.chain(others, bench.with_ratios(measured, others) if others else measured):
+        lines.append(line)
+        if args.json:
+            print(json.dumps(line), flush=True)
+    if not args.json:
+        print(bench.table(lines))
 
 
 def _bench_scaling(args, config):

@@ -115,7 +115,7 @@ def test_a_row_is_a_line_of_training_with_the_contract_and_agrees_with_itself(mo
     base = bench_networks.described("tiny")
     merged = bench.train.merged_config(base.unet_config, 2)
     assert row["images_per_s"] == pytest.approx(4 / row["step_s"])
-    assert row["tflop_per_s"] == pytest.approx(row["images_per_s"] * bench.train_tflop(base, merged))
+    assert row["tflop_per_s"] == pytest.approx(row["images_per_s"] * bench_networks.train_tflop(base, merged))
     assert row["share_of_peak"] == pytest.approx(row["tflop_per_s"] / row["matmul_peak_tflop_per_s"] / 2)
     one, student = (
         sum(leaf.size for leaf in jax.tree.leaves(abstract_params("unet", values))) * 4 / GIB

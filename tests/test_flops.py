@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dmm_jax import bench, bench_networks, flops
+from dmm_jax import bench_networks, flops
 
 
 def shape(*sizes):
@@ -49,6 +49,6 @@ def test_the_unet_of_stable_diffusion_1_takes_0_803_tflop_less_what_upsampling_s
     # 0.803, PyTorch's own counter says of the stock module; 64 x 64 latents. Three convolutions of upsampled maps
     # take 16 products for 36 there, at a row and a column more.
     saved = sum(2 * c * c * (36 * n * n - 16 * (n + 1) ** 2) for c, n in ((1280, 8), (1280, 16), (640, 32)))
-    assert bench.unet_tflop(bench_networks.described("sd15").unet_config) == pytest.approx(
+    assert bench_networks.unet_tflop(bench_networks.described("sd15").unet_config) == pytest.approx(
         0.803 - saved / 1e12, abs=5e-4
     )

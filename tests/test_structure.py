@@ -16,7 +16,7 @@ LAYERS = {
     "demo.random_checkpoints": 6, "demo.study": 7, "train": 4, "demo.experiment": 4, "demo.run": 6, "bench_profile": 0,
     "bench_networks": 6, "bench_numerics": 6, "bench": 7, "bench_peer": 7, "cli": 8, "planning": 1,
     "plan": 5, "prepare_samples": 3, "fit_style": 4, "parents": 2, "vocabulary": 0, "demo.study_rows": 6,
-    "demo.study_data": 6, "bench_scaling": 6, "bench_traffic": 0,
+    "demo.study_data": 6, "bench_scaling": 6, "bench_traffic": 0, "bench_timing": 0,
 }  # fmt: skip
 FORBIDDEN = {"torch", "tensorflow", "diffusers", "pickle"}
 WITH_TORCH = {
