@@ -223,12 +223,12 @@ def estimate(program: Program, held: dict[str, float], where: devices.Topology) 
     """Estimates what lives within a step from the order in which its values are computed and read."""
     implementation = train.attention_implementation(program.config, program.platform)
     # Scores inside a fused kernel never exist.
-    function, arguments = program.gradients("fused" if implementation == "cudnn" else implementation)
+    function, arguments = program.gradients("flash" if implementation == "cudnn" else implementation)
     (equation,) = jax.make_jaxpr(function)(*arguments).jaxpr.eqns  # The shard_map: inside, shapes are one device's.
-    inside, padded_heads = equation.params["jaxpr"], where.platform == "tpu"
-    largest = lifetimes.temporaries(inside, padded_heads)
+    inside = equation.params["jaxpr"]
+    largest = lifetimes.temporaries(inside)
     more = {"temporaries": max(largest - held["gradients"], 0.0), "margin": MARGIN[where.platform] * largest}
-    moved = lifetimes.traffic(inside, padded_heads) + memory.OPTIMIZER_PASSES * held["gradients"]
+    moved = lifetimes.traffic(inside) + memory.OPTIMIZER_PASSES * held["gradients"]
     return {"memory": held | more, "bytes_accessed": moved, "collectives": foretold(program)}
 
 

@@ -280,7 +280,7 @@ def define_networks(config, base, platform: str = "", attention: str = "") -> tu
         teacher=nnx.split(layers.for_stacks(unet_of(teacher_config(config, base), **unet)))[0],
         text_encoders=nnx.split(texts)[0],
         discriminator=discriminator,
-        check_vma=attention not in ("flash", "fused"),
+        check_vma=attention != "flash",
     )
     return networks, student_config
 

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 
 from dmm_jax.models import flash_attention, layers, norms
 
-IMPLEMENTATIONS = ("xla", "cudnn", "flash", "fused")
-FUSED_FROM_QUERIES = 256  # Fewer, and XLA's plain products are as quick as cuDNN's fused kernel.
+IMPLEMENTATIONS = ("xla", "cudnn", "flash")
+FUSED_FROM_QUERIES = 256  # Fewer, and XLA's plain products are as quick as a fused kernel.
 KEYS_MULTIPLE = 16  # Of what the fused kernel takes in its backward pass; a prompt's 77 keys are padded and masked.
 FUSED_HEAD_SIZE, FUSED_HEAD_SIZE_HOPPER = 128, 256  # At most.
 
@@ -26,20 +26,13 @@ def attention(
 
     Args:
       implementation: "xla", or a fused kernel wherever it takes the shapes: "cudnn" (16-bit, NVIDIA only) or "flash"
-        (TPU only). "fused" is for programs that are traced and never run: a kernel where cuDNN's would be, without
-        asking for a GPU.
+        (TPU only, and for programs that are traced and never run: a kernel where cuDNN's would be).
     """
-    if implementation == "fused" and query.shape[1] >= FUSED_FROM_QUERIES:
-        return flash_attention.flash_attention(query, *map(_padded_to_lanes, (key, value)))
-    if implementation == "flash" and flash_attention.takes(query, key):
+    if implementation == "flash" and query.shape[1] >= FUSED_FROM_QUERIES:
         return flash_attention.flash_attention(query, key, value)
     if implementation == "cudnn" and _cudnn_takes(query):
         return _cudnn(query, key, value)
     return jax.nn.dot_product_attention(query, key, value, implementation="xla")
-
-
-def _padded_to_lanes(states):
-    return jnp.pad(states, ((0, 0), (0, -states.shape[1] % flash_attention.LANES), (0, 0), (0, 0)))
 
 
 def _cudnn_takes(query) -> bool:
@@ -133,7 +126,8 @@ _geglu.defvjp(_geglu_forward, _geglu_backward)
 
 
 def _halves(projected):
-    return jnp.split(projected.astype(jnp.float32), 2, axis=-1)
+    """Splits first: the float32 of both would be written down by the TPU's compiler."""
+    return [half.astype(jnp.float32) for half in jnp.split(projected, 2, axis=-1)]
 
 
 def _rows(hidden):

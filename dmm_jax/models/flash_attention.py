@@ -1,6 +1,9 @@
 """Attention on TPU that never holds the scores in memory (arXiv:2205.14135), by JAX's splash attention kernel.
 
 The plain products of one 64 x 64 self-attention keep (B, N, 4096, 4096) float32 scores: 8 GiB for 16 images.
+
+A TPU holds the last axis of an array in rows of 128: heads of 40 would take three times their bytes. So queries, keys
+and values come to the kernel with their tokens last, as the products before it write them.
 """
 
 import jax
@@ -9,15 +12,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float
 
-FROM_TOKENS = 1024  # Fewer, and the scores are small: XLA's products need no padding of the heads.
-LANES = 128  # Heads are padded to a multiple of them, tokens must be one.
-BLOCKS = (1024, 512, 256, 128)  # Tokens that the kernel holds at once: the largest that divides.
-
-
-def takes(query: Float[Array, "B L N K"], key: Float[Array, "B S N K"]) -> bool:
-    """Tells whether the kernel is meant for these shapes: long sequences that the blocks divide."""
-    lengths = query.shape[1], key.shape[1]
-    return min(lengths) >= FROM_TOKENS and not any(length % LANES for length in lengths)
+LANES = 128  # Tokens are padded to a multiple of them.
+AT_ONCE = 512  # Queries, and keys, whose scores are computed at once, at most.
+HELD = 4096  # Keys that lie in fast memory, at most: a kernel has 16 MiB of it on v5e.
 
 
 def flash_attention(
@@ -30,30 +27,42 @@ def flash_attention(
 
     Args:
       interpret: runs the kernel step by step on any device, for tests.
-
-    Raises:
-      ValueError: lengths that are no multiples of 128.
     """
-    length, num_heads, head_size = query.shape[1:]
-    mask = masks.MultiHeadMask([masks.FullMask((length, key.shape[1]))] * num_heads)
-    sizes = _block_sizes(length, key.shape[1])
-    kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret)
-    # Zero columns add nothing to the logits; those of the values come out as zeros and are cut off.
+    length, num_keys, (num_heads, head_size) = query.shape[1], key.shape[1], query.shape[2:]
     scaled = query * jnp.asarray(head_size**-0.5, query.dtype)
-    attended = jax.vmap(kernel)(*map(_heads_first_and_padded, (scaled, key, value)))
-    return attended.swapaxes(1, 2)[..., :head_size]
+    heads = [_heads_first_and_padded(array) for array in (scaled, key, value)]
+    padded, padded_keys = heads[0].shape[2], heads[1].shape[2]
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([masks.FullMask((padded, padded_keys))] * num_heads),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=_block_sizes(padded, padded_keys, head_size),
+        interpret=interpret,
+    )
+    segments = None
+    if padded_keys > num_keys:  # Queries look at the keys of their own segment: at those that are no padding.
+        segments = splash.SegmentIds(jnp.zeros(padded, jnp.int32), jnp.int32(jnp.arange(padded_keys) >= num_keys))
+    attended = jax.vmap(lambda *one: kernel(*one, segment_ids=segments))(*heads)
+    return attended[:, :, :length].swapaxes(1, 2)
 
 
 def _heads_first_and_padded(array):
-    width = -array.shape[-1] % LANES
-    return jnp.pad(array.swapaxes(1, 2), ((0, 0), (0, 0), (0, 0), (0, width)))  # (B, N, L, 128 k)
+    missing = -array.shape[1] % LANES
+    return jnp.pad(array.swapaxes(1, 2), ((0, 0), (0, 0), (0, missing), (0, 0)))  # (B, N, 128 k, K)
 
 
-def _block_sizes(length: int, key_length: int) -> splash.BlockSizes:
-    q, kv = (next((block for block in BLOCKS if not size % block), None) for size in (length, key_length))
-    if q is None or kv is None:
-        raise ValueError(f"flash attention takes lengths that are multiples of {LANES}; got {length} and {key_length}.")
+def _block_sizes(length: int, num_keys: int, head_size: int) -> splash.BlockSizes:
+    """Holds a head's keys whole where they fit: every part of them writes a gradient of the queries of its own."""
+    q, at_once = (_largest_part(size, LANES, AT_ONCE) for size in (length, num_keys))
+    held = _largest_part(num_keys, at_once, max(HELD // -(-head_size // LANES), at_once))
+    tokens_last = splash.QKVLayout.SEQ_MINOR
     return splash.BlockSizes(
-        block_q=q, block_kv=kv, block_kv_compute=kv,
-        block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=kv, use_fused_bwd_kernel=True,
+        block_q=q, block_kv=held, block_kv_compute=at_once,
+        block_q_dkv=q, block_kv_dkv=held, block_kv_dkv_compute=at_once, use_fused_bwd_kernel=True,
+        q_layout=tokens_last, k_layout=tokens_last, v_layout=tokens_last,
     )  # fmt: skip
+
+
+def _largest_part(size: int, multiple: int, most: int) -> int:
+    """Returns the largest multiple that divides a size and is not above `most`."""
+    return max(part for part in range(multiple, min(size, most) + 1, multiple) if size % part == 0)

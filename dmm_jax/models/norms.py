@@ -71,6 +71,7 @@ def _group_norm_backward(num_groups, epsilon, activation, kept, gradient):
     offset = _over_group(of_bias * gain, num_groups) / size
     slant = _over_group(tilt * gain, num_groups) / size * jnp.square(inverse_deviation)
     offset, slant = read_again(offset, slant)
+    hidden, gradient = _behind_barrier(hidden, gradient)  # Else a TPU keeps the slopes for this, in float32.
     centred, slope = slopes()
     back = slope * _of_images(gain, hidden) - _of_images(offset, hidden) - centred * _of_images(slant, hidden)
     if shift is not None:  # The sum of `back` over an image's cells.

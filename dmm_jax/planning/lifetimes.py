@@ -28,18 +28,15 @@ PRODUCTS = frozenset("conv_general_dilated dot_general pallas_call".split())  # 
 BODIES = frozenset("checkpoint cond pallas_call remat remat2 scan while".split())  # Run apart from what is around them.
 
 
-def temporaries(jaxpr: core.Jaxpr, padded_heads: bool = True) -> int:
+def temporaries(jaxpr: core.Jaxpr) -> int:
     """Estimates the bytes that a program holds at its fullest moment, its arguments not counted.
 
     A value lives from where it is computed to where it is last read. Chains of elementwise operations are held as their
     inputs, as a compiler that fuses them would, until a product or a kernel reads them: then they are written. In what
-    order a compiler works, and what it pads, is not known here.
-
-    Args:
-      padded_heads: whether kernels of attention hold heads as wide as the lanes of a TPU, as the program says; on other
-        devices they hold what is cut from them.
+    order a compiler works, and what it pads, is not known here. Where a kernel reads what is padded, or its results are
+    cut, as to the lanes of a TPU, the rest is held.
     """
-    schedule = _Schedule.of(jaxpr, padded_heads)
+    schedule = _Schedule.of(jaxpr)
     change = [0] * (len(schedule.operations) + 2)
     for value, (number, size) in schedule.born.items():
         change[number] += size
@@ -47,22 +44,22 @@ def temporaries(jaxpr: core.Jaxpr, padded_heads: bool = True) -> int:
     held, peak = 0, 0
     for operation, more in zip(schedule.operations, change, strict=False):
         held += more
-        inner = max((temporaries(body, padded_heads) for body in operation.bodies), default=0)
+        inner = max((temporaries(body) for body in operation.bodies), default=0)
         peak = max(peak, held + inner)
     return peak
 
 
-def traffic(jaxpr: core.Jaxpr, padded_heads: bool = True) -> float:
+def traffic(jaxpr: core.Jaxpr) -> float:
     """Estimates the bytes that a program reads from and writes to memory: what is written as in `temporaries`.
 
     Each is written once, and read by every operation, or fused chain of them, that needs it.
     """
-    schedule = _Schedule.of(jaxpr, padded_heads)
+    schedule = _Schedule.of(jaxpr)
     sizes = {value: size for value, (_, size) in schedule.born.items()} | schedule.arguments
     moved = float(sum(size for _, size in schedule.born.values()))
     for operation, read in zip(schedule.operations, schedule.reads, strict=True):
         if operation.bodies:
-            moved += operation.times * max(traffic(body, padded_heads) for body in operation.bodies)
+            moved += operation.times * max(traffic(body) for body in operation.bodies)
         else:
             moved += sum(sizes.get(value, 0) for value in read)
     return moved
@@ -89,13 +86,12 @@ class _Schedule:
     stand_for: dict[Hashable, frozenset] = dataclasses.field(default_factory=dict)  # A fused value: what it is held as.
 
     @classmethod
-    def of(cls, jaxpr: core.Jaxpr, padded_heads: bool) -> "_Schedule":
+    def of(cls, jaxpr: core.Jaxpr) -> "_Schedule":
         """Goes through a program once, in its own order."""
         arguments, operations, results = _flattened(jaxpr)
         names, operations = _without_views(operations)
-        if not padded_heads:
-            more, operations = _without_views(_without_padding(operations))
-            names = {name: more.get(value, value) for name, value in names.items()} | more
+        more, operations = _without_views(_without_padding(operations))
+        names = {name: more.get(value, value) for name, value in names.items()} | more
         number_of_readers: dict[Hashable, int] = {}
         for operation in operations:
             for value in set(operation.inputs):

@@ -1,4 +1,4 @@
-"""Flash attention is attention: padded heads and blocks change nothing, in values and gradients; and memory falls."""
+"""Flash attention is attention: padded tokens and blocks change nothing, in values and gradients; and memory falls."""
 
 import importlib.util
 
@@ -22,7 +22,9 @@ def interpreted(*heads):
     return flash_attention.flash_attention(*heads, interpret=True)
 
 
-@pytest.mark.parametrize("length, keys, head_size", [(256, 256, 40), (128, 384, 80), (128, 128, 160)])
+@pytest.mark.parametrize(
+    "length, keys, head_size", [(256, 256, 40), (128, 384, 80), (128, 128, 160), (256, 77, 40), (100, 130, 8)]
+)
 def test_values_and_gradients_are_those_of_plain_attention(length, keys, head_size):
     heads = query_key_value(length, keys, head_size)
     weights = normal(1, length, 2, head_size, seed=9)
@@ -44,18 +46,24 @@ def test_the_softmax_is_float32_for_bfloat16_inputs():
     assert np.abs(np.asarray(ours, np.float32) - exact).max() < 2**-7 * np.abs(exact).max()
 
 
-def test_it_is_used_for_long_sequences_alone(monkeypatch):
+def test_it_is_used_for_many_queries_alone(monkeypatch):
     used = []
     monkeypatch.setattr(flash_attention, "flash_attention", lambda query, *_: used.append(query.shape[1]) or query)
-    for length, keys in ((1024, 1024), (4096, 4096), (512, 512), (4096, 77), (1100, 1100)):
+    for length, keys in ((4096, 4096), (4096, 77), (256, 256), (64, 64), (64, 77)):
         query, key = (jax.ShapeDtypeStruct((1, size, 2, 40), jnp.bfloat16) for size in (length, keys))
         jax.eval_shape(lambda query, key: attention(query, key, key, "flash"), query, key)
-    assert used == [1024, 4096]
+    assert used == [4096, 4096, 256]
 
 
-def test_lengths_that_no_block_divides_are_refused():
-    with pytest.raises(ValueError, match="multiples of 128"):
-        flash_attention.flash_attention(*query_key_value(100, 100, 8))
+@pytest.mark.parametrize("length, keys, head_size, blocks", [
+    (4096, 4096, 40, (512, 4096, 512)), (9216, 9216, 64, (512, 3072, 512)), (2304, 2304, 40, (384, 2304, 384)),
+    (640, 640, 160, (128, 640, 128)), (4096, 128, 40, (512, 128, 128)), (17408, 17408, 40, (512, 1024, 512)),
+    (4096, 4096, 160, (512, 2048, 512)),
+])  # fmt: skip
+def test_a_heads_keys_are_held_whole_where_they_fit(length, keys, head_size, blocks):
+    sizes = flash_attention._block_sizes(length, keys, head_size)
+    assert (sizes.block_q, sizes.block_kv, sizes.block_kv_compute) == blocks
+    assert (sizes.block_q_dkv, sizes.block_kv_dkv, sizes.block_kv_dkv_compute) == blocks
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'dmm-jax[plan]'")
