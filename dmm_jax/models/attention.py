@@ -80,7 +80,7 @@ class Attention(nnx.Module):
             rearrange(projected, "B L (N K) -> B L N K", N=self.num_heads)
             for projected in (query, self.to_k(states), self.to_v(states))
         )
-        return self.to_out[0](rearrange(attention(*heads, self.implementation), "B L N K -> B L (N K)"))
+        return self.to_out[0].of_heads(attention(*heads, self.implementation))
 
 
 class GEGLU(nnx.Module):

@@ -29,8 +29,8 @@ def flash_attention(
       interpret: runs the kernel step by step on any device, for tests.
     """
     length, num_keys, (num_heads, head_size) = query.shape[1], key.shape[1], query.shape[2:]
-    scaled = query * jnp.asarray(head_size**-0.5, query.dtype)
-    heads = [_heads_first_and_padded(array) for array in (scaled, key, value)]
+    scaled = key * jnp.asarray(head_size**-0.5, key.dtype)  # A prompt has fewer keys than there are queries.
+    heads = [_heads_first_and_padded(array) for array in (query, scaled, value)]
     padded, padded_keys = heads[0].shape[2], heads[1].shape[2]
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([masks.FullMask((padded, padded_keys))] * num_heads),
