@@ -45,21 +45,22 @@ def _plus_bias_backward(bias, gradient):
 _plus_bias.defvjp(_plus_bias_forward, _plus_bias_backward)
 
 
+def _biased(hidden, bias: nnx.Param | None):
+    return hidden if bias is None else _plus_bias(hidden, bias[...])
+
+
 class Linear(nnx.Linear):
     """A dense layer as `linear` builds it; its bias is added by `_plus_bias`."""
 
     def __call__(self, hidden: Float[Array, "*B C"]) -> Float[Array, "*B D"]:
         """Returns hidden @ kernel + bias, in the layer's dtype."""
         hidden, kernel = self.promote_dtype((hidden, self.kernel[...]), dtype=self.dtype)
-        return self._plus_bias(hidden @ kernel)
+        return _biased(hidden @ kernel, self.bias)
 
     def of_heads(self, heads: Float[Array, "*B N K"]) -> Float[Array, "*B D"]:
         """Returns the same of heads side by side, and leaves them where they lie: a TPU would turn them over first."""
         heads, kernel = self.promote_dtype((heads, self.kernel[...]), dtype=self.dtype)
-        return self._plus_bias(jnp.tensordot(heads, kernel.reshape(*heads.shape[-2:], -1), 2))
-
-    def _plus_bias(self, hidden):
-        return hidden if self.bias is None else _plus_bias(hidden, self.bias[...])
+        return _biased(jnp.tensordot(heads, kernel.reshape(*heads.shape[-2:], -1), 2), self.bias)
 
 
 class Conv(nnx.Conv):
@@ -71,7 +72,7 @@ class Conv(nnx.Conv):
         hidden = self.conv_general_dilated(
             hidden, kernel, self.strides, self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-        return hidden if self.bias is None else _plus_bias(hidden, self.bias[...])
+        return _biased(hidden, self.bias)
 
 
 def linear(in_features: int, out_features: int, *, use_bias: bool = True, dtype, rngs: nnx.Rngs) -> Linear:
