@@ -113,7 +113,7 @@ def bench_train(config, size: str, num_steps: int, profile: str = "", num_device
 
     step_s = bench_timing.median_s(once, num_steps)
     host_ms = {part: clock.median_ms() for part, clock in clocks.items()}
-    with bench_timing.watched_power(mesh.size) as power:
+    with bench_timing.watched_power(len(mesh.local_devices)) as power:
         queued_s = bench_timing.queued_s(once, num_steps)
     program = compiled.as_text()
     exchanged = collectives.parse(program, mesh.shape)

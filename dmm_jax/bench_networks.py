@@ -1,4 +1,4 @@
-"""What `bench` runs: networks, batches and pipelines of random numbers, as `train` and `sample` hold them."""
+"""What `bench` runs, and the work in it: networks, batches and pipelines of random numbers, as in `train` and `sample`."""
 
 import tempfile
 from collections.abc import Mapping

@@ -398,6 +398,8 @@ def _bench(args):
     config = _config(args.config or bench.__file__, args.rest)
     arguments.whole("--num-steps", args.num_steps, 1)
     arguments.whole("--batch-size", args.batch_size, 1)
+    if args.against and args.job not in ("train", "sample"):
+        raise ValueError(f"--against is for `bench train` and `bench sample`; PyTorch has no peer of `{args.job}`.")
     if args.job == "scaling":
         return _bench_scaling(args, config)
     if len(args.devices) > 1:

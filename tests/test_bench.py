@@ -75,6 +75,12 @@ def test_the_verb_prints_one_object_a_line(monkeypatch, capsys):
     assert "images_per_s" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("job", ["numerics", "host", "fid", "scaling"])
+def test_what_has_no_peer_is_not_compared(job, capsys):
+    assert cli.main(["bench", job, "--against", "torch"]) == 1
+    assert f"no peer of `{job}`" in capsys.readouterr().err
+
+
 def test_a_peer_that_fails_is_an_error_with_its_last_words(monkeypatch, capsys):
     monkeypatch.setattr(bench.sys, "executable", "/bin/false")
     assert cli.main(["bench", "sample", "--against", "torch"]) == 1

@@ -33,8 +33,8 @@ def temporaries(jaxpr: core.Jaxpr) -> int:
 
     A value lives from where it is computed to where it is last read. Chains of elementwise operations are held as their
     inputs, as a compiler that fuses them would, until a product or a kernel reads them: then they are written. In what
-    order a compiler works, and what it pads, is not known here. Where a kernel reads what is padded, or its results are
-    cut, as to the lanes of a TPU, the rest is held.
+    order a compiler works, and what it pads, is not known here. What a kernel's arguments are padded with, and what
+    is cut from its results at once, as to the lanes of a TPU, is not held.
     """
     schedule = _Schedule.of(jaxpr)
     change = [0] * (len(schedule.operations) + 2)
