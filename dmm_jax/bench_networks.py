@@ -1,4 +1,4 @@
-"""What `bench` runs, and the work in it: networks, batches and pipelines of random numbers, as in `train` and `sample`."""
+"""What `bench` runs, and the work in it: networks, batches and pipelines of random numbers, as `train` holds them."""
 
 import tempfile
 from collections.abc import Mapping
