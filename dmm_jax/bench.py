@@ -303,6 +303,7 @@ COLUMNS = (
     "tflop_per_s",
     "share_of_peak",
     "step_s",
+    "queued_step_s",
     "host_ms",
     "peak_memory_gb",
     "compile_s",

@@ -52,15 +52,25 @@ def median_s(call, repeats: int) -> float:
     return statistics.median(times)
 
 
+def queued_s(call, repeats: int) -> float:
+    """Returns the seconds of a call among several of which only the last is waited for."""
+    _wait()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    _wait()
+    return (time.perf_counter() - started) / repeats
+
+
 def _wait():
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
 
 
-def report(job: str, batch_size: int, seconds: float) -> None:
+def report(job: str, batch_size: int, seconds: float, **more) -> None:
     """Prints one line."""
     peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else 0.0
-    line = {"job": job, "images_per_s": batch_size / seconds, "step_s": seconds, "batch": batch_size}
+    line = {"job": job, "images_per_s": batch_size / seconds, "step_s": seconds, "batch": batch_size} | more
     print(json.dumps(line | {"peak_memory_gb": peak, "torch": torch.__version__}), flush=True)
 
 
@@ -117,7 +127,7 @@ def train(size: str, batch_size: int, num_steps: int, *, num_teachers: int = 1, 
 
     name = "torch.compile, cached latents and text" if cached else "torch eager, the original recipe from images"
     name += f", {num_teachers} teachers" if num_teachers > 1 else ""
-    report(name, batch_size, median_s(step, num_steps))
+    report(name, batch_size, median_s(step, num_steps), queued_step_s=queued_s(step, num_steps))
 
 
 def _joined(parts):
