@@ -2,7 +2,7 @@
 
 The map, from the command line down; imports point downwards only:
 
-    cli                         the verbs: demo inspect prepare train export average fit-style sample evaluate
+    cli, verbs                  the verbs: demo inspect prepare train export average fit-style sample evaluate
     demo/                       the embedded world: renderer, tiny checkpoints, their recipe, the whole road
     train                       run(): mesh, data, networks, state, restore, loop
     export, sample, average     a trained student as files, and as pictures; weight averages of checkpoints
@@ -19,7 +19,7 @@ The map, from the command line down; imports point downwards only:
     models/                     NNX ports of UNet, VAE, CLIP, Inception, LPIPS; attributes are diffusers' keys
     diffusion/                  schedules, predictions, guidance, solvers: mathematics on arrays
     compilation                 the folder of compiled programs
-    config                      every option of a run
+    config, config_checks       every option of a run; what they must be
 """
 
 __version__ = "0.1.0"

@@ -16,7 +16,16 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from dmm_jax import bench_networks, bench_numerics, bench_profile, bench_timing, bench_traffic, sharding, train
+from dmm_jax import (
+    bench_networks,
+    bench_numerics,
+    bench_profile,
+    bench_timing,
+    bench_traffic,
+    config_checks,
+    sharding,
+    train,
+)
 from dmm_jax import config as config_lib
 from dmm_jax.checkpoints.abstract import abstract_model, abstract_params
 from dmm_jax.distill import step as distill_step
@@ -82,7 +91,7 @@ def bench(
 
 def bench_train(config, size: str, num_steps: int, profile: str = "", num_devices: int = 0) -> list[dict]:
     """Times the training step as `train` compiles it, and the handing over of a batch."""
-    config_lib.check(config)
+    config_checks.check(config)
     base, mesh = bench_networks.described(size), _mesh(config, num_devices)
     networks, student_config = train.define_networks(config, base)
     objective = bench_networks.define_objective(config, base)
@@ -149,7 +158,7 @@ def _mesh(config, num_devices: int = 0):
     mesh = sharding.make_mesh(**config.mesh, devices=devices[: num_devices or None])
     without = config.copy_and_resolve_references()
     without.validation_size = 0  # Nothing is validated here.
-    config_lib.check_mesh(without, mesh.shape)
+    config_checks.check_mesh(without, mesh.shape)
     return mesh
 
 

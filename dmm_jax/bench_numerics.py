@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dmm_jax import bench_networks, sharding, train
-from dmm_jax import config as config_lib
+from dmm_jax import bench_networks, config_checks, sharding, train
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.distill import step as distill_step
 
@@ -27,7 +26,7 @@ def bench_numerics(config, size: str) -> Iterator[dict]:
     Of a step: of the loss, of the gradient's norm, and ||g - reference|| / ||reference|| of the whole gradient. Of a
     sample of 25 steps with guidance: the same of its latents.
     """
-    config_lib.check(config)
+    config_checks.check(config)
     for variant, (loss, gradient), (right_loss, right) in _against_reference(config, lambda one: _step(one, size)):
         norm, right_norm = optax.tree.norm(gradient), optax.tree.norm(right)
         yield (

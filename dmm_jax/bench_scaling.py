@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import ml_collections
 
 from dmm_jax import config as config_lib
+from dmm_jax import config_checks
 from dmm_jax.sharding import AXES
 
 ONE = "one device"
@@ -96,7 +97,7 @@ def scaling(
     Raises:
       ValueError: the config cannot be run, or there are fewer devices.
     """
-    config_lib.check(_laid_out(config, 1, dict.fromkeys(AXES, 1)))
+    config_checks.check(_laid_out(config, 1, dict.fromkeys(AXES, 1)))
     there = _device_count()
     devices = list(devices) or counts(there)
     if not all(0 < count <= there for count in devices):

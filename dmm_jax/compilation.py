@@ -7,6 +7,7 @@ import sys
 
 import jax
 
+from dmm_jax.config_files import read_config
 from dmm_jax.folders import check_local
 
 MIN_COMPILE_TIME_S = 0.1  # What compiles faster is not kept.
@@ -39,6 +40,13 @@ def keep(folder: str = PER_USER) -> pathlib.Path | None:
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_TIME_S)
     return path
+
+
+def with_config(path, overrides):
+    """Reads a config as `config_files.read_config` does, and keeps programs where it says."""
+    config = read_config(path, overrides)
+    keep(config.compilation_cache)
+    return config
 
 
 def per_user_folder() -> pathlib.Path:

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from dmm_jax import config as config_lib
-from dmm_jax import flops, sharding, train
+from dmm_jax import config_checks, flops, sharding, train
 from dmm_jax.checkpoints import published
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.checkpoint import Checkpoint
@@ -105,7 +105,7 @@ class Program:
           compiled: as in `plan`.
         """
         config = incremental.resolved(config)
-        config_lib.check(config)
+        config_checks.check(config)
         where = devices.topology(topology)
         changes.check_layout(config, where)
         compiled = where.platform == "tpu" and compiler.is_here() if compiled is None else compiled

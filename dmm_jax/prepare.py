@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dmm_jax import arguments, sharding
-from dmm_jax import config as config_lib
+from dmm_jax import arguments, config_checks, sharding
 from dmm_jax.checkpoints.open import CELL, Checkpoint, open_checkpoint
 from dmm_jax.data.cache import LatentCache
 from dmm_jax.data.prepare import check_place, prepare
@@ -31,7 +30,7 @@ def prepare_from_config(config) -> LatentCache:
     Raises:
       ValueError: the source, the base or the cache folder cannot be used.
     """
-    config_lib.check_values(config)
+    config_checks.check_values(config)
     if not config.data.cache:
         raise ValueError("data.cache is empty: set the folder that the latent cache is written to.")
     check_place(config.data.cache)

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from dmm_jax import config as config_lib
-from dmm_jax import flops, folders, parents, processes, sharding, workdirs
+from dmm_jax import config_checks, flops, folders, parents, processes, sharding, workdirs
 from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.open import CELL, open_checkpoint, open_teacher
 from dmm_jax.checkpoints.states import StateStore
@@ -61,10 +61,10 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(processes.stop_requests())
         config = incremental.resolved(config)
-        config_lib.check(config)
+        config_checks.check(config)
         processes.check_joined()
         mesh = sharding.make_mesh(**config.mesh)
-        config_lib.check_mesh(config, mesh.shape)
+        config_checks.check_mesh(config, mesh.shape)
         workdir = folders.locate(workdir)
         folders.check_reached(workdir)
         styles = config_lib.style_names(config)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dmm_jax import bench, bench_networks, bench_scaling, cli
 from dmm_jax.checkpoints.abstract import abstract_params
+from dmm_jax.config_files import read_config
 from dmm_jax.planning.devices import GIB
 from tests.test_bench import CONTRACT
 
@@ -34,7 +35,7 @@ def children(monkeypatch):
         if command[1] == "-c":
             return types.SimpleNamespace(returncode=0, stdout="8\n", stderr="")
         given = dict(argument.split("=", 1) for argument in command if argument.startswith("--") and "=" in argument)
-        child = cli.read_config(given["--config"])
+        child = read_config(given["--config"])
         mesh = {axis: child.mesh[axis] for axis in ("teacher", "data", "fsdp")}
         started.append((mesh, child.batch_size, int(given["--devices"])))
         if child.mesh.fsdp > 1:

@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit codes, one clear message, nothing half-written."""
 
+import dataclasses
 import json
 import types
 import warnings
@@ -8,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from dmm_jax import cli, sample
+from dmm_jax import cli, sample, verbs
 from dmm_jax.checkpoints import safetensors_io
 from dmm_jax.checkpoints.safetensors_io import TensorFile, save
+from dmm_jax.config_files import read_config
 
 CONFIG = """
 from tests.worlds import tiny_config
@@ -33,6 +35,11 @@ def experiment(tiny, tmp_path):
         return [f"--config={path}", f"--workdir={tmp_path / 'work'}"]
 
     return write
+
+
+def inspecting_by(run) -> verbs.Verb:
+    """`inspect`, but for what it does."""
+    return dataclasses.replace(next(verb for verb in verbs.VERBS if verb.name == "inspect"), run=run)
 
 
 def failing(capsys, *argv, code: int = cli.EXIT_ERROR) -> str:
@@ -172,7 +179,7 @@ def test_what_ends_a_verb_from_outside_is_said_in_a_line(capsys, monkeypatch, er
     def fail(_):
         raise error
 
-    monkeypatch.setattr(cli, "_inspect", fail)
+    monkeypatch.setattr(cli, "VERBS", [inspecting_by(fail)])
     assert said in failing(capsys, "inspect", "x", code=code)
 
 
@@ -184,7 +191,7 @@ def test_warnings_and_what_orbax_logs_are_one_clean_line_or_none(capsys, monkeyp
         absl_logging.warning("something else")
         warnings.warn("a prompt was cut", stacklevel=1)
 
-    monkeypatch.setattr(cli, "_inspect", warn)
+    monkeypatch.setattr(cli, "VERBS", [inspecting_by(warn)])
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert cli.main(["inspect", "x"]) == 0
@@ -205,10 +212,10 @@ def test_teachers_can_be_given_on_the_command_line(experiment, given):
     from dmm_jax import config as config_lib
 
     path = experiment()[0].removeprefix("--config=")
-    config = cli.read_config(path, given)
+    config = read_config(path, given)
     assert config.teachers == (("new", "a/x"), ("newer", "y.safetensors"))
     assert config_lib.from_json(config_lib.to_json(config)).teachers == config.teachers
-    assert cli.read_config(path, ["--config.teachers=new=a/x=y"]).teachers == (("new", "a/x=y"),)
+    assert read_config(path, ["--config.teachers=new=a/x=y"]).teachers == (("new", "a/x=y"),)
 
 
 @pytest.mark.parametrize("given", ["('new', 'a/x')", "new", "(('new',),)", "(('new', 1),)", "=x", "new="])

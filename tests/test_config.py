@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dmm_jax import config as config_lib
+from dmm_jax import config_checks
 from dmm_jax.checkpoints.average import METHODS
 
 
@@ -15,7 +16,7 @@ def valid():
 
 
 def test_a_valid_config_passes():
-    config_lib.check(valid())
+    config_checks.check(valid())
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,7 @@ def test_each_wrong_option_is_named_with_what_to_do(name, value, said):
     config = valid()
     config[name] = value
     with pytest.raises(ValueError, match=said):
-        config_lib.check(config)
+        config_checks.check(config)
 
 
 def options(tree, prefix=""):
@@ -65,7 +66,7 @@ def test_every_number_is_finite_and_not_negative(name):
         config = valid()
         config.update_from_flattened_dict({name: value})
         with pytest.raises(ValueError, match=name):
-            config_lib.check(config)
+            config_checks.check(config)
 
 
 @pytest.mark.parametrize("name, value", [("adam_b1", 1.0), ("adam_eps", 0.0), ("samples.num_inference_steps", 0)])
@@ -73,7 +74,7 @@ def test_numbers_have_the_ranges_that_their_use_wants(name, value):
     config = valid()
     config.update_from_flattened_dict({name: value})
     with pytest.raises(ValueError, match=f"{name} must .*; got {value}"):
-        config_lib.check(config)
+        config_checks.check(config)
 
 
 @pytest.mark.parametrize("entry", ["=comic", "a,b=ink", " a=ink", ""])
@@ -87,30 +88,30 @@ def test_weight_merges_are_the_average_and_others_that_there_are(merges):
     config = valid()
     config.evaluation.weight_merges = merges
     with pytest.raises(ValueError, match="must hold 'average', and each of average, task_arithmetic, ties, dare"):
-        config_lib.check(config)
+        config_checks.check(config)
     config.evaluation.weight_merges = tuple(METHODS)
-    config_lib.check(config)
+    config_checks.check(config)
 
 
 def test_sample_grids_need_prompts():
     config = valid()
     config.samples.every = 2
     with pytest.raises(ValueError, match="samples.prompts is empty"):
-        config_lib.check(config)
+        config_checks.check(config)
 
 
 def test_all_problems_are_told_at_once():
     config = valid()
     config.base, config.num_steps = "", 0
     with pytest.raises(ValueError, match="base is empty[^$]*num_steps"):
-        config_lib.check(config)
+        config_checks.check(config)
 
 
 def test_a_mesh_that_does_not_divide_the_teachers_is_refused():
     config = valid()
     config.mesh.teacher = 3
     with pytest.raises(ValueError, match="must divide the 2 teachers"):
-        config_lib.check(config)
+        config_checks.check(config)
 
 
 @pytest.mark.parametrize("name, value", [("teacher", 0), ("teacher", -1), ("data", -1), ("fsdp", 0)])
@@ -119,7 +120,7 @@ def test_an_axis_of_no_devices_is_refused(name, value):
     config.mesh[name] = value
     wanted = "not be negative" if name == "data" else "be at least 1"
     with pytest.raises(ValueError, match=f"mesh.{name} must {wanted}; got {value}") as refused:
-        config_lib.check(config)
+        config_checks.check(config)
     assert "must divide" not in str(refused.value)
 
 
@@ -132,21 +133,21 @@ def test_a_batch_that_the_devices_do_not_divide_is_told_with_one_that_works(
 ):
     config = valid()
     config.batch_size, config.gradient_accumulation = batch_size, accumulation
-    config_lib.check(config)
+    config_checks.check(config)
     mesh_shape = dict(zip(("teacher", "data", "fsdp"), shape, strict=True))
     with pytest.raises(ValueError, match=f"batch_size {batch_size} .* multiple of {multiple}. Use {nearest}"):
-        config_lib.check_mesh(config, mesh_shape)
+        config_checks.check_mesh(config, mesh_shape)
     config.batch_size = nearest
-    config_lib.check_mesh(config, mesh_shape)
+    config_checks.check_mesh(config, mesh_shape)
 
 
 def test_a_validation_set_that_the_devices_do_not_divide_is_told():
     config = valid()
     config.validation_size = 3
     with pytest.raises(ValueError, match="validation_size 3 .* multiple of 4. Use 4"):
-        config_lib.check_mesh(config, {"teacher": 1, "data": 2, "fsdp": 2})
+        config_checks.check_mesh(config, {"teacher": 1, "data": 2, "fsdp": 2})
     config.validation_size = 0
-    config_lib.check_mesh(config, {"teacher": 1, "data": 2, "fsdp": 2})
+    config_checks.check_mesh(config, {"teacher": 1, "data": 2, "fsdp": 2})
 
 
 def test_json_round_trip_is_exact():

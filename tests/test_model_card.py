@@ -7,7 +7,7 @@ import shutil
 import pytest
 import yaml
 
-from dmm_jax import cli, model_card
+from dmm_jax import cli, config_checks, model_card
 from dmm_jax import config as config_lib
 from dmm_jax import parents as parents_lib
 from dmm_jax.checkpoints import licenses
@@ -148,4 +148,4 @@ def test_licences_of_strangers_are_refused(tiny):
     config = tiny[1].copy_and_resolve_references()
     config.licenses = ("nobody=mit",)
     with pytest.raises(ValueError, match="licenses has 'nobody'.*base, left, right"):
-        config_lib.check(config)
+        config_checks.check(config)

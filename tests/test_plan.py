@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dmm_jax import cli, plan, sharding, train
+from dmm_jax import cli, plan, sharding, train, verbs
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.config_files import read_config
 from dmm_jax.distill import incremental, student, teachers
 from dmm_jax.models.unet_2d_condition import merged_config
 from dmm_jax.planning import changes, collectives, compiler, devices, memory, requirements, text
@@ -149,7 +150,7 @@ def test_the_roofline_is_the_slower_of_work_and_traffic_and_then_the_collectives
 
 def test_no_checkpoint_needs_to_be_there_and_an_h200_holds_what_it_was_measured_to(config):
     """docs/performance.md: `bench train` takes 60.6 GiB, its teachers without text encoders of their own."""
-    planned = plan.plan(cli.read_config(str(ROOT / "configs" / "sd15.py")), "gpu:1xH200")
+    planned = plan.plan(read_config(str(ROOT / "configs" / "sd15.py")), "gpu:1xH200")
     unet = 859_520_964 * 4
     assert unet < planned.memory["student"] < unet + 2 * 8 * 1280 * 1280 * 4 + 2**20  # And the style's two layers.
     assert any("stable-diffusion-v1-5 is not there" in line for line in planned.assumptions)
@@ -198,14 +199,14 @@ def test_what_train_refuses_plan_refuses_and_names_flags_that_run(config):
 
 
 def test_the_flags_that_are_named_divide():
-    config = cli.read_config(str(ROOT / "configs" / "sd15.py"))
+    config = read_config(str(ROOT / "configs" / "sd15.py"))
     named = changes.divisible(config, devices.topology("v5e:4x4"))
     assert named == [
         "--config.mesh.teacher=8 --config.mesh.data=0 --config.mesh.fsdp=1",
         "--config.batch_size=128",
     ]
     for flags in named:
-        options = cli.read_config(str(ROOT / "configs" / "sd15.py"), flags.split())
+        options = read_config(str(ROOT / "configs" / "sd15.py"), flags.split())
         changes.check_layout(options, devices.topology("v5e:4x4"))
 
 
@@ -279,7 +280,7 @@ def test_only_what_the_estimate_finds_to_fit_is_compiled(config, by_formula, sma
 
 def test_a_plan_that_does_not_fit_exits_1_and_says_the_change(capsys, config, by_formula, small_device, monkeypatch):
     small_device(held_by(config, "gpu:1x80GB") + 16.1)
-    monkeypatch.setattr(cli, "read_config", lambda *_: config)
+    monkeypatch.setattr(verbs, "read_config", lambda *_: config)
     assert cli.main(["plan", "--config=x.py"]) == 1
     said = capsys.readouterr()
     assert "DOES NOT FIT" in said.out and "It fits with --config.remat=finest" in said.err

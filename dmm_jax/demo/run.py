@@ -6,8 +6,7 @@ import shutil
 import sys
 import time
 
-from dmm_jax import config as config_lib
-from dmm_jax import train
+from dmm_jax import config_checks, train
 from dmm_jax.checkpoints.inspect import inspect, render
 from dmm_jax.evaluation.evaluate import evaluate
 from dmm_jax.export import export_workdir
@@ -30,7 +29,7 @@ def demo(workdir: pathlib.Path, config) -> pathlib.Path:
     if not (workdir / "config.json").is_file() and not (workdir / "cache").is_dir():
         check_output(workdir)
     config.data.cache = str(workdir / "cache")
-    config_lib.check(config)
+    config_checks.check(config)
     with _stretch("Inspect: one base, five fine-tuned teachers, one of them a LoRA, in the formats found in the wild"):
         print(render(inspect([pathlib.Path(config.base), *(pathlib.Path(path) for _, path in config.teachers)])))
     with _stretch("Prepare: pictures and captions to latents and token ids"):

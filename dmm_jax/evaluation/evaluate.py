@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from dmm_jax import config as config_lib
+from dmm_jax import config_checks
 from dmm_jax import metrics as metrics_lib
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.evaluation import clip, fidelity, lpips
@@ -63,7 +64,7 @@ def evaluate(
     options = config.evaluation
     options.num_images = num_images or options.num_images
     options.negative_prompt = negative_prompt or options.negative_prompt
-    config_lib.check_evaluation(options)
+    config_checks.check_evaluation(options)
     _check_report(workdir / "report")
     lines = _training(workdir / "metrics.jsonl")
     _check_features(features, config)

@@ -40,6 +40,6 @@ def test_one_teacher_is_a_lora_on_the_base():
 
 
 def test_the_experiment_is_a_valid_config():
-    from dmm_jax import config
+    from dmm_jax import config_checks
 
-    config.check(experiment.get_config())
+    config_checks.check(experiment.get_config())

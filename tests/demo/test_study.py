@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dmm_jax import config as config_lib
+from dmm_jax import config_checks
 from dmm_jax.data.cache import LatentCache
 from dmm_jax.demo import study, study_data
 from dmm_jax.demo import study_rows as rows
@@ -25,7 +26,7 @@ def test_every_stage_of_a_row_is_a_config_that_can_run(row):
             config.grow.styles, learned = learned, learned + stage.styles
         else:
             learned = stage.styles
-        config_lib.check(config)
+        config_checks.check(config)
         assert tuple(config_lib.style_names(config)) == learned and config.num_steps == int(100 * stage.steps)
         assert config.data.cache == str(OUT / "caches" / stage.data)
         before = pathlib.Path("stage")

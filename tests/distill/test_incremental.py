@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dmm_jax import config as config_lib
-from dmm_jax import parents, train
+from dmm_jax import config_checks, parents, train
 from dmm_jax.checkpoints import provenance
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.open import open_checkpoint
@@ -119,8 +119,8 @@ def test_what_cannot_grow_is_refused(tiny, config, trained):
         incremental.resolved(wrong)
     wrong.grow.student, wrong.grow.styles = "", ("left",)
     with pytest.raises(ValueError, match="needs grow.student"):
-        config_lib.check(wrong)
+        config_checks.check(wrong)
     twice = config.copy_and_resolve_references()
     twice.grow.styles = ("a=left", "a=right")
     with pytest.raises(ValueError, match="two styles are to be called 'a'"):
-        config_lib.check(twice)
+        config_checks.check(twice)

@@ -6,7 +6,8 @@ import shlex
 
 import pytest
 
-from dmm_jax import cli, plan
+from dmm_jax import plan
+from dmm_jax.config_files import read_config
 from dmm_jax.planning import devices
 
 ROOT = pathlib.Path(plan.__file__).parent.parent
@@ -49,7 +50,7 @@ def option(words, name):
 def test_what_is_written_divides_and_the_arrays_alone_fit(page, command, topology):
     words = shlex.split(command)
     overrides = [word for word in words if word.startswith("--config.")]
-    config = cli.read_config(str(ROOT / option(words, "--config=")), overrides)
+    config = read_config(str(ROOT / option(words, "--config=")), overrides)
     if config.grow.student:
         pytest.skip("its styles are read from a finished student")
     architecture = words[words.index("--architecture") + 1] if "--architecture" in words else "sd15"
