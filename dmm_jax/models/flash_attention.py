@@ -13,8 +13,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Array, Float
 
 LANES = 128  # Tokens are padded to a multiple of them.
-AT_ONCE = 512  # Queries, and keys, whose scores are computed at once, at most.
-HELD = 4096  # Keys that lie in fast memory, at most: a kernel has 16 MiB of it on v5e.
+AT_ONCE = 512  # Queries, and keys, whose scores are computed at once, at most; backwards half as many queries.
+HELD = 64 * 4096  # Numbers of a head's keys in fast memory, at most: a kernel has 16 MiB of it on v5e and v5p.
 
 
 def flash_attention(
@@ -53,12 +53,13 @@ def _heads_first_and_padded(array):
 
 def _block_sizes(length: int, num_keys: int, head_size: int) -> splash.BlockSizes:
     """Holds a head's keys whole where they fit: every part of them writes a gradient of the queries of its own."""
-    q, at_once = (_largest_part(size, LANES, AT_ONCE) for size in (length, num_keys))
-    held = _largest_part(num_keys, at_once, max(HELD // -(-head_size // LANES), at_once))
+    q, q_backward = (_largest_part(length, LANES, most) for most in (AT_ONCE, AT_ONCE // 2))
+    keys = _largest_part(num_keys, LANES, AT_ONCE)
+    held = _largest_part(num_keys, keys, max(HELD // -(-head_size // 64 * 64), keys))
     tokens_last = splash.QKVLayout.SEQ_MINOR
     return splash.BlockSizes(
-        block_q=q, block_kv=held, block_kv_compute=at_once,
-        block_q_dkv=q, block_kv_dkv=held, block_kv_dkv_compute=at_once, use_fused_bwd_kernel=True,
+        block_q=q, block_kv=held, block_kv_compute=keys,
+        block_q_dkv=q_backward, block_kv_dkv=held, block_kv_dkv_compute=keys, use_fused_bwd_kernel=True,
         q_layout=tokens_last, k_layout=tokens_last, v_layout=tokens_last,
     )  # fmt: skip
 

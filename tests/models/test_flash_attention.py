@@ -12,6 +12,10 @@ from torch_parity import normal
 from dmm_jax.models import flash_attention
 from dmm_jax.models.attention import attention
 
+LIBTPU = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'dmm-jax[plan]'"
+)
+
 
 def query_key_value(length, keys, head_size, dtype=jnp.float32, std=1.0):
     shapes = ((1, length, 2, head_size), (1, keys, 2, head_size), (1, keys, 2, head_size))
@@ -55,18 +59,41 @@ def test_it_is_used_for_many_queries_alone(monkeypatch):
     assert used == [4096, 4096, 256]
 
 
-@pytest.mark.parametrize("length, keys, head_size, blocks", [
-    (4096, 4096, 40, (512, 4096, 512)), (9216, 9216, 64, (512, 3072, 512)), (2304, 2304, 40, (384, 2304, 384)),
-    (640, 640, 160, (128, 640, 128)), (4096, 128, 40, (512, 128, 128)), (17408, 17408, 40, (512, 1024, 512)),
-    (4096, 4096, 160, (512, 2048, 512)),
+@pytest.mark.parametrize("length, keys, head_size, queries, held", [
+    (4096, 4096, 40, (512, 256), (4096, 512)), (9216, 9216, 64, (512, 256), (3072, 512)),
+    (2304, 2304, 40, (384, 256), (2304, 384)), (640, 640, 160, (128, 128), (640, 128)),
+    (4096, 128, 40, (512, 256), (128, 128)), (17408, 17408, 40, (512, 256), (1024, 512)),
+    (4096, 4096, 80, (512, 256), (2048, 512)), (4096, 4096, 160, (512, 256), (1024, 512)),
 ])  # fmt: skip
-def test_a_heads_keys_are_held_whole_where_they_fit(length, keys, head_size, blocks):
+def test_a_heads_keys_are_held_whole_where_they_fit(length, keys, head_size, queries, held):
     sizes = flash_attention._block_sizes(length, keys, head_size)
-    assert (sizes.block_q, sizes.block_kv, sizes.block_kv_compute) == blocks
-    assert (sizes.block_q_dkv, sizes.block_kv_dkv, sizes.block_kv_dkv_compute) == blocks
+    assert (sizes.block_q, sizes.block_q_dkv) == queries
+    assert (sizes.block_kv, sizes.block_kv_compute) == (sizes.block_kv_dkv, sizes.block_kv_dkv_compute) == held
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'dmm-jax[plan]'")
+@LIBTPU
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("length, keys, head_size", [
+    (4096, 4096, 40), (16384, 16384, 40), (4096, 4096, 80), (1024, 1024, 160), (64, 64, 160),  # SD 1.x
+    (9216, 9216, 64), (4096, 4096, 64), (4096, 77, 64), (576, 576, 64),  # SD 2.x and XL
+])  # fmt: skip
+def test_every_networks_heads_and_their_gradients_fit_a_tpus_fast_memory(topology, length, keys, head_size):
+    from dmm_jax.planning import compiler
+
+    devices = compiler.tpu_mesh(topology, teacher=1, data=4, fsdp=1).devices.flat[:1]
+    placed = jax.sharding.NamedSharding(jax.sharding.Mesh(devices, "data"), P())
+    shapes = [(2, length, 2, head_size), *[(2, keys, 2, head_size)] * 2]  # Several, so that they come and go.
+    heads = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=placed) for shape in shapes]
+
+    def run(*heads):
+        result, pull = jax.vjp(flash_attention.flash_attention, *heads)
+        return pull(result)
+
+    with jax.default_matmul_precision("default"):  # The kernel takes no other for bfloat16.
+        jax.jit(run).lower(*heads).compile(compiler_options=compiler.EFFORT)
+
+
+@LIBTPU
 def test_the_tpus_compiler_takes_it_and_needs_an_eighth_of_the_memory():
     from dmm_jax.planning import compiler
 
