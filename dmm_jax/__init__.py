@@ -5,6 +5,7 @@ The map, from the command line down; imports point downwards only:
     cli, verbs                  the verbs: demo inspect prepare train export average fit-style sample evaluate
     demo/                       the embedded world: renderer, tiny checkpoints, their recipe, the whole road
     train                       run(): mesh, data, networks, state, restore, loop
+    definitions                 what a config describes: its networks, its objective, the jitted step
     export, sample, average     a trained student as files, and as pictures; weight averages of checkpoints
     fit_style                   a new style vector from a handful of images
     prepare, prepare_samples    the latent cache, from images or from what the teachers draw

@@ -23,6 +23,7 @@ from dmm_jax import (
     bench_timing,
     bench_traffic,
     config_checks,
+    definitions,
     sharding,
     train,
 )
@@ -93,7 +94,7 @@ def bench_train(config, size: str, num_steps: int, profile: str = "", num_device
     """Times the training step as `train` compiles it, and the handing over of a batch."""
     config_checks.check(config)
     base, mesh = bench_networks.described(size), _mesh(config, num_devices)
-    networks, student_config = train.define_networks(config, base)
+    networks, student_config = definitions.define_networks(config, base)
     objective = bench_networks.define_objective(config, base)
     trained, teachers, encoders = bench_networks.random_networks(config, base, mesh, jnp.dtype(config.dtype))
     optimizers = student_lib.make_optimizers(config)
@@ -103,7 +104,7 @@ def bench_train(config, size: str, num_steps: int, profile: str = "", num_device
     batch = sharding.put(on_host, mesh, sharding.BATCH)
 
     packing = Packing(state, mesh)
-    step = train.define_step(config, networks, objective, optimizers, mesh, state, teachers, packing)
+    step = definitions.define_step(config, networks, objective, optimizers, mesh, state, teachers, packing)
     state = packing.pack(state)
     started = time.perf_counter()
     compiled, teachers = distill_step.compile_step(step, state, teachers, encoders, batch)

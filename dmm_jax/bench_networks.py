@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dmm_jax import flops, sharding, train
+from dmm_jax import definitions, flops, sharding, train
 from dmm_jax.checkpoints import published
 from dmm_jax.checkpoints.abstract import abstract_model, abstract_params
 from dmm_jax.checkpoints.checkpoint import Checkpoint
@@ -81,7 +81,7 @@ def random_networks(config, base: Checkpoint, mesh, dtype) -> tuple[dict, dict, 
     texts = {name: random_params(base.abstract(name), mesh, dtype) for name in base.text_encoders}
     encoders = {"base": texts, "others": None}
     if config.adversarial.weight:
-        learns, fixed = train.abstract_discriminator(config, base)
+        learns, fixed = definitions.abstract_discriminator(config, base)
         trained["discriminator"] = random_params(learns, mesh, fsdp=True)
         encoders |= random_params(fixed, mesh, dtype)
     return trained, teachers, encoders
@@ -89,7 +89,7 @@ def random_networks(config, base: Checkpoint, mesh, dtype) -> tuple[dict, dict, 
 
 def define_objective(config, base: Checkpoint) -> distill_step.Objective:
     """Returns the config's objective around a tokenizer to which every prompt is zeros."""
-    return train.define_objective(
+    return definitions.define_objective(
         config, base, lambda texts: np.zeros((len(texts), 77 * len(base.text_encoders)), np.int32)
     )
 
@@ -112,7 +112,7 @@ def random_pipeline(size: str, config) -> Pipeline:
     names = [name for name, _ in config.teachers]
     student_config = train.merged_config(base.unet_config, len(names))
     dtype = jnp.dtype(config.dtype)
-    attention = train.attention_implementation(config)
+    attention = definitions.attention_implementation(config)
 
     def network(build):
         graph, state = nnx.split(abstract_model(build), nnx.Param)

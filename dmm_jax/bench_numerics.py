@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dmm_jax import bench_networks, config_checks, sharding, train
+from dmm_jax import bench_networks, config_checks, definitions, sharding
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.distill import step as distill_step
 
@@ -47,7 +47,7 @@ def bench_numerics(config, size: str) -> Iterator[dict]:
 
 def _against_reference(config, compute: Callable) -> Iterator[tuple[dict, object, object]]:
     """Yields what each arithmetic gives, beside what the reference gives."""
-    wanted = [(config.dtype, "xla"), (config.dtype, train.attention_implementation(config))]
+    wanted = [(config.dtype, "xla"), (config.dtype, definitions.attention_implementation(config))]
     with jax.default_matmul_precision("highest"):
         right = compute(_with(config, *REFERENCE))
     for dtype, attention in dict.fromkeys(wanted):
@@ -63,12 +63,12 @@ def _with(config, dtype, attention):
 def _step(config, size):
     """Returns the loss and the student's gradient of one step."""
     base, mesh = bench_networks.described(size), sharding.make_mesh(**config.mesh)
-    networks, student_config = train.define_networks(config, base)
+    networks, student_config = definitions.define_networks(config, base)
     objective = bench_networks.define_objective(config, base)
     trained, teachers, encoders = bench_networks.random_networks(config, base, mesh, jnp.dtype(config.dtype))
     other = bench_networks.random_params(abstract_params("unet", student_config), mesh, fsdp=True, seed=1)
     trained["student"] = jax.tree.map(lambda a, b: a + MOVED * (b - a), trained["student"], other)
-    gradients = train.define_gradients(config, networks, objective, mesh, trained)
+    gradients = definitions.define_gradients(config, networks, objective, mesh, trained)
     run = jax.jit(gradients, compiler_options=distill_step.COMPILER_OPTIONS.get(jax.default_backend()))
     batch = sharding.put(bench_networks.random_batch(config, base), mesh, sharding.BATCH)
     gradient, errors = run(trained, teachers, encoders, batch, jnp.int32(1))

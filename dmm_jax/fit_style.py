@@ -50,11 +50,7 @@ def fit_style(
       FloatingPointError: the loss is not finite.
     """
     out = pathlib.Path(out)
-    if out.exists():
-        raise ValueError(f"{out} is there already; nothing is overwritten. Give a new file.")
-    if out.suffix != ".safetensors":
-        raise ValueError(f"--out must be a .safetensors file; got {out}.")
-    check_writable(out)
+    _check_new(out)
     for option, given, least in (("steps", steps, 1), ("batch-size", batch_size, 1), ("resolution", resolution, 0)):
         arguments.whole(f"--{option}", given, least)
     arguments.whole("--seed", seed, 0, arguments.MAX_SEED)
@@ -68,11 +64,49 @@ def fit_style(
     arguments.size("--resolution", side, pipeline.cells)
     data = _encoded(pipeline, FolderSource(images, side), side, dtype, seed)
     batch_size = min(batch_size, len(data["latents"]))
+    told = {"batch_size": batch_size, "seed": seed}
 
-    # What is learned, and by what.
-    frozen = fitting.Frozen(pipeline.unet.graph, pipeline.text_encoders.graph)
-    params = {"unet": pipeline.unet.params, "text_encoders": pipeline.text_encoders.params}
-    objective = Objective(
+    began = time.perf_counter()
+    row, mix, loss = _fit(
+        pipeline,
+        data,
+        weights,
+        _objective(pipeline, prompt_dropout),
+        steps,
+        learning_rate,
+        told | {"mix_only": mix_only},
+    )
+    if not np.isfinite(loss["fitted"]):
+        raise FloatingPointError(f"the loss is {loss['fitted']} after {steps} steps. Try a lower --learning-rate.")
+    said = told | {
+        "name": name,
+        "unet_sha256": pipeline.source.digest("unet"),
+        "model": pipeline.name,
+        "images": len(data["latents"]),
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "from": start or "equal parts",
+        "loss": loss,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    if mix_only:
+        said["mix"] = dict(zip(pipeline.styles, mix.tolist(), strict=True))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_fitted_style(out, row, said)
+    return said
+
+
+def _check_new(out):
+    if out.exists():
+        raise ValueError(f"{out} is there already; nothing is overwritten. Give a new file.")
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out must be a .safetensors file; got {out}.")
+    check_writable(out)
+
+
+def _objective(pipeline, prompt_dropout) -> Objective:
+    """Returns the score loss alone, on the model's own schedule."""
+    return Objective(
         alphas_cumprod=tuple(pipeline.schedule.alphas_cumprod.tolist()),
         prediction_type=pipeline.schedule.prediction_type,
         feature_loss_weight=0.0,
@@ -81,11 +115,20 @@ def fit_style(
         prompt_dropout=prompt_dropout,
         empty_ids=tuple(map(tuple, np.unique(pipeline.tokenizers(["", None]), axis=0).tolist())),
     )
+
+
+def _fit(pipeline, data, weights, objective, steps, learning_rate, told) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Learns a row, or a mix, from the mix `weights` (N,) on; returns the row (E,), what was learned, and the losses.
+
+    Args:
+      told: how the step draws and what it learns, as `fitting.build_fit_step` takes it.
+    """
+    frozen = fitting.Frozen(pipeline.unet.graph, pipeline.text_encoders.graph)
+    params = {"unet": pipeline.unet.params, "text_encoders": pipeline.text_encoders.params}
     optimizer = optax.adamw(optax.cosine_decay_schedule(learning_rate, steps), weight_decay=0.0)
-    told = {"batch_size": batch_size, "mix_only": mix_only, "seed": seed}
     step = fitting.build_fit_step(frozen, objective, optimizer, **told)
     held_out = fitting.build_held_out(frozen, objective)
-    inputs = held_out_inputs(data, batch_size, len(objective.alphas_cumprod), seed)
+    inputs = held_out_inputs(data, told["batch_size"], len(objective.alphas_cumprod), told["seed"])
 
     def loss_of(row):
         return float(held_out(params, row, inputs))
@@ -93,40 +136,18 @@ def fit_style(
     def row_of(weights):
         return fitting.row_of(jnp.asarray(weights, jnp.float32)[None], params, True)
 
-    # The loop: one compiled step; the batch is drawn within it, from (seed, step).
-    learned = jnp.asarray(weights)[None] if mix_only else row_of(weights)
+    learned = jnp.asarray(weights)[None] if told["mix_only"] else row_of(weights)
     loss = {"start": loss_of(row_of(weights))}
     loss["styles"] = {style: loss_of(row_of(style_row(style, pipeline.styles))) for style in pipeline.styles}
     state = {"step": jnp.int32(0), "learned": jnp.copy(learned), "opt_state": optimizer.init(learned)}
-    began = time.perf_counter()
-    with tqdm(total=steps, unit="step", desc=name, dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
-        for _ in range(steps):
+    with tqdm(total=steps, unit="step", desc="fit-style", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
+        for _ in range(steps):  # One compiled step; the batch is drawn within it, from (seed, step).
             state, now = step(state, params, data)
             bar.update()
             if bar.n % 20 == 0:
                 bar.set_postfix(loss=f"{float(now):.4f}")
-    row = np.asarray(fitting.row_of(state["learned"], params, mix_only))[0]
-    loss["fitted"] = loss_of(jnp.asarray(row)[None])
-    if not np.isfinite(loss["fitted"]):
-        raise FloatingPointError(f"the loss is {loss['fitted']} after {steps} steps. Try a lower --learning-rate.")
-    said = {
-        "name": name,
-        "unet_sha256": pipeline.source.digest("unet"),
-        "model": pipeline.name,
-        "images": len(data["latents"]),
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "seed": seed,
-        "from": start or "equal parts",
-        "loss": loss,
-        "seconds": round(time.perf_counter() - began, 1),
-    }
-    if mix_only:
-        said["mix"] = dict(zip(pipeline.styles, np.asarray(state["learned"])[0].tolist(), strict=True))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_fitted_style(out, row, said)
-    return said
+    row = fitting.row_of(state["learned"], params, told["mix_only"])
+    return np.asarray(row)[0], np.asarray(state["learned"])[0], loss | {"fitted": loss_of(row)}
 
 
 def report(said: dict) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from dmm_jax import config as config_lib
-from dmm_jax import config_checks, flops, sharding, train
+from dmm_jax import config_checks, definitions, flops, sharding
 from dmm_jax.checkpoints import published
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.checkpoint import Checkpoint
@@ -122,16 +122,16 @@ class Program:
         state = student_lib.abstract_state(trained, student_lib.make_optimizers(config), config.ema_decay)
         state = sharding.described(state, sharding.state_specs(state, mesh), mesh)
         dtype, rows = jnp.dtype(config.dtype), config_lib.num_rows(config)
-        described = train.teacher_config(config, base)
+        described = definitions.teacher_config(config, base)
         teachers, encoders = teachers_lib.abstract_teachers(base, described, rows, others, mesh, dtype)
         encoders |= teachers_lib.described(fixed, mesh, dtype)
         batch = abstract_batch(config, base, mesh)
         return cls(config, base, mesh, platform, (state, teachers, encoders, batch), (*assumptions, *more))
 
     def _defined(self, attention: str = ""):
-        networks, _ = train.define_networks(self.config, self.base, self.platform, attention)
+        networks, _ = definitions.define_networks(self.config, self.base, self.platform, attention)
         tokens = self.arguments[3]["input_ids"].shape[-1]
-        return networks, train.define_objective(
+        return networks, definitions.define_objective(
             self.config, self.base, lambda texts: np.zeros((len(texts), tokens), int)
         )
 
@@ -150,7 +150,9 @@ class Program:
         optimizers = student_lib.make_optimizers(self.config)
         state, teachers, *others = self.arguments
         packing = Packing(state, self.mesh)
-        step = train.define_step(self.config, networks, objective, optimizers, self.mesh, state, teachers, packing)
+        step = definitions.define_step(
+            self.config, networks, objective, optimizers, self.mesh, state, teachers, packing
+        )
         return step.lower(jax.eval_shape(packing.pack, state), teachers, *others)
 
     def gradients(self, attention: str) -> tuple[Callable, tuple]:
@@ -158,7 +160,7 @@ class Program:
         networks, objective = self._defined(attention)
         state, *others = self.arguments
         trained = distill_step.trained(state)
-        function = train.define_gradients(self.config, networks, objective, self.mesh, trained)
+        function = definitions.define_gradients(self.config, networks, objective, self.mesh, trained)
         return function, (trained, *others, jax.ShapeDtypeStruct((), jnp.int32))
 
     def flops(self) -> float:
@@ -189,7 +191,7 @@ def abstract_trained(config, base: Checkpoint) -> tuple[dict, dict]:
     student = abstract_params("unet", merged_config(base.unet_config, len(config_lib.style_names(config))))
     if not config.adversarial.weight:
         return {"student": student}, {}
-    discriminator, fixed = train.abstract_discriminator(config, base)
+    discriminator, fixed = definitions.abstract_discriminator(config, base)
     return {"student": student, "discriminator": discriminator}, fixed
 
 
@@ -221,7 +223,7 @@ def measure(program: Program, held: dict[str, float], where: devices.Topology, f
 
 def estimate(program: Program, held: dict[str, float], where: devices.Topology) -> dict:
     """Estimates what lives within a step from the order in which its values are computed and read."""
-    implementation = train.attention_implementation(program.config, program.platform)
+    implementation = definitions.attention_implementation(program.config, program.platform)
     # Scores inside a fused kernel never exist.
     function, arguments = program.gradients("flash" if implementation == "cudnn" else implementation)
     (equation,) = jax.make_jaxpr(function)(*arguments).jaxpr.eqns  # The shard_map: inside, shapes are one device's.

@@ -53,32 +53,13 @@ def sample(
     # Unknown names, and schedules with gaps, are told before anything is drawn.
     pipeline.style_weights(styles, len(styles), timesteps=np.zeros(1))
     jobs = [(prompt, one, seed + row) for row, prompt in enumerate(lines) for one in styles]
-    options = {
-        "num_inference_steps": steps,
-        "guidance_scale": guidance_scale,
-        "solver": solver,
-        "height": height,
-        "width": width,
-        "negative_prompts": negative_prompt,
-    }
-    drawn = draw(pipeline, jobs, min(batch_size, len(jobs)), **options)
+    told = {"solver": solver, "guidance_scale": guidance_scale}
+    options = told | {"num_inference_steps": steps, "height": height, "width": width}
+    drawn = draw(pipeline, jobs, min(batch_size, len(jobs)), negative_prompts=negative_prompt, **options)
     pictures = np.concatenate([batch for batch, _ in tqdm(drawn, total=-(-len(jobs) // batch_size), disable=None)])
-    parameters = [
-        images.Parameters(
-            prompt=prompt,
-            negative_prompt=negative_prompt or "",
-            seed=number,
-            steps=steps,
-            solver=solver,
-            guidance_scale=guidance_scale,
-            width=pictures.shape[2],
-            height=pictures.shape[1],
-            model=pipeline.name,
-            model_hash=pipeline.source.digest("unet")[:10],
-            styles=one,
-        )
-        for prompt, one, number in jobs
-    ]
+    told |= {"negative_prompt": negative_prompt or "", "steps": steps, "model": pipeline.name}
+    told |= {"height": pictures.shape[1], "width": pictures.shape[2], "model_hash": pipeline.source.digest("unet")[:10]}
+    parameters = [images.Parameters(prompt=prompt, seed=number, styles=one, **told) for prompt, one, number in jobs]
     return images.write_gallery(out, pictures, parameters, row_labels=lines, column_labels=labels)
 
 

@@ -6,35 +6,30 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from dmm_jax import config as config_lib
-from dmm_jax import config_checks, flops, folders, parents, processes, sharding, workdirs
-from dmm_jax.checkpoints.abstract import abstract_model
-from dmm_jax.checkpoints.open import CELL, open_checkpoint, open_teacher
+from dmm_jax import config_checks, definitions, folders, parents, processes, sharding, workdirs
+from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
 from dmm_jax.checkpoints.states import StateStore
 from dmm_jax.data import pipeline as data_pipeline
 from dmm_jax.data.cache import LatentCache
 from dmm_jax.diffusion import solvers
 from dmm_jax.diffusion.schedule import NoiseSchedule
-from dmm_jax.distill import clipping, incremental
 from dmm_jax.distill import discriminator as discriminator_lib
+from dmm_jax.distill import incremental
 from dmm_jax.distill import step as distill_step
 from dmm_jax.distill import student as student_lib
 from dmm_jax.distill import teachers as teachers_lib
 from dmm_jax.distill.packing import Packing
 from dmm_jax.metrics import MetricsLog
-from dmm_jax.models import layers
-from dmm_jax.models.text_encoders import TextEncoders
-from dmm_jax.models.unet_2d_condition import UNet2DConditionModel, merged_config
 from dmm_jax.planning import disk, memory, requirements, text
 from dmm_jax.tokenizer import Tokenizers
 
@@ -83,7 +78,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
         cache = LatentCache(config.data.cache)
         wanted = {"vae": base.digest("vae"), "tokenizer": tokenizer.digest, "resolution": config.data.resolution}
         cache.check(**wanted, num_examples=config.validation_size + config.batch_size)
-        networks, student_config = define_networks(config, base)
+        networks, student_config = definitions.define_networks(config, base)
         if config.samples.every:
             schedule = NoiseSchedule.from_config(base.scheduler_config)
             solvers.plan(config.samples.solver, schedule, config.samples.num_inference_steps)  # Refuses in time.
@@ -92,7 +87,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
 
         # Networks: frozen ones on the mesh in the compute dtype, what is trained in float32.
         dtype = jnp.dtype(config.dtype)
-        frozen, encoders = teachers_lib.put_teachers(base, lessons, teacher_config(config, base), mesh, dtype)
+        frozen, encoders = teachers_lib.put_teachers(
+            base, lessons, definitions.teacher_config(config, base), mesh, dtype
+        )
         sources = [old] if old else [base] if config.student_init == "base" else list(teachers.values())
         style = student_lib.style_params(student_config, config.style_init, config.seed)
         style = incremental.grown(style, old) if old else style
@@ -102,7 +99,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
         trained = {"student": student_lib.put_student(unets, style, student_config, mesh)}
         if networks.discriminator:
             params = discriminator_lib.initial_params(
-                *discriminator_arguments(config, base), base.params("unet"), config.seed
+                *definitions.discriminator_arguments(config, base), base.params("unet"), config.seed
             )
             params, fixed = discriminator_lib.split(params, config.adversarial.train_backbone)
             trained["discriminator"] = student_lib.put_trained(params, mesh)
@@ -135,10 +132,10 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
         put_batch = functools.partial(sharding.put, mesh=mesh, spec=sharding.BATCH)
 
         # One compiled program a step; another for the validation set.
-        objective = define_objective(config, base, tokenizer)
+        objective = definitions.define_objective(config, base, tokenizer)
         specs = sharding.state_specs(state["params"], mesh)
         packing = Packing(state, mesh)
-        step = define_step(config, networks, objective, optimizers, mesh, state, frozen, packing)
+        step = definitions.define_step(config, networks, objective, optimizers, mesh, state, frozen, packing)
         validate = build_validator(config, lessons, networks, objective, mesh, specs, validation_source)
         draw_samples = build_sampler(config, base, styles, student_config, mesh, workdir)
 
@@ -147,11 +144,11 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
         if batch is not None:
             known = {"held": memory.held(state, frozen, encoders, batch), "disk": disk.needed(config, state, batch)}
             counted = step
-            if attention_implementation(config) != "xla":  # Inside fused kernels nothing can be counted.
-                plain, _ = define_networks(config, base, attention="xla")
-                counted = define_step(config, plain, objective, optimizers, mesh, state, frozen, packing)
+            if definitions.attention_implementation(config) != "xla":  # Inside fused kernels nothing can be counted.
+                plain, _ = definitions.define_networks(config, base, attention="xla")
+                counted = definitions.define_step(config, plain, objective, optimizers, mesh, state, frozen, packing)
             state = packing.pack(state)
-            known["flops"] = count_work(counted, state, frozen, encoders, batch)
+            known["flops"] = definitions.count_work(counted, state, frozen, encoders, batch)
             step, frozen = distill_step.compile_step(step, state, frozen, encoders, batch)
             say(text.render(requirements.of_run(config, mesh, step, **known)))
         bar = stack.enter_context(
@@ -239,122 +236,6 @@ def say(line: str) -> None:
     """Prints a line on stderr, once for all processes."""
     if processes.is_first():
         print(line, file=sys.stderr, flush=True)
-
-
-def attention_implementation(config, platform: str = "") -> str:
-    """Resolves "auto": a fused kernel on TPUs, and on NVIDIA GPUs in bfloat16; XLA's products elsewhere.
-
-    Args:
-      platform: "cpu", "gpu" or "tpu", where it is not this process's.
-    """
-    platform = platform or jax.default_backend()
-    if config.attention != "auto":
-        return config.attention
-    if platform == "gpu" and config.dtype == "bfloat16":
-        return "cudnn"
-    return "flash" if platform == "tpu" else "xla"
-
-
-def define_networks(config, base, platform: str = "", attention: str = "") -> tuple[distill_step.Networks, dict]:
-    """Returns the graph definitions of a config's networks, and the student's config.
-
-    Args:
-      platform: as in `attention_implementation`.
-      attention: in place of the config's.
-    """
-    dtype = jnp.dtype(config.dtype)
-    attention = attention or attention_implementation(config, platform)
-    unet = {"dtype": dtype, "attention_implementation": attention}
-    student_config = merged_config(base.unet_config, len(config_lib.style_names(config)))
-    discriminator = None
-    if config.adversarial.weight:
-        described = discriminator_lib.define(*discriminator_arguments(config, base), remat=config.remat, **unet)
-        discriminator = nnx.split(described)[0]
-
-    def unet_of(described, **options):
-        return abstract_model(lambda rngs: UNet2DConditionModel.from_config(described, rngs=rngs, **options))
-
-    texts = abstract_model(lambda rngs: TextEncoders(base.text_configs, dtype=dtype, rngs=rngs))
-    networks = distill_step.Networks(
-        student=nnx.split(unet_of(student_config, remat=config.remat, **unet))[0],
-        teacher=nnx.split(layers.for_stacks(unet_of(teacher_config(config, base), **unet)))[0],
-        text_encoders=nnx.split(texts)[0],
-        discriminator=discriminator,
-        check_vma=attention != "flash",
-    )
-    return networks, student_config
-
-
-def teacher_config(config, base) -> dict:
-    """Returns the config of the UNet that runs all teachers': with a style table where an old student is one."""
-    kept = len(config_lib.kept_styles(config))
-    return merged_config(base.unet_config, kept) if kept and config.grow.replay else base.unet_config
-
-
-def discriminator_arguments(config, base) -> tuple[dict, int, int]:
-    """Returns the discriminator's: the base's UNet config, the number of styles, cells of a side of the latents."""
-    return base.unet_config, len(config_lib.style_names(config)), config.data.resolution // CELL
-
-
-def abstract_discriminator(config, base) -> tuple[dict, dict]:
-    """Returns the shapes of what is trained of the discriminator, and of what is not."""
-    model = discriminator_lib.define(*discriminator_arguments(config, base))
-    return discriminator_lib.split(discriminator_lib.abstract_params(model), config.adversarial.train_backbone)
-
-
-def define_objective(config, base, tokenizer) -> distill_step.Objective:
-    """Gathers what is minimised: the base's noise schedule and the config's weights."""
-    return distill_step.Objective(
-        alphas_cumprod=tuple(NoiseSchedule.from_config(base.scheduler_config).alphas_cumprod.tolist()),
-        prediction_type=base.prediction_type,
-        feature_loss_weight=config.feature_loss_weight,
-        feature_loss=config.feature_loss,
-        adversarial_weight=config.adversarial.weight,
-        prompt_dropout=config.prompt_dropout,
-        empty_ids=tuple(map(tuple, np.unique(tokenizer(["", None]), axis=0).tolist())),
-    )
-
-
-def define_gradients(config, networks, objective, mesh, trained) -> Callable:
-    """Returns `f(trained, teachers, encoders, batch, step) -> (grads, errors)`; `trained` are arrays or shapes."""
-    return distill_step.build_loss_and_grads(
-        networks,
-        objective,
-        mesh,
-        sharding.state_specs(trained, mesh),
-        dtype=jnp.dtype(config.dtype),
-        gradient_accumulation=config.gradient_accumulation,
-        seed=config.seed,
-    )
-
-
-def count_work(step, state, teachers, encoders, batch) -> float:
-    """Returns the FLOPs of a jitted step's products and convolutions on one device, recomputation included."""
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), teachers)  # As in `compile_step`.
-    return flops.of_jaxpr(step.trace(state, shapes, encoders, batch).jaxpr.jaxpr)
-
-
-def define_step(config, networks, objective, optimizers, mesh, state, teachers, packing: Packing | None = None):
-    """Returns the jitted `step(state, teachers, encoders, batch) -> (state, metrics)`, its state donated.
-
-    Args:
-      state, teachers: as arrays or as shapes; for `distill_step.compile_step`, since the teachers' layout is left open.
-      packing: of the state, where the step is to take and return it packed.
-    """
-    gradients = define_gradients(config, networks, objective, mesh, distill_step.trained(state))
-    norms = clipping.build_norm(mesh, sharding.state_specs(distill_step.trained(state), mesh))
-    step = distill_step.build_step(gradients, norms, optimizers, config.ema_decay)
-    places = sharding.placed(mesh, sharding.state_specs(state, mesh))
-    given = None
-    if packing:
-        step, places = packing.around(step), packing.places
-        given = places
-    return jax.jit(
-        step,
-        donate_argnums=0,
-        in_shardings=(given, distill_step.teacher_formats(teachers), None, None),
-        out_shardings=(places, NamedSharding(mesh, sharding.COPY)),
-    )
 
 
 def build_validator(config, lessons, networks, objective, mesh, specs, source):

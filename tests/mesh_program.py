@@ -15,12 +15,12 @@ import numpy as np
 import optax
 
 from dmm_jax import config as config_lib
-from dmm_jax import sharding, train
+from dmm_jax import definitions, sharding
 from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
+from dmm_jax.demo.architecture import SCHEDULER_CONFIG, TEXT_CONFIG
 from dmm_jax.demo.random_checkpoints import random_tensors
-from dmm_jax.demo.recipe import SCHEDULER_CONFIG, TEXT_CONFIG
 from dmm_jax.distill import discriminator, incremental, student, teachers
 from dmm_jax.distill import step as distill_step
 from dmm_jax.distill.packing import Packing
@@ -87,19 +87,19 @@ def run(mesh_shape, changes: dict, base: Checkpoint, lessons) -> tuple[dict, dic
     mesh = sharding.make_mesh(teacher, data, fsdp, devices=devices)
     dtype = jnp.dtype(config.dtype)
     frozen, encoders = teachers.put_teachers(base, lessons, base.unet_config, mesh, dtype)
-    networks, student_config = train.define_networks(config, base)
+    networks, student_config = definitions.define_networks(config, base)
     style = student.style_params(student_config, config.style_init, 0)
     start = {"student": student.put_student([base.params("unet")], style, student_config, mesh)}
-    judge = discriminator.initial_params(*train.discriminator_arguments(config, base), base.params("unet"), 0)
+    judge = discriminator.initial_params(*definitions.discriminator_arguments(config, base), base.params("unet"), 0)
     if networks.discriminator:
         start["discriminator"] = student.put_trained(judge, mesh)
     backbone = teachers.put_params(discriminator.split(judge, False)[1], mesh, dtype)
-    objective = train.define_objective(config, base, lambda texts: np.full((len(texts), 77), 63, np.int32))
+    objective = definitions.define_objective(config, base, lambda texts: np.full((len(texts), 77), 63, np.int32))
     optimizers = student.make_optimizers(config)
     state = student.make_state(start, optimizers, mesh, config.ema_decay)
     before = jax.tree.map(np.asarray, distill_step.trained(state))
     packing = Packing(state, mesh)
-    step = train.define_step(config, networks, objective, optimizers, mesh, state, frozen, packing)
+    step = definitions.define_step(config, networks, objective, optimizers, mesh, state, frozen, packing)
     held = packing.pack(state)
     batch = sharding.put(random_batch(), mesh, sharding.BATCH)
     step, frozen = distill_step.compile_step(step, held, frozen, encoders, batch)

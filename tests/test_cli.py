@@ -172,6 +172,11 @@ def test_an_experiment_file_that_is_none_is_told(capsys, tmp_path, text, said):
         (KeyboardInterrupt(), 130, "interrupted"),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n#0 x"), 1, "out of memory"),
         (MemoryError("Unable to allocate 9 TiB"), 1, "out of memory: Unable to allocate 9 TiB"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: E1: CompileTimeScopedVmemOom:\n"),
+            1,
+            "the device cannot go on",
+        ),
         (jax.errors.JaxRuntimeError("INTERNAL: gone\nframes"), 1, "the device cannot go on: INTERNAL: gone\n"),
     ],
 )

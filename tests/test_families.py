@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dmm_jax import config as config_lib
-from dmm_jax import sharding, train, verify
+from dmm_jax import definitions, sharding, train, verify
 from dmm_jax.checkpoints import export, style_lora
 from dmm_jax.checkpoints.open import Component, open_checkpoint
 from dmm_jax.checkpoints.safetensors_io import TensorFile, save
@@ -186,10 +186,10 @@ def test_teacher_and_student_of_xl_are_told_the_same_sizes_and_prompts(xl):
     lessons = incremental.lessons({name: open_checkpoint(xl[0][name]) for name in MIX}, None, 0)
     frozen, encoders = teachers.put_teachers(base, lessons, base.unet_config, mesh, jnp.float32)
     assert np.asarray(frozen["encoder"]).tolist() == [0, 1]
-    networks, student_config = train.define_networks(config, base)
+    networks, student_config = definitions.define_networks(config, base)
     style = student_lib.style_params(student_config, "zero", 0)
     params = student_lib.put_student([base.params("unet")], style, student_config, mesh)
-    objective = train.define_objective(config, base, tokenizers)
+    objective = definitions.define_objective(config, base, tokenizers)
     assert len(objective.empty_ids) == 2 and set(objective.empty_ids[0]) == {-1}
     specs = sharding.state_specs(params, mesh)
     errors = jax.jit(distill_step.build_validation(networks, objective, mesh, specs, dtype=jnp.float32))

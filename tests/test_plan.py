@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dmm_jax import cli, plan, sharding, train, verbs
+from dmm_jax import cli, definitions, plan, sharding, train, verbs
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.config_files import read_config
@@ -81,7 +81,7 @@ def test_a_discriminator_weighs_its_parameters_and_moments_and_its_head_alone_le
     config.adversarial.weight = 0.01
     sizes = []
     for config.adversarial.train_backbone in (True, False):
-        learns, fixed = train.abstract_discriminator(config, open_checkpoint(config.base))
+        learns, fixed = definitions.abstract_discriminator(config, open_checkpoint(config.base))
         held, counts = memory.whole(learns), 2 * 4  # AdamW counts its updates, and its schedule's.
         found = plan.plan(config, "gpu:1x80GB").memory
         assert found["discriminator"] == pytest.approx(3 * held, abs=counts)

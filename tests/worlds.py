@@ -10,7 +10,8 @@ from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.export import Recipe, write_folder, write_single_file
 from dmm_jax.checkpoints.open import Checkpoint, Component, open_checkpoint
 from dmm_jax.demo import world
-from dmm_jax.demo.recipe import SCHEDULER_CONFIG, TEXT_CONFIG, VAE_CONFIG, token_numbers
+from dmm_jax.demo.architecture import SCHEDULER_CONFIG, TEXT_CONFIG, VAE_CONFIG
+from dmm_jax.demo.recipe import token_numbers
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.clip_text import CLIPTextModel
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel

@@ -14,7 +14,7 @@ from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
 from dmm_jax.checkpoints.export import Recipe, write_single_file
 from dmm_jax.data.cache import LatentCache, partial_folder
 from dmm_jax.data.cache_writer import CacheWriter
-from dmm_jax.demo import recipe, world
+from dmm_jax.demo import architecture, recipe, world
 from dmm_jax.demo.study_rows import MADE, RENDERED, SHARES, SHORT, STYLES, cache_path, study_config, teacher_path
 from dmm_jax.prepare import prepare_from_config
 
@@ -34,8 +34,8 @@ def make_teachers(out: pathlib.Path, styles: Sequence[str], plan: recipe.Plan, b
         bank = recipe.make_bank(100 + number, bank_size, source.tokenizer, style=name)
         data = recipe.add_latents(bank, source.base["vae"], dtype) | {"text_encoder": source.base["text_encoder"]}
         params = fit({"unet": source.base["unet"]}, data, name, seed=10 + number)
-        unet = Component(dict(recipe.UNET_CONFIG), lambda params=params: naming.to_torch(params["unet"]))
-        stock = Checkpoint(path, "single-file", {"unet": unet}, dict(recipe.SCHEDULER_CONFIG), None, None)
+        unet = Component(dict(architecture.UNET_CONFIG), lambda params=params: naming.to_torch(params["unet"]))
+        stock = Checkpoint(path, "single-file", {"unet": unet}, dict(architecture.SCHEDULER_CONFIG), None, None)
         write_single_file(path, stock, "float16", Recipe(f"study, {name}", [], None))
 
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from dmm_jax import config as config_lib
-from dmm_jax import sharding, train
+from dmm_jax import definitions, sharding
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.data.cache import LatentCache
 from dmm_jax.data.pipeline import batches
@@ -31,10 +31,10 @@ def run(tiny):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     lessons = incremental.lessons(others, None, 0)
     frozen, encoders = teachers.put_teachers(base, lessons, base.unet_config, mesh, jnp.float32)
-    networks, student_config = train.define_networks(config, base)
+    networks, student_config = definitions.define_networks(config, base)
     style = student.style_params(student_config, "zero", 0)
     params = {"student": student.put_student([base.params("unet")], style, student_config, mesh)}
-    objective = train.define_objective(config, base, Tokenizers.from_folders(base.tokenizer_folders))
+    objective = definitions.define_objective(config, base, Tokenizers.from_folders(base.tokenizer_folders))
     batch = batches(LatentCache(config.data.cache), 0, 2, 8)[0]
     specs = sharding.state_specs(params, mesh)
     build = functools.partial(
