@@ -1,6 +1,8 @@
 """`dmm-jax prepare`: what a config's images and captions, or prompts, become before training: latents, token ids."""
 
 import contextlib
+import functools
+import math
 import pathlib
 import sys
 
@@ -20,6 +22,7 @@ from dmm_jax.tokenizer import Tokenizers
 
 SHAPES_WORLD, TEACHERS = "shapes_world", "teachers"
 IMAGES_AT_ONCE = 32
+PIXELS_ENCODED = 2**23  # At once on a device: eight images of 1024 x 1024, 8.6 GiB by v6e's compiler.
 
 
 def prepare_from_config(config) -> LatentCache:
@@ -104,4 +107,9 @@ def build_encoder(base: Checkpoint, dtype: str):
         return posterior.mean + posterior.std * noise
 
     params = in_memory(base.params("vae"), jnp.dtype(dtype))
-    return model.scaling_factor, lambda images, keys: encode(params, *sharding.spread((images, keys)))
+
+    def in_parts(images, keys):
+        at_once = max(PIXELS_ENCODED // math.prod(images.shape[1:3]), 1)
+        return sharding.in_parts(functools.partial(encode, params), at_once, images, keys)
+
+    return model.scaling_factor, in_parts

@@ -14,8 +14,10 @@
 
 import collections
 import math
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -157,6 +159,22 @@ def spread(tree):
         return jax.device_put(leaf, NamedSharding(mesh, P("batch") if divides else COPY))
 
     return jax.tree.map(one, tree)
+
+
+def in_parts(run: Callable, at_once: int, *batches) -> jax.Array:
+    """Returns `run(*batches)`, computed part by part, so that the memory it takes does not grow with the batch.
+
+    Args:
+      run: maps batches (B, ...), which are spread, to an array (B, ...), each row by itself.
+      at_once: rows on a device, at most. Parts are equal, the last one filled up: one compiled program serves all.
+    """
+    num_rows, num_devices = len(batches[0]), _own_devices().size
+    num_parts = -(-num_rows // (at_once * num_devices))
+    if num_parts == 1:
+        return run(*spread(batches))
+    size = -(-num_rows // (num_parts * num_devices)) * num_devices
+    rows = np.minimum(np.arange(num_parts * size), num_rows - 1).reshape(num_parts, size)
+    return jnp.concatenate([run(*spread([batch[part] for batch in batches])) for part in rows])[:num_rows]
 
 
 def _own_devices() -> Mesh:

@@ -60,6 +60,15 @@ def test_new_prompts_styles_seeds_and_scales_compile_nothing(student):
     assert pipeline_lib._denoise._cache_size() == before
 
 
+def test_a_large_batch_is_decoded_in_parts_and_comes_out_the_same(student, monkeypatch):
+    latents = np.random.default_rng(0).standard_normal((5, 8, 24, 4), np.float32)
+    whole, compiled = np.asarray(student.decode(latents), np.int32), pipeline_lib._decode._cache_size()
+    monkeypatch.setattr(pipeline_lib, "PIXELS_DECODED", 2 * 64 * 192)
+    parts = np.asarray(student.decode(latents), np.int32)
+    assert parts.shape == whole.shape and np.abs(parts - whole).max() <= 1
+    assert pipeline_lib._decode._cache_size() == compiled + 1  # Two, two, and the last, filled up.
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [

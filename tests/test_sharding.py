@@ -182,3 +182,18 @@ def test_devices_of_a_process_that_are_no_rectangle_are_refused():
 def test_an_axis_of_no_devices_is_refused(sizes):
     with pytest.raises(ValueError, match="teacher >= 1, data >= 0 .* and fsdp >= 1; got"):
         sharding.mesh_shape(*sizes, num_devices=8)
+
+
+@pytest.mark.parametrize(
+    "num_rows, at_once, sizes", [(5, 8, [5]), (5, 2, [2, 2, 2]), (7, 6, [4, 4]), (6, 3, [3, 3]), (1, 1, [1])]
+)
+def test_parts_of_a_batch_are_equal_and_none_is_larger_than_allowed(num_rows, at_once, sizes):
+    seen = []
+
+    def run(rows, more):
+        seen.append(len(rows))
+        return 2 * rows + more
+
+    rows = np.arange(num_rows, dtype=np.float32)
+    assert np.array_equal(sharding.in_parts(run, at_once, rows, rows[::-1]), 2 * rows + rows[::-1])
+    assert seen == sizes
