@@ -25,7 +25,6 @@ from dmm_jax import (
     config_checks,
     definitions,
     sharding,
-    train,
 )
 from dmm_jax import config as config_lib
 from dmm_jax.checkpoints.abstract import abstract_model, abstract_params
@@ -37,6 +36,7 @@ from dmm_jax.evaluation.evaluate import measure
 from dmm_jax.evaluation.inception import Inception
 from dmm_jax.metrics import HostClock, peak_memory
 from dmm_jax.models.inception_v3 import InceptionV3
+from dmm_jax.models.unet_2d_condition import merged_config
 from dmm_jax.planning import collectives, memory
 from dmm_jax.planning.devices import GIB
 
@@ -171,7 +171,7 @@ def bench_host(config, size: str, num_steps: int) -> list[dict]:
     """
     base, names = bench_networks.described(size), [name for name, _ in config.teachers]
     mesh = _mesh(config)
-    student_config = train.merged_config(base.unet_config, len(names))
+    student_config = merged_config(base.unet_config, len(names))
     trained = {"student": bench_networks.random_params(abstract_params("unet", student_config), mesh, fsdp=True)}
     state = student_lib.make_state(trained, student_lib.make_optimizers(config), mesh, config.ema_decay)
     frozen = partial(bench_networks.random_params, mesh=mesh, dtype=jnp.dtype(config.dtype))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dmm_jax import definitions, flops, sharding, train
+from dmm_jax import definitions, flops, sharding
 from dmm_jax.checkpoints import published
 from dmm_jax.checkpoints.abstract import abstract_model, abstract_params
 from dmm_jax.checkpoints.checkpoint import Checkpoint
@@ -20,7 +20,7 @@ from dmm_jax.distill import teachers as teachers_lib
 from dmm_jax.models import layers
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.text_encoders import NUM_TIME_IDS, TextEncoders
-from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
+from dmm_jax.models.unet_2d_condition import UNet2DConditionModel, merged_config
 from dmm_jax.pipeline import Network, Pipeline
 from dmm_jax.tokenizer import Tokenizers
 
@@ -73,7 +73,7 @@ def random_networks(config, base: Checkpoint, mesh, dtype) -> tuple[dict, dict, 
       dtype: of the frozen layers, as in `random_params`.
     """
     num_teachers = len(config.teachers)
-    student_config = train.merged_config(base.unet_config, num_teachers)
+    student_config = merged_config(base.unet_config, num_teachers)
     trained = {"student": random_params(abstract_params("unet", student_config), mesh, fsdp=True)}
     numbers = {"encoder": np.full(num_teachers, -1), "styles": np.array([(k, 1) for k in range(num_teachers)])}
     teachers = {"unet": random_params(base.abstract("unet"), mesh, dtype, copies=num_teachers)}
@@ -110,7 +110,7 @@ def random_pipeline(size: str, config) -> Pipeline:
     """Builds a sampling pipeline around a merged UNet of random weights."""
     base, mesh = described(size), sharding.make_mesh(data=jax.device_count())
     names = [name for name, _ in config.teachers]
-    student_config = train.merged_config(base.unet_config, len(names))
+    student_config = merged_config(base.unet_config, len(names))
     dtype = jnp.dtype(config.dtype)
     attention = definitions.attention_implementation(config)
 

@@ -13,6 +13,7 @@ from PIL import Image
 from dmm_jax import bench, bench_networks, bench_scaling, cli
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.config_files import read_config
+from dmm_jax.models.unet_2d_condition import merged_config
 from dmm_jax.planning.devices import GIB
 from tests.test_bench import CONTRACT
 
@@ -114,7 +115,7 @@ def test_a_row_is_a_line_of_training_with_the_contract_and_agrees_with_itself(mo
     assert row.get("failed") is None and row.keys() >= CONTRACT
     assert (row["mesh"], row["batch"], row["num_devices"]) == (mesh, 4, 2)
     base = bench_networks.described("tiny")
-    merged = bench.train.merged_config(base.unet_config, 2)
+    merged = merged_config(base.unet_config, 2)
     assert row["images_per_s"] == pytest.approx(4 / row["step_s"])
     assert row["tflop_per_s"] == pytest.approx(row["images_per_s"] * bench_networks.train_tflop(base, merged))
     assert row["share_of_peak"] == pytest.approx(row["tflop_per_s"] / row["matmul_peak_tflop_per_s"] / 2)

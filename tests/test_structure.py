@@ -10,13 +10,14 @@ ROOT = pathlib.Path(dmm_jax.__file__).parent
 LAYERS = {
     "compilation": 0, "config": 0, "diffusion": 0, "models": 0, "page": 0, "folders": 0, "metrics": 0, "sharding": 0,
     "tokenizer": 0, "flops": 0, "demo.scenes": 0, "demo.styles": 0, "demo.renderer": 0, "demo.words": 0,
-    "demo.world": 0, "processes": 0, "workdirs": 1, "arguments": 0, "config_files": 1, "styles": 0, "model_card": 2,
-    "images": 1, "checkpoints": 1, "data": 1, "distill": 2, "pipeline": 2, "sample": 3, "verify": 3, "export": 3,
-    "average": 3, "prepare": 3, "demo.layout": 3, "demo.lora": 3, "evaluation": 4, "demo.recipe": 5,
-    "demo.random_checkpoints": 6, "demo.study": 7, "train": 4, "demo.experiment": 4, "demo.run": 6, "bench_profile": 0,
-    "bench_networks": 6, "bench_numerics": 6, "bench": 7, "bench_peer": 7, "cli": 8, "planning": 1,
-    "plan": 5, "prepare_samples": 3, "fit_style": 4, "parents": 2, "vocabulary": 0, "demo.study_rows": 6,
-    "demo.study_data": 6, "bench_scaling": 6, "bench_traffic": 0, "bench_timing": 0,
+    "demo.world": 0, "processes": 0, "workdirs": 1, "arguments": 0, "config_files": 0, "config_checks": 0,
+    "styles": 0, "model_card": 2, "images": 1, "checkpoints": 1, "data": 1, "distill": 2, "pipeline": 2, "sample": 3,
+    "verify": 3, "export": 3, "average": 3, "prepare": 3, "demo.layout": 3, "demo.lora": 3, "evaluation": 4,
+    "demo.recipe": 5, "demo.random_checkpoints": 6, "demo.study": 7, "train": 4, "demo.experiment": 4, "demo.run": 6,
+    "bench_profile": 0, "bench_networks": 6, "bench_numerics": 6, "bench": 7, "bench_peer": 7, "bench_verb": 8,
+    "verbs": 8, "cli": 8, "planning": 1, "plan": 5, "prepare_samples": 3, "fit_style": 4, "parents": 2,
+    "vocabulary": 0, "demo.study_rows": 6, "definitions": 3, "demo.architecture": 0, "demo.study_data": 6,
+    "bench_scaling": 6, "bench_traffic": 0, "bench_timing": 0,
 }  # fmt: skip
 FORBIDDEN = {"torch", "tensorflow", "diffusers", "pickle"}
 WITH_TORCH = {
