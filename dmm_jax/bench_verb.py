@@ -74,4 +74,7 @@ def _bench_scaling(args, config):
 
 
 def _integers(text):
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, or several as in 1,2,4; got {text!r}") from None

@@ -39,7 +39,9 @@ def _message(error) -> str | None:
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
         return str(error)
     first = " ".join((str(error).splitlines() or [""])[0].split())
-    if isinstance(error, MemoryError) or ("RESOURCE_EXHAUSTED" in str(error) and "Vmem" not in str(error)):
+    if "Vmem" in str(error):
+        return f"a kernel does not fit the chip's fast memory: {first[:300]} Without it: --config.attention=xla."
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return f"out of memory: {first[:300]} Compute fewer images at once (batch size), or smaller ones."
     if type(error).__name__ == "JaxRuntimeError":
         return f"the device cannot go on: {first[:300]}"

@@ -33,7 +33,7 @@ from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
 from dmm_jax.styles import Style, is_schedule, style_rows
 from dmm_jax.tokenizer import Tokenizers
 
-PIXELS_DECODED = 2**21  # At once on a device: two images of 1024 x 1024, 5.5 GiB by v6e's compiler.
+PIXELS_DECODED = 2**21  # At once on a device: two images of 1024 x 1024, under 6 GiB by v5e's compiler.
 
 Pixels = tuple[int, int]
 

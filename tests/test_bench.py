@@ -81,6 +81,12 @@ def test_what_has_no_peer_is_not_compared(job, capsys):
     assert f"no peer of `{job}`" in capsys.readouterr().err
 
 
+def test_what_is_no_number_of_devices_is_told_in_words(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "train", "--devices", "two"])
+    assert "expected a number, or several as in 1,2,4; got 'two'" in capsys.readouterr().err
+
+
 def test_a_peer_that_fails_is_an_error_with_its_last_words(monkeypatch, capsys):
     monkeypatch.setattr(bench.sys, "executable", "/bin/false")
     assert cli.main(["bench", "sample", "--against", "torch"]) == 1

@@ -175,7 +175,7 @@ def test_an_experiment_file_that_is_none_is_told(capsys, tmp_path, text, said):
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: E1: CompileTimeScopedVmemOom:\n"),
             1,
-            "the device cannot go on",
+            "--config.attention=xla",
         ),
         (jax.errors.JaxRuntimeError("INTERNAL: gone\nframes"), 1, "the device cannot go on: INTERNAL: gone\n"),
     ],

@@ -6,11 +6,18 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dmm_jax import bench_networks, prepare
 from dmm_jax import pipeline as pipeline_lib
+from dmm_jax.checkpoints.abstract import abstract_model
+from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.pipeline import Pipeline
+from dmm_jax.planning import compiler, devices
 from tests import worlds
 
 PROMPTS = ["a large red circle", "a small blue star"]
@@ -176,3 +183,27 @@ def test_a_batch_is_divided_among_the_devices_and_comes_out_the_same(student, tr
     for two in np.load(tmp_path / "drawn.npz").values():
         one = student(["a large red circle"] * len(two), styles="left", output="latents", **QUICK)
         assert np.abs(one - two).max() < 1e-5 * np.abs(one).max()
+
+
+@pytest.mark.skipif(not compiler.is_here(), reason="needs libtpu: pip install 'dmm-jax[plan]'")
+def test_a_part_of_xls_pictures_fits_a_v5e_beside_its_unet():
+    device = compiler.tpu_mesh("v5e:2x2", teacher=1, data=4, fsdp=1).devices.flat[:1]
+    placed = NamedSharding(Mesh(device, "device"), PartitionSpec())
+    config = bench_networks.described("sdxl").vae_config
+    model = abstract_model(lambda rngs: AutoencoderKL.from_config(config, dtype=jnp.bfloat16, rngs=rngs))
+    graph, state = nnx.split(model, nnx.Param)
+    decoded, encoded = (pixels // 1024**2 for pixels in (pipeline_lib.PIXELS_DECODED, prepare.PIXELS_ENCODED))
+
+    def put(tree):
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), tree)
+
+    def temporaries(run, *batch):
+        params = jax.eval_shape(lambda params: pipeline_lib.in_dtype(params, jnp.bfloat16), nnx.to_pure_dict(state))
+        with jax.default_matmul_precision("default"):
+            compiled = run.lower(graph, put(params), *put(batch)).compile(compiler_options=compiler.EFFORT)
+        return compiled.memory_analysis().temp_size_in_bytes / devices.GIB
+
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), encoded))
+    images = jax.ShapeDtypeStruct((encoded, 1024, 1024, 3), jnp.uint8)
+    assert temporaries(pipeline_lib._decode, jax.ShapeDtypeStruct((decoded, 128, 128, 4), jnp.float32)) < 6
+    assert temporaries(prepare._encode, images, keys) < 9
