@@ -66,8 +66,7 @@ def fit_style(
     batch_size = min(batch_size, len(data["latents"]))
     told = {"batch_size": batch_size, "seed": seed}
 
-    began = time.perf_counter()
-    row, mix, loss = _fit(
+    row, mix, found = _fit(
         pipeline,
         data,
         weights,
@@ -76,9 +75,9 @@ def fit_style(
         learning_rate,
         told | {"mix_only": mix_only},
     )
-    if not np.isfinite(loss["fitted"]):
-        raise FloatingPointError(f"the loss is {loss['fitted']} after {steps} steps. Try a lower --learning-rate.")
-    said = told | {
+    if not np.isfinite(fitted := found["loss"]["fitted"]):
+        raise FloatingPointError(f"the loss is {fitted} after {steps} steps. Try a lower --learning-rate.")
+    said = {
         "name": name,
         "unet_sha256": pipeline.source.digest("unet"),
         "model": pipeline.name,
@@ -86,8 +85,8 @@ def fit_style(
         "steps": steps,
         "learning_rate": learning_rate,
         "from": start or "equal parts",
-        "loss": loss,
-        "seconds": round(time.perf_counter() - began, 1),
+        **told,
+        **found,
     }
     if mix_only:
         said["mix"] = dict(zip(pipeline.styles, mix.tolist(), strict=True))
@@ -118,7 +117,9 @@ def _objective(pipeline, prompt_dropout) -> Objective:
 
 
 def _fit(pipeline, data, weights, objective, steps, learning_rate, told) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Learns a row, or a mix, from the mix `weights` (N,) on; returns the row (E,), what was learned, and the losses.
+    """Learns a row, or a mix, from the mix `weights` (N,) on.
+
+    Returns the row (E,), what was learned, and {"loss": the losses, "seconds": of the learning}.
 
     Args:
       told: how the step draws and what it learns, as `fitting.build_fit_step` takes it.
@@ -140,6 +141,7 @@ def _fit(pipeline, data, weights, objective, steps, learning_rate, told) -> tupl
     loss = {"start": loss_of(row_of(weights))}
     loss["styles"] = {style: loss_of(row_of(style_row(style, pipeline.styles))) for style in pipeline.styles}
     state = {"step": jnp.int32(0), "learned": jnp.copy(learned), "opt_state": optimizer.init(learned)}
+    began = time.perf_counter()
     with tqdm(total=steps, unit="step", desc="fit-style", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
         for _ in range(steps):  # One compiled step; the batch is drawn within it, from (seed, step).
             state, now = step(state, params, data)
@@ -147,7 +149,9 @@ def _fit(pipeline, data, weights, objective, steps, learning_rate, told) -> tupl
             if bar.n % 20 == 0:
                 bar.set_postfix(loss=f"{float(now):.4f}")
     row = fitting.row_of(state["learned"], params, told["mix_only"])
-    return np.asarray(row)[0], np.asarray(state["learned"])[0], loss | {"fitted": loss_of(row)}
+    loss["fitted"] = loss_of(row)
+    seconds = round(time.perf_counter() - began, 1)
+    return np.asarray(row)[0], np.asarray(state["learned"])[0], {"loss": loss, "seconds": seconds}
 
 
 def report(said: dict) -> str:
