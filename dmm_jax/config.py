@@ -77,7 +77,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.mesh = ml_collections.ConfigDict()  # Devices along each axis; their product is the number of devices.
     config.mesh.teacher = 1  # Must divide the number of teachers (+ grow.replay).
     config.mesh.data = 0  # 0: all the devices that are left.
-    config.mesh.fsdp = 1  # The student and its moments are sharded along this axis.
+    config.mesh.fsdp = 1  # As `data`, but gradients are summed in `dtype`, half the bytes; within a TPU slice.
 
     config.compilation_cache = ""  # Folder of compiled programs; "": ~/.cache/dmm_jax/xla; "off": keep none.
 

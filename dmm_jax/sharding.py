@@ -1,15 +1,18 @@
 """The mesh, and the one rule that says which array lives where.
 
-| array                                           | teacher | data | fsdp                           |
-|-------------------------------------------------|---------|------|--------------------------------|
-| batch, validation inputs [N, B/N, ...]          | N       | B/N  | B/N                            |
-| teacher parameters, encoder rows, styles [N, .] | N       | copy | copy                           |
-| text encoders, the distinct ones                | copy    | copy | copy                           |
-| frozen backbone of a discriminator              | copy    | copy | copy                           |
-| student, discriminator, moments, average        | copy    | copy | largest dimension that divides |
-| vector of all that is small of these (packed)   | copy    | copy | copy                           |
-| counters                                        | copy    | copy | copy                           |
-| losses of all teachers [N], gradient norm       | copy    | copy | copy                           |
+| array                                           | teacher | data | fsdp |
+|-------------------------------------------------|---------|------|------|
+| batch, validation inputs [N, B/N, ...]          | N       | B/N  | B/N  |
+| teacher parameters, encoder rows, styles [N, .] | N       | copy | copy |
+| text encoders, the distinct ones                | copy    | copy | copy |
+| frozen backbone of a discriminator              | copy    | copy | copy |
+| student, discriminator, moments, average        | part    | part | part |
+| vector of all that is small of these (packed)   | copy    | copy | copy |
+| counters                                        | copy    | copy | copy |
+| losses of all teachers [N], gradient norm       | copy    | copy | copy |
+
+A part is of the dimensions that `parameter_spec` chooses: whatever the mesh, each device updates its own part of the
+state alone (Xu et al., arXiv:2004.13336; ZeRO, arXiv:1910.02054). How axes differ: `distill.step.build_loss_and_grads`.
 """
 
 import collections
@@ -33,8 +36,9 @@ SMALLEST_SHARDED = 1024  # Elements: below, a collective costs more than the mem
 def make_mesh(teacher: int = 1, data: int = 0, fsdp: int = 1, devices=None) -> Mesh:
     """Lays the devices out as (teacher, data, fsdp); `data=0` takes all that are left.
 
-    TPU slices come one after the other, so that over the network between them go `teacher` and `data` alone: the sums
-    of the student's gradients, once a step. `fsdp` gathers the student and stays within a slice.
+    TPU slices come one after the other, so that over the network between them go `teacher` and `data` alone: the
+    student and the sums of its gradients, once a step, of which `fsdp` leaves each device a part. `fsdp` itself gathers
+    the student in every micro-batch, and stays within a slice.
 
     Raises:
       ValueError: the axes do not use exactly the devices that there are, or `fsdp` would lie across slices.
@@ -84,13 +88,26 @@ def mesh_shape(teacher: int, data: int, fsdp: int, num_devices: int) -> dict[str
 
 
 def parameter_spec(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
-    """Shards the largest dimension that `fsdp` divides; small arrays are copied."""
-    shards = mesh.shape["fsdp"]
-    if shards > 1 and math.prod(shape) >= SMALLEST_SHARDED:
-        for dim in sorted(range(len(shape)), key=lambda d: (-shape[d], -d)):
-            if shape[dim] % shards == 0:
-                return P(*["fsdp" if d == dim else None for d in range(len(shape))])
-    return COPY
+    """Divides an array among all devices, each axis along the first dimension that it divides; vectors are copied.
+
+    An axis that divides no dimension holds copies. A dimension divided twice is divided along `fsdp` first. The first,
+    since of sums whose last dimension is divided the TPU's compiler gives every device the whole (docs/performance.md).
+    """
+    if len(shape) < 2 or math.prod(shape) < SMALLEST_SHARDED:
+        return COPY
+    left, names = list(shape), [()] * len(shape)
+    for axis in (axis for axis in reversed(AXES) if mesh.shape[axis] > 1):
+        dim = next((dim for dim, size in enumerate(left) if size % mesh.shape[axis] == 0), None)
+        if dim is not None:
+            left[dim] //= mesh.shape[axis]
+            names[dim] += (axis,)
+    return P(*(found if len(found) > 1 else "".join(found) or None for found in names)) if any(names) else COPY
+
+
+def dims(spec: P) -> dict[str, int]:
+    """Returns the dimension that each axis of a spec divides."""
+    named = ((entry,) if isinstance(entry, str) else entry or () for entry in spec)
+    return {axis: dim for dim, entry in enumerate(named) for axis in entry}
 
 
 def state_specs(state, mesh: Mesh | AbstractMesh):

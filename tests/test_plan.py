@@ -1,5 +1,6 @@
 """Plans: memory as real arrays weigh, works without checkpoints, and what does not fit is told what would."""
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -9,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dmm_jax import cli, definitions, plan, sharding, train, verbs
+from dmm_jax import cli, definitions, flops, plan, sharding, train, verbs
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.config_files import read_config
 from dmm_jax.distill import incremental, student, teachers
+from dmm_jax.distill import step as distill_step
 from dmm_jax.models.unet_2d_condition import merged_config
 from dmm_jax.planning import changes, collectives, compiler, devices, memory, requirements, text
 from tests import worlds
@@ -94,11 +96,33 @@ def test_meshes_divide_what_they_shard(config, on_one):
     config.mesh.teacher, config.mesh.fsdp = 2, 2
     one, four = on_one.memory, plan.plan(config, "gpu:4x80GB").memory
     unet = abstract_params("unet", merged_config(open_checkpoint(config.base).unet_config, 2))
-    whole = sum(leaf.size for leaf in jax.tree.leaves(unet) if leaf.size < 1024) * 4  # Small leaves are copied.
-    assert four["student"] == pytest.approx((one["student"] - whole) / 2 + whole)
+    small = [leaf.size for leaf in jax.tree.leaves(unet) if leaf.ndim < 2 or leaf.size < sharding.SMALLEST_SHARDED]
+    whole = sum(small) * 4  # They are copied.
+    assert four["student"] == pytest.approx((one["student"] - whole) / 4 + whole)
     assert four["teachers"] == one["teachers"] / 2
     assert four["text encoders"] == one["text encoders"]
     assert four["batch"] == one["batch"] / 4
+
+
+def test_kernels_travel_in_the_compute_dtype_and_gradients_are_summed_in_float32_but_along_fsdp(config):
+    config.dtype, config.mesh.teacher, config.mesh.data, config.mesh.fsdp = "bfloat16", 2, 2, 2
+    program = plan.Program.describe(config, "sd15", "gpu", sharding.abstract_mesh(**config.mesh, num_devices=8))
+    function, arguments = program.gradients("xla")
+    found = collections.defaultdict(set)
+
+    def look(jaxpr):
+        for equation in jaxpr.eqns:
+            axes = equation.params.get("axis_name")
+            if equation.primitive.name in ("all_gather", "reduce_scatter") and equation.invars[0].aval.ndim == 4:
+                axes = axes if isinstance(axes, tuple) else (axes,)
+                found[equation.primitive.name, *axes].add(str(equation.invars[0].aval.dtype))
+            for inner in flops.inner_jaxprs(equation):
+                look(inner)
+
+    look(jax.make_jaxpr(function)(*arguments).jaxpr)
+    gathered = {("all_gather", axis): {"bfloat16"} for axis in sharding.AXES}
+    once = {("reduce_scatter", axis): {"float32"} for axis in distill_step.ONCE}
+    assert found == gathered | once | {("reduce_scatter", "fsdp"): {"bfloat16"}}
 
 
 def test_work_divides_among_devices_and_recomputation_adds_to_it(config, on_one):
@@ -130,7 +154,7 @@ def get_config():
     assert report["hours"] == pytest.approx(6 * report["step_s"] / 3600)
     assert report["chip_hours"] == pytest.approx(2 * report["hours"])
     row = report["collectives"][0]
-    assert row == {"kind": "all-reduce", "axes": "teacher", "over": "links"} | {
+    assert row == {"kind": "all-gather", "axes": "teacher", "over": "links"} | {
         key: row[key] for key in ("count", "gb")
     }
     assert cli.main(argv[:-2] + argv[-1:]) == 0
@@ -335,4 +359,4 @@ def test_the_tpus_compiler_agrees_with_what_is_held(config):
     assert planned.method == requirements.COMPILED and planned.fits
     assert planned.memory["padding"] >= 0  # What it is given is what we count, laid out in tiles.
     across = {row["kind"] for row in planned.to_json()["collectives"] if "teacher" in row["axes"]}
-    assert across == {"all-reduce"}
+    assert {"all-gather"} < across <= {"all-gather", "reduce-scatter", "all-reduce"}

@@ -131,12 +131,21 @@ def test_teachers_lie_across_slices_and_shards_within_one():
         sharding.make_mesh(1, 1, 4, devices=pod(0, 1, 0, 1))
 
 
-def test_large_parameters_are_sharded_along_the_largest_dimension_that_divides():
+def test_large_parameters_are_divided_along_the_first_dimension_that_divides():
     mesh = AbstractMesh((1, 1, 4), sharding.AXES)
-    assert sharding.parameter_spec((3, 3, 320, 1280), mesh) == P(None, None, None, "fsdp")
-    assert sharding.parameter_spec((1280, 3), mesh) == P("fsdp", None)
+    assert sharding.parameter_spec((3, 3, 320, 1280), mesh) == P(None, None, "fsdp", None)
+    assert sharding.parameter_spec((3, 1280), mesh) == P(None, "fsdp")
     assert sharding.parameter_spec((1001, 3), mesh) == P()  # Nothing divides.
-    assert sharding.parameter_spec((320,), mesh) == P()  # Too small.
+    assert sharding.parameter_spec((16, 16), mesh) == P()  # Too small.
+    assert sharding.parameter_spec((10240,), mesh) == P()  # A vector.
+
+
+def test_parameters_are_divided_along_every_axis_that_divides_what_is_left():
+    mesh = AbstractMesh((8, 4, 2), sharding.AXES)
+    assert sharding.parameter_spec((3, 3, 320, 640), mesh) == P(None, None, ("fsdp", "data", "teacher"), None)
+    assert sharding.parameter_spec((3, 3, 16, 320), mesh) == P(None, None, ("fsdp", "data"), "teacher")
+    assert sharding.parameter_spec((3, 3, 4, 320), mesh) == P(None, None, "fsdp", ("data", "teacher"))
+    assert sharding.parameter_spec((513, 12), mesh) == P(None, "fsdp")
 
 
 class Device:

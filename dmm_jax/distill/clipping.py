@@ -1,5 +1,6 @@
 """The gradient's norm and the clip by it: summed once, for the metrics and for the optimiser."""
 
+import collections
 from collections.abc import Callable
 
 import jax
@@ -21,12 +22,11 @@ def build_norm(mesh: Mesh | AbstractMesh, specs) -> Callable:
 
 
 def _norm(grads, specs):
-    whole, parts = [], []
+    placed = collections.defaultdict(list)
     specs = jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, P))
     for leaf, spec in zip(jax.tree.leaves(grads), specs, strict=True):
-        (parts if "fsdp" in spec else whole).append(leaf)
-    squares = _squares(whole)
-    return jnp.sqrt(squares + jax.lax.psum(_squares(parts), "fsdp") if parts else squares)
+        placed[tuple(sharding.dims(spec))].append(leaf)
+    return jnp.sqrt(sum(jax.lax.psum(_squares(leaves), axes) for axes, leaves in placed.items()))
 
 
 def _squares(leaves):

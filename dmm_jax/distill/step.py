@@ -25,6 +25,7 @@ from dmm_jax.distill.teachers import stacked
 from dmm_jax.models.text_encoders import TextConditioning
 from dmm_jax.models.unet_2d_condition import UNetOutput
 
+ONCE = ("teacher", "data")  # Along these the student is gathered and its gradients are summed once a step.
 FOR_STYLE, FOR_DISCRIMINATOR = 3, 4  # Numbers of a sample's further keys.
 
 
@@ -176,18 +177,28 @@ def encode(networks: Networks, text_encoders, input_ids) -> TextConditioning:
     return jax.lax.stop_gradient(nnx.merge(networks.text_encoders, text_encoders)(input_ids))
 
 
-def gather(path, param: jax.Array, spec: P, dtype) -> jax.Array:
-    """Makes a parameter whole; kernels travel in the compute dtype, tables, norms and biases in float32."""
+def gather(path, param: jax.Array, spec: P, dtype, axes=sharding.AXES) -> jax.Array:
+    """Joins a parameter's parts along axes; kernels travel in the compute dtype, tables and vectors in float32."""
     if path[-1].key == "kernel":
         param = param.astype(dtype)
-    for dim, axis in enumerate(spec):
-        if axis is not None:
-            param = jax.lax.all_gather(param, axis, axis=dim, tiled=True)
+    dims = sharding.dims(spec)
+    for axis in axes:
+        if axis in dims:
+            param = jax.lax.all_gather(param, axis, axis=dims[axis], tiled=True)
     return param
 
 
+def _summed(grad: jax.Array, spec: P) -> jax.Array:
+    """Sums a gradient over all devices; those that hold parts of the parameter are left theirs."""
+    dims = sharding.dims(spec)
+    for axis in reversed(ONCE):
+        if axis in dims:
+            grad = jax.lax.psum_scatter(grad, axis, scatter_dimension=dims[axis], tiled=True)
+    return _on_missing_axes(jax.lax.psum, grad, spec)
+
+
 def _on_missing_axes(function, leaf, spec):
-    axes = tuple(axis for axis in sharding.AXES if axis not in spec)
+    axes = tuple(axis for axis in sharding.AXES if axis not in sharding.dims(spec))
     return function(leaf, axes) if axes else leaf
 
 
@@ -213,12 +224,13 @@ def build_loss_and_grads(
     """Returns `f(trained, teachers, encoders, batch, step) -> (grads, errors)` under one shard_map.
 
     grads are of the mean over the whole batch, placed like the parameters: the student's of its loss, the
-    discriminator's of its own. errors are per teacher, (N,), on every device.
+    discriminator's of its own. errors are per teacher, (N,), on every device. Along `teacher` and `data` parameters are
+    gathered once, and gradients summed in float32; along `fsdp` every micro-batch does both, in the compute dtype.
     """
     varying = partial(jax.lax.pcast, to="varying")
 
     def loss_fn(trained, sample_ids, batch, teachers, encoders, step_key):
-        whole = jax.tree.map_with_path(partial(gather, dtype=dtype), trained, specs)
+        whole = jax.tree.map_with_path(partial(gather, dtype=dtype, axes=("fsdp",)), trained, specs)
         inputs = jax.vmap(partial(draw, objective, step_key))(sample_ids, teachers["styles"], batch)
         errors = sample_errors(networks, objective, whole, teachers, encoders, inputs)
         weights = objective.weights | {"discriminator": 1.0}  # Neither of the two moves the other's parameters.
@@ -228,6 +240,7 @@ def build_loss_and_grads(
     def local(trained, teachers, encoders, batch, step):
         sample_ids = local_ids(mesh, *batch["input_ids"].shape[:2])
         step_key = jax.random.fold_in(jax.random.key(seed), step)
+        trained = jax.tree.map_with_path(partial(gather, dtype=dtype, axes=ONCE), trained, specs)
         trained = jax.tree.map(partial(_on_missing_axes, varying), trained, specs)
         if "backbone" in encoders:  # Gradients pass through it, and layers that write theirs out want all to vary.
             backbone = jax.tree.map(lambda leaf: varying(leaf, sharding.AXES), encoders["backbone"])
@@ -236,13 +249,13 @@ def build_loss_and_grads(
         def grads_of(sample_ids, batch):
             differentiate = jax.value_and_grad(loss_fn, has_aux=True)
             (_, errors), grads = differentiate(trained, sample_ids, batch, teachers, encoders, step_key)
-            return grads, errors
+            return jax.tree.map(lambda grad: grad.astype(jnp.float32), grads), errors
 
         if gradient_accumulation == 1:
             grads, errors = grads_of(sample_ids, batch)
         else:
             grads, errors = _sum_over_micro_batches(grads_of, gradient_accumulation, (sample_ids, batch))
-        grads = jax.tree.map(partial(_on_missing_axes, jax.lax.psum), grads, specs)
+        grads = jax.tree.map(_summed, grads, specs)
         share = mesh.shape["data"] * mesh.shape["fsdp"] * gradient_accumulation
         return grads, jax.tree.map(lambda leaf: _of_all_teachers(leaf, mesh) / share, errors)
 
@@ -332,7 +345,8 @@ def _updated(optimizer, grads, norm, held) -> dict:
 
 
 # cuBLAS adds a layer's bias as it writes the product; the kernels that XLA would generate instead leave it to another.
-COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
+# Joined, small products copy their weights at every step.
+COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}}
 
 
 def compile_step(step, state, teachers, encoders, batch) -> tuple[jax.stages.Compiled, dict]:

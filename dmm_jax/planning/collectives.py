@@ -143,18 +143,17 @@ def foretell(params, mesh_shape: Mapping[str, int], dtype, gradient_accumulation
     """
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name, spec = jax.tree_util.keystr(path, simple=True, separator="."), leaf.sharding.spec
-        sharded = tuple(axis for axis in spec if axis is not None)
+        name, dims = jax.tree_util.keystr(path, simple=True, separator="."), sharding.dims(leaf.sharding.spec)
         travels = np.dtype(dtype) if path[-1].key == "kernel" else np.dtype(np.float32)
-        group = math.prod(mesh_shape[axis] for axis in sharded)
-        if group > 1:
-            for kind in ("all-gather", "reduce-scatter"):
-                whole = leaf.size * travels.itemsize
-                found.append(Collective(name, kind, sharded, group, whole, gradient_accumulation))
-        rest = tuple(axis for axis in sharding.AXES if axis not in sharded and mesh_shape[axis] > 1)
+        size = math.prod(leaf.sharding.shard_shape(leaf.shape))
+        rest = tuple(axis for axis in sharding.AXES if axis not in dims and mesh_shape[axis] > 1)
         if rest:
-            group_size = math.prod(mesh_shape[axis] for axis in rest)
-            found.append(Collective(name, "all-reduce", rest, group_size, leaf.size * 4 // group))
+            found.append(Collective(name, "all-reduce", rest, math.prod(mesh_shape[axis] for axis in rest), size * 4))
+        for axis in (axis for axis in sharding.AXES if axis in dims):
+            size *= mesh_shape[axis]
+            often, summed = (gradient_accumulation, travels) if axis == "fsdp" else (1, np.dtype(np.float32))
+            for kind, one in (("all-gather", travels), ("reduce-scatter", summed)):
+                found.append(Collective(name, kind, (axis,), mesh_shape[axis], size * one.itemsize, often))
     return found
 
 

@@ -53,11 +53,12 @@ def test_a_packed_step_computes_what_the_step_computes():
     assert same(packing.unpack(packed), step(whole, 3)[0]) and results["sum"] == 3.0
 
 
-def test_what_fsdp_shards_is_not_packed():
+def test_what_is_divided_among_devices_is_not_packed():
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree())
     mesh = sharding.abstract_mesh(fsdp=2, num_devices=2)
-    packing = Packing(sharding.described(shapes, sharding.state_specs(shapes, mesh), mesh), mesh)
-    assert [place.spec for place in packing.places["large"]].count(P("fsdp")) == 1  # The vector of 4096.
+    described = sharding.described(shapes, sharding.state_specs(shapes, mesh), mesh)
+    described["c"]["d"] = sharding.described(shapes["c"]["d"], P("fsdp"), mesh)
+    assert [place.spec for place in Packing(described, mesh).places["large"]].count(P("fsdp")) == 1
 
 
 def test_a_tree_without_small_arrays_packs_too():
