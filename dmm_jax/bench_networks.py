@@ -76,10 +76,10 @@ def random_networks(config, base: Checkpoint, mesh, dtype) -> tuple[dict, dict, 
     student_config = merged_config(base.unet_config, num_teachers)
     trained = {"student": random_params(abstract_params("unet", student_config), mesh, fsdp=True)}
     numbers = {"encoder": np.full(num_teachers, -1), "styles": np.array([(k, 1) for k in range(num_teachers)])}
-    teachers = {"unet": random_params(base.abstract("unet"), mesh, dtype, copies=num_teachers)}
+    teachers = {"unet": random_params(base.abstract("unet"), mesh, dtype, copies=num_teachers), "text": None}
     teachers |= sharding.put(jax.tree.map(np.int32, numbers), mesh, sharding.TEACHERS)
     texts = {name: random_params(base.abstract(name), mesh, dtype) for name in base.text_encoders}
-    encoders = {"base": texts, "others": None}
+    encoders = {"base": texts}
     if config.adversarial.weight:
         learns, fixed = definitions.abstract_discriminator(config, base)
         trained["discriminator"] = random_params(learns, mesh, fsdp=True)

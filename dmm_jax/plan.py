@@ -117,13 +117,13 @@ class Program:
     def describe(cls, config, architecture: str, platform: str, mesh) -> "Program":
         """Opens what checkpoints there are, takes the others for the architecture's, and places every array."""
         base, assumptions = base_checkpoint(config, architecture)
-        others, more = distinct_encoders(config, base)
+        encoders, more = rows_of_encoders(config, base, mesh.shape["teacher"])
         trained, fixed = abstract_trained(config, base)
         state = student_lib.abstract_state(trained, student_lib.make_optimizers(config), config.ema_decay)
         state = sharding.described(state, sharding.state_specs(state, mesh), mesh)
         dtype, rows = jnp.dtype(config.dtype), config_lib.num_rows(config)
         described = definitions.teacher_config(config, base)
-        teachers, encoders = teachers_lib.abstract_teachers(base, described, rows, others, mesh, dtype)
+        teachers, encoders = teachers_lib.abstract_teachers(base, described, rows, encoders, mesh, dtype)
         encoders |= teachers_lib.described(fixed, mesh, dtype)
         batch = abstract_batch(config, base, mesh)
         return cls(config, base, mesh, platform, (state, teachers, encoders, batch), (*assumptions, *more))
@@ -178,12 +178,15 @@ def base_checkpoint(config, architecture: str) -> tuple[Checkpoint, tuple[str, .
     )
 
 
-def distinct_encoders(config, base: Checkpoint) -> tuple[int, tuple[str, ...]]:
-    """Returns how many text encoders the teachers bring besides the base's."""
+def rows_of_encoders(config, base: Checkpoint, shards: int) -> tuple[int, tuple[str, ...]]:
+    """Returns how many text encoders of the teachers' own are held, over all shards of `teacher`."""
     paths = [pathlib.Path(path) for _, path in config.teachers]
+    replayed = config_lib.num_rows(config) - len(paths)
     if all(path.exists() for path in paths) and pathlib.Path(config.base).exists():
-        return len(teachers_lib.encoder_rows(base, [open_checkpoint(path) for path in paths])[1]), ()
-    return len(paths), ("every teacher brings a text encoder of its own; equal ones would be held once",)
+        asked = [*map(open_checkpoint, paths), *[base] * replayed]
+        return len(teachers_lib.encoder_rows(base, asked, shards)[1]), ()
+    most = min(len(paths), (len(paths) + replayed) // shards)
+    return most * shards, ("every teacher brings a text encoder of its own; equal ones would be held once",)
 
 
 def abstract_trained(config, base: Checkpoint) -> tuple[dict, dict]:

@@ -1,15 +1,15 @@
 """The mesh, and the one rule that says which array lives where.
 
-| array                                           | teacher | data | fsdp |
-|-------------------------------------------------|---------|------|------|
-| batch, validation inputs [N, B/N, ...]          | N       | B/N  | B/N  |
-| teacher parameters, encoder rows, styles [N, .] | N       | copy | copy |
-| text encoders, the distinct ones                | copy    | copy | copy |
-| frozen backbone of a discriminator              | copy    | copy | copy |
-| student, discriminator, moments, average        | part    | part | part |
-| vector of all that is small of these (packed)   | copy    | copy | copy |
-| counters                                        | copy    | copy | copy |
-| losses of all teachers [N], gradient norm       | copy    | copy | copy |
+| array                                             | teacher | data | fsdp |
+|---------------------------------------------------|---------|------|------|
+| batch, validation inputs [N, B/N, ...]            | N       | B/N  | B/N  |
+| teachers: UNets, own text encoders, styles [N, .] | N       | copy | copy |
+| text encoders of the base                         | copy    | copy | copy |
+| frozen backbone of a discriminator                | copy    | copy | copy |
+| student, discriminator, moments, average          | part    | part | part |
+| vector of all that is small of these (packed)     | copy    | copy | copy |
+| counters                                          | copy    | copy | copy |
+| losses of all teachers [N], gradient norm         | copy    | copy | copy |
 
 A part is of the dimensions that `parameter_spec` chooses: whatever the mesh, each device updates its own part of the
 state alone (Xu et al., arXiv:2004.13336; ZeRO, arXiv:1910.02054). How axes differ: `distill.step.build_loss_and_grads`.

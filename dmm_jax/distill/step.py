@@ -94,9 +94,9 @@ def sample_errors(networks: Networks, objective: Objective, trained, teachers, e
 
     Args:
       trained: {"student": its parameters, whole}, and the "discriminator"'s where there is one.
-      teachers: {"unet": parameters as `put_teachers` has them, "encoder": (T,) int, -1 for the base's text encoders}.
-      encoders: {"base": parameters, "others": parameters (K, ...) or None}, and the "backbone" of a discriminator
-        whose head alone is trained.
+      teachers: as `put_teachers` has them.
+      encoders: {"base": parameters of its text encoders}, and the "backbone" of a discriminator whose head alone is
+        trained.
       inputs: leaves (T, b, ...): latents, noise, timesteps, input_ids, style_ids; and SDXL's time_ids.
 
     Returns:
@@ -107,7 +107,7 @@ def sample_errors(networks: Networks, objective: Objective, trained, teachers, e
     alphas_cumprod = jnp.asarray(objective.alphas_cumprod, jnp.float32)
     noisy = noise_schedule.add_noise(flat["latents"], flat["noise"], flat["timesteps"], alphas_cumprod)
     text = encode(networks, encoders["base"], flat["input_ids"])
-    targets = ask_teachers(networks, objective, teachers, encoders, inputs, noisy, text)
+    targets = ask_teachers(networks, objective, teachers, inputs, noisy, text)
 
     model = nnx.merge(networks.student, trained["student"])
     added = text.added_cond(flat.get("time_ids"))
@@ -129,7 +129,7 @@ def sample_errors(networks: Networks, objective: Objective, trained, teachers, e
     return jax.tree.map(lambda error: error.reshape(lead), errors)
 
 
-def ask_teachers(networks: Networks, objective: Objective, teachers, encoders, inputs, noisy, text) -> UNetOutput:
+def ask_teachers(networks: Networks, objective: Objective, teachers, inputs, noisy, text) -> UNetOutput:
     """Returns what the teachers predict for their part of the noisy latents (B, h, w, C), all at once.
 
     One program for a batch of networks: what has no parameters runs once for all images, dense layers are batched
@@ -145,7 +145,7 @@ def ask_teachers(networks: Networks, objective: Objective, teachers, encoders, i
         return leaf.reshape(lead + leaf.shape[1:])
 
     def prompted(encoder, input_ids, text):
-        own = jax.tree.map(lambda leaf: leaf[encoder], encoders["others"])
+        own = jax.tree.map(lambda leaf: leaf[encoder], teachers["text"])
         return jax.lax.cond(encoder < 0, lambda: text, lambda: encode(networks, own, input_ids))
 
     def ask(unet, noisy, inputs, text):
@@ -157,7 +157,7 @@ def ask_teachers(networks: Networks, objective: Objective, teachers, encoders, i
 
     given = {name: inputs[name] for name in ("timesteps", "style_ids", "time_ids") if name in inputs}
     text = jax.tree.map(split, text)
-    if encoders["others"] is not None:
+    if teachers["text"] is not None:
         text = jax.lax.map(lambda row: prompted(*row), (teachers["encoder"], inputs["input_ids"], text))
     targets = jax.vmap(ask)(stacked(teachers["unet"]), split(noisy), given, text)
     return jax.lax.stop_gradient(jax.tree.map(_samples, targets))

@@ -1,4 +1,4 @@
-"""Teachers on the mesh: their UNets stacked along `teacher`, and the text encoders that differ from the base's.
+"""Teachers on the mesh: their UNets stacked along `teacher`, and beside them text encoders that differ from the base's.
 
 Dense layers of several teachers are batched products, which read a stack as it lies. A convolution reads one teacher's
 kernel, and would have it copied out of a stack at every step: so each of a device's T teachers has its own, in a tuple
@@ -62,10 +62,10 @@ def put_teachers(
       unet_config: of the UNet that runs the teachers': the base's; with a style table where one is a merged student.
 
     Returns:
-      teachers: {"unet": parameters (T, ...), a tuple for a convolution's kernel; "encoder": (T,) int32, the row of
-        `others`, -1 for the base's; "styles": (T, 2) int32, the first style and how many}. A style table that a teacher
-        lacks adds nothing.
-      encoders: {"base": parameters, "others": parameters (K, ...) of the distinct other encoders, or None}.
+      teachers: {"unet": parameters (T, ...), a tuple for a convolution's kernel; "text": of the teachers' own text
+        encoders (shards of `teacher` x rows, ...), or None; "encoder": (T,) int32, which row of its shard, -1 for the
+        base's; "styles": (T, 2) int32, the first style and how many}. A style table that a teacher lacks adds nothing.
+      encoders: {"base": parameters of the base's text encoders}.
     """
     teachers = [lesson.teacher for lesson in lessons]
     shapes = abstract_params("unet", unet_config)
@@ -75,15 +75,13 @@ def put_teachers(
         return for_each_stack(lambda rows: _put_stack(path, leaves[rows], mesh, dtype), path, leaf, len(leaves), mesh)
 
     unets = jax.tree.map_with_path(put, shapes, *unets)
-    rows, distinct = encoder_rows(base, teachers)
-    others = [teacher.text_params(base) for teacher in distinct]
-    encoders = {
-        "base": put_params(base.text_params(), mesh, dtype),
-        "others": _put_stacked(others, mesh, dtype, sharding.COPY) if others else None,
-    }
+    rows, own = encoder_rows(base, teachers, mesh.shape["teacher"])
+    text = [teacher.text_params(base) for teacher in own]
+    text = jax.tree.map_with_path(lambda path, *leaves: _put_stack(path, leaves, mesh, dtype), *text) if text else None
     numbers = {"encoder": rows, "styles": [(lesson.first_style, lesson.num_styles) for lesson in lessons]}
     numbers = {name: np.asarray(value, np.int32) for name, value in numbers.items()}
-    return {"unet": unets} | sharding.put_whole(numbers, mesh, sharding.TEACHERS), encoders
+    numbers = sharding.put_whole(numbers, mesh, sharding.TEACHERS)
+    return {"unet": unets, "text": text} | numbers, {"base": put_params(base.text_params(), mesh, dtype)}
 
 
 def _with_table(params, shapes):
@@ -102,7 +100,7 @@ def abstract_teachers(
 
     Args:
       unet_config: of the UNet that runs the teachers'.
-      num_encoders: distinct text encoders of the teachers besides the base's.
+      num_encoders: rows of their own text encoders, of all shards.
     """
 
     numbers = {
@@ -119,8 +117,8 @@ def abstract_teachers(
 
     unets = jax.tree.map_with_path(describe, abstract_params("unet", unet_config))
     texts = {name: base.abstract(name) for name in base.text_encoders}
-    others = described(texts, mesh, dtype, leading=(num_encoders,)) if num_encoders else None
-    return {"unet": unets} | numbers, {"base": described(texts, mesh, dtype), "others": others}
+    text = described(texts, mesh, dtype, sharding.TEACHERS, (num_encoders,)) if num_encoders else None
+    return {"unet": unets, "text": text} | numbers, {"base": described(texts, mesh, dtype)}
 
 
 def for_each_stack(make: Callable[[slice], Any], path, leaf, num_teachers: int, mesh: Mesh | AbstractMesh):
@@ -155,19 +153,28 @@ def _described(path, leaf, mesh, dtype, spec, leading):
     return jax.ShapeDtypeStruct((*leading, *leaf.shape), layers.stored_dtype(path, dtype), sharding=placed)
 
 
-def encoder_rows(base: Checkpoint, teachers: Sequence[Checkpoint]) -> tuple[list[int], list[Checkpoint]]:
-    """Finds equal text encoders, by content: a row per teacher (-1 is the base's), and one checkpoint per row.
+def encoder_rows(base: Checkpoint, teachers: Sequence[Checkpoint], shards: int) -> tuple[list[int], list[Checkpoint]]:
+    """Finds equal text encoders, by content, among the teachers of each shard.
 
     A teacher's are the one or two of its family; those that it lacks are the base's.
+
+    Returns:
+      For each teacher the row of its shard that holds its encoders, -1 where they are the base's; and for each row of
+      each shard a checkpoint. All shards have the rows of the one that needs most; those left over hold any.
     """
-    seen, rows, distinct = {base.text_digest(): -1}, [], []
-    for teacher in teachers:
-        digest = teacher.text_digest(base)
-        if digest not in seen:
-            seen[digest] = len(distinct)
-            distinct.append(teacher)
-        rows.append(seen[digest])
-    return rows, distinct
+    rows, found = [], []
+    for shard in np.split(np.arange(len(teachers)), shards):
+        seen, own = {base.text_digest(): -1}, []
+        for teacher in (teachers[number] for number in shard):
+            digest = teacher.text_digest(base)
+            if digest not in seen:
+                seen[digest] = len(own)
+                own.append(teacher)
+            rows.append(seen[digest])
+        found.append(own)
+    most = max(map(len, found))
+    any_one = [teacher for own in found for teacher in own][:1]
+    return rows, [teacher for own in found for teacher in (own + any_one * most)[:most]]
 
 
 def put_params(params: Mapping, mesh: Mesh, dtype):
@@ -180,15 +187,13 @@ def put_params(params: Mapping, mesh: Mesh, dtype):
     return jax.tree.map_with_path(one, params)
 
 
-def _put_stacked(networks: Sequence[Mapping], mesh: Mesh, dtype, spec: P):
-    return jax.tree.map_with_path(lambda path, *leaves: _put_stack(path, leaves, mesh, dtype, spec), *networks)
-
-
-def _put_stack(path, leaves, mesh, dtype, spec: P = sharding.TEACHERS):
-    """Stacks equal parameters along a new first axis placed at `spec`, reading only what each device needs."""
+def _put_stack(path, leaves, mesh, dtype):
+    """Stacks equal parameters along a new first axis, divided along `teacher`; reads only what each device needs."""
 
     def read(index):
         rows = range(len(leaves))[index[0]]
         return np.stack([np.asarray(leaves[row][index[1:]], layers.stored_dtype(path, dtype)) for row in rows])
 
-    return sharding.make((len(leaves), *leaves[0].shape), layers.stored_dtype(path, dtype), mesh, spec, read)
+    return sharding.make(
+        (len(leaves), *leaves[0].shape), layers.stored_dtype(path, dtype), mesh, sharding.TEACHERS, read
+    )

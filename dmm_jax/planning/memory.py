@@ -39,8 +39,8 @@ def held(state: Mapping, teachers, encoders, batch) -> dict[str, int]:
         "average": per_device(state.get("ema", {})),
         "discriminator": per_device(state.get("discriminator", {})),
         "gradients": per_device(params) + per_device(state.get("discriminator", {"params": {}})["params"]),
-        "teachers": per_device(teachers),
-        "text encoders": per_device(encoders),
+        "teachers": per_device(teachers) - per_device(teachers["text"]),
+        "text encoders": per_device(teachers["text"]) + per_device(encoders),
         "batch": per_device(batch),
     }
     return {kind: size for kind, size in kinds.items() if size}

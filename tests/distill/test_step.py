@@ -11,6 +11,7 @@ import pytest
 
 from dmm_jax import config as config_lib
 from dmm_jax import definitions, sharding
+from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.data.cache import LatentCache
 from dmm_jax.data.pipeline import batches
@@ -111,9 +112,31 @@ def test_dropped_prompts_are_spread_evenly_over_what_stands_for_none(run):
 
 
 def test_encoders_equal_to_the_base_are_shared(run):
-    rows, distinct = teachers.encoder_rows(run["base"], run["others"])
+    rows, distinct = teachers.encoder_rows(run["base"], run["others"], 1)
     assert rows == [-1, 0]  # The first teacher has none of its own; the second's differs.
     assert [one.name for one in distinct] == ["right"]
+
+
+class Encoded(Checkpoint):
+    """All that is asked of a checkpoint where text encoders are told apart."""
+
+    def __init__(self, digest):
+        object.__setattr__(self, "digest", digest)
+
+    def text_digest(self, base=None):
+        return self.digest
+
+
+@pytest.mark.parametrize(
+    "digests, shards, rows_held",
+    [("xbxybbbx", 1, 2), ("xbxybbbx", 2, 2), ("xbxybbbx", 4, 2), ("xbxybbbx", 8, 1), ("bbbb", 2, 0), ("xyzw", 4, 1)],
+)
+def test_a_shard_of_teachers_holds_the_encoders_of_its_own_and_each_once(digests, shards, rows_held):
+    rows, held = teachers.encoder_rows(Encoded("b"), [Encoded(digest) for digest in digests], shards)
+    assert len(held) == shards * rows_held
+    for number, (digest, row) in enumerate(zip(digests, rows, strict=True)):
+        first = number * shards // len(digests) * rows_held
+        assert digest == ("b" if row == -1 else held[first:][:rows_held][row].digest)
 
 
 def steps_with(grad_at, numbers):
