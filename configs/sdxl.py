@@ -3,8 +3,9 @@
     dmm-jax prepare --config=configs/sdxl.py
     dmm-jax train --config=configs/sdxl.py --workdir=runs/sdxl
 
-Hardware: eight GPUs with 80 GB or more; the student and its moments (41 GB in float32) are sharded over them. The base
-needs a folder, since a single file holds no tokenizers. Not run yet at this size: no hours or numbers to expect.
+Hardware: eight GPUs with 80 GB or more (39 GB each, by `dmm-jax plan`), a teacher on every two; the student and its
+moments (31 GB in float32) are divided among all. The base needs a folder, since a single file holds no tokenizers. Not
+run yet at this size: no hours to expect.
 """
 
 from dmm_jax import config as config_lib
@@ -19,6 +20,6 @@ def get_config():
     config.data.cache = "data/cache_1024"
     config.data.resolution = 1024
     config.batch_size = 32
-    config.remat = "all"
-    config.mesh.fsdp = 8
+    config.mesh.teacher = 4
+    config.mesh.fsdp = 2
     return config
