@@ -202,7 +202,10 @@ def test_teacher_and_student_of_xl_are_told_the_same_sizes_and_prompts(xl):
         "time_ids": rng.integers(0, 99, (2, 2, 6)).astype(np.int32), "style_ids": np.array([[0, 0], [1, 1]]),
     }  # fmt: skip
     own = {name: leaf for name, leaf in params.items() if name not in ("model_embedding", "add_embedding2")}
-    same = {"unet": jax.tree.map(lambda leaf: jnp.repeat(leaf[None], 2, 0), own), "encoder": jnp.array([-1, 0])}
+    same = frozen | {
+        "unet": jax.tree.map(lambda leaf: jnp.repeat(leaf[None], 2, 0), own),
+        "encoder": jnp.array([-1, 0]),
+    }
     first, second = np.asarray(errors(params, same, encoders, inputs))
     assert first.max() < 1e-9
     assert second[0] > 1e-5 and second[1] < 1e-9  # Its own encoders read a prompt otherwise, and zeros the same.

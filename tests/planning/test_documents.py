@@ -60,11 +60,11 @@ def test_what_is_written_divides_and_the_arrays_alone_fit(page, command, topolog
 
 def test_every_page_is_read():
     pages = [found.values[0] for found in commands()]
-    assert (pages.count("docs/pods.md"), pages.count("docs/plan.md")) == (4, 7) and pages.count("README.md") >= 3
+    assert (pages.count("docs/pods.md"), pages.count("docs/plan.md")) == (4, 8) and pages.count("README.md") >= 3
 
 
 def test_the_tables_estimates_are_not_below_what_was_compiled():
     rows = re.findall(r"\| ([\d.]+) of [\d.]+ \| ([\d.]+) \|", (ROOT / "docs" / "plan.md").read_text())
-    assert len(rows) == 6
+    assert len(rows) == 7
     for compiled, estimated in rows:
-        assert float(compiled) <= float(estimated) < 1.1 * float(compiled)  # v5p takes 3 GiB less than it did.
+        assert float(compiled) <= float(estimated) < 1.12 * float(compiled)
