@@ -38,7 +38,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["dmm_jax", "dmm_jax.*"]),
-    package_data={"dmm_jax": ["demo/checkpoints/**/*", "demo/checkpoints/*", "clip_bpe/**/*", "clip_bpe/*"]},
+    package_data={
+        "dmm_jax": ["world/checkpoints/**/*", "world/checkpoints/*", "text/clip_bpe/**/*", "text/clip_bpe/*"]
+    },
     install_requires=RUNTIME,
     extras_require={
         "tpu": ["jax[tpu]"],
@@ -62,5 +64,5 @@ setup(
             # ComfyUI's own code, for one file of tests, comes without its dependencies: requirements-test-alone.txt.
         ],
     },
-    entry_points={"console_scripts": ["dmm-jax = dmm_jax.cli:main"]},
+    entry_points={"console_scripts": ["dmm-jax = dmm_jax.verbs.main:main"]},
 )

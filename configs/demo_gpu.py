@@ -7,7 +7,7 @@ Expect every style to close at least 95 % of the distance from the base to the f
 processes on 16 cores, which made it wait for compilation above all; 1.2 GB of the GPU's memory in training.
 """
 
-from dmm_jax.demo import experiment
+from dmm_jax.world import experiment
 
 
 def get_config():

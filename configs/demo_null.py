@@ -5,7 +5,7 @@
 The row `none` of the report says how near: the student without a style beside the base drawn again from other noise.
 """
 
-from dmm_jax.demo import experiment
+from dmm_jax.world import experiment
 
 
 def get_config():

@@ -9,7 +9,7 @@ paper.
 Hardware: one GPU with 80 GB or more. Not run yet at this size with real weights: no hours or numbers to expect.
 """
 
-from dmm_jax import config as config_lib
+from dmm_jax.config import options as config_lib
 
 
 def get_config():

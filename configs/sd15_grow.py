@@ -6,7 +6,7 @@ A third of every batch is the finished student teaching its own styles. Hardware
 Not run at this size with real weights: no hours or numbers to expect.
 """
 
-from dmm_jax import config as config_lib
+from dmm_jax.config import options as config_lib
 
 
 def get_config():

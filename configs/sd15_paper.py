@@ -8,7 +8,7 @@ Hardware: 16 accelerators; `dmm-jax plan --config=configs/sd15_paper.py --topolo
 run at this size with real weights: no hours or numbers to expect.
 """
 
-from dmm_jax import config as config_lib
+from dmm_jax.config import options as config_lib
 
 
 def get_config():

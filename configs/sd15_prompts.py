@@ -13,7 +13,7 @@ As the paper's second stage, behind a run of configs/sd15.py: the same run, in t
 Hardware: one GPU with 80 GB or more. Not run yet at this size: no hours or numbers to expect.
 """
 
-from dmm_jax import config as config_lib
+from dmm_jax.config import options as config_lib
 
 
 def get_config():

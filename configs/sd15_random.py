@@ -1,6 +1,6 @@
 """Stable Diffusion 1.5's size with random weights: what the paper's recipe costs on a machine, before any download.
 
-    python -m dmm_jax.demo.random_checkpoints random --teachers 8 --images 1024
+    python -m dmm_jax.world.random_checkpoints random --teachers 8 --images 1024
     dmm-jax prepare --config=configs/sd15_random.py
     dmm-jax train --config=configs/sd15_random.py --workdir=random/run
     dmm-jax export random/run random/export --format dmm,diffusers,single-file --style teacher_0 --verify
@@ -8,7 +8,7 @@
 Hardware: one GPU with 80 GB or more. Figures: docs/performance.md.
 """
 
-from dmm_jax import config as config_lib
+from dmm_jax.config import options as config_lib
 
 
 def get_config():

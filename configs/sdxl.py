@@ -8,7 +8,7 @@ moments (31 GB in float32) are divided among all. The base needs a folder, since
 run yet at this size: no hours to expect.
 """
 
-from dmm_jax import config as config_lib
+from dmm_jax.config import options as config_lib
 
 
 def get_config():

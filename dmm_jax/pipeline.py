@@ -17,21 +17,22 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from dmm_jax import arguments, sharding
 from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.compare import whole_obstacles
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.checkpoints.fitted_style import with_fitted_styles
+from dmm_jax.checkpoints.formats.fitted_style import with_fitted_styles
 from dmm_jax.checkpoints.open import Checkpoint, open_checkpoint
-from dmm_jax.config import DTYPES
+from dmm_jax.config import arguments
+from dmm_jax.config.options import DTYPES
+from dmm_jax.config.styles import Style, is_schedule, style_rows
 from dmm_jax.diffusion import guidance, solvers
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.models import layers
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.text_encoders import TextConditioning, TextEncoders
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
-from dmm_jax.styles import Style, is_schedule, style_rows
-from dmm_jax.tokenizer import Tokenizers
+from dmm_jax.runtime import sharding
+from dmm_jax.text.tokenizer import Tokenizers
 
 PIXELS_DECODED = 2**21  # At once on a device: two images of 1024 x 1024, under 6 GiB by v5e's compiler.
 
@@ -208,8 +209,8 @@ class Pipeline:
           prompts: B of them.
           negative_prompts: one for all, one each, or None for none: "", and zeros for Stable Diffusion XL.
           styles: a name, a mix such as {"anime": 0.7, "photo": 0.3} (rows are mixed before the MLP), a schedule of
-            these over timesteps such as [(1000, "photo"), (600, "anime")] (`dmm_jax.styles.style_rows`), or one of
-            them per prompt. Needed by a merged model; a stock one takes none.
+            these over timesteps such as [(1000, "photo"), (600, "anime")] (`config.styles.style_rows`), or one of them
+            per prompt. Needed by a merged model; a stock one takes none.
           seeds: one per prompt, 0 to 2**32 - 1 (default 0, 1, ...). A seed draws the same noise, bit for bit, whatever
             batch it is in. The image is then the same to float rounding, which depends on the batch's size: one of its
             values of 0 to 255 may differ by 1.

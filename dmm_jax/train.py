@@ -15,11 +15,14 @@ import numpy as np
 from jax.sharding import NamedSharding
 from tqdm import tqdm
 
-from dmm_jax import config as config_lib
-from dmm_jax import config_checks, definitions, folders, parents, processes, sharding, workdirs
+from dmm_jax import distillation as definitions
+from dmm_jax.checkpoints import parents
+from dmm_jax.checkpoints.compare import check_mergeable
 from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
 from dmm_jax.checkpoints.states import StateStore
-from dmm_jax.data import pipeline as data_pipeline
+from dmm_jax.config import checks, workdirs
+from dmm_jax.config import options as config_lib
+from dmm_jax.data import batches as data_pipeline
 from dmm_jax.data.cache import LatentCache
 from dmm_jax.diffusion import solvers
 from dmm_jax.diffusion.schedule import NoiseSchedule
@@ -29,9 +32,10 @@ from dmm_jax.distill import step as distill_step
 from dmm_jax.distill import student as student_lib
 from dmm_jax.distill import teachers as teachers_lib
 from dmm_jax.distill.packing import Packing
-from dmm_jax.metrics import MetricsLog
 from dmm_jax.planning import disk, memory, requirements, text
-from dmm_jax.tokenizer import Tokenizers
+from dmm_jax.runtime import processes, sharding, storage
+from dmm_jax.runtime.metrics import MetricsLog
+from dmm_jax.text.tokenizer import Tokenizers
 
 MAX_STEPS_AHEAD = 2  # Dispatched but not done: keeps the device busy, and lets a run stop soon after it is asked to.
 TRIES = "a lower learning_rate, more warmup_steps or a smaller max_grad_norm"
@@ -56,19 +60,19 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(processes.stop_requests())
         config = incremental.resolved(config)
-        config_checks.check(config)
+        checks.check(config)
         processes.check_joined()
         mesh = sharding.make_mesh(**config.mesh)
-        config_checks.check_mesh(config, mesh.shape)
-        workdir = folders.locate(workdir)
-        folders.check_reached(workdir)
+        checks.check_mesh(config, mesh.shape)
+        workdir = storage.locate(workdir)
+        storage.check_reached(workdir)
         styles = config_lib.style_names(config)
 
         # Checkpoints: memory-mapped, nothing is read but headers.
         told = {"prediction_type": config.prediction_type}
         base = open_checkpoint(config.base, **told)
         teachers = {name: open_teacher(path, config.base, **told) for name, path in config.teachers}
-        teachers_lib.check_mergeable(base, teachers)
+        check_mergeable(base, teachers)
         old = incremental.old_student(config, base)
         lessons = incremental.lessons(teachers, old, config.grow.replay)
         names = [lesson.name for lesson in lessons]
@@ -286,7 +290,7 @@ def build_sampler(config, base, names, student_config, mesh, workdir):
     """Returns `f(step, params)` that writes samples/step_N.png: prompts down, styles across; None if not asked for."""
     if not config.samples.every:
         return None
-    from dmm_jax import images
+    from dmm_jax.gallery import images
     from dmm_jax.pipeline import Pipeline, in_dtype
 
     dtype = jnp.dtype(config.dtype)

@@ -4,4 +4,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/install.sh
-exec .venv/bin/python -m dmm_jax.cli demo "$@"
+exec .venv/bin/python -m dmm_jax demo "$@"

@@ -14,7 +14,7 @@ shift
 children=()
 trap 'kill -TERM "${children[@]}" 2>/dev/null' TERM INT
 for ((process = 0; process < processes; process++)); do
-  command=(.venv/bin/python -m dmm_jax.cli train "$@" --coordinator "localhost:${PORT:-9310}"
+  command=(.venv/bin/python -m dmm_jax train "$@" --coordinator "localhost:${PORT:-9310}"
     --num-processes "$processes" --process-id "$process")
   [ "$one_gpu_each" != --one-gpu-each ] || command=(env "JAX_LOCAL_DEVICE_IDS=$process" "${command[@]}")
   if [ "$dry_run" = --dry-run ]; then

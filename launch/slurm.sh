@@ -11,7 +11,7 @@ nodes=${1:?"$usage"}
 gpus=${2:?"$usage"}
 shift 2
 read -ra more <<< "${SBATCH_ARGUMENTS:-}"
-printf -v train '%q ' .venv/bin/python -m dmm_jax.cli train --distributed "$@"
+printf -v train '%q ' .venv/bin/python -m dmm_jax train --distributed "$@"
 command=(sbatch --job-name=dmm-jax --dependency=singleton --nodes="$nodes" --ntasks-per-node="$gpus"
   --gpus-per-node="$gpus" --signal=TERM@120 --output=slurm-%j.log "${more[@]}" --wrap="srun --kill-on-bad-exit=1 $train")
 if [ "$dry_run" = --dry-run ]; then

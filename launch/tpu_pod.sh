@@ -53,11 +53,11 @@ sudo mount -t nfs $SHARED /mnt/runs && sudo chmod a+rwx /mnt/runs"
   one)
     # Without these JAX would wait for the other hosts.
     alone="TPU_PROCESS_BOUNDS=1,1,1 TPU_CHIPS_PER_PROCESS_BOUNDS=2,2,1 TPU_VISIBLE_DEVICES=0,1,2,3"
-    printf -v command '%q ' .venv/bin/python -m dmm_jax.cli "$@"
+    printf -v command '%q ' .venv/bin/python -m dmm_jax "$@"
     run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=0 --command="cd dmm_jax; $alone $command"
     ;;
   train)
-    printf -v train '%q ' .venv/bin/python -m dmm_jax.cli train --distributed "$@"
+    printf -v train '%q ' .venv/bin/python -m dmm_jax train --distributed "$@"
     on_every_host "cd dmm_jax; nohup $train > train.log 2>&1 < /dev/null & echo \$! > train.pid"
     ;;
   log) on_every_host "tail -n 20 dmm_jax/train.log" ;;

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from dmm_jax import config as config_lib
 from dmm_jax.checkpoints import naming
-from dmm_jax.checkpoints.export import Recipe, write_single_file
 from dmm_jax.checkpoints.open import Checkpoint, Component, abstract_params, open_checkpoint
-from dmm_jax.demo import words
+from dmm_jax.checkpoints.write import Recipe, write_single_file
+from dmm_jax.config import options as config_lib
 from dmm_jax.models.unet_2d_condition import merged_config
+from dmm_jax.world import words
 
 CA, DOWN, UP_CA, UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
 CLIP = {

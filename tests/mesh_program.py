@@ -14,17 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dmm_jax import config as config_lib
-from dmm_jax import definitions, sharding
+from dmm_jax import distillation as definitions
 from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
-from dmm_jax.demo.architecture import SCHEDULER_CONFIG, TEXT_CONFIG
-from dmm_jax.demo.random_checkpoints import random_tensors
+from dmm_jax.config import options as config_lib
 from dmm_jax.distill import discriminator, incremental, student, teachers
 from dmm_jax.distill import step as distill_step
 from dmm_jax.distill.packing import Packing
 from dmm_jax.models.text_encoders import NUM_TIME_IDS
+from dmm_jax.runtime import sharding
+from dmm_jax.world.architecture import SCHEDULER_CONFIG, TEXT_CONFIG
+from dmm_jax.world.random_checkpoints import random_tensors
 
 NUM_TEACHERS, NUM_STEPS, PER_TEACHER = 8, 2, 8
 WITH_ENCODERS = (2, 5)  # Teachers whose text encoder is their own.

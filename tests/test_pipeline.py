@@ -12,9 +12,10 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dmm_jax import bench_networks, prepare
 from dmm_jax import pipeline as pipeline_lib
+from dmm_jax.bench import networks
 from dmm_jax.checkpoints.abstract import abstract_model
+from dmm_jax.data import prepare
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.pipeline import Pipeline
 from dmm_jax.planning import compiler, devices
@@ -189,7 +190,7 @@ def test_a_batch_is_divided_among_the_devices_and_comes_out_the_same(student, tr
 def test_a_part_of_xls_pictures_fits_a_v5e_beside_its_unet():
     device = compiler.tpu_mesh("v5e:2x2", teacher=1, data=4, fsdp=1).devices.flat[:1]
     placed = NamedSharding(Mesh(device, "device"), PartitionSpec())
-    config = bench_networks.described("sdxl").vae_config
+    config = networks.described("sdxl").vae_config
     model = abstract_model(lambda rngs: AutoencoderKL.from_config(config, dtype=jnp.bfloat16, rngs=rngs))
     graph, state = nnx.split(model, nnx.Param)
     decoded, encoded = (pixels // 1024**2 for pixels in (pipeline_lib.PIXELS_DECODED, prepare.PIXELS_ENCODED))

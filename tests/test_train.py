@@ -15,13 +15,15 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from dmm_jax import config as config_lib
-from dmm_jax import images, processes, train
+from dmm_jax import train
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.states import StateStore
+from dmm_jax.config import options as config_lib
 from dmm_jax.data.cache import LatentCache
-from dmm_jax.metrics import read
+from dmm_jax.gallery import images
 from dmm_jax.pipeline import Pipeline
+from dmm_jax.runtime import processes
+from dmm_jax.runtime.metrics import read
 from tests import worlds
 
 NUM_STEPS = 6  # Of `trained`.
@@ -106,7 +108,7 @@ def test_other_styles_need_another_workdir(tiny, trained):
 
 
 def test_metrics_past_the_resumed_step_are_dropped(tmp_path):
-    from dmm_jax.metrics import MetricsLog
+    from dmm_jax.runtime.metrics import MetricsLog
 
     (tmp_path / "metrics.jsonl").write_text(
         "".join(json.dumps({"step": k}) + "\n" for k in (1, 2, 3)) + '{"step": 4, "lo'

@@ -5,16 +5,16 @@ import pathlib
 import numpy as np
 from flax import nnx
 
-from dmm_jax import config as config_lib
 from dmm_jax.checkpoints import naming
-from dmm_jax.checkpoints.export import Recipe, write_folder, write_single_file
 from dmm_jax.checkpoints.open import Checkpoint, Component, open_checkpoint
-from dmm_jax.demo import world
-from dmm_jax.demo.architecture import SCHEDULER_CONFIG, TEXT_CONFIG, VAE_CONFIG
-from dmm_jax.demo.recipe import token_numbers
+from dmm_jax.checkpoints.write import Recipe, write_folder, write_single_file
+from dmm_jax.config import options as config_lib
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.clip_text import CLIPTextModel
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
+from dmm_jax.world import world
+from dmm_jax.world.architecture import SCHEDULER_CONFIG, TEXT_CONFIG, VAE_CONFIG
+from dmm_jax.world.recipe import token_numbers
 
 # Two channels in a group of a norm: with one, the norms would take away whatever timestep and style have added.
 UNET = {

@@ -1,153 +1,145 @@
-"""Weight averages: what people merge checkpoints by today, tensor by tensor, with no training.
+"""`dmm-jax average`: a weight average of checkpoints, without training, as one stock checkpoint."""
 
-A difference, or delta, is a teacher's tensor minus the base's. All arithmetic is float32, one tensor in memory at a
-time. These are baselines: one network that is a compromise, where distillation keeps the styles apart.
-"""
-
-import dataclasses
-import functools
-import hashlib
 import math
-from collections.abc import Iterable, Sequence
+import pathlib
+import sys
+from collections.abc import Sequence
 
-import numpy as np
+from dmm_jax.checkpoints import licenses, provenance
+from dmm_jax.checkpoints.compare import check_mergeable
+from dmm_jax.checkpoints.merge import METHODS, Method, merged
+from dmm_jax.checkpoints.open import Checkpoint, open_checkpoint, open_teacher
+from dmm_jax.checkpoints.write import DTYPES, Recipe, write_folder, write_single_file
+from dmm_jax.runtime.storage import check_output
 
-from dmm_jax.checkpoints import naming
-from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
-from dmm_jax.checkpoints.safetensors_io import Computed, Tensors
-
-# Methods, and what each takes beside weights, with its default. Without a validation set, TIES' paper (section 4) takes
-# scale (its lambda) 1 and density (its k) 20 % for TIES, scale 0.4 for task arithmetic; 0.1 is DARE's drop rate of 0.9.
-METHODS = {
-    "average": {},
-    "task_arithmetic": {"scale": 0.4},
-    "ties": {"scale": 1.0, "density": 0.2},
-    "dare": {"scale": 0.4, "density": 0.1, "seed": 0},
-}
+SINGLE_FILE = ".safetensors"
+COMPONENTS = ("unet", "text_encoder")  # What can be merged. A VAE is kept whole: the latents are the base's.
 
 
-def average(tensors: Iterable[np.ndarray], weights: Sequence[float]) -> np.ndarray:
-    """Returns the weighted mean of the teachers' tensors (model soups, arXiv:2203.05482); the base does not count."""
-    return weighted_sum(tensors, [weight / math.fsum(weights) for weight in weights])
+def average(
+    out: pathlib.Path,
+    base: pathlib.Path,
+    teachers: Sequence[pathlib.Path],
+    method: str,
+    weights: Sequence[float] | None = None,
+    scale: float | None = None,
+    density: float | None = None,
+    seed: int | None = None,
+    dtype: str = "float16",
+    components: str = ",".join(COMPONENTS),
+    prediction_type: str = "",
+) -> pathlib.Path:
+    """Writes the merged checkpoint and returns its path: a single file where it ends in .safetensors, else a folder.
 
-
-def weighted_sum(tensors: Iterable[np.ndarray], weights: Sequence[float]) -> np.ndarray:
-    """Returns the sum of tensors times weights, float32."""
-    return sum(np.float32(weight) * tensor for tensor, weight in zip(tensors, weights, strict=True))
-
-
-def task_arithmetic(
-    base: np.ndarray, deltas: Iterable[np.ndarray], weights: Sequence[float], scale: float
-) -> np.ndarray:
-    """Returns base + scale * sum(weight * delta) (task arithmetic, arXiv:2212.04089, section 2)."""
-    return base + np.float32(scale) * weighted_sum(deltas, weights)
-
-
-def ties(
-    base: np.ndarray, deltas: Iterable[np.ndarray], weights: Sequence[float], scale: float, density: float
-) -> np.ndarray:
-    """Returns base + scale * merged delta (TIES, arXiv:2306.01708, algorithm 1): trim, elect a sign, disjoint mean.
-
-    The sign of each entry is that of the weighted sum of the trimmed deltas; the mean is over the teachers whose
-    trimmed delta has this sign, weighted too. The paper's own weights are 1.
-    """
-    trimmed = [trim(delta, density) for delta in deltas]
-    elected = np.sign(weighted_sum(trimmed, weights))
-    total, count = np.zeros(base.shape, np.float32), np.zeros(base.shape, np.float32)
-    for delta, weight in zip(trimmed, weights, strict=True):
-        agrees = delta * elected > 0
-        np.add(total, np.float32(weight) * delta, out=total, where=agrees)
-        np.add(count, np.float32(weight), out=count, where=agrees)
-    return base + np.float32(scale) * np.divide(total, count, out=total, where=count > 0)
-
-
-def trim(delta: np.ndarray, density: float) -> np.ndarray:
-    """Returns a delta whose entries outside the largest `density` by magnitude are 0; equal magnitudes stay together.
-
-    The paper trims over the whole model. Here each tensor is trimmed by itself: that needs one tensor in memory and
-    one pass over the files, and small tensors (norms, biases), whose entries are small, do not vanish altogether.
-    """
-    kept = math.ceil(density * delta.size)
-    if kept >= delta.size:
-        return delta
-    magnitudes = np.abs(delta)
-    threshold = np.partition(magnitudes, delta.size - kept, axis=None)[delta.size - kept]
-    return np.where(magnitudes >= threshold, delta, np.float32(0))
-
-
-def drop(delta: np.ndarray, density: float, seed: int, teacher: str, key: str) -> np.ndarray:
-    """Returns a delta whose entries are kept with probability `density` and divided by it (DARE, arXiv:2311.03099).
+    On stderr it says which network is merged and which is the base's.
 
     Args:
-      teacher: what the teacher is known by, a hash of its contents; with `seed` and `key` it decides the mask, so that
-        neither the order of teachers and tensors nor the names of files do.
+      out: a new file, or a new or empty diffusers folder.
+      base: the checkpoint that the teachers come from; what is not merged is the base's.
+      teachers: checkpoints that are merged.
+      method: one of METHODS; what it does not take must be None, and None means its own default.
+      components: what is merged, of COMPONENTS with commas between them; "text_encoder" is all that there are.
+      prediction_type: of single files that do not say it; see `open_checkpoint`.
+
+    Raises:
+      ValueError: the output is taken, a number is out of range or the method takes no such option.
+      CheckpointError: a checkpoint is damaged or does not fit the base; all obstacles are named. Nothing is written.
     """
-    words = np.frombuffer(hashlib.sha256(f"{seed} {teacher} {key}".encode()).digest(), np.uint32)
-    mask = np.random.default_rng(words).random(delta.shape, np.float32) < density
-    return np.where(mask, delta / np.float32(density), np.float32(0))
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
+    how = parse_method(method, len(teachers), weights, scale=scale, density=density, seed=seed)
+    out = _check_output(pathlib.Path(out))
+    opened = [open_teacher(path, base, prediction_type=prediction_type) for path in teachers]
+    ancestor = open_checkpoint(base, prediction_type=prediction_type)
+    check_mergeable(ancestor, {str(number): one for number, one in enumerate(opened, start=1)})
+    names = [one.name for one in opened]
+    networks = networks_of(ancestor, components.split(","))
+    for line in sources(ancestor, opened, networks, method):
+        print(line, file=sys.stderr)
+    license = licenses.together(one.license for one in (ancestor, *opened))
+    recipe = Recipe(f"{method} of {', '.join(names)}", names, describe(ancestor, opened, how, networks), license)
+    write = write_single_file if out.suffix == SINGLE_FILE else write_folder
+    return write(out, merged(ancestor, opened, how, networks), dtype, recipe)
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """How checkpoints are averaged."""
+def networks_of(base: Checkpoint, components: Sequence[str] = COMPONENTS) -> tuple[str, ...]:
+    """Returns the base's networks that `components` names; by default those of which a report's baselines are merged.
 
-    name: str  # One of METHODS.
-    weights: tuple[float, ...]  # Of the teachers.
-    scale: float = 1.0  # Times the merged delta.
-    density: float = 1.0  # The share of a delta's entries that is kept.
-    seed: int = 0  # Of what DARE drops.
-
-    def merge(self, base: np.ndarray, teachers: Iterable[np.ndarray], names: Sequence[str], key: str) -> np.ndarray:
-        """Returns one merged tensor, float32.
-
-        Args:
-          base: the base's tensor, float32.
-          teachers: theirs, float32, in the order of the weights; read one after the other.
-          names: what each teacher is known by.
-          key: of the tensor.
-        """
-        if self.name == "average":
-            return average(teachers, self.weights)
-        deltas = (teacher - base for teacher in teachers)
-        if self.name == "ties":
-            return ties(base, deltas, self.weights, self.scale, self.density)
-        if self.name == "dare":
-            named = zip(deltas, names, strict=True)
-            deltas = (drop(delta, self.density, self.seed, name, key) for delta, name in named)
-        return task_arithmetic(base, deltas, self.weights, self.scale)
+    Raises:
+      ValueError: there is no such component.
+    """
+    unknown = [name for name in components if name not in COMPONENTS]
+    if unknown or not components:
+        raise ValueError(f"--components takes {', '.join(COMPONENTS)}; got {', '.join(unknown) or 'nothing'}.")
+    unet = ("unet",) if "unet" in components else ()
+    texts = base.text_encoders if "text_encoder" in components else ()
+    return unet + tuple(name for name in texts if base.has(name))
 
 
-def merged(
-    base: Checkpoint, teachers: Sequence[Checkpoint], method: Method, components: Sequence[str] = ("unet",)
-) -> Checkpoint:
-    """Returns the base with a merged UNet (or other networks), each of whose tensors is computed when it is read.
+def sources(base: Checkpoint, teachers: Sequence[Checkpoint], networks: Sequence[str], method: str) -> list[str]:
+    """Returns a line on each network of the result: whose it is."""
+    lines = []
+    for network in networks:
+        lacking = [one.name for one in teachers if not one.has(network)]
+        of = ", ".join(f"{one.name} (the base's: it has none)" if one.name in lacking else one.name for one in teachers)
+        lines.append(f"{network}: {method} of {of}")
+    kept = [name for name in base.components if name not in networks]
+    return [*lines, f"{', '.join([*kept, 'tokenizer'])}: the base's, {base.name}"]
 
-    Teachers are summed in the order of their contents' hashes, so that the same ones in any order, under any name and
-    in any file format give the same bits.
+
+def parse_method(name: str, num_teachers: int, weights: Sequence[float] | None = None, **options) -> Method:
+    """Returns a method with its weights and options, defaults filled in.
 
     Args:
-      base: the common ancestor, of which everything else is kept.
-      teachers: checkpoints that fit it.
-      method: how; its weights are in the order of `teachers`.
-      components: the networks that are merged; of a teacher without one, the base's counts.
+      weights: of the teachers; None for equal ones.
+      options: scale, density and seed; None where they are not given.
+
+    Raises:
+      ValueError: there is no such method, it does not take an option, or a number is out of range.
     """
-    pairs = sorted(zip(teachers, method.weights, strict=True), key=lambda pair: (pair[0].digest("unet"), pair[1]))
-    names = [teacher.digest("unet") for teacher, _ in pairs]
-    method = dataclasses.replace(method, weights=tuple(weight for _, weight in pairs))
-    ordered = [teacher for teacher, _ in pairs]
-    found = {name: _merged_network(name, base, ordered, names, method) for name in components}
-    return dataclasses.replace(base, components={**base.components, **found})
+    if name not in METHODS:
+        raise ValueError(f"there is no method {name!r}; there are: {', '.join(METHODS)}.")
+    given = {option: value for option, value in options.items() if value is not None}
+    unused = sorted(set(given) - set(METHODS[name]))
+    if unused:
+        takes = ", ".join(METHODS[name]) or "weights alone"
+        raise ValueError(f"{name} does not take {', '.join(unused)}; it takes {takes}. Leave it out.")
+    method = Method(name, _weights(name, num_teachers, weights), **{**METHODS[name], **given})
+    if not math.isfinite(method.scale):
+        raise ValueError(f"scale must be finite; got {method.scale}.")
+    if not 0 < method.density <= 1:
+        raise ValueError(
+            f"density must be above 0 and at most 1, the share of each difference that stays; got {method.density}."
+        )
+    return method
 
 
-def _merged_network(component, base, teachers, names, method) -> Component:
-    shapes, owners = base.shapes(component), (base, *(teacher.lent(component, base) for teacher in teachers))
-    ours, *theirs = (naming.checked(shapes, one.tensors(component), f"{component} of {one.path}") for one in owners)
+def _weights(name, num_teachers, weights) -> tuple[float, ...]:
+    weights = (1.0,) * num_teachers if weights is None else tuple(map(float, weights))
+    if not num_teachers or len(weights) != num_teachers:
+        raise ValueError(f"one weight a teacher, please: {num_teachers} teachers, {len(weights)} weights.")
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"weights must be finite; got {weights}.")
+    if name in ("average", "ties") and (min(weights) < 0 or not sum(weights)):
+        raise ValueError(f"{name} takes a mean: weights must not be negative, nor all 0; got {weights}.")
+    return weights
 
-    def read(key):
-        tensors = (np.asarray(network[key], np.float32) for network in theirs)
-        return method.merge(np.asarray(ours[key], np.float32), tensors, names, key)
 
-    entries = {
-        key: Computed(shape, np.dtype(np.float32), functools.partial(read, key)) for key, shape in shapes.items()
-    }
-    return Component(base.config(component), lambda: Tensors(entries))
+def _check_output(out: pathlib.Path) -> pathlib.Path:
+    if out.suffix != SINGLE_FILE:
+        return check_output(out)
+    if out.exists():
+        raise ValueError(f"{out} is there; nothing is overwritten. Give another name.")
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"there is no folder {out.parent} to write {out.name} in. Make it first.")
+    return out
+
+
+def describe(base: Checkpoint, teachers: Sequence[Checkpoint], method: Method, networks: Sequence[str]) -> dict:
+    """Returns the recipe: the method, what was merged, and of each parent its name, its files' hashes, its weight."""
+    options = {option: getattr(method, option) for option in METHODS[method.name]}
+    weighted = [
+        provenance.record(one) | {"weight": weight} for one, weight in zip(teachers, method.weights, strict=True)
+    ]
+    said = {"method": method.name, **options, "networks": list(networks)}
+    return said | {"base": provenance.record(base), "teachers": weighted}

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dmm_jax import vocabulary
 from dmm_jax.checkpoints import architecture, naming
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.checkpoints.safetensors_io import TensorFile, dtype_of, raw_bytes, shape_of
-from dmm_jax.folders import Location
+from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, dtype_of, raw_bytes, shape_of
+from dmm_jax.runtime.storage import Location
+from dmm_jax.text import vocabulary
 
 if TYPE_CHECKING:
-    from dmm_jax.checkpoints.lora import Lora
+    from dmm_jax.checkpoints.formats.lora import Lora
 
 
 class Place(NamedTuple):

@@ -5,13 +5,14 @@ must agree in tensors and in what no tensor tells (heads, activation, epsilon), 
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from dmm_jax.checkpoints.abstract import COMPONENTS
 from dmm_jax.checkpoints.architecture import UNKNOWN, components
 from dmm_jax.checkpoints.checkpoint import Checkpoint
+from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.naming import printable
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.models.text_encoders import CLASSES, NUM_TIME_IDS
@@ -183,3 +184,11 @@ def _noise_levels(base, checkpoint):
         config = base.scheduler_config | ({"rescale_betas_zero_snr": True} if zero_snr else {})
     told = {name: value for name, value in config.items() if name in NOISE_FIELDS}
     return NoiseSchedule.from_config(told).alphas_cumprod
+
+
+def check_mergeable(base: Checkpoint, teachers: Mapping[str, Checkpoint]) -> None:
+    """Raises CheckpointError that names everything in which a teacher does not fit the base."""
+    named = [(f"teacher {name!r} ({teacher.path})", teacher) for name, teacher in teachers.items()]
+    problems = merge_obstacles(base, named)
+    if problems:
+        raise CheckpointError("These checkpoints cannot be merged:\n" + "\n".join(f"  - {line}" for line in problems))

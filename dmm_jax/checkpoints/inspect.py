@@ -12,15 +12,16 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dmm_jax.checkpoints import naming, single_file
+from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.architecture import SD1, SD2, SDXL, architecture
 from dmm_jax.checkpoints.checkpoint import Checkpoint, is_spare
 from dmm_jax.checkpoints.compare import COMPARED, Obstacle, base_obstacles, teacher_obstacles
 from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.formats import single_file
+from dmm_jax.checkpoints.formats.safetensors_io import dtype_of, shape_of
 from dmm_jax.checkpoints.inspect_text import render
 from dmm_jax.checkpoints.naming import listed, printable
 from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
-from dmm_jax.checkpoints.safetensors_io import dtype_of, shape_of
 
 __all__ = ["inspect", "render"]
 # The published sizes: words for ModelSpec's name, block_out_channels, cross_attention_dim.

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dmm_jax.checkpoints import licenses
 from dmm_jax.checkpoints.architecture import SD2, UNKNOWN
 from dmm_jax.checkpoints.checkpoint import Checkpoint
-from dmm_jax.checkpoints.diffusers_folder import STYLES_KEY
-from dmm_jax.checkpoints.safetensors_io import HASH_TO_COME
+from dmm_jax.checkpoints.formats.diffusers_folder import STYLES_KEY
+from dmm_jax.checkpoints.formats.safetensors_io import HASH_TO_COME
 
 MERGED_FROM = "modelspec.merged_from"
 RECIPE_KEY = "dmm_jax.recipe"  # As JSON.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.checkpoints.safetensors_io import Computed, Tensors, dtype_of, shape_of
+from dmm_jax.checkpoints.formats.safetensors_io import Computed, Tensors, dtype_of, shape_of
 
 LEAVES = {
     "kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias",

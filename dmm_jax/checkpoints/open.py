@@ -9,16 +9,17 @@ import os
 import pathlib
 from collections.abc import Mapping
 
-from dmm_jax import vocabulary
-from dmm_jax.checkpoints import architecture, hub, licenses, lora, naming, single_file
+from dmm_jax.checkpoints import architecture, licenses, naming
 from dmm_jax.checkpoints.abstract import COMPONENTS, abstract_params
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component, Place, abstract
-from dmm_jax.checkpoints.diffusers_folder import STYLES_KEY, WEIGHTS, open_folder
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.checkpoints.open_clip import drop_unused_layer, open_clip_key
-from dmm_jax.checkpoints.safetensors_io import TensorFile, Tensors
-from dmm_jax.folders import Location, check_local, check_reached, in_bucket, locate
+from dmm_jax.checkpoints.formats import hub, lora, single_file
+from dmm_jax.checkpoints.formats.diffusers_folder import STYLES_KEY, WEIGHTS, open_folder
+from dmm_jax.checkpoints.formats.open_clip import drop_unused_layer, open_clip_key
+from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, Tensors
 from dmm_jax.models.unet_2d_condition import merged_config
+from dmm_jax.runtime.storage import Location, check_local, check_reached, in_bucket, locate
+from dmm_jax.text import vocabulary
 
 __all__ = ["STYLES_KEY", "WEIGHTS", "Checkpoint", "Component", "abstract_params", "open_checkpoint"]
 CELL = 8  # Pixels along the side of a latent cell, in every VAE of these models.
@@ -290,8 +291,8 @@ def _open_in_bucket(path: str | os.PathLike) -> Checkpoint:
 
 
 def _open_workdir(path: Location) -> Checkpoint:
-    from dmm_jax import config as config_lib
     from dmm_jax.checkpoints.states import restore_student
+    from dmm_jax.config import options as config_lib
 
     config = config_lib.load(path)
     base = open_checkpoint(config.base, prediction_type=config.prediction_type)

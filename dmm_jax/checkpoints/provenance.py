@@ -6,7 +6,7 @@ import re
 
 from dmm_jax.checkpoints import licenses
 from dmm_jax.checkpoints.checkpoint import Checkpoint
-from dmm_jax.folders import Location
+from dmm_jax.runtime.storage import Location
 
 SHORT_HASH = 10  # Hexadecimal digits of a file's SHA-256 by which hubs call it ("AutoV2").
 HUB_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")  # The folder of huggingface.co's ORGANISATION/NAME on a disk.

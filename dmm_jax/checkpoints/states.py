@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from dmm_jax.checkpoints import checksums
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.folders import in_bucket, locate
+from dmm_jax.runtime.storage import in_bucket, locate
 
 STATE, RECORD = "state", "record"  # What a step holds: the arrays; what they are, their checksums, and the notes.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.checkpoints.safetensors_io import Computed, Tensors, dtype_of, shape_of
+from dmm_jax.checkpoints.formats.safetensors_io import Computed, Tensors, dtype_of, shape_of
 
 TABLE = "model_embedding.weight"
 

@@ -9,7 +9,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from dmm_jax.data.sources import Example, FolderSource, ImageSource, ShapesSource
+from dmm_jax.data.sources import Example, FolderSource, ImageSource
+from dmm_jax.world.source import ShapesSource
 
 
 class _Captions(tfds.core.GeneratorBasedBuilder):

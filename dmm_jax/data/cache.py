@@ -15,7 +15,7 @@ from typing import Any, TypedDict
 import numpy as np
 from array_record.python import array_record_data_source
 
-from dmm_jax.folders import check_local
+from dmm_jax.runtime.storage import check_local
 
 FORMAT = "dmm_jax latent cache 2"
 LATENTS, TOKENS, FRAME, _ID = np.dtype("<f2"), np.dtype("<u2"), np.dtype("<i4"), np.dtype("<i8")

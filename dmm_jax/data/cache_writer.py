@@ -20,7 +20,7 @@ from dmm_jax.data.cache import (
     read_header,
     write_header,
 )
-from dmm_jax.folders import check_local
+from dmm_jax.runtime.storage import check_local
 
 
 class CacheWriter:

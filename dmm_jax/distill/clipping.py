@@ -9,7 +9,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from dmm_jax import sharding
+from dmm_jax.runtime import sharding
 
 
 def build_norm(mesh: Mesh | AbstractMesh, specs) -> Callable:

@@ -1,114 +1,209 @@
-"""One style fitted to images: every network is frozen, and one vector learns by the loss of denoising.
+"""`dmm-jax fit-style`: a vector for a new style from a handful of images, by the frozen student's own loss."""
 
-The vector is a row of the style table, before the MLP (DMM, arXiv:2504.12364, A.1), as textual inversion
-(arXiv:2208.01618) learns a word. With `mix_only` only the weights of the rows that exist are learned: the vector is
-weights @ table, N numbers.
-"""
-
-import dataclasses
-from collections.abc import Callable
-from functools import partial
+import pathlib
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from flax import nnx
-from jaxtyping import Array, Float, Int
+from tqdm import tqdm
 
-from dmm_jax.diffusion import prediction
-from dmm_jax.diffusion.schedule import add_noise
-from dmm_jax.distill.step import Objective, draw
+from dmm_jax.checkpoints.formats.fitted_style import write_fitted_style
+from dmm_jax.config import arguments
+from dmm_jax.config.styles import is_writable, parse_style, style_row, style_text
+from dmm_jax.data.encoding import encode_examples
+from dmm_jax.data.prepare import IMAGES_AT_ONCE, build_encoder
+from dmm_jax.data.sources import FolderSource
+from dmm_jax.distill import style_learning as fitting
+from dmm_jax.distill.step import Objective
+from dmm_jax.pipeline import Pipeline
+from dmm_jax.runtime.storage import check_writable
+
+HELD_OUT_DRAWS = 256  # Of noise and timestep, in all; at least one an image.
 
 
-@dataclasses.dataclass(frozen=True)
-class Frozen:
-    """The structure of the networks."""
+def fit_style(
+    model: str,
+    images: pathlib.Path,
+    name: str,
+    out: pathlib.Path,
+    base: str | None = None,
+    start: str = "",
+    mix_only: bool = False,
+    steps: int = 500,
+    batch_size: int = 8,
+    learning_rate: float = 0.03,
+    prompt_dropout: float = 0.1,
+    resolution: int = 0,
+    seed: int = 0,
+    dtype: str = "",
+) -> dict:
+    """Fits one row of the style table to captioned images, writes it, and returns what the file says of itself.
 
-    unet: nnx.GraphDef
-    text_encoders: nnx.GraphDef
+    Arguments as on the command line. "loss" holds the denoising loss on noise and timesteps that were not trained on
+    (of the same images): of the start, of each style that exists, and of what was fitted.
+
+    Raises:
+      ValueError: the model, the images, the name or the output cannot be used.
+      FloatingPointError: the loss is not finite.
+    """
+    out = pathlib.Path(out)
+    _check_new(out)
+    for option, given, least in (("steps", steps, 1), ("batch-size", batch_size, 1), ("resolution", resolution, 0)):
+        arguments.whole(f"--{option}", given, least)
+    arguments.whole("--seed", seed, 0, arguments.MAX_SEED)
+    arguments.number("--learning-rate", learning_rate, 0.0)
+    if not 0 <= prompt_dropout < 1:
+        raise ValueError(f"--prompt-dropout must lie in [0, 1); got {prompt_dropout}.")
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    pipeline = Pipeline.from_pretrained(model, dtype=dtype, base=base)
+    weights = _start(pipeline, name, start)
+    side = resolution or pipeline.unet.merged().config["sample_size"] * pipeline.cells
+    arguments.size("--resolution", side, pipeline.cells)
+    data = _encoded(pipeline, FolderSource(images, side), side, dtype, seed)
+    batch_size = min(batch_size, len(data["latents"]))
+    told = {"batch_size": batch_size, "seed": seed}
+
+    row, mix, found = _fit(
+        pipeline,
+        data,
+        weights,
+        _objective(pipeline, prompt_dropout),
+        steps,
+        learning_rate,
+        told | {"mix_only": mix_only},
+    )
+    if not np.isfinite(fitted := found["loss"]["fitted"]):
+        raise FloatingPointError(f"the loss is {fitted} after {steps} steps. Try a lower --learning-rate.")
+    said = {
+        "name": name,
+        "unet_sha256": pipeline.source.digest("unet"),
+        "model": pipeline.name,
+        "images": len(data["latents"]),
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "from": start or "equal parts",
+        **told,
+        **found,
+    }
+    if mix_only:
+        said["mix"] = dict(zip(pipeline.styles, mix.tolist(), strict=True))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_fitted_style(out, row, said)
+    return said
 
 
-def denoising_errors(
-    frozen: Frozen, objective: Objective, params, row: Float[Array, "1 E"], inputs: dict
-) -> Float[Array, " B"]:
-    """Returns each sample's mean squared error of the UNet's prediction, in a style (arXiv:2006.11239, eq. 14).
+def _check_new(out):
+    if out.exists():
+        raise ValueError(f"{out} is there already; nothing is overwritten. Give a new file.")
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out must be a .safetensors file; got {out}.")
+    check_writable(out)
+
+
+def _objective(pipeline, prompt_dropout) -> Objective:
+    """Returns the score loss alone, on the model's own schedule."""
+    return Objective(
+        alphas_cumprod=tuple(pipeline.schedule.alphas_cumprod.tolist()),
+        prediction_type=pipeline.schedule.prediction_type,
+        feature_loss_weight=0.0,
+        feature_loss="l2",
+        adversarial_weight=0.0,
+        prompt_dropout=prompt_dropout,
+        empty_ids=tuple(map(tuple, np.unique(pipeline.tokenizers(["", None]), axis=0).tolist())),
+    )
+
+
+def _fit(pipeline, data, weights, objective, steps, learning_rate, told) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Learns a row, or a mix, from the mix `weights` (N,) on.
+
+    Returns the row (E,), what was learned, and {"loss": the losses, "seconds": of the learning}.
 
     Args:
-      objective: of which the schedule and the prediction type are read.
-      params: {"unet": ..., "text_encoders": ...}.
-      inputs: leaves (B, ...): latents, noise, timesteps, input_ids, time_ids (which only SDXL is told).
+      told: how the step draws and what it learns, as `fitting.build_fit_step` takes it.
     """
-    alphas_cumprod = jnp.asarray(objective.alphas_cumprod, jnp.float32)
-    text = nnx.merge(frozen.text_encoders, params["text_encoders"])(inputs["input_ids"])
-    noisy = add_noise(inputs["latents"], inputs["noise"], inputs["timesteps"], alphas_cumprod)
-    target = inputs["noise"]
-    if objective.prediction_type == "v_prediction":
-        alpha_bar = alphas_cumprod[inputs["timesteps"]]
-        target = prediction.velocity(inputs["latents"], inputs["noise"], alpha_bar)
-    style = jnp.broadcast_to(row, (len(noisy), row.shape[1]))
-    conditions = {"style_embedding": style, "added_cond": text.added_cond(inputs["time_ids"])}
-    unet = nnx.merge(frozen.unet, params["unet"])
-    predicted = unet(noisy, inputs["timesteps"], text.encoder_hidden_states, **conditions).sample
-    return jnp.mean(jnp.square(predicted - target), axis=(1, 2, 3))
+    frozen = fitting.Frozen(pipeline.unet.graph, pipeline.text_encoders.graph)
+    params = {"unet": pipeline.unet.params, "text_encoders": pipeline.text_encoders.params}
+    optimizer = optax.adamw(optax.cosine_decay_schedule(learning_rate, steps), weight_decay=0.0)
+    step = fitting.build_fit_step(frozen, objective, optimizer, **told)
+    held_out = fitting.build_held_out(frozen, objective)
+    inputs = held_out_inputs(data, told["batch_size"], len(objective.alphas_cumprod), told["seed"])
+
+    def loss_of(row):
+        return float(held_out(params, row, inputs))
+
+    def row_of(weights):
+        return fitting.row_of(jnp.asarray(weights, jnp.float32)[None], params, True)
+
+    learned = jnp.asarray(weights)[None] if told["mix_only"] else row_of(weights)
+    loss = {"start": loss_of(row_of(weights))}
+    loss["styles"] = {style: loss_of(row_of(style_row(style, pipeline.styles))) for style in pipeline.styles}
+    state = {"step": jnp.int32(0), "learned": jnp.copy(learned), "opt_state": optimizer.init(learned)}
+    began = time.perf_counter()
+    with tqdm(total=steps, unit="step", desc="fit-style", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
+        for _ in range(steps):  # One compiled step; the batch is drawn within it, from (seed, step).
+            state, now = step(state, params, data)
+            bar.update()
+            if bar.n % 20 == 0:
+                bar.set_postfix(loss=f"{float(now):.4f}")
+    row = fitting.row_of(state["learned"], params, told["mix_only"])
+    loss["fitted"] = loss_of(row)
+    seconds = round(time.perf_counter() - began, 1)
+    return np.asarray(row)[0], np.asarray(state["learned"])[0], {"loss": loss, "seconds": seconds}
 
 
-def row_of(learned: Float[Array, "1 _"], params, mix_only: bool) -> Float[Array, "1 E"]:
-    """Returns the row that is learned: `learned` itself (1, E), or the mix of the table that it weighs (1, N)."""
-    if not mix_only:
-        return learned
-    table = params["unet"]["model_embedding"]["embedding"]
-    return jnp.matmul(learned, table, precision=jax.lax.Precision.HIGHEST)
+def report(said: dict) -> str:
+    """Says in a few lines whether anything was learned: the losses, the best existing style's beside them."""
+    loss = said["loss"]
+    best = min(loss["styles"], key=loss["styles"].get)
+    lines = [
+        f"{said['name']}: {said['steps']} steps on {said['images']} images in {said['seconds']} s. "
+        "Denoising loss of these images, on noise that was not trained on:",
+        f"  start ({said['from']}): {loss['start']:.5f}",
+        f"  best style there was ({best}): {loss['styles'][best]:.5f}",
+        f"  fitted: {loss['fitted']:.5f}",
+    ]
+    if "mix" in said:
+        lines.append(f"  as a mix: {style_text(said['mix'])}")
+    if not loss["fitted"] < min(loss["start"], loss["styles"][best]):
+        lines.append(f"Nothing was gained on {best}: use that style, or try more --steps or another --learning-rate.")
+    return "\n".join(lines)
 
 
-def sample_places(seed: int, step: Int[Array, ""], batch_size: int, num_images: int) -> Int[Array, " batch_size"]:
-    """Returns which images make up a batch, from (seed, step) alone: one shuffled pass over all after another."""
-
-    def one(place):
-        order = jax.random.permutation(jax.random.fold_in(jax.random.key(seed), place // num_images), num_images)
-        return order[place % num_images]
-
-    return jax.vmap(one)(step * batch_size + jnp.arange(batch_size))
-
-
-def build_fit_step(
-    frozen: Frozen,
-    objective: Objective,
-    optimizer: optax.GradientTransformation,
-    *,
-    batch_size: int,
-    mix_only: bool,
-    seed: int,
-) -> Callable:
-    """Returns the jitted `step(state, params, images) -> (state, loss)`, its state donated.
-
-    Args:
-      objective: of which the schedule, the prediction type, the prompt dropout and the empty prompts are read.
-
-    The state is {"step", "learned", "opt_state"}; `images` has leaves (I, ...): latents, input_ids, time_ids.
-    """
-
-    def step(state, params, images):
-        places = sample_places(seed, state["step"], batch_size, len(images["latents"]))
-        batch = jax.tree.map(lambda leaf: leaf[places], images)
-        key = jax.random.fold_in(jax.random.key(seed + 1), state["step"])
-        inputs = draw(objective, key, jnp.arange(batch_size), jnp.array([0, 1]), batch)
-
-        def loss_of(learned):
-            row = row_of(learned, params, mix_only)
-            return jnp.mean(denoising_errors(frozen, objective, params, row, inputs))
-
-        loss, grads = jax.value_and_grad(loss_of)(state["learned"])
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["learned"])
-        learned = optax.apply_updates(state["learned"], updates)
-        return {"step": state["step"] + 1, "learned": learned, "opt_state": opt_state}, loss
-
-    return jax.jit(step, donate_argnums=0)
+def _start(pipeline, name, start):
+    """Returns the weights (N,) of the style to start from."""
+    if not pipeline.styles:
+        raise ValueError(f"{pipeline.source.path} is a stock checkpoint; a style is fitted to a merged model.")
+    if name in pipeline.styles:
+        raise ValueError(f"there is a style {name!r} in {pipeline.source.path}. Give --name another.")
+    if not is_writable(name):
+        raise ValueError(f"a style's name must be writable in a mix, without '=', ',' or line breaks; got {name!r}.")
+    if start:
+        return style_row(parse_style(start), pipeline.styles)
+    return np.full(len(pipeline.styles), 1.0 / len(pipeline.styles), np.float32)
 
 
-def build_held_out(frozen: Frozen, objective: Objective) -> Callable:
-    """Returns the jitted `f(params, row (1, E), inputs) -> mean loss`; inputs have leaves (K, B, ...)."""
+def _encoded(pipeline, source, side, dtype, seed) -> dict[str, jax.Array]:
+    """Returns latents (I, h, w, C), input_ids (I, L) and time_ids (I, 6) of all images, on the device."""
+    scaling_factor, encode = build_encoder(pipeline.source, dtype)
+    examples = [source[index] for index in range(len(source))]
+    parts = [examples[first : first + IMAGES_AT_ONCE] for first in range(0, len(examples), IMAGES_AT_ONCE)]
+    at_once = min(IMAGES_AT_ONCE, len(examples))
+    latents = np.concatenate([encode_examples(part, encode, at_once, seed) for part in parts]) * scaling_factor
+    input_ids = pipeline.tokenizers([example["caption"] for example in examples])
+    time_ids = np.tile(np.array([side, side, 0, 0, side, side], np.float32), (len(examples), 1))
+    return jax.device_put({"latents": np.float32(latents), "input_ids": np.int32(input_ids), "time_ids": time_ids})
 
-    def mean_loss(params, row, inputs):
-        return jnp.mean(jax.lax.map(partial(denoising_errors, frozen, objective, params, row), inputs))
 
-    return jax.jit(mean_loss)
+def held_out_inputs(data, batch_size: int, num_timesteps: int, seed: int) -> dict:
+    """Returns fixed samples (K, B, ...): every image equally often, evenly spread timesteps, noise of their own."""
+    num_images = len(data["latents"])
+    num_batches = -(-max(HELD_OUT_DRAWS, num_images) // batch_size)
+    places = np.arange(num_batches * batch_size) % num_images
+    rng = np.random.default_rng([seed, 1])
+    timesteps = rng.permutation((np.arange(len(places)) + 0.5) / len(places) * num_timesteps).astype(np.int32)
+    noise = rng.standard_normal((len(places), *data["latents"].shape[1:]), np.float32)
+    flat = {key: np.asarray(leaf)[places] for key, leaf in data.items()} | {"noise": noise, "timesteps": timesteps}
+    return jax.device_put({key: leaf.reshape(num_batches, batch_size, *leaf.shape[1:]) for key, leaf in flat.items()})

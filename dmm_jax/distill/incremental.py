@@ -9,16 +9,16 @@ from collections.abc import Mapping
 import ml_collections
 import numpy as np
 
-from dmm_jax import config as config_lib
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.compare import teacher_obstacles
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.checkpoints.export import fold
 from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
 from dmm_jax.checkpoints.styles import select
+from dmm_jax.checkpoints.write import fold
+from dmm_jax.config import options as config_lib
 from dmm_jax.distill.teachers import Lesson
-from dmm_jax.folders import locate
 from dmm_jax.models.unet_2d_condition import style_mlp_name
+from dmm_jax.runtime.storage import locate
 
 REPLAY = "replay"  # The name of a row in which the old student teaches.
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from dmm_jax import sharding
+from dmm_jax.runtime import sharding
 
 # cuDNN reads a kernel (h, w, I, O), and writes its gradient, with the output channel first. Were the state laid out
 # otherwise, kernels, gradients and moments would be turned over, and copied, at every step.

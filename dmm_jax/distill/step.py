@@ -17,13 +17,13 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from dmm_jax import sharding
 from dmm_jax.diffusion import schedule as noise_schedule
 from dmm_jax.diffusion.prediction import to_x0
 from dmm_jax.distill import adversarial, losses
 from dmm_jax.distill.teachers import stacked
 from dmm_jax.models.text_encoders import TextConditioning
 from dmm_jax.models.unet_2d_condition import UNetOutput
+from dmm_jax.runtime import sharding
 
 ONCE = ("teacher", "data")  # Along these the student is gathered and its gradients are summed once a step.
 FOR_STYLE, FOR_DISCRIMINATOR = 3, 4  # Numbers of a sample's further keys.

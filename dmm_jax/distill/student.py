@@ -12,10 +12,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dmm_jax import sharding
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.distill import clipping
 from dmm_jax.models.unet_2d_condition import style_mlp_name
+from dmm_jax.runtime import sharding
 
 
 def style_params(config: Mapping, style_init: str, seed: int) -> dict:

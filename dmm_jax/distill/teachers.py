@@ -17,20 +17,10 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dmm_jax import sharding
 from dmm_jax.checkpoints.abstract import abstract_params
-from dmm_jax.checkpoints.compare import merge_obstacles
-from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.open import Checkpoint
 from dmm_jax.models import layers
-
-
-def check_mergeable(base: Checkpoint, teachers: Mapping[str, Checkpoint]) -> None:
-    """Raises CheckpointError that names everything in which a teacher does not fit the base."""
-    named = [(f"teacher {name!r} ({teacher.path})", teacher) for name, teacher in teachers.items()]
-    problems = merge_obstacles(base, named)
-    if problems:
-        raise CheckpointError("These checkpoints cannot be merged:\n" + "\n".join(f"  - {line}" for line in problems))
+from dmm_jax.runtime import sharding
 
 
 def lent_by_base(base: Checkpoint, teachers: Mapping[str, Checkpoint]) -> list[str]:

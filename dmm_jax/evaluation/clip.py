@@ -18,16 +18,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 from PIL import Image
 
-from dmm_jax import sharding
 from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.checkpoint import Place
-from dmm_jax.checkpoints.diffusers_folder import read_json, weight_files
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.checkpoints.safetensors_io import TensorFile, Tensors
+from dmm_jax.checkpoints.formats.diffusers_folder import read_json, weight_files
+from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, Tensors
 from dmm_jax.models.clip_text import CLIPTextModelWithProjection
 from dmm_jax.models.clip_vision import CLIPVisionModelWithProjection
-from dmm_jax.tokenizer import Tokenizer
+from dmm_jax.runtime import sharding
+from dmm_jax.text.tokenizer import Tokenizer
 
 # By the SHA-256 of model.safetensors, as the hub lists it.
 PUBLISHED = {"a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb": "openai/clip-vit-large-patch14"}

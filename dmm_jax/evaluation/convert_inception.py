@@ -11,8 +11,8 @@ import sys
 
 import numpy as np
 
-from dmm_jax.checkpoints import safetensors_io
 from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.formats import safetensors_io
 from dmm_jax.evaluation.inception import CONTENTS, PUBLISHED_SHA256, SOURCE, contents_sha256
 
 

@@ -8,7 +8,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from dmm_jax.checkpoints import safetensors_io
+from dmm_jax.checkpoints.formats import safetensors_io
 from dmm_jax.evaluation.convert_inception import published_tensors
 from dmm_jax.evaluation.inception import CONTENTS, SOURCE, contents_sha256
 from dmm_jax.evaluation.lpips import PUBLISHED_SHA256

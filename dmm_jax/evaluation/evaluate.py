@@ -15,10 +15,9 @@ import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from dmm_jax import config as config_lib
-from dmm_jax import config_checks
-from dmm_jax import metrics as metrics_lib
 from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.config import checks
+from dmm_jax.config import options as config_lib
 from dmm_jax.evaluation import clip, fidelity, lpips
 from dmm_jax.evaluation.kid import NUM_SUBSETS, SUBSET_SIZE, Features, kernel_inception_distance
 from dmm_jax.evaluation.models import OTHER_DTYPE, Models, merge_options
@@ -26,9 +25,10 @@ from dmm_jax.evaluation.networks import SHAPES, FeatureNetwork, of_shapes_world,
 from dmm_jax.evaluation.prompts import SHAPES_WORLD, choose
 from dmm_jax.evaluation.report import Interpolation, Pairs, write_report
 from dmm_jax.evaluation.style_matrix import Kept, style_matrix
-from dmm_jax.folders import Location, in_bucket, locate
+from dmm_jax.gallery.sample import draw
 from dmm_jax.pipeline import Pipeline
-from dmm_jax.sample import draw
+from dmm_jax.runtime import metrics
+from dmm_jax.runtime.storage import Location, in_bucket, locate
 
 TEACHER_SEED, OTHER_SEED = 10_000_000, 20_000_000  # Of the first picture's noise.
 NUM_SHOWN = 6  # Pairs of pictures a style, of those that are compared one by one.
@@ -64,7 +64,7 @@ def evaluate(
     options = config.evaluation
     options.num_images = num_images or options.num_images
     options.negative_prompt = negative_prompt or options.negative_prompt
-    config_checks.check_evaluation(options)
+    checks.check_evaluation(options)
     _check_report(workdir / "report")
     lines = _training(workdir / "metrics.jsonl")
     _check_features(features, config)
@@ -107,7 +107,7 @@ def _training(path: Location) -> list[dict]:
       ValueError: the file is damaged.
     """
     try:
-        lines = metrics_lib.read(path)
+        lines = metrics.read(path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text ({error.reason} at byte {error.start}). Move it away.") from None
     wrong = [number for number, line in enumerate(lines, start=1) if not isinstance(line, dict) or "step" not in line]

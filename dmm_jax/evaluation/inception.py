@@ -16,11 +16,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from dmm_jax import sharding
-from dmm_jax.checkpoints import naming, safetensors_io
+from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.abstract import abstract_model
+from dmm_jax.checkpoints.formats import safetensors_io
 from dmm_jax.evaluation.resize import resize_clean, resize_tf1
 from dmm_jax.models.inception_v3 import IMAGE_SIZE, NUM_FEATURES, InceptionV3
+from dmm_jax.runtime import sharding
 
 # Of pt_inception-2015-12-05-6726825d.pth (pytorch-fid), which torch-fidelity names weights-inception-2015-12-05-...
 PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"

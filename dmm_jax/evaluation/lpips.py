@@ -16,11 +16,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from dmm_jax import sharding
-from dmm_jax.checkpoints import naming, safetensors_io
+from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.abstract import abstract_model
+from dmm_jax.checkpoints.formats import safetensors_io
 from dmm_jax.evaluation.inception import CONTENTS, SOURCE, contents_sha256
 from dmm_jax.models.lpips_alex import LPIPS
+from dmm_jax.runtime import sharding
 
 # Of alexnet-owt-7be5be79.pth (torchvision) and of weights/v0.1/alex.pth (lpips 0.1.4 on PyPI).
 PUBLISHED_SHA256 = (

@@ -3,14 +3,14 @@
 import functools
 from collections.abc import Sequence
 
-from dmm_jax import config as config_lib
-from dmm_jax.average import networks_of, parse_method
-from dmm_jax.checkpoints.average import METHODS, merged
+from dmm_jax.checkpoints.average import networks_of, parse_method
 from dmm_jax.checkpoints.checkpoint import Checkpoint
+from dmm_jax.checkpoints.merge import METHODS, merged
 from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.config import options as config_lib
 from dmm_jax.distill.incremental import origins
-from dmm_jax.folders import Location
 from dmm_jax.pipeline import Pipeline
+from dmm_jax.runtime.storage import Location
 
 OTHER_DTYPE = {"float32": "bfloat16", "bfloat16": "float32"}
 

@@ -8,12 +8,13 @@ from typing import NamedTuple
 import numpy as np
 
 from dmm_jax.checkpoints.checkpoint import Checkpoint
-from dmm_jax.demo.layout import BASE, CLASSIFIER, FOLDER
-from dmm_jax.evaluation import clip, features, inception
+from dmm_jax.evaluation import clip, inception
 from dmm_jax.evaluation.frechet import Statistics, frechet_distance
 from dmm_jax.evaluation.kid import CMMD_SCALE, CMMD_SIGMA, Features, cmmd
 from dmm_jax.models.inception_v3 import NUM_FEATURES as NUM_INCEPTION_FEATURES
-from dmm_jax.tokenizer import Tokenizers
+from dmm_jax.text.tokenizer import Tokenizers
+from dmm_jax.world import classifier as features
+from dmm_jax.world.layout import BASE, CLASSIFIER, FOLDER
 
 SHAPES = "shapes"
 CLIP = "clip"

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from dmm_jax.evaluation import report_sections as sections
-from dmm_jax.folders import Location, locate
-from dmm_jax.page import render, whole_folder
+from dmm_jax.gallery.page import render
+from dmm_jax.runtime.storage import Location, locate, whole_folder
 
 _NEEDED = (
     "styles", "distance", "n", "matrix", "floor", "base", "average", "weight_merges", "gap_closed",

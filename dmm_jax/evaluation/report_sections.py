@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from dmm_jax.evaluation import figures
-from dmm_jax.page import escape
+from dmm_jax.gallery.page import escape
 
 
 def merge_gap_closed(results: Mapping, method: str) -> list[float | None]:

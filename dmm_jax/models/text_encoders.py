@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
 from dmm_jax.models.clip_text import CLIPTextModel, CLIPTextModelWithProjection
-from dmm_jax.tokenizer import NO_PROMPT
+from dmm_jax.text.tokenizer import NO_PROMPT
 
 CLASSES = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 NUM_TIME_IDS = 6  # Original height and width, top and left of the crop, target height and width: all pixels.

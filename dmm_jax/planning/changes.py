@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import ml_collections
 
-from dmm_jax import config as config_lib
-from dmm_jax import config_checks, sharding
+from dmm_jax.config import checks
+from dmm_jax.config import options as config_lib
 from dmm_jax.planning import devices
+from dmm_jax.runtime import sharding
 
 REMAT = ("none", "finest", "all")
 
@@ -49,7 +50,7 @@ def _check(config, topology):
             f"mesh.fsdp={shape['fsdp']} would lie across TPU slices, of {topology.linked} devices each: "
             f"use a divisor of {topology.linked}."
         )
-    config_checks.check_mesh(config, shape)
+    checks.check_mesh(config, shape)
 
 
 def divisible(config: ml_collections.ConfigDict, topology: devices.Topology) -> list[str]:
@@ -75,7 +76,7 @@ def divisible(config: ml_collections.ConfigDict, topology: devices.Topology) -> 
 
 def _runs(config, topology):
     try:
-        config_checks.check(config)
+        checks.check(config)
         _check(config, topology)
     except ValueError:
         return False

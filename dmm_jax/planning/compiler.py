@@ -7,8 +7,8 @@ import re
 import jax
 from jax.sharding import Mesh
 
-from dmm_jax import sharding
 from dmm_jax.planning import devices
+from dmm_jax.runtime import sharding
 
 # Compiles in a third of the time, to another code than `train`'s, which is of full effort; memory is near.
 EFFORT = {"exec_time_optimization_effort": -1.0}

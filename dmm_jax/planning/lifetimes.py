@@ -10,7 +10,7 @@ from collections.abc import Hashable
 import numpy as np
 from jax.extend import core
 
-from dmm_jax import flops
+from dmm_jax.planning import flops
 
 # Results that XLA computes inside the operation that reads them, and so never writes to memory.
 FUSED = frozenset(

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from dmm_jax.checkpoints import naming
-from dmm_jax.checkpoints.export import Recipe
 from dmm_jax.checkpoints.open import Checkpoint, Component, abstract_params, open_checkpoint
-from dmm_jax.demo import world
+from dmm_jax.checkpoints.write import Recipe
 from dmm_jax.models.unet_2d_condition import merged_config
+from dmm_jax.world import world
 
 STYLES = ("anime", "photo", "ink")
 

@@ -1,177 +1,154 @@
-"""The averages are what their papers define, and obey the laws that follow."""
+"""`dmm-jax average` as a user meets it: what is written, what is refused, nothing half-written."""
 
-import dataclasses
-import pathlib
+import hashlib
+import json
 
 import numpy as np
 import pytest
 
-from dmm_jax.checkpoints import average as lib
-from dmm_jax.checkpoints import naming
-from dmm_jax.checkpoints.average import Method, merged
-from dmm_jax.checkpoints.checkpoint import Component
-from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.checkpoints.export import Recipe, write_folder, write_single_file
+from dmm_jax.checkpoints import naming, provenance, published
+from dmm_jax.checkpoints.average import networks_of, parse_method
+from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
+from dmm_jax.checkpoints.merge import METHODS
+from dmm_jax.checkpoints.modelspec import RECIPE_KEY
 from dmm_jax.checkpoints.open import open_checkpoint
-
-RNG = np.random.default_rng(0)
-BASE = RNG.standard_normal((5, 4), np.float32)
-DELTAS = [RNG.standard_normal((5, 4), np.float32) for _ in range(3)]
-TEACHERS = [BASE + delta for delta in DELTAS]
-NAMES = ("a", "b", "c")
+from dmm_jax.verbs import main as cli
 
 
-def ties_of_one_entry(entries, kept, weights):
-    """TIES' sign and mean for one entry: Python numbers, branch by branch."""
-    entries = [entry if keep else 0.0 for entry, keep in zip(entries, kept, strict=True)]
-    total = sum(weight * entry for weight, entry in zip(weights, entries, strict=True))
-    agreeing = [(weight, entry) for weight, entry in zip(weights, entries, strict=True) if entry * total > 0]
-    return sum(w * e for w, e in agreeing) / sum(w for w, _ in agreeing) if agreeing else 0.0
+def run(tiny, out, *more):
+    paths = tiny[0]
+    teachers = ["--teachers", str(paths["left"]), str(paths["right"])]
+    return cli.main(["average", str(out), "--base", str(paths["base"]), *teachers, *map(str, more)])
 
 
-@pytest.mark.parametrize("density", [0.2, 0.55, 1.0])
-@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.5, 2.0, 1.0)])
-def test_ties_is_trim_elect_and_disjoint_mean(density, weights):
-    number = int(np.ceil(density * 20))
-    kept = [np.zeros(20, bool) for _ in DELTAS]
-    for mask, delta in zip(kept, DELTAS, strict=True):
-        mask[np.argsort(-np.abs(delta.ravel()))[:number]] = True
-    flat = [delta.ravel().tolist() for delta in DELTAS]
-    expected = [ties_of_one_entry([d[i] for d in flat], [mask[i] for mask in kept], weights) for i in range(20)]
-    found = Method("ties", weights, 0.7, density).merge(BASE, TEACHERS, NAMES, "key")
-    np.testing.assert_allclose(found, BASE + 0.7 * np.reshape(expected, (5, 4)), rtol=1e-5, atol=1e-6)
+def failing(capsys, *argv) -> str:
+    assert run(*argv) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
 
 
-def test_average_and_task_arithmetic_are_their_sums():
-    weights = (0.5, 2.0, 1.0)
-    mean = (0.5 * TEACHERS[0] + 2.0 * TEACHERS[1] + TEACHERS[2]) / 3.5
-    np.testing.assert_allclose(Method("average", weights).merge(BASE, TEACHERS, NAMES, "key"), mean, rtol=1e-5)
-    moved = BASE + 0.3 * (0.5 * DELTAS[0] - 2.0 * DELTAS[1] + DELTAS[2])
-    found = Method("task_arithmetic", (0.5, -2.0, 1.0), 0.3).merge(BASE, TEACHERS, NAMES, "key")
-    np.testing.assert_allclose(found, moved, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("out", ["model.safetensors", "folder"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_writes_a_file_and_a_folder_and_says_whose_its_networks_are(capsys, tiny, tmp_path, method, out):
+    assert run(tiny, tmp_path / out, "--method", method, "--dtype", "float32") == 0
+    said = capsys.readouterr()
+    assert said.out.strip() == str(tmp_path / out)
+    assert said.err.splitlines() == [
+        f"unet: {method} of left, right", f"text_encoder: {method} of left (the base's: it has none), right",
+        "vae, tokenizer: the base's, base",
+    ]  # fmt: skip
+    found, base = open_checkpoint(tmp_path / out), open_checkpoint(tiny[0]["base"])
+    same = {name: found.digest(name) == base.digest(name) for name in ("unet", "vae", "text_encoder")}
+    assert same == {"unet": False, "vae": True, "text_encoder": False} and found.styles is None
+    assert [path.name for path in tmp_path.iterdir()] == [out]
 
 
-def test_the_average_of_one_teacher_is_the_teacher():
-    found = Method("average", (0.3,)).merge(BASE, TEACHERS[:1], NAMES[:1], "key")
-    np.testing.assert_array_equal(found, TEACHERS[0], strict=True)
+def test_the_average_is_rounded_once_from_the_mean_of_the_teachers(tiny, tmp_path):
+    assert run(tiny, tmp_path / "x.safetensors", "--method", "average", "--weights", 1, 3) == 0
+    found = open_checkpoint(tmp_path / "x.safetensors").tensors("unet")
+    left, right = (open_checkpoint(tiny[0][name]).tensors("unet") for name in ("left", "right"))
+    for key in found:
+        np.testing.assert_allclose(found[key], (0.25 * left[key] + 0.75 * right[key]), rtol=6e-4, atol=1e-7)
+        assert found[key].dtype == np.float16
 
 
-@pytest.mark.parametrize("name", ["task_arithmetic", "ties", "dare"])
-def test_scale_0_is_the_base(name):
-    found = Method(name, (1.0, 1.0, 1.0), 0.0, 0.5).merge(BASE, TEACHERS, NAMES, "key")
-    np.testing.assert_array_equal(found, BASE, strict=True)
+@pytest.mark.parametrize("merged", ["unet", "text_encoder", "unet,text_encoder"])
+def test_what_is_merged_is_the_mean_and_all_else_the_bases(tiny, tmp_path, merged):
+    out = tmp_path / "x.safetensors"
+    assert run(tiny, out, "--method", "average", "--dtype", "float32", "--components", merged) == 0
+    base, right = open_checkpoint(tiny[0]["base"]), open_checkpoint(tiny[0]["right"])
+    left = open_checkpoint(tiny[0]["left"], base=tiny[0]["base"])  # It has no text encoder.
+    for name in ("unet", "text_encoder"):
+        found, *others = (naming.to_torch(one.params(name)) for one in (open_checkpoint(out), left, right, base))
+        for key, tensor in found.items():
+            mean = (others[0][key] + others[1][key]) / 2 if name in merged.split(",") else others[2][key]
+            np.testing.assert_allclose(tensor, mean, rtol=1e-6, atol=1e-7)
 
 
-def test_ties_of_equal_signs_and_density_1_is_the_mean_of_the_deltas():
-    teachers = [BASE + np.abs(delta) for delta in DELTAS]
-    found = Method("ties", (1.0, 1.0, 1.0)).merge(BASE, teachers, NAMES, "key")
-    np.testing.assert_allclose(found, np.mean(teachers, axis=0), rtol=1e-5, atol=1e-6)
+def test_what_a_report_compares_with_is_what_is_written_by_default(tiny):
+    base = open_checkpoint(tiny[0]["base"])
+    assert networks_of(base) == ("unet", "text_encoder")
+    assert networks_of(open_checkpoint(tiny[0]["left"])) == ("unet",)
+    assert networks_of(published.checkpoint("sdxl")) == ("unet", "text_encoder", "text_encoder_2")
+    with pytest.raises(ValueError, match="--components takes unet, text_encoder; got vae"):
+        networks_of(base, ["unet", "vae"])
 
 
-def test_trimming_keeps_the_largest_and_what_equals_them():
-    delta = np.array([3.0, -1.0, 1.0, 0.5, 0.0], np.float32)
-    np.testing.assert_array_equal(lib.trim(delta, 0.4), [3.0, -1.0, 1.0, 0.0, 0.0])
-    np.testing.assert_array_equal(lib.trim(delta, 0.01), [3.0, 0.0, 0.0, 0.0, 0.0])
-    np.testing.assert_array_equal(lib.trim(delta, 1.0), delta)
+def test_the_file_says_how_it_was_made_and_from_which_parents(tiny, tmp_path):
+    options = ("--method", "dare", "--weights", 1, 3, "--density", 0.5, "--seed", 7)
+    assert run(tiny, tmp_path / "x.safetensors", *options) == 0
+    said = TensorFile(tmp_path / "x.safetensors").metadata
+    opened = {name: open_checkpoint(path) for name, path in tiny[0].items()}
+    hashes = {name: provenance.record(one) for name, one in opened.items()}
+    (file,) = hashes["left"]["files"]
+    assert file["sha256"] == hashlib.sha256(tiny[0]["left"].read_bytes()).hexdigest()
+    assert json.loads(said[RECIPE_KEY]) == {
+        "method": "dare", "scale": 0.4, "density": 0.5, "seed": 7, "networks": ["unet", "text_encoder"],
+        "base": hashes["base"], "teachers": [hashes["left"] | {"weight": 1.0}, hashes["right"] | {"weight": 3.0}],
+    }  # fmt: skip
+    assert said["modelspec.merged_from"] == "left, right" and said["modelspec.title"] == "dare of left, right"
 
 
-def test_dares_mean_over_seeds_approaches_the_delta_and_a_kept_entry_is_rescaled():
-    drawn = np.stack([lib.drop(DELTAS[0], 0.25, seed, "teacher", "key") for seed in range(4000)])
-    np.testing.assert_allclose(drawn[drawn != 0], np.broadcast_to(4 * DELTAS[0], drawn.shape)[drawn != 0], rtol=1e-6)
-    # The mean's standard deviation is |delta| * sqrt(3 / 4000).
-    assert (np.abs(drawn.mean(0) - DELTAS[0]) < 5 * np.abs(DELTAS[0]) * (3 / 4000) ** 0.5).all()
+def test_a_teacher_that_does_not_fit_is_refused_by_what_differs(capsys, tiny, tmp_path):
+    tensors = {key: np.array(array) for key, array in TensorFile(tiny[0]["left"]).items()}
+    (wide,) = (key for key in tensors if key.endswith("input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"))
+    paths = {name: path for name, path in tiny[0].items()}
+    tensors = {
+        key: np.zeros((*array.shape[:1], 32), np.float32)
+        if "attn2.to_" in key and key.endswith(("_k.weight", "_v.weight"))
+        else array
+        for key, array in tensors.items()
+    }
+    assert wide in tensors
+    save(tmp_path / "wide.safetensors", tensors)
+    said = failing(capsys, ({**paths, "left": tmp_path / "wide.safetensors"},), tmp_path / "out", "--method", "ties")
+    assert "teacher '1'" in said and "cannot be merged" in said and "(64, 64)" in said and "(64, 32)" in said
+    assert not (tmp_path / "out").exists()
 
 
-def test_dares_mask_differs_by_seed_teacher_and_tensor_alone():
-    def masks(*words):
-        return lib.drop(np.ones((40, 5), np.float32), 0.5, *words) != 0
-
-    one = masks(0, "a", "key")
-    np.testing.assert_array_equal(one, masks(0, "a", "key"))
-    for other in (masks(1, "a", "key"), masks(0, "b", "key"), masks(0, "a", "other")):
-        assert 0.3 < np.mean(one == other) < 0.7
+def test_an_output_that_is_there_is_left_alone(capsys, tiny, tmp_path):
+    (tmp_path / "x.safetensors").write_text("mine")
+    assert "nothing is overwritten" in failing(capsys, tiny, tmp_path / "x.safetensors", "--method", "average")
+    assert "not empty" in failing(capsys, tiny, tmp_path, "--method", "average")
+    assert "there is no folder" in failing(capsys, tiny, tmp_path / "no" / "x.safetensors", "--method", "average")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
-@pytest.fixture(scope="module")
-def base(folder):
-    return open_checkpoint(folder)
+@pytest.mark.parametrize("out", ["x.safetensors", "folder"])
+def test_a_teacher_that_is_damaged_in_its_last_tensor_leaves_nothing(capsys, tiny, tmp_path, out):
+    tensors = {key: np.array(array) for key, array in TensorFile(tiny[0]["left"]).items()}
+    tensors["model.diffusion_model.time_embed.2.weight"].flat[0] = np.inf
+    save(tmp_path / "bad.safetensors", tensors)
+    (tmp_path / "out").mkdir()
+    said = failing(
+        capsys, ({**tiny[0], "left": tmp_path / "bad.safetensors"},), tmp_path / "out" / out, "--method", "average"
+    )
+    assert "bad.safetensors: NaN or infinity in time_embedding.linear_2.weight" in said
+    assert not list((tmp_path / "out").iterdir())
 
 
-def moved(base, seed):
-    rng, tensors = np.random.default_rng(seed), base.tensors("unet")
-    new = {key: tensors[key] + rng.normal(0, 0.1, tensors.shape(key)).astype(np.float32) for key in tensors}
-    components = {"unet": Component(base.unet_config, lambda: new)}
-    return dataclasses.replace(base, components=components, tokenizer_folder=None, path=pathlib.Path(f"teacher{seed}"))
+@pytest.mark.parametrize(
+    "name, count, options, said",
+    [
+        ("soup", 2, {}, "there are: average, task_arithmetic, ties, dare"),
+        ("average", 2, {"scale": 0.5}, "average does not take scale; it takes weights alone"),
+        ("ties", 2, {"seed": 1}, "ties does not take seed; it takes scale, density"),
+        ("ties", 2, {"density": 0.0}, "density must be above 0"),
+        ("dare", 2, {"density": 1.5}, "density must be above 0"),
+        ("dare", 2, {"scale": float("nan")}, "scale must be finite"),
+        ("average", 2, {"weights": [1.0]}, "2 teachers, 1 weights"),
+        ("average", 0, {}, "0 teachers"),
+        ("average", 2, {"weights": [0.0, 0.0]}, "nor all 0"),
+        ("ties", 2, {"weights": [1.0, -1.0]}, "must not be negative"),
+        ("task_arithmetic", 1, {"weights": [float("inf")]}, "weights must be finite"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(name, count, options, said):
+    with pytest.raises(ValueError, match=said):
+        parse_method(name, count, **options)
 
 
-@pytest.fixture(scope="module")
-def teachers(base):
-    return [moved(base, seed) for seed in range(3)]
-
-
-WEIGHTS = (1.0, 2.0, 3.0)
-ALL = [Method("average", WEIGHTS), Method("task_arithmetic", WEIGHTS, 0.3), Method("ties", WEIGHTS, 1.0, 0.3)]
-ALL += [Method("dare", WEIGHTS, 0.4, 0.3, 5)]
-
-
-@pytest.mark.parametrize("method", ALL, ids=lambda method: method.name)
-def test_neither_order_nor_names_nor_file_formats_of_teachers_matter(base, teachers, method, tmp_path):
-    recipe = Recipe("teacher", [], None)
-    written = [
-        write_single_file(tmp_path / "x.safetensors", teachers[0], "float32", recipe),
-        write_folder(tmp_path / "y", teachers[1], "float32", recipe),
-        write_folder(tmp_path / "z", teachers[2], "float32", recipe, 100_000),
-    ]
-    order = [2, 0, 1]
-    again = dataclasses.replace(method, weights=tuple(method.weights[i] for i in order))
-    found = merged(base, [open_checkpoint(written[i]) for i in order], again).tensors("unet")
-    expected = merged(base, teachers, method).tensors("unet")
-    assert all(np.array_equal(found[key], expected[key]) for key in expected) and len(found) == len(expected)
-    assert not all(np.array_equal(expected[key], base.tensors("unet")[key]) for key in expected)
-
-
-@pytest.mark.parametrize("method", ALL, ids=lambda method: method.name)
-def test_every_tensor_of_a_checkpoint_is_the_merge_of_its_tensors(base, teachers, method):
-    found = merged(base, teachers, method).tensors("unet")
-    names = [teacher.digest("unet") for teacher in teachers]
-    for key in ("conv_in.weight", "conv_out.bias"):
-        theirs = [teacher.tensors("unet")[key] for teacher in teachers]
-        expected = method.merge(base.tensors("unet")[key], theirs, names, key)
-        np.testing.assert_allclose(found[key], expected, rtol=1e-5, atol=1e-6)
-
-
-def test_what_is_not_the_unet_is_the_bases(base, teachers):
-    found = merged(base, teachers, ALL[0])
-    assert found.components["vae"] is base.components["vae"]
-    assert found.components["text_encoder"] is base.components["text_encoder"]
-    assert found.scheduler_config == base.scheduler_config and found.tokenizer_folder == base.tokenizer_folder
-
-
-def test_text_encoders_are_merged_where_asked_and_the_bases_counts_for_a_teacher_without(base, teachers):
-    own = {key: base.tensors("text_encoder")[key] + np.float32(3.0) for key in base.tensors("text_encoder")}
-    encoder = Component(base.config("text_encoder"), lambda: own)
-    one = dataclasses.replace(teachers[0], components={**teachers[0].components, "text_encoder": encoder})
-    found = merged(base, [one, *teachers[1:]], Method("average", (1.0, 1.0, 1.0)), ("unet", "text_encoder"))
-    unet_alone = merged(base, teachers, Method("average", (1.0, 1.0, 1.0)))
-    for key, name in naming.spellings(base.tensors("text_encoder")).items():
-        expected = base.tensors("text_encoder")[name] + np.float32(1.0)
-        np.testing.assert_allclose(found.tensors("text_encoder")[key], expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(found.tensors("unet")["conv_out.bias"], unet_alone.tensors("unet")["conv_out.bias"])
-
-
-def test_merging_reads_a_tensor_when_it_is_asked_for_and_no_other(base, teachers, monkeypatch):
-    calls = []
-    merge = Method.merge
-    monkeypatch.setattr(Method, "merge", lambda self, *args: calls.append(args[-1]) or merge(self, *args))
-    found = merged(base, teachers, ALL[0]).tensors("unet")
-    assert found.shape("conv_in.weight") == base.tensors("unet").shape("conv_in.weight") and calls == []
-    found["conv_in.weight"]
-    assert calls == ["conv_in.weight"]
-
-
-def test_a_damaged_teacher_is_named_by_its_tensor(base, teachers):
-    tensors = teachers[1].tensors("unet") | {"conv_out.bias": np.full(4, np.nan, np.float32)}
-    damaged = dataclasses.replace(teachers[1], components={"unet": Component(base.unet_config, lambda: tensors)})
-    found = merged(base, [teachers[0], damaged, teachers[2]], ALL[0]).tensors("unet")
-    with pytest.raises(CheckpointError, match="unet of teacher1: NaN or infinity in conv_out.bias"):
-        found["conv_out.bias"]
+def test_defaults_are_the_methods_own_and_negative_weights_subtract_a_task():
+    assert parse_method("ties", 3).density == 0.2 and parse_method("ties", 3).weights == (1.0, 1.0, 1.0)
+    assert parse_method("task_arithmetic", 2, [1.0, -1.0]).weights == (1.0, -1.0)

@@ -14,11 +14,12 @@ import types
 import numpy as np
 import pytest
 
-from dmm_jax.checkpoints import export, published, style_lora
+from dmm_jax.checkpoints import published, write
+from dmm_jax.checkpoints.formats import style_lora
+from dmm_jax.checkpoints.formats.safetensors_io import Computed, Tensors
 from dmm_jax.checkpoints.open import Component, open_checkpoint
-from dmm_jax.checkpoints.safetensors_io import Computed, Tensors
 from tests import families
-from tests.checkpoints import test_lora
+from tests.checkpoints.formats import test_lora
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -101,8 +102,8 @@ def files(merged, tmp_path_factory):
     """{mix: single file}, float32."""
     out = tmp_path_factory.mktemp("files")
     return {
-        name: export.write_single_file(
-            out / f"{name}.safetensors", export.fold(merged[1], weights), "float32", families.RECIPE
+        name: write.write_single_file(
+            out / f"{name}.safetensors", write.fold(merged[1], weights), "float32", families.RECIPE
         )
         for name, weights in (("base", BASE), ("style", MIX))
     }
@@ -125,7 +126,7 @@ def test_comfyui_makes_of_the_base_mix_and_a_style_file_the_styles_own_export(co
 
 def test_comfyui_predicts_from_a_single_file_what_diffusers_predicts_from_the_folder(comfy, merged, files, tmp_path):
     family, student = merged
-    out = export.write_folder(tmp_path / "x", export.fold(student, MIX), "float32", families.RECIPE)
+    out = write.write_folder(tmp_path / "x", write.fold(student, MIX), "float32", families.RECIPE)
     theirs = diffusers.UNet2DConditionModel.from_pretrained(out, subfolder="unet", local_files_only=True)
     torch.manual_seed(0)
     latents, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([7, 800])
@@ -154,7 +155,7 @@ def test_comfyui_folds_a_lora_on_layers_of_every_shape_as_we_do(comfy, folder, t
     folded = open_checkpoint(f"{folder} + {path}*0.8")
     names = {"base": base, "folded": folded}
     files = {
-        name: export.write_single_file(tmp_path / f"{name}.safetensors", one, "float32", families.RECIPE)
+        name: write.write_single_file(tmp_path / f"{name}.safetensors", one, "float32", families.RECIPE)
         for name, one in names.items()
     }
     before, wanted = (unet_of(read(file)) for file in files.values())
@@ -170,8 +171,8 @@ def full_size(name, monkeypatch):
     for component, part in source.components.items():
         entries = {key: Computed(shape, np.dtype(np.float16), None) for key, shape in source.shapes(component).items()}
         source.components[component] = Component(part.config, functools.partial(Tensors, entries))
-    monkeypatch.setattr(export, "save", lambda _, tensors, said: written.update({k: tensors.shape(k) for k in tensors}))
-    export.write_single_file(pathlib.Path("x.safetensors"), source, "float16", families.RECIPE)
+    monkeypatch.setattr(write, "save", lambda _, tensors, said: written.update({k: tensors.shape(k) for k in tensors}))
+    write.write_single_file(pathlib.Path("x.safetensors"), source, "float16", families.RECIPE)
     return {key: torch.empty(shape, dtype=torch.float16, device="meta") for key, shape in written.items()}
 
 

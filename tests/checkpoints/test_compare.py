@@ -6,10 +6,9 @@ import pathlib
 import pytest
 
 from dmm_jax.checkpoints.checkpoint import Component
-from dmm_jax.checkpoints.compare import base_obstacles, merge_obstacles, teacher_obstacles
+from dmm_jax.checkpoints.compare import base_obstacles, check_mergeable, merge_obstacles, teacher_obstacles
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.open import open_checkpoint
-from dmm_jax.distill.teachers import check_mergeable
 
 
 @pytest.fixture(scope="module")

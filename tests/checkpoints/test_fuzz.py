@@ -15,10 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dmm_jax.checkpoints import lora
 from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.formats import lora
+from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
 from dmm_jax.checkpoints.open import open_checkpoint
-from dmm_jax.checkpoints.safetensors_io import TensorFile, save
 from tests import worlds
 
 MAX_GROWTH_MB = 400

@@ -8,12 +8,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dmm_jax.checkpoints import export, naming
 from dmm_jax.checkpoints import inspect as module
+from dmm_jax.checkpoints import naming, write
+from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
 from dmm_jax.checkpoints.inspect import family, inspect, render
 from dmm_jax.checkpoints.open import open_checkpoint
-from dmm_jax.checkpoints.safetensors_io import TensorFile, save
-from dmm_jax.cli import main
+from dmm_jax.verbs.main import main
 from tests import families
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -29,7 +29,7 @@ def copy(folder, tmp_path):
 
 @pytest.fixture
 def single_file(folder, recipe, tmp_path):
-    return export.write_single_file(tmp_path / "tiny.safetensors", open_checkpoint(folder), "float16", recipe)
+    return write.write_single_file(tmp_path / "tiny.safetensors", open_checkpoint(folder), "float16", recipe)
 
 
 def edit(path, change, metadata=None):
@@ -116,7 +116,7 @@ def test_the_published_sizes_are_called_by_their_names():
 
 
 def test_a_merged_model_lists_its_styles(student, recipe, tmp_path):
-    out = export.write(tmp_path, "dmm", student, None, "bfloat16", recipe)
+    out = write.write(tmp_path, "dmm", student, None, "bfloat16", recipe)
     report = inspect([out])
     assert only(report)["styles"] == list(student.styles) and report["mergeable"]
     assert "anime, photo, ink" in render(report)
@@ -125,7 +125,7 @@ def test_a_merged_model_lists_its_styles(student, recipe, tmp_path):
 
 def test_equal_contents_have_equal_digests_wherever_they_lie(folder, recipe, tmp_path):
     source = open_checkpoint(folder)
-    file = export.write_single_file(tmp_path / "x.safetensors", source, "float32", recipe)
+    file = write.write_single_file(tmp_path / "x.safetensors", source, "float32", recipe)
     first, second = inspect([folder, file])["checkpoints"]
     assert {name: held["digest"] for name, held in first["components"].items()} == {
         name: held["digest"] for name, held in second["components"].items()

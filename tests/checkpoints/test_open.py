@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmm_jax import config as config_lib
-from dmm_jax import vocabulary
-from dmm_jax.checkpoints import export
+from dmm_jax.checkpoints import write
 from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
 from dmm_jax.checkpoints.inspect import inspect
 from dmm_jax.checkpoints.open import open_checkpoint
-from dmm_jax.checkpoints.safetensors_io import TensorFile, save
 from dmm_jax.checkpoints.states import StateStore
+from dmm_jax.config import options as config_lib
+from dmm_jax.text import vocabulary
 
 COMPONENTS = ("unet", "vae", "text_encoder")
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -30,7 +30,7 @@ def copy(folder, tmp_path):
 @pytest.fixture
 def single(folder, recipe, tmp_path):
     """The stock pipeline as a single file in float32."""
-    return export.write_single_file(tmp_path / "one.safetensors", open_checkpoint(folder), "float32", recipe)
+    return write.write_single_file(tmp_path / "one.safetensors", open_checkpoint(folder), "float32", recipe)
 
 
 def rewrite(path, change, metadata=None):
@@ -500,7 +500,7 @@ def test_a_training_run_that_has_saved_nothing_is_refused(workdir):
 
 @pytest.fixture
 def merged(student, recipe, tmp_path):
-    return export.write(tmp_path, "dmm", student, None, "float16", recipe)
+    return write.write(tmp_path, "dmm", student, None, "float16", recipe)
 
 
 def test_a_dmm_folder_brings_the_names_of_its_styles(merged, student):
@@ -516,7 +516,7 @@ def test_a_dmm_folder_from_elsewhere_has_numbered_styles(merged):
 
 @pytest.mark.parametrize("said", ["3", "[", '["a"]', '["a", "b", 3]', '["a", "b", "b"]', '{"a": 1, "b": 2, "c": 3}'])
 def test_style_names_that_are_none_are_refused(merged, said):
-    rewrite(merged / "unet" / UNET_WEIGHTS, lambda tensors: None, {"dmm_jax.styles": said})
+    rewrite(merged / "unet" / UNET_WEIGHTS, lambda tensors: None, {"dmm_jax.config.styles": said})
     with pytest.raises(CheckpointError, match="names no styles"):
         open_checkpoint(merged)
 

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dmm_jax.checkpoints import export, safetensors_io
+from dmm_jax.checkpoints import write
+from dmm_jax.checkpoints.formats import safetensors_io
 from dmm_jax.checkpoints.open import Component, open_checkpoint
 from dmm_jax.pipeline import Pipeline
 
@@ -24,8 +25,8 @@ ENOUGH = {"dmm": 250, "diffusers": 250, "single-file": 300}
 def exports(student, tmp_path_factory):
     """Every format in float32, each written by one call."""
     out = tmp_path_factory.mktemp("exports")
-    weights, recipe = np.array(list(MIX.values()), np.float32), export.Recipe("tiny", list(MIX), None)
-    return {fmt: export.write(out, fmt, student, weights, "float32", recipe) for fmt in export.CHECKPOINTS}
+    weights, recipe = np.array(list(MIX.values()), np.float32), write.Recipe("tiny", list(MIX), None)
+    return {fmt: write.write(out, fmt, student, weights, "float32", recipe) for fmt in write.CHECKPOINTS}
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_the_style_is_seen_in_the_latents(merged, ours, noise):
 def test_diffusers_opens_the_half_precision_exports(student, recipe, tmp_path, dtype):
     name = str(dtype).removeprefix("torch.")
     weights = np.array(list(MIX.values()), np.float32)
-    paths = {fmt: export.write(tmp_path, fmt, student, weights, name, recipe) for fmt in ("diffusers", "single-file")}
+    paths = {fmt: write.write(tmp_path, fmt, student, weights, name, recipe) for fmt in ("diffusers", "single-file")}
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(
         paths["diffusers"], torch_dtype=dtype, local_files_only=True, safety_checker=None
     )
@@ -112,13 +113,13 @@ def test_diffusers_opens_the_half_precision_exports(student, recipe, tmp_path, d
 def test_the_schedulers_words_reach_diffusers(student, recipe, tmp_path):
     schedule = student.scheduler_config | {"prediction_type": "v_prediction"}
     source = dataclasses.replace(student, scheduler_config=schedule)
-    out = export.write(tmp_path, "diffusers", source, np.ones(3, np.float32), "float32", recipe)
+    out = write.write(tmp_path, "diffusers", source, np.ones(3, np.float32), "float32", recipe)
     scheduler = diffusers.PNDMScheduler.from_pretrained(out, subfolder="scheduler")
     assert scheduler.config.prediction_type == "v_prediction"
     np.testing.assert_allclose(scheduler.config.beta_end, 0.012)
 
 
-@pytest.mark.parametrize("fmt", export.CHECKPOINTS)
+@pytest.mark.parametrize("fmt", write.CHECKPOINTS)
 def test_a_disk_that_fills_leaves_nothing_half_written(student, recipe, tmp_path, fmt, monkeypatch):
     calls, raw_bytes = [], safetensors_io.raw_bytes
 
@@ -130,7 +131,7 @@ def test_a_disk_that_fills_leaves_nothing_half_written(student, recipe, tmp_path
 
     monkeypatch.setattr(safetensors_io, "raw_bytes", full)
     with pytest.raises(OSError, match="No space left"):
-        export.write(tmp_path, fmt, student, np.ones(3, np.float32), "float32", recipe)
+        write.write(tmp_path, fmt, student, np.ones(3, np.float32), "float32", recipe)
     assert len(calls) == ENOUGH[fmt] + 1 and list(tmp_path.iterdir()) == []
 
 
@@ -140,7 +141,7 @@ def test_a_student_that_vanishes_while_being_written_leaves_nothing(student, rec
 
     components = {**student.components, "text_encoder": Component(student.config("text_encoder"), gone)}
     broken = dataclasses.replace(student, components=components)
-    for fmt in export.CHECKPOINTS:
+    for fmt in write.CHECKPOINTS:
         with pytest.raises(OSError, match="Input/output"):
-            export.write(tmp_path, fmt, broken, np.ones(3, np.float32), "float32", recipe)
+            write.write(tmp_path, fmt, broken, np.ones(3, np.float32), "float32", recipe)
     assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmm_jax.data.sources import FolderSource, ShapesSource
+from dmm_jax.data.sources import FolderSource
+from dmm_jax.world.source import ShapesSource
 
 builders = pytest.importorskip("dmm_jax.data.builders")
 

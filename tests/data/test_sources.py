@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from dmm_jax.data import sources
-from dmm_jax.data.sources import FolderSource, ShapesSource
-from dmm_jax.demo import world
+from dmm_jax.data.sources import FolderSource
+from dmm_jax.world import world
+from dmm_jax.world.source import ShapesSource
 
 
 def _image(path, value=0, size=(6, 4)):

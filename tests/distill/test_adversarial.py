@@ -9,7 +9,7 @@ import pytest
 
 from dmm_jax import train
 from dmm_jax.distill import adversarial
-from dmm_jax.metrics import read
+from dmm_jax.runtime.metrics import read
 
 STYLES = jnp.array([0, 1, 1])
 

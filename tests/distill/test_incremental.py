@@ -6,15 +6,16 @@ import shutil
 import numpy as np
 import pytest
 
-from dmm_jax import config as config_lib
-from dmm_jax import config_checks, parents, train
-from dmm_jax.checkpoints import provenance
+from dmm_jax import train
+from dmm_jax.checkpoints import parents, provenance
 from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.export import export_workdir
 from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.config import checks
+from dmm_jax.config import options as config_lib
 from dmm_jax.distill import incremental
-from dmm_jax.export import export_workdir
-from dmm_jax.metrics import read
 from dmm_jax.pipeline import Pipeline
+from dmm_jax.runtime.metrics import read
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +120,8 @@ def test_what_cannot_grow_is_refused(tiny, config, trained):
         incremental.resolved(wrong)
     wrong.grow.student, wrong.grow.styles = "", ("left",)
     with pytest.raises(ValueError, match="needs grow.student"):
-        config_checks.check(wrong)
+        checks.check(wrong)
     twice = config.copy_and_resolve_references()
     twice.grow.styles = ("a=left", "a=right")
     with pytest.raises(ValueError, match="two styles are to be called 'a'"):
-        config_checks.check(twice)
+        checks.check(twice)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from dmm_jax import sharding
 from dmm_jax.distill import packing as packing_lib
 from dmm_jax.distill.packing import Packing
+from dmm_jax.runtime import sharding
 
 MESH = sharding.make_mesh(data=1, devices=jax.devices()[:1])
 

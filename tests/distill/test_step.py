@@ -9,15 +9,16 @@ import numpy as np
 import optax
 import pytest
 
-from dmm_jax import config as config_lib
-from dmm_jax import definitions, sharding
+from dmm_jax import distillation as definitions
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.config import options as config_lib
+from dmm_jax.data.batches import batches
 from dmm_jax.data.cache import LatentCache
-from dmm_jax.data.pipeline import batches
 from dmm_jax.distill import clipping, incremental, student, teachers
 from dmm_jax.distill import step as distill_step
-from dmm_jax.tokenizer import Tokenizers
+from dmm_jax.runtime import sharding
+from dmm_jax.text.tokenizer import Tokenizers
 from tests import worlds
 
 ONE_STYLE = jnp.array([0, 1])  # The first, and how many.

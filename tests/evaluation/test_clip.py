@@ -7,10 +7,10 @@ import shutil
 import numpy as np
 import pytest
 
-from dmm_jax.checkpoints import safetensors_io
 from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.formats import safetensors_io
 from dmm_jax.evaluation import clip, networks
-from tests.test_tokenizer import END, IDS, write_files
+from tests.text.test_tokenizer import END, IDS, write_files
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -9,12 +9,8 @@ import shutil
 import numpy as np
 import pytest
 
-from dmm_jax import cli
-from dmm_jax.checkpoints import safetensors_io
+from dmm_jax.checkpoints.formats import safetensors_io
 from dmm_jax.checkpoints.open import open_checkpoint
-from dmm_jax.demo.layout import CLASSIFIER, FOLDER
-from dmm_jax.demo.recipe import token_numbers
-from dmm_jax.demo.words import write_tokenizer
 from dmm_jax.evaluation import evaluate as module
 from dmm_jax.evaluation import fidelity
 from dmm_jax.evaluation.evaluate import measure
@@ -22,6 +18,10 @@ from dmm_jax.evaluation.frechet import Statistics, frechet_distance
 from dmm_jax.evaluation.kid import kernel_inception_distance
 from dmm_jax.evaluation.networks import FeatureNetwork, of_shapes_world
 from dmm_jax.models.lpips_alex import LPIPS
+from dmm_jax.verbs import main as cli
+from dmm_jax.world.layout import CLASSIFIER, FOLDER
+from dmm_jax.world.recipe import token_numbers
+from dmm_jax.world.words import write_tokenizer
 from tests.evaluation.test_clip import write_clip
 from tests.models.torch_parity import abstract, draw, state_dict
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from flax import nnx
 
-from dmm_jax.checkpoints import naming, safetensors_io
+from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.formats import safetensors_io
 from dmm_jax.evaluation import convert_inception, inception
 from dmm_jax.evaluation.convert_inception import convert
 from dmm_jax.evaluation.networks import open_network

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmm_jax.checkpoints import safetensors_io
 from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.formats import safetensors_io
 from dmm_jax.evaluation import convert_lpips, lpips
 from dmm_jax.models.lpips_alex import LPIPS
 from tests.models.torch_parity import abstract, draw, state_dict

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from dmm_jax import config as config_lib
-from dmm_jax.demo import world
+from dmm_jax.config import options as config_lib
 from dmm_jax.evaluation.prompts import PROMPT_SEED, choose
+from dmm_jax.world import world
 
 
 @pytest.fixture

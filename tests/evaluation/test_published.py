@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from dmm_jax.checkpoints import naming, safetensors_io
+from dmm_jax.checkpoints import naming
+from dmm_jax.checkpoints.formats import safetensors_io
 from dmm_jax.evaluation import inception
 from dmm_jax.evaluation.frechet import Statistics, frechet_distance
 from dmm_jax.evaluation.kid import kernel_inception_distance

@@ -41,7 +41,7 @@ def test_shellcheck_finds_nothing():
 def test_local_processes_starts_each_with_its_number():
     commands = dry_run("local_processes.sh", "2", *TRAIN, environment={"PORT": "1234"})
     several = ["--coordinator", "localhost:1234", "--num-processes", "2", "--process-id"]
-    assert commands == [[".venv/bin/python", "-m", "dmm_jax.cli", "train", *TRAIN, *several, str(k)] for k in range(2)]
+    assert commands == [[".venv/bin/python", "-m", "dmm_jax", "train", *TRAIN, *several, str(k)] for k in range(2)]
 
 
 def test_local_processes_gives_each_its_gpu():
@@ -56,7 +56,7 @@ def test_slurm_submits_one_task_for_each_gpu_that_is_told_before_its_time_is_ove
     assert command == [
         "sbatch", "--job-name=dmm-jax", "--dependency=singleton", "--nodes=2", "--ntasks-per-node=8",
         "--gpus-per-node=8", "--signal=TERM@120", "--output=slurm-%j.log", "--time=1:00:00", "--account=a",
-        f"--wrap=srun --kill-on-bad-exit=1 .venv/bin/python -m dmm_jax.cli train --distributed {QUOTED} ",
+        f"--wrap=srun --kill-on-bad-exit=1 .venv/bin/python -m dmm_jax train --distributed {QUOTED} ",
     ]  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def test_tpu_pod_installs_trains_logs_stops_and_deletes_on_every_host():
         "--constraint launch/requirements.txt --python .venv '.[tpu,gcs]'" in install[-1]
         and "mount -t nfs 10.0.0.2:/runs /mnt/runs" in mount[-1]
     )
-    run = f"nohup .venv/bin/python -m dmm_jax.cli train --distributed {QUOTED}  > train.log 2>&1 < /dev/null"
+    run = f"nohup .venv/bin/python -m dmm_jax train --distributed {QUOTED}  > train.log 2>&1 < /dev/null"
     assert dry_run("tpu_pod.sh", "train", *TRAIN) == [ssh(f"cd dmm_jax; {run} & echo $! > train.pid")]
     assert dry_run("tpu_pod.sh", "log") == [ssh("tail -n 20 dmm_jax/train.log")]
     assert dry_run("tpu_pod.sh", "stop") == [ssh("kill -TERM $(cat dmm_jax/train.pid)")]
@@ -99,7 +99,7 @@ def test_tpu_pod_mounts_nothing_where_no_folder_is_shared():
 def test_tpu_pod_runs_a_verb_on_one_host_that_waits_for_no_other():
     (command,) = dry_run("tpu_pod.sh", "one", "export", "/mnt/runs/my run", "out", "--format=dmm")
     assert command[-2] == "--worker=0" and "cd dmm_jax; TPU_PROCESS_BOUNDS=1,1,1 TPU_CHIPS" in command[-1]
-    assert command[-1].endswith(r".venv/bin/python -m dmm_jax.cli export /mnt/runs/my\ run out --format=dmm ")
+    assert command[-1].endswith(r".venv/bin/python -m dmm_jax export /mnt/runs/my\ run out --format=dmm ")
 
 
 def test_gke_xpk_makes_a_cluster_and_runs_on_it():

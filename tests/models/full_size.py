@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import torch
 
-from dmm_jax.demo.random_checkpoints import SIZES
 from dmm_jax.models.text_encoders import NUM_TIME_IDS
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
+from dmm_jax.world.random_checkpoints import SIZES
 from tests.models.torch_parity import TOLERANCE, abstract, load, normal, relative_error, scaled, to_torch
 
 TIMESTEPS, NUM_TOKENS = (20, 980), 77

@@ -8,9 +8,9 @@ from flax import nnx
 
 from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.abstract import abstract_model
-from dmm_jax.demo import world
 from dmm_jax.models.text_encoders import TextEncoders
-from dmm_jax.tokenizer import Tokenizers
+from dmm_jax.text.tokenizer import Tokenizers
+from dmm_jax.world import world
 from tests import families
 from tests.models.torch_parity import SCALES, TOLERANCE
 

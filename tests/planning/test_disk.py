@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import pytest
 
-from dmm_jax import config as config_lib
 from dmm_jax.checkpoints.states import StateStore
+from dmm_jax.config import options as config_lib
 from dmm_jax.planning import disk
 
 

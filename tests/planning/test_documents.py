@@ -6,11 +6,10 @@ import shlex
 
 import pytest
 
-from dmm_jax import plan
-from dmm_jax.config_files import read_config
-from dmm_jax.planning import devices
+from dmm_jax.config.files import read_config
+from dmm_jax.planning import devices, plan
 
-ROOT = pathlib.Path(plan.__file__).parent.parent
+ROOT = pathlib.Path(plan.__file__).parents[2]
 SLICES = {"v5litepod-16": "v5e:4x4"}  # As Cloud TPU and xpk call it.
 PROGRAMS = r"dmm-jax (?:plan|train)|launch/(?:tpu_pod|gke_xpk)\.sh train|launch/(?:slurm|local_processes)\.sh"
 COMMAND = re.compile(rf"(?:{PROGRAMS}) [^`|#\n]*--config=[^`|#\n]*")

@@ -1,0 +1,139 @@
+"""Reading diffusers and DMM folders: their JSON, and weights in one file, an fp16 variant, or parts under an index."""
+
+import functools
+import json
+import pathlib
+from collections.abc import Mapping
+
+from dmm_jax.checkpoints import licenses, naming
+from dmm_jax.checkpoints.abstract import COMPONENTS
+from dmm_jax.checkpoints.architecture import MERGED, architecture, check_plain, scheduler_config
+from dmm_jax.checkpoints.checkpoint import Checkpoint, Component, Place
+from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.formats.safetensors_io import PICKLES, TensorFile, Tensors, refuse_pickle
+from dmm_jax.text.vocabulary import has_words
+
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
+    "text_encoder_2": "model",
+}  # fmt: skip
+STYLES_KEY = "dmm_jax.config.styles"  # In a file's metadata: the names of the style table's rows, as JSON.
+MAX_JSON_BYTES = 50_000_000
+
+
+def open_folder(path: pathlib.Path) -> Checkpoint:
+    """Opens a folder that holds model_index.json: stock diffusers', or DMM's.
+
+    Raises:
+      CheckpointError: what is there cannot be read; says which file.
+    """
+    index = read_json(path / "model_index.json")
+    components, files, metadata = {}, [], {}
+    for component in COMPONENTS:
+        folder = path / component
+        if (folder / "config.json").is_file():
+            config = read_json(folder / "config.json")
+            try:
+                found = weight_files(folder, WEIGHTS[component])
+            except CheckpointError as error:
+                if component != "vae":
+                    raise
+                components[component] = Component.unreadable(config, error)  # A teacher's VAE is never used.
+                continue
+            places = {key: Place(file, key) for file in found for key in file}
+            components[component] = Component(config, functools.partial(Tensors, places))
+            metadata |= found[0].metadata if component == "unet" else {}
+            files += [file.path for file in found]
+    if "unet" not in components:
+        raise CheckpointError(f"{path} holds no unet/config.json: it is no Stable Diffusion checkpoint.")
+    unet = components["unet"].config
+    check_plain(unet.get("in_channels", 4), str(path))
+    family = architecture(unet)
+    merged = unet.get("addition_embed_type") in MERGED
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    tokenizers = {name: path / name.removesuffix("_folder") for name in ("tokenizer_folder", "tokenizer_2_folder")}
+    return Checkpoint(
+        path=path,
+        kind="dmm" if merged or index.get("_class_name") == "StableDiffusionDMMPipeline" else "diffusers",
+        components=components,
+        scheduler_config=read_json(scheduler) if scheduler.is_file() else scheduler_config(family),
+        **{name: folder if has_words(folder) else None for name, folder in tokenizers.items()},
+        styles=_style_names(path, unet, metadata) if merged else None,
+        files=tuple(files),
+        license=licenses.stated(metadata, path),
+        stated=frozenset(read_json(scheduler) if scheduler.is_file() else ()),
+    )
+
+
+def read_json(path: pathlib.Path) -> dict:
+    """Reads a JSON object of bounded size; raises CheckpointError where there is none."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES} bytes: no config of ours.")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        said = naming.printable(str(error))
+        raise CheckpointError(f"{path} cannot be read as JSON ({said}). Fetch the checkpoint again.") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is no JSON object. Fetch the checkpoint again.")
+    return value
+
+
+def _style_names(path, config: Mapping, metadata: Mapping) -> tuple[str, ...]:
+    number = config.get("num_models")
+    if type(number) is not int or number < 1:
+        raise CheckpointError(f"{path}: unet/config.json has num_models={number!r}; expected the number of styles.")
+    if STYLES_KEY not in metadata:
+        return tuple(f"style_{row}" for row in range(number))
+    try:
+        names = json.loads(metadata[STYLES_KEY])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("expected a list of names")
+        if len(set(names)) != number or len(names) != number:
+            raise ValueError(f"expected {number} different names")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the metadata {STYLES_KEY!r} names no styles ({error}).") from None
+    return tuple(naming.printable(name) for name in names)
+
+
+def weight_files(folder: pathlib.Path, stem: str) -> list[TensorFile]:
+    """Finds a network's weights in a diffusers folder: one file, its fp16 variant, or the parts that an index lists.
+
+    Raises:
+      CheckpointError: there are none, only pickles, or an index that points outside the folder.
+    """
+    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
+        if (folder / name).is_file():
+            return [TensorFile(folder / name)]
+    for index in ("safetensors.index.json", "safetensors.index.fp16.json", "fp16.safetensors.index.json"):
+        if (folder / f"{stem}.{index}").is_file():
+            return _parts(folder / f"{stem}.{index}")
+    for pickle in sorted(path for path in folder.iterdir() if path.suffix in PICKLES):
+        refuse_pickle(pickle)
+    raise CheckpointError(
+        f"{folder} holds no {stem}.safetensors, no fp16 variant and no index of parts. Fetch the weights."
+    )
+
+
+def _parts(index: pathlib.Path) -> list[TensorFile]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(x, str) for x in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map of keys to file names.")
+    parts = sorted(set(weight_map.values()))
+    for part in parts:
+        if not is_basename(part):
+            raise CheckpointError(f"{index} points to {naming.printable(part)!r}; parts must lie beside it.")
+    files = {part: TensorFile(index.parent / part) for part in parts}
+    held = {(key, part) for part, file in files.items() for key in file}
+    # As pairs, so that a tensor which lies in two parts, or in another one than said, is found as well.
+    wrong = sorted({key for key, _ in held ^ set(weight_map.items())})
+    if wrong:
+        raise CheckpointError(f"{index} and its parts do not list the same tensors: {naming.listed(wrong)}.")
+    return list(files.values())
+
+
+def is_basename(name: str) -> bool:
+    """Tells whether a name from a file stays in that file's folder, on every system."""
+    return name not in ("", ".", "..") and name.isprintable() and not set(name) & set("/\\:")

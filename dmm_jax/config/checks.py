@@ -1,0 +1,148 @@
+"""What a config must hold: each check raises one ValueError that names every option out of range, and what to set."""
+
+from collections.abc import Mapping
+
+import ml_collections
+
+from dmm_jax.config import options as config_lib
+from dmm_jax.config.options import DTYPES
+from dmm_jax.config.styles import is_writable
+
+CHOICES = {
+    "student_init": ("base", "average"),
+    "style_init": ("zero", "paper"),
+    "feature_loss": ("l2", "normalized", "cosine"),
+    "dtype": DTYPES,
+    "attention": ("auto", "xla", "cudnn", "flash"),
+    "prediction_type": ("", "epsilon", "v_prediction"),
+    "learning_rate_schedule": ("constant", "cosine"),
+}
+WEIGHT_MERGES = ("average", "task_arithmetic", "ties", "dare")
+SHARES = ("prompt_dropout", "ema_decay", "adam_b1", "adam_b2")
+COUNTS = ("num_steps", "gradient_accumulation", "max_skipped_in_a_row", "num_inference_steps", "num_pairs",
+          "resolution", "batch_size", "teacher", "fsdp")  # fmt: skip
+FLOAT32_MAX, FLOAT32_TINY = 3.4e38, 1.2e-38
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError that names every option out of range, what was expected, and what to set."""
+    _refuse(_problems(config))
+
+
+def check_mesh(config: ml_collections.ConfigDict, mesh_shape: Mapping[str, int]) -> None:
+    """Raises ValueError when the images do not divide among the devices; names the numbers that would.
+
+    Args:
+      mesh_shape: devices along teacher, data and fsdp, known once the devices are.
+    """
+    columns = mesh_shape["data"] * mesh_shape["fsdp"]
+    unit = config_lib.num_rows(config) * config.gradient_accumulation * columns
+    where = f"mesh.data x mesh.fsdp = {mesh_shape['data']} x {mesh_shape['fsdp']} = {columns} devices a teacher"
+    problems = []
+    if config.batch_size % unit:
+        problems.append(
+            f"batch_size {config.batch_size} cannot be divided: {rows_told(config)} x "
+            f"gradient_accumulation {config.gradient_accumulation} on {where} want a multiple of {unit}. "
+            f"Use {_nearest(config.batch_size, unit)}, or fewer devices a teacher."
+        )
+    if config.validation_size % columns:
+        problems.append(
+            f"validation_size {config.validation_size} cannot be divided: {where} want a multiple of {columns}. "
+            f"Use {_nearest(config.validation_size, columns)}."
+        )
+    if problems:
+        raise ValueError("The config does not fit the devices:\n" + "\n".join(f"  - {line}" for line in problems))
+
+
+def rows_told(config: ml_collections.ConfigDict) -> str:
+    """Says what the rows of a batch are."""
+    grown = f" and {config.grow.replay} of grow.replay" if config.grow.student else ""
+    return f"{len(config.teachers)} teachers{grown}"
+
+
+def _nearest(value: int, unit: int) -> int:
+    return max((value + unit // 2) // unit, 1) * unit
+
+
+def _problems(config):
+    names, num_teachers, rows = config_lib.style_names(config), len(config.teachers), config_lib.num_rows(config)
+    yield not config.base and "base is empty: set the checkpoint that the teachers were fine-tuned from."
+    yield num_teachers == 0 and "teachers is empty: list at least one (style name, path)."
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"the style {name!r} is there twice: give each teacher, and each style that is kept, its own name."
+    for name in names:
+        if not is_writable(name):
+            yield f"style name {name!r} is empty or holds '=', ',' or a line break: such a mix could not be written."
+    for name, told in config_lib.licenses(config).items():
+        known = ("base", *(teacher for teacher, _ in config.teachers))
+        yield (name not in known or not told.strip()) and (
+            f"licenses has {name!r} with {told!r}; expected 'NAME=LICENCE' with a name of {', '.join(known)}."
+        )
+    yield bool(config.grow.styles) and not config.grow.student and "grow.styles needs grow.student: set the student."
+    parts = max(rows, 1) * max(config.gradient_accumulation, 1)
+    if config.batch_size < parts or config.batch_size % parts:
+        fit = max(config.batch_size - config.batch_size % parts, parts)
+        yield (
+            f"batch_size must be a positive multiple of {rows_told(config)} x gradient_accumulation = {parts}; "
+            f"got {config.batch_size}. Use {fit}."
+        )
+    yield from _values(config)
+    yield _merges_missed(config.evaluation)
+    if config.samples.every and not config.samples.prompts:
+        yield "samples.every is set but samples.prompts is empty: list the prompts to draw, or set samples.every=0."
+    sharded = config.mesh.teacher
+    if sharded > 0 and rows % sharded:
+        yield f"mesh.teacher must divide the {rows_told(config)}; got {sharded}. Use a divisor of {rows}, or 1."
+
+
+def check_evaluation(evaluation: ml_collections.ConfigDict) -> None:
+    """As `check`, but of `config.evaluation` alone, which is all that may change after training."""
+    _refuse([*_ranges(ml_collections.ConfigDict({"evaluation": evaluation})), _merges_missed(evaluation)])
+
+
+def _merges_missed(evaluation):
+    merges = tuple(evaluation.weight_merges)
+    if "average" not in merges or not set(merges) <= set(WEIGHT_MERGES) or len(set(merges)) < len(merges):
+        return (
+            f"evaluation.weight_merges must hold 'average', and each of {', '.join(WEIGHT_MERGES)} at most once; "
+            f"got {merges}."
+        )
+
+
+def check_values(config: ml_collections.ConfigDict) -> None:
+    """As `check`, but of each option by itself: what holds whether the config is to train or to prepare data."""
+    _refuse(_values(config))
+
+
+def _refuse(problems):
+    problems = [problem for problem in problems if problem]
+    if problems:
+        raise ValueError("The config cannot be run:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def _ranges(config):
+    for name, value in config_lib.flat(config.to_dict()).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and (wanted := _range_missed(name, value)):
+            yield f"{name} must {wanted}; got {value}."
+
+
+def _values(config):
+    yield from _ranges(config)
+    for name, allowed in CHOICES.items():
+        yield config[name] not in allowed and f"{name} must be one of {', '.join(allowed)}; got {config[name]!r}."
+
+
+def _range_missed(name: str, value: int | float) -> str:
+    """Says which range a number misses; "" where it lies in it. All are finite, as float32 too, none is negative."""
+    own = name.rpartition(".")[2]
+    if not abs(value) <= FLOAT32_MAX:
+        return "be a finite number"
+    if own in SHARES and not 0 <= value < 1:
+        return "lie in [0, 1)"
+    if own == "num_images" and value < 2:
+        return "be at least 2"  # A distance needs a variance.
+    if own in COUNTS and value < 1:
+        return "be at least 1"
+    if name == "adam_eps" and value < FLOAT32_TINY:
+        return f"be at least {FLOAT32_TINY}"
+    return "not be negative" if value < 0 else ""

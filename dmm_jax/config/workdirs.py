@@ -1,0 +1,95 @@
+"""The folder of a run: whose it is, looked at before any work is done; config.json, once nothing can be refused."""
+
+import os
+
+import jax
+
+from dmm_jax.config import options as config_lib
+from dmm_jax.runtime import processes, storage
+
+
+def check(workdir: storage.Location, config) -> list[str]:
+    """Returns what changed in the config since the run that is there was last started; makes nothing.
+
+    Raises:
+      ValueError: the folder is of a run on other styles or with another kind of state, or of no run, or cannot be
+        written.
+    """
+    if (workdir / "config.json").is_file():
+        old = config_lib.load(workdir)
+        before, now = config_lib.style_names(old), config_lib.style_names(config)
+        if before and before != now:
+            raise ValueError(
+                f"{workdir} was trained on the styles {', '.join(before)}; the config lists {', '.join(now)}. "
+                "Use another --workdir."
+            )
+        changed = config_lib.differences(old, config)
+        if (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
+            _check_state(workdir, old, config)
+    else:
+        with storage.reaching(workdir):
+            strangers = _strangers(workdir, config)
+        if strangers:
+            raise ValueError(
+                f"{workdir} is not empty and holds no run (config.json is missing, there is {', '.join(strangers[:5])})"
+                ". Give --workdir a new folder, an empty one, or that of a run."
+            )
+        changed = []
+    if not storage.in_bucket(workdir):
+        storage.check_writable(workdir)
+    processes.wait_for_all("workdir looked at")
+    return changed
+
+
+def _check_state(workdir, old, new):
+    """Refuses what would change which arrays a checkpoint holds, so that the newest one could not be read."""
+    kept = {
+        "ema_decay": lambda config: bool(config.ema_decay),
+        "max_grad_norm": lambda config: bool(config.max_grad_norm),
+        "style_learning_rate_scale": lambda config: config.style_learning_rate_scale != 1.0,
+        "adversarial.weight": lambda config: bool(config.adversarial.weight),
+        "adversarial.train_backbone": lambda config: (
+            bool(config.adversarial.weight) and config.adversarial.train_backbone
+        ),
+    }
+    before, after = ({name: said(config) for name, said in kept.items()} for config in (old, new))
+    told = {line.partition(":")[0]: line for line in config_lib.differences(old, new)}
+    lines = [told[name] for name in kept if before[name] != after[name] and name in told]
+    if lines:
+        raise ValueError(
+            f"{workdir} cannot go on with {'; '.join(lines)}: its checkpoints hold other arrays. Set it as it was, or "
+            "start anew in another --workdir."
+        )
+
+
+def _strangers(workdir, config) -> list[str]:
+    """Names what is there, but for empty folders and a latent cache that the config keeps there."""
+    if not workdir.exists():
+        return []
+    if not workdir.is_dir():
+        raise ValueError(f"{workdir} is a file; a run is kept in a folder. Give another --workdir.")
+    own = {os.path.abspath(f"{config.data.cache}{end}") for end in ("", ".images")}
+    there = [path for path in workdir.iterdir() if not path.is_dir() or any(path.iterdir())]
+    return sorted(path.name for path in there if os.path.abspath(path) not in own)
+
+
+def write_config(workdir: storage.Location, config) -> None:
+    """Makes the folder and writes config.json: from here on it is a run's.
+
+    Raises:
+      ValueError: it cannot be written, or another process does not see it.
+    """
+    path = workdir / "config.json"
+    if processes.is_first():
+        with storage.reaching(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+            part = path if storage.in_bucket(path) else path.with_suffix(".part")  # Objects are written whole.
+            part.write_text(config_lib.to_json(config))
+            if part != path:
+                part.replace(path)
+    processes.wait_for_all("config.json written")
+    if not path.is_file():
+        raise ValueError(
+            f"process {jax.process_index()} does not see {path}, which process 0 wrote. "
+            "Give a --workdir on a file system that all hosts share."
+        )

@@ -1,0 +1,114 @@
+"""One style fitted to images: every network is frozen, and one vector learns by the loss of denoising.
+
+The vector is a row of the style table, before the MLP (DMM, arXiv:2504.12364, A.1), as textual inversion
+(arXiv:2208.01618) learns a word. With `mix_only` only the weights of the rows that exist are learned: the vector is
+weights @ table, N numbers.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dmm_jax.diffusion import prediction
+from dmm_jax.diffusion.schedule import add_noise
+from dmm_jax.distill.step import Objective, draw
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """The structure of the networks."""
+
+    unet: nnx.GraphDef
+    text_encoders: nnx.GraphDef
+
+
+def denoising_errors(
+    frozen: Frozen, objective: Objective, params, row: Float[Array, "1 E"], inputs: dict
+) -> Float[Array, " B"]:
+    """Returns each sample's mean squared error of the UNet's prediction, in a style (arXiv:2006.11239, eq. 14).
+
+    Args:
+      objective: of which the schedule and the prediction type are read.
+      params: {"unet": ..., "text_encoders": ...}.
+      inputs: leaves (B, ...): latents, noise, timesteps, input_ids, time_ids (which only SDXL is told).
+    """
+    alphas_cumprod = jnp.asarray(objective.alphas_cumprod, jnp.float32)
+    text = nnx.merge(frozen.text_encoders, params["text_encoders"])(inputs["input_ids"])
+    noisy = add_noise(inputs["latents"], inputs["noise"], inputs["timesteps"], alphas_cumprod)
+    target = inputs["noise"]
+    if objective.prediction_type == "v_prediction":
+        alpha_bar = alphas_cumprod[inputs["timesteps"]]
+        target = prediction.velocity(inputs["latents"], inputs["noise"], alpha_bar)
+    style = jnp.broadcast_to(row, (len(noisy), row.shape[1]))
+    conditions = {"style_embedding": style, "added_cond": text.added_cond(inputs["time_ids"])}
+    unet = nnx.merge(frozen.unet, params["unet"])
+    predicted = unet(noisy, inputs["timesteps"], text.encoder_hidden_states, **conditions).sample
+    return jnp.mean(jnp.square(predicted - target), axis=(1, 2, 3))
+
+
+def row_of(learned: Float[Array, "1 _"], params, mix_only: bool) -> Float[Array, "1 E"]:
+    """Returns the row that is learned: `learned` itself (1, E), or the mix of the table that it weighs (1, N)."""
+    if not mix_only:
+        return learned
+    table = params["unet"]["model_embedding"]["embedding"]
+    return jnp.matmul(learned, table, precision=jax.lax.Precision.HIGHEST)
+
+
+def sample_places(seed: int, step: Int[Array, ""], batch_size: int, num_images: int) -> Int[Array, " batch_size"]:
+    """Returns which images make up a batch, from (seed, step) alone: one shuffled pass over all after another."""
+
+    def one(place):
+        order = jax.random.permutation(jax.random.fold_in(jax.random.key(seed), place // num_images), num_images)
+        return order[place % num_images]
+
+    return jax.vmap(one)(step * batch_size + jnp.arange(batch_size))
+
+
+def build_fit_step(
+    frozen: Frozen,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    batch_size: int,
+    mix_only: bool,
+    seed: int,
+) -> Callable:
+    """Returns the jitted `step(state, params, images) -> (state, loss)`, its state donated.
+
+    Args:
+      objective: of which the schedule, the prediction type, the prompt dropout and the empty prompts are read.
+
+    The state is {"step", "learned", "opt_state"}; `images` has leaves (I, ...): latents, input_ids, time_ids.
+    """
+
+    def step(state, params, images):
+        places = sample_places(seed, state["step"], batch_size, len(images["latents"]))
+        batch = jax.tree.map(lambda leaf: leaf[places], images)
+        key = jax.random.fold_in(jax.random.key(seed + 1), state["step"])
+        inputs = draw(objective, key, jnp.arange(batch_size), jnp.array([0, 1]), batch)
+
+        def loss_of(learned):
+            row = row_of(learned, params, mix_only)
+            return jnp.mean(denoising_errors(frozen, objective, params, row, inputs))
+
+        loss, grads = jax.value_and_grad(loss_of)(state["learned"])
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["learned"])
+        learned = optax.apply_updates(state["learned"], updates)
+        return {"step": state["step"] + 1, "learned": learned, "opt_state": opt_state}, loss
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def build_held_out(frozen: Frozen, objective: Objective) -> Callable:
+    """Returns the jitted `f(params, row (1, E), inputs) -> mean loss`; inputs have leaves (K, B, ...)."""
+
+    def mean_loss(params, row, inputs):
+        return jnp.mean(jax.lax.map(partial(denoising_errors, frozen, objective, params, row), inputs))
+
+    return jax.jit(mean_loss)

@@ -1,0 +1,126 @@
+"""The classifier of the embedded world, whose penultimate features `FD (shapes)` compares (as FID does Inception's)."""
+
+import functools
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Shaped, UInt8
+
+from dmm_jax.checkpoints import naming
+from dmm_jax.checkpoints.formats import safetensors_io
+from dmm_jax.models.layers import conv, group_norm, linear
+from dmm_jax.runtime import sharding
+from dmm_jax.world.scenes import COLOURS, RELATIONS, SHAPES, SIZES, Content
+
+NUM_FEATURES = 32
+CHANNELS = (24, 48, 64, 96)
+STYLE_LOSS_WEIGHT = 2.0  # Times the mean squared error of the style vector, beside the sum of the cross entropies.
+CHUNK_SIZE = 256  # Images a call of the compiled network takes; the last chunk is padded to it.
+
+
+class ShapeFeatures(nnx.Module):
+    """Reads a 64x64 picture's caption and style; learns only in the recipe, frozen wherever it measures.
+
+    Args:
+      style_dim: length of the vector that describes a style.
+    """
+
+    def __init__(self, style_dim: int, *, rngs: nnx.Rngs):
+        sizes = (3, *CHANNELS)
+        self.convs = nnx.List(
+            conv(sizes[i], sizes[i + 1], 3, stride=2, dtype=jnp.float32, rngs=rngs) for i in range(len(CHANNELS))
+        )
+        self.norms = nnx.List(group_norm(8, channels, epsilon=1e-5, rngs=rngs) for channels in CHANNELS)
+        dense = functools.partial(linear, dtype=jnp.float32, rngs=rngs)
+        self.to_features = dense(2 * CHANNELS[-1], NUM_FEATURES)
+        self.num_objects = dense(NUM_FEATURES, 2)
+        self.shapes = dense(NUM_FEATURES, 2 * len(SHAPES))
+        self.colours = dense(NUM_FEATURES, 2 * len(COLOURS))
+        self.sizes = dense(NUM_FEATURES, 2 * len(SIZES))
+        self.relation = dense(NUM_FEATURES, len(RELATIONS))
+        self.style = dense(NUM_FEATURES, style_dim)
+
+    def __call__(self, images: Float[Array, "B 64 64 3"]) -> Float[Array, "B 32"]:
+        """Returns the features of images in [-1, 1]: linear, so that they are as near to Gaussian as they come."""
+        hidden = images
+        for convolve, norm in zip(self.convs, self.norms, strict=True):
+            hidden = nnx.silu(norm(convolve(hidden)))
+        pooled = jnp.concatenate([hidden.mean((1, 2)), hidden.max((1, 2))], axis=-1)  # (B, 2 * 96)
+        return self.to_features(pooled)
+
+    def predict(self, images: Float[Array, "B 64 64 3"]) -> dict[str, Float[Array, "B ..."]]:
+        """Returns logits by field of `canonical` content (num_objects: of 1 and 2; slots on axis 1), and "style"."""
+        hidden = nnx.silu(self(images))
+        slots = {"shape_ids": self.shapes, "colour_ids": self.colours, "size_ids": self.sizes}
+        return {
+            "num_objects": self.num_objects(hidden),
+            **{name: head(hidden).reshape(len(images), 2, -1) for name, head in slots.items()},
+            "relation_ids": self.relation(hidden),
+            "style": self.style(hidden),
+        }
+
+    def loss(
+        self, images: Float[Array, "B 64 64 3"], content: Content, style_vectors: Float[Array, "B S"]
+    ) -> Float[Array, ""]:
+        """Returns the cross entropies, summed over the fields of `content`, and the weighted error of the style vector.
+
+        Args:
+          images: in [-1, 1].
+          content: of the captions, in their order of the shapes; ids of -1 (nothing there) do not count.
+          style_vectors: the truth about the styles.
+        """
+        predicted = self.predict(images)
+        truth = canonical(content)
+        truth = truth._replace(num_objects=truth.num_objects - 1)._asdict()
+        words = sum(_cross_entropy(predicted[name], jnp.asarray(ids)) for name, ids in truth.items())
+        return words + STYLE_LOSS_WEIGHT * jnp.mean((predicted["style"] - style_vectors) ** 2)
+
+
+def canonical(content: Content) -> Content:
+    """Returns the same scenes told from above or from the left: no picture tells "A below B" from "B above A"."""
+    told_as = np.array([0, 0, 2, 2, -1])  # below -> above, right of -> left of; the last is where -1 leads.
+    relation_ids = jnp.asarray(told_as)[content.relation_ids]
+    turned = (relation_ids != content.relation_ids)[..., None]
+    slots = (jnp.where(turned, ids[..., ::-1], ids) for ids in content[1:4])
+    return Content(jnp.asarray(content.num_objects), *slots, relation_ids)
+
+
+def features(graph: nnx.GraphDef, params: Mapping, images: UInt8[np.ndarray, "n 64 64 3"]) -> Float[np.ndarray, "n 32"]:
+    """Returns the features of pictures on the host, computed CHUNK_SIZE at a time with one compiled program."""
+    found = np.empty((len(images), NUM_FEATURES), np.float32)
+    for start in range(0, len(images), CHUNK_SIZE):
+        chunk = images[start : start + CHUNK_SIZE]
+        padded = np.pad(chunk, ((0, CHUNK_SIZE - len(chunk)), (0, 0), (0, 0), (0, 0)))
+        found[start : start + len(chunk)] = _chunk_features(graph, params, sharding.spread(padded))[: len(chunk)]
+    return found
+
+
+def load(path: str | pathlib.Path) -> tuple[nnx.GraphDef, dict]:
+    """Reads a classifier's graph and parameters, the first arguments of `features`, from a safetensors file.
+
+    Raises:
+      CheckpointError: the file is damaged or is not a classifier's.
+    """
+    tensors = safetensors_io.TensorFile(path)
+    style_dim = tensors.shape("style.bias")[0] if "style.bias" in tensors.keys() else 1  # 1: `from_torch` reports it.
+    abstract = nnx.eval_shape(lambda: ShapeFeatures(style_dim, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(abstract, nnx.Param)
+    return graph, naming.from_torch(nnx.to_pure_dict(state), tensors, where=f"classifier of {path}")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _chunk_features(
+    graph: nnx.GraphDef, params: Mapping, images: UInt8[Array, "chunk 64 64 3"]
+) -> Float[Array, "chunk 32"]:
+    return nnx.merge(graph, params)(images.astype(jnp.float32) / 127.5 - 1.0)
+
+
+def _cross_entropy(logits: Float[Array, "*B classes"], ids: Shaped[Array, "*B"]) -> Float[Array, ""]:
+    """Returns the mean over the ids that are there, slots summed as one; those of -1 are left out."""
+    present = ids >= 0
+    chosen = jnp.take_along_axis(nnx.log_softmax(logits), jnp.maximum(ids, 0)[..., None], axis=-1)[..., 0]
+    return -jnp.sum(jnp.where(present, chosen, 0.0)) / jnp.maximum(jnp.sum(present), 1)

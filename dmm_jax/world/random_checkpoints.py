@@ -1,0 +1,137 @@
+"""Checkpoints of random numbers at any size, in published layouts: what a run costs is measured without real weights.
+
+    python -m dmm_jax.world.random_checkpoints OUT --teachers 8 --images 1024
+
+writes OUT/base (a diffusers folder), OUT/teacher_0.safetensors ... (single files: the base, every tensor moved by noise
+of `--strength` times its own root mean square), and OUT/images (pictures of the embedded world with captions).
+"""
+
+import argparse
+import json
+import pathlib
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image
+
+from dmm_jax.checkpoints import naming
+from dmm_jax.checkpoints.abstract import abstract_params
+from dmm_jax.checkpoints.open import Checkpoint, Component
+from dmm_jax.checkpoints.published import CONFIGS
+from dmm_jax.checkpoints.write import Recipe, write_folder, write_single_file
+from dmm_jax.models.text_encoders import CLASSES
+from dmm_jax.world.recipe import token_numbers
+from dmm_jax.world.source import ShapesSource
+from dmm_jax.world.words import write_tokenizer
+
+DTYPE = "float16"
+OPEN_CLIP_PAD = "!"  # Of the tokenizers beside OpenCLIP's encoders.
+_SMALL = {  # The same structure, for tests.
+    "unet": {
+        "block_out_channels": [32, 64],
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "layers_per_block": 1,
+        "cross_attention_dim": 64,
+        "sample_size": 8,
+    },
+    "vae": {"block_out_channels": [32] * 4, "layers_per_block": 1, "sample_size": 64},
+    "text_encoder": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 1},
+    "scheduler": {},
+}
+_NARROW = _SMALL | {  # Every layer of Stable Diffusion 1.5 and hardly any work: what its number of arrays costs.
+    "unet": {"block_out_channels": [32] * 4, "cross_attention_dim": 64, "sample_size": 8},
+    "text_encoder": _SMALL["text_encoder"] | {"num_hidden_layers": 12},
+}
+SIZES = CONFIGS | {
+    size: {name: config | changes[name] for name, config in CONFIGS["sd15"].items()}
+    for size, changes in (("tiny", _SMALL), ("narrow", _NARROW))
+}
+
+
+def random_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
+    """Returns a network's tensors at PyTorch's initial scale, float32; norms at 1, biases at 0."""
+
+    def one(key):
+        shape, leaf = shapes[key], key.rpartition(".")[2]
+        if len(shape) == 1:
+            return np.full(shape, float(leaf == "weight"), np.float32)
+        scale = 0.02 if "embedding.weight" in key else (3 * np.prod(shape[1:])) ** -0.5
+        return scale * _normal(key, seed, shape)
+
+    return _each(one, shapes)
+
+
+def perturbed(tensors: Mapping[str, np.ndarray], strength: float, seed: int) -> dict[str, np.ndarray]:
+    """Returns every tensor plus normal noise of `strength` times its root mean square: a stand-in for fine-tuning."""
+
+    def one(key):
+        tensor = tensors[key]
+        size = strength * float(np.sqrt(np.mean(np.square(tensor)))) or strength * 0.1  # Biases start at 0.
+        return tensor + size * _normal(key, seed, tensor.shape)
+
+    return _each(one, tensors)
+
+
+def _normal(key, seed, shape):
+    return np.random.default_rng((seed, zlib.crc32(key.encode()))).standard_normal(shape, np.float32)
+
+
+def _each(function, keys):
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(keys, pool.map(function, keys), strict=True))
+
+
+def write_checkpoints(out: pathlib.Path, configs: Mapping, num_teachers: int, strength: float, seed: int = 0) -> None:
+    """Writes the base, one teacher at a time beside it, and the embedded world's tokenizers; one base in memory."""
+    encoders, tokenizers = [name for name in configs if name in CLASSES], {}
+    for encoder in encoders:
+        folder = encoder.replace("text_encoder", "tokenizer")
+        tokenizers[f"{folder}_folder"] = out / folder
+        padded = {"pad_token": OPEN_CLIP_PAD} if configs[encoder]["pad_token_id"] == 0 else {}
+        write_tokenizer(out / folder, **padded)
+        configs = {**configs, encoder: configs[encoder] | token_numbers(out / folder)}
+    shapes = {name: naming.torch_shapes(abstract_params(name, configs[name])) for name in ("unet", "vae", *encoders)}
+
+    def checkpoint(name, folders, **tensors):
+        parts = {part: Component(configs[part], lambda one=one: one) for part, one in tensors.items()}
+        folders = {"tokenizer_folder": None} | folders
+        return Checkpoint(out / name, "diffusers", parts, dict(configs["scheduler"]), styles=None, **folders)
+
+    networks = {name: random_tensors(shapes[name], seed) for name in shapes}
+    write_folder(out / "base", checkpoint("base", tokenizers, **networks), DTYPE, Recipe("random", [], None))
+    for number in range(num_teachers):
+        name = f"teacher_{number}"
+        teacher = checkpoint(name, {}, unet=perturbed(networks["unet"], strength, seed + 1 + number))
+        write_single_file(out / f"{name}.safetensors", teacher, DTYPE, Recipe(name, [], None))
+
+
+def write_images(out: pathlib.Path, count: int, seed: int = 0) -> None:
+    """Writes pictures of the embedded world as PNGs with a captions.jsonl."""
+    out.mkdir(parents=True)
+    source = ShapesSource(count, seed=seed)
+    with (out / "captions.jsonl").open("w", encoding="utf-8") as listing:
+        for index in range(count):
+            example = source[index]
+            Image.fromarray(example["image"]).save(out / f"{index:06d}.png", compress_level=1)
+            listing.write(json.dumps({"file": f"{index:06d}.png", "caption": example["caption"]}) + "\n")
+
+
+def main() -> None:
+    """Reads the command line and writes the folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("--architecture", default="sd15", choices=sorted(SIZES))
+    parser.add_argument("--teachers", type=int, default=8)
+    parser.add_argument("--strength", type=float, default=0.1)
+    parser.add_argument("--images", type=int, default=1024)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_checkpoints(args.out, SIZES[args.architecture], args.teachers, args.strength)
+    write_images(args.out / "images", args.images)
+
+
+if __name__ == "__main__":
+    main()

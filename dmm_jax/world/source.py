@@ -1,0 +1,58 @@
+"""The embedded world as a source of captioned images."""
+
+import hashlib
+import threading
+
+import jax
+import numpy as np
+
+from dmm_jax.world import world
+
+
+class ShapesSource:
+    """The embedded world: `count` random scenes, drawn in one named style or each in a random one.
+
+    Raises:
+        ValueError: the style has no name in the world, or count is not positive.
+    """
+
+    def __init__(self, count: int, style: str | None = None, seed: int = 0):
+        """Draws the scenes; pictures are rendered when asked for, many at once."""
+        if count < 1:
+            raise ValueError(f"the embedded world needs a number of pictures to draw; got {count}.")
+        if style is not None and style not in world.STYLES:
+            raise ValueError(f"style must be None (random) or one of {', '.join(world.STYLES)}; got {style!r}.")
+        rng = np.random.default_rng(seed)
+        self.scenes, self.captions = world.sample_scenes(rng, count)
+        self.styles = world.sample_styles(rng, count) if style is None else world.STYLES[style].repeat(count)
+        self._chunks: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    _CHUNK = 64
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        chunk, row = divmod(int(index), self._CHUNK)
+        with self._lock:
+            if chunk not in self._chunks:
+                self._chunks = dict([*self._chunks.items()][-1:]) | {chunk: self._draw(chunk)}
+            image = self._chunks[chunk][row]
+        return {"image": image, "caption": self.captions[index], "id": int(index)}
+
+    @property
+    def digest(self) -> str:
+        """Returns a hash of everything that is drawn."""
+        digest = hashlib.sha256("\n".join(self.captions).encode())
+        for leaf in jax.tree.leaves((self.scenes, self.styles)):
+            digest.update(np.ascontiguousarray(leaf).tobytes())
+        return digest.hexdigest()
+
+    def _draw(self, chunk: int) -> np.ndarray:
+        # Always _CHUNK pictures, repeating the last, so that the renderer compiles once.
+        rows = np.minimum(np.arange(chunk * self._CHUNK, (chunk + 1) * self._CHUNK), len(self) - 1)
+        images = world.render(*jax.tree.map(lambda leaf: leaf[rows], (self.scenes, self.styles)))
+        return np.round(np.asarray(images) * 255.0).astype(np.uint8)

@@ -1,0 +1,70 @@
+"""Writes the embedded world's tokenizer: CLIP's byte-level BPE with just the merges that make each word one token."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from dmm_jax.text.vocabulary import END, START, WORD_END, tokens_of
+from dmm_jax.world.scenes import WORDS
+
+MAX_LENGTH = 77
+
+Merge = tuple[str, str]
+
+
+def write_tokenizer(folder: str | Path, pad_token: str = END) -> None:
+    """Writes vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json as CLIP's tokenizers have them.
+
+    CLIP pads with its end token; the tokenizers of OpenCLIP's encoders (Stable Diffusion 2, XL's second) with "!".
+    Ids: 256 bytes, 256 bytes that end a word, the merges in order, then the start and the end token.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    merges = merges_for(WORDS)
+    tokens = tokens_of(merges)
+    _write(folder / "vocab.json", json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
+    _write(folder / "merges.txt", "\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges)]) + "\n")
+    special = {"bos_token": START, "eos_token": END, "pad_token": pad_token, "unk_token": END}
+    config = {**special, "model_max_length": MAX_LENGTH, "do_lower_case": True, "add_prefix_space": False,
+              "errors": "replace", "tokenizer_class": "CLIPTokenizer"}  # fmt: skip
+    _write(folder / "tokenizer_config.json", json.dumps(config, indent=2))
+    _write(folder / "special_tokens_map.json", json.dumps(special, indent=2))
+
+
+def merges_for(words: Iterable[str]) -> list[Merge]:
+    """Returns merges, best first, under which each (ASCII) word becomes one token.
+
+    A later merge cannot spoil an earlier word: until that word is whole, an earlier merge always applies to it.
+    """
+    merges: list[Merge] = []
+    for word in words:
+        pieces = split_word(word, merges)
+        while len(pieces) > 1:
+            merges.append((pieces[0], pieces[1]))
+            pieces = [pieces[0] + pieces[1], *pieces[2:]]
+    return merges
+
+
+def split_word(word: str, merges: list[Merge]) -> list[str]:
+    """Splits a word into tokens: merges the pair of best rank until none is left (byte pair encoding)."""
+    rank = {merge: i for i, merge in enumerate(merges)}
+    pieces = [*word[:-1], word[-1] + WORD_END]
+    while len(pieces) > 1:
+        best = min(zip(pieces, pieces[1:], strict=False), key=lambda pair: rank.get(pair, len(merges)))
+        if best not in rank:
+            break
+        pieces = _join(pieces, best)
+    return pieces
+
+
+def _join(pieces: list[str], pair: Merge) -> list[str]:
+    joined, i = [], 0
+    while i < len(pieces):
+        step = 2 if tuple(pieces[i : i + 2]) == pair else 1
+        joined.append("".join(pieces[i : i + step]))
+        i += step
+    return joined
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,254 @@
+"""Stable Diffusion 2 and XL on the whole road: opened, trained, sampled, exported, drawn from by stock diffusers."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmm_jax import distillation as definitions
+from dmm_jax import train
+from dmm_jax.checkpoints import write
+from dmm_jax.checkpoints.formats import style_lora
+from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
+from dmm_jax.checkpoints.open import Component, open_checkpoint
+from dmm_jax.config import options as config_lib
+from dmm_jax.data.prepare import prepare_from_config
+from dmm_jax.distill import incremental, teachers
+from dmm_jax.distill import step as distill_step
+from dmm_jax.distill import student as student_lib
+from dmm_jax.evaluation import verify
+from dmm_jax.pipeline import Pipeline
+from dmm_jax.runtime import sharding
+from dmm_jax.runtime.metrics import read
+from dmm_jax.text.tokenizer import Tokenizers
+from tests import families
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+MIX = {"left": 0.7, "right": 0.3}
+PROMPTS, NEGATIVE = ["a large red circle", "a small blue star"], "green"
+STEPS, GUIDANCE = 4, 3.0
+SOLVERS = {"sd2": "ddim", "sdxl": "euler"}  # Of the stock checkpoints' own schedulers.
+SIZES = {"original_size": (48, 96), "crops_coords_top_left": (4, 8), "target_size": (64, 32)}
+TOLERANCE = 1e-5  # Of the maximum.
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory):
+    """A tiny XL world, its cache prepared, and the workdir of a finished run on it."""
+    folder = tmp_path_factory.mktemp("sdxl")
+    paths = families.write_world(folder, "sdxl")
+    config = families.tiny_config(paths, folder / "cache")
+    config.adversarial.weight = 0.01
+    prepare_from_config(config)
+    train.run(config, folder / "run")
+    return paths, folder / "run"
+
+
+@pytest.fixture(scope="module", params=families.NAMES)
+def student(request, tmp_path_factory):
+    """(family, base folder, student): the run's for XL, the base under random styles for 2."""
+    if request.param == "sdxl":
+        paths, workdir = request.getfixturevalue("xl")
+        return "sdxl", paths["base"], open_checkpoint(workdir)
+    folder = families.write_stock(tmp_path_factory.mktemp("sd2") / "base", "sd2", 0)
+    return "sd2", folder, families.random_student(open_checkpoint(folder))
+
+
+@pytest.fixture(scope="module")
+def exports(student, tmp_path_factory):
+    """Every format in float32."""
+    out, weights = tmp_path_factory.mktemp("exports"), np.array(list(MIX.values()), np.float32)
+    return {fmt: write.write(out, fmt, student[2], weights, "float32", families.RECIPE) for fmt in write.CHECKPOINTS}
+
+
+def opened_by_diffusers(family, exports, fmt):
+    kind = diffusers.StableDiffusionXLPipeline if family == "sdxl" else diffusers.StableDiffusionPipeline
+    options = {"local_files_only": True} | ({} if family == "sdxl" else {"safety_checker": None})
+    if fmt == "diffusers":
+        pipe = kind.from_pretrained(exports[fmt], **options)
+    else:
+        pipe = kind.from_single_file(str(exports[fmt]), config=str(exports["diffusers"]), **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def noise():
+    return np.random.default_rng(3).standard_normal((2, 8, 8, 4), np.float32)
+
+
+def channels_first(array):
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
+
+
+def draw(pipeline, family, **options):
+    settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "solver": SOLVERS[family]}
+    return pipeline(PROMPTS, latents=noise(), output="latents", **settings, **options)
+
+
+@pytest.mark.parametrize("fmt", ["diffusers", "single-file"])
+def test_diffusers_predicts_and_draws_from_an_export_what_we_do_from_the_student(student, exports, fmt):
+    family = student[0]
+    theirs, ours = opened_by_diffusers(family, exports, fmt), Pipeline.from_pretrained(exports["dmm"])
+    stock = Pipeline.from_pretrained(exports[fmt], base=exports["diffusers"])
+
+    text, timesteps = stock.encode_prompts(PROMPTS), np.array([7, 800])
+    ids = np.array([[64, 64, 0, 0, 64, 64], [48, 96, 4, 8, 64, 32]], np.float32)
+    added = text.added_cond(jnp.asarray(ids))
+    given = None if added is None else {name: torch.from_numpy(np.array(leaf)) for name, leaf in added.items()}
+    with torch.no_grad():
+        states = torch.from_numpy(np.array(text.encoder_hidden_states))
+        inputs = (channels_first(noise()), torch.from_numpy(timesteps), states)
+        expected = theirs.unet(*inputs, added_cond_kwargs=given).sample
+    inputs = (jnp.asarray(noise()), jnp.asarray(timesteps), text.encoder_hidden_states)
+    found = stock.unet(*inputs, added_cond=added).sample
+    assert families.error(found, expected) < TOLERANCE
+
+    sizes = SIZES if family == "sdxl" else {}
+    for negative in (None, NEGATIVE):
+        options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "height": 64, "width": 64, **sizes}
+        negatives = None if negative is None else [negative] * 2
+        images = theirs(
+            PROMPTS, negative_prompt=negatives, latents=channels_first(noise()), output_type="latent", **options
+        ).images
+        assert families.error(draw(ours, family, styles=MIX, negative_prompts=negative, **sizes), images) < TOLERANCE
+
+
+def test_verify_agrees_and_a_style_file_makes_the_style_of_the_base_mix_in_diffusers(student, tmp_path):
+    """Of Stable Diffusion 2 on a schedule of zero terminal SNR, which is where samplers part."""
+    family, source, weights = student[0], student[2], np.array(list(MIX.values()), np.float32)
+    if family == "sd2":
+        zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        source = dataclasses.replace(source, scheduler_config=source.scheduler_config | zero)
+    equal = style_lora.equal_parts(source.styles)
+    storage = {
+        name: write.write_folder(tmp_path / name, write.fold(source, mix), "float32", families.RECIPE)
+        for name, mix in (("base", equal), ("style", weights))
+    }
+    verify.verify({"diffusers": storage["style"]})
+
+    path, tools = tmp_path / style_lora.NAME, ("diffusers", "comfyui")
+    style_lora.write_style_lora(path, source, weights, equal, "float32", tools, families.RECIPE)
+    base, style = (opened_by_diffusers(family, {"diffusers": folder}, "diffusers") for folder in storage.values())
+    before = base.unet.time_embedding.linear_2.bias.detach().clone()
+    base.load_lora_weights(tmp_path, weight_name=path.name, local_files_only=True)
+    base.fuse_lora()
+    after, wanted = (pipe.unet.time_embedding.linear_2 for pipe in (base, style))
+    after = getattr(after, "base_layer", after).bias
+    assert (before - wanted.bias).abs().max() > 1e-2 and (after - wanted.bias).abs().max() < 1e-6
+
+
+def test_an_export_comes_back_bit_for_bit(student, exports):
+    weights = np.array(list(MIX.values()), np.float32)
+    for fmt, path in exports.items():
+        source = student[2] if fmt == "dmm" else write.fold(student[2], weights)
+        back = open_checkpoint(path)
+        assert back.kind == fmt and set(back.components) == set(source.components)
+        assert back.architecture == source.architecture and back.prediction_type == source.prediction_type
+        for component in source.components:
+            assert back.abstract(component) == source.abstract(component)
+            pairs = zip(jax.tree.leaves(back.params(component)), jax.tree.leaves(source.params(component)), strict=True)
+            assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
+
+
+def test_a_dmm_folder_of_xl_names_the_style_mlp_beside_xls_own(xl, tmp_path):
+    out = write.write(tmp_path, "dmm", open_checkpoint(xl[1]), None, "float16", families.RECIPE)
+    config, index = (json.loads((out / name).read_text()) for name in ("unet/config.json", "model_index.json"))
+    assert config["addition_embed_type"] == "model_merge_xl" and config["num_models"] == 2
+    assert index["unet"] == ["modeling.dmm_unet", "DMMUNet2DConditionModel"]
+    assert index["text_encoder_2"] == ["transformers", "CLIPTextModelWithProjection"]
+    assert index["tokenizer_2"] == ["transformers", "CLIPTokenizer"]
+    keys = TensorFile(out / "unet" / "diffusion_pytorch_model.safetensors")
+    assert "add_embedding2.linear_1.weight" in keys and "add_embedding.linear_1.weight" in keys
+
+
+def test_an_xl_run_learns_and_validates(xl):
+    lines = read(xl[1] / "metrics.jsonl")
+    assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
+    assert [line["step"] for line in lines if "validation" in line] == [3]
+
+
+def test_the_discriminator_of_xl_starts_near_chance_and_moves(xl):
+    """Of 2 N classes, behind a backbone that is told sizes and pooled prompts as the other networks are."""
+    lines = [line for line in read(xl[1] / "metrics.jsonl") if "score" in line]
+    for name in ("adversarial", "discriminator"):
+        errors = np.array([[line[name][style] for style in families.STYLES] for line in lines])
+        assert (0.1 * np.log(4) < errors).all() and (errors < 10 * np.log(4)).all()
+        assert (np.ptp(errors, axis=0) > 0).all()
+
+
+def test_teacher_and_student_of_xl_are_told_the_same_sizes_and_prompts(xl):
+    """A student that is its teacher has no error, whatever it is told; another encoder or other sizes show."""
+    base = open_checkpoint(xl[0]["base"])
+    config = config_lib.load(xl[1])
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    tokenizers = Tokenizers.from_folders(base.tokenizer_folders)
+    lessons = incremental.lessons({name: open_checkpoint(xl[0][name]) for name in MIX}, None, 0)
+    frozen, encoders = teachers.put_teachers(base, lessons, base.unet_config, mesh, jnp.float32)
+    assert np.asarray(frozen["encoder"]).tolist() == [0, 1]
+    networks, student_config = definitions.define_networks(config, base)
+    style = student_lib.style_params(student_config, "zero", 0)
+    params = student_lib.put_student([base.params("unet")], style, student_config, mesh)
+    objective = definitions.define_objective(config, base, tokenizers)
+    assert len(objective.empty_ids) == 2 and set(objective.empty_ids[0]) == {-1}
+    specs = sharding.state_specs(params, mesh)
+    errors = jax.jit(distill_step.build_validation(networks, objective, mesh, specs, dtype=jnp.float32))
+
+    rng = np.random.default_rng(0)
+    inputs = {
+        "latents": rng.standard_normal((2, 2, 8, 8, 4), np.float32), "timesteps": np.array([[7, 800]] * 2),
+        "noise": rng.standard_normal((2, 2, 8, 8, 4), np.float32),
+        "input_ids": np.array([tokenizers([PROMPTS[0], None])] * 2),
+        "time_ids": rng.integers(0, 99, (2, 2, 6)).astype(np.int32), "style_ids": np.array([[0, 0], [1, 1]]),
+    }  # fmt: skip
+    own = {name: leaf for name, leaf in params.items() if name not in ("model_embedding", "add_embedding2")}
+    same = frozen | {
+        "unet": jax.tree.map(lambda leaf: jnp.repeat(leaf[None], 2, 0), own),
+        "encoder": jnp.array([-1, 0]),
+    }
+    first, second = np.asarray(errors(params, same, encoders, inputs))
+    assert first.max() < 1e-9
+    assert second[0] > 1e-5 and second[1] < 1e-9  # Its own encoders read a prompt otherwise, and zeros the same.
+    before = np.asarray(errors(params, frozen, encoders, inputs))
+    after = np.asarray(errors(params, frozen, encoders, inputs | {"time_ids": inputs["time_ids"] + 40}))
+    assert np.abs(before - after).min() > 1e-4
+
+
+def test_what_xl_is_told_of_the_picture_is_seen_in_it(xl):
+    base = Pipeline.from_pretrained(xl[0]["base"])
+    plain, told = draw(base, "sdxl"), draw(base, "sdxl", original_size=(256, 256))
+    assert np.abs(plain - told).max() > 100 * TOLERANCE * np.abs(plain).max()
+    assert np.array_equal(plain, draw(base, "sdxl", original_size=(64, 64), target_size=(64, 64)))
+
+
+def test_no_negative_prompt_is_not_the_empty_one_for_xl_alone(student, exports):
+    stock = Pipeline.from_pretrained(exports["diffusers"])
+    same = np.array_equal(draw(stock, student[0]), draw(stock, student[0], negative_prompts=""))
+    assert same == (student[0] == "sd2")
+
+
+def test_a_single_file_of_xl_is_drawn_with_its_own_scale(xl):
+    file = open_checkpoint(xl[0]["right"])
+    assert file.vae_config["scaling_factor"] == 0.13025 and not file.unused
+    assert file.scheduler_config["timestep_spacing"] == "leading"
+
+
+def test_encoders_that_do_not_fit_the_unet_are_told(xl, tmp_path):
+    def keep(name):
+        return not name.startswith("conditioner.embedders.1.")
+
+    file = TensorFile(xl[0]["right"])
+    save(tmp_path / "half.safetensors", {name: np.array(file[name]) for name in file if keep(name)})
+    half = open_checkpoint(tmp_path / "half.safetensors")
+    with pytest.raises(ValueError, match="holds no text_encoder_2, tokenizer, tokenizer_2; give a diffusers folder"):
+        Pipeline.from_pretrained(half.path)
+    assert Pipeline.from_pretrained(half.path, base=xl[0]["base"]).source.borrowed == ("text_encoder_2",)
+    base = open_checkpoint(xl[0]["base"])
+    narrow = Component(base.unet_config | {"cross_attention_dim": 64}, base.components["unet"].load)
+    odd = dataclasses.replace(base, components={**base.components, "unet": narrow})
+    with pytest.raises(ValueError, match="cross_attention_dim 64, but its text encoders give 192"):
+        Pipeline.of_student(odd, odd.unet_config, (), dtype="float32")

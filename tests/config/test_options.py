@@ -1,0 +1,202 @@
+"""The config: what it refuses, and that it survives a round trip."""
+
+import json
+
+import pytest
+
+from dmm_jax.checkpoints.merge import METHODS
+from dmm_jax.config import checks
+from dmm_jax.config import options as config_lib
+
+
+def valid():
+    config = config_lib.get_config()
+    config.base, config.teachers, config.batch_size = "base", (("a", "x"), ("b", "y")), 8
+    return config
+
+
+def test_a_valid_config_passes():
+    checks.check(valid())
+
+
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("base", "", "base is empty"),
+        ("teachers", (), "at least one"),
+        ("teachers", (("a", "x"), ("a", "y")), "'a' is there twice"),
+        ("teachers", (("a=b", "x"), ("c", "y")), "a=b"),
+        ("batch_size", 7, "Use 6"),
+        ("num_steps", 0, "num_steps"),
+        ("max_skipped_in_a_row", 0, "max_skipped_in_a_row must be at least 1"),
+        ("checkpoints_kept_every", -1, "checkpoints_kept_every must not be negative"),
+        ("learning_rate", -1.0, "learning_rate"),
+        ("prompt_dropout", 1.0, r"\[0, 1\)"),
+        ("dtype", "float8", "float32, bfloat16"),
+        ("feature_loss", "l1", "l2, normalized, cosine"),
+    ],
+)
+def test_each_wrong_option_is_named_with_what_to_do(name, value, said):
+    config = valid()
+    config[name] = value
+    with pytest.raises(ValueError, match=said):
+        checks.check(config)
+
+
+def options(tree, prefix=""):
+    """Yields the name and the value of every option."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from options(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+NUMBERS = {
+    name: value
+    for name, value in options(config_lib.get_config().to_dict())
+    if isinstance(value, (int, float)) and not isinstance(value, bool)
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_is_finite_and_not_negative(name):
+    wrong = [-1] if isinstance(NUMBERS[name], int) else [-1.0, float("nan"), float("inf"), 1e39]
+    for value in wrong:
+        config = valid()
+        config.update_from_flattened_dict({name: value})
+        with pytest.raises(ValueError, match=name):
+            checks.check(config)
+
+
+@pytest.mark.parametrize("name, value", [("adam_b1", 1.0), ("adam_eps", 0.0), ("samples.num_inference_steps", 0)])
+def test_numbers_have_the_ranges_that_their_use_wants(name, value):
+    config = valid()
+    config.update_from_flattened_dict({name: value})
+    with pytest.raises(ValueError, match=f"{name} must .*; got {value}"):
+        checks.check(config)
+
+
+@pytest.mark.parametrize("entry", ["=comic", "a,b=ink", " a=ink", ""])
+def test_a_style_that_is_kept_gets_a_name_that_a_mix_can_hold(entry):
+    with pytest.raises(ValueError, match="no mix could hold"):
+        config_lib.as_kept([entry])
+
+
+@pytest.mark.parametrize("merges", [(), ("ties",), ("average", "soup"), ("average", "average")])
+def test_weight_merges_are_the_average_and_others_that_there_are(merges):
+    config = valid()
+    config.evaluation.weight_merges = merges
+    with pytest.raises(ValueError, match="must hold 'average', and each of average, task_arithmetic, ties, dare"):
+        checks.check(config)
+    config.evaluation.weight_merges = tuple(METHODS)
+    checks.check(config)
+
+
+def test_sample_grids_need_prompts():
+    config = valid()
+    config.samples.every = 2
+    with pytest.raises(ValueError, match="samples.prompts is empty"):
+        checks.check(config)
+
+
+def test_all_problems_are_told_at_once():
+    config = valid()
+    config.base, config.num_steps = "", 0
+    with pytest.raises(ValueError, match="base is empty[^$]*num_steps"):
+        checks.check(config)
+
+
+def test_a_mesh_that_does_not_divide_the_teachers_is_refused():
+    config = valid()
+    config.mesh.teacher = 3
+    with pytest.raises(ValueError, match="must divide the 2 teachers"):
+        checks.check(config)
+
+
+@pytest.mark.parametrize("name, value", [("teacher", 0), ("teacher", -1), ("data", -1), ("fsdp", 0)])
+def test_an_axis_of_no_devices_is_refused(name, value):
+    config = valid()
+    config.mesh[name] = value
+    wanted = "not be negative" if name == "data" else "be at least 1"
+    with pytest.raises(ValueError, match=f"mesh.{name} must {wanted}; got {value}") as refused:
+        checks.check(config)
+    assert "must divide" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "batch_size, accumulation, shape, multiple, nearest",
+    [(8, 1, (1, 8, 1), 16, 16), (40, 1, (2, 4, 2), 16, 48), (24, 2, (1, 2, 2), 16, 32), (2, 1, (1, 1, 4), 8, 8)],
+)
+def test_a_batch_that_the_devices_do_not_divide_is_told_with_one_that_works(
+    batch_size, accumulation, shape, multiple, nearest
+):
+    config = valid()
+    config.batch_size, config.gradient_accumulation = batch_size, accumulation
+    checks.check(config)
+    mesh_shape = dict(zip(("teacher", "data", "fsdp"), shape, strict=True))
+    with pytest.raises(ValueError, match=f"batch_size {batch_size} .* multiple of {multiple}. Use {nearest}"):
+        checks.check_mesh(config, mesh_shape)
+    config.batch_size = nearest
+    checks.check_mesh(config, mesh_shape)
+
+
+def test_a_validation_set_that_the_devices_do_not_divide_is_told():
+    config = valid()
+    config.validation_size = 3
+    with pytest.raises(ValueError, match="validation_size 3 .* multiple of 4. Use 4"):
+        checks.check_mesh(config, {"teacher": 1, "data": 2, "fsdp": 2})
+    config.validation_size = 0
+    checks.check_mesh(config, {"teacher": 1, "data": 2, "fsdp": 2})
+
+
+def test_json_round_trip_is_exact():
+    config = valid()
+    config.samples.prompts = ("a", "b")
+    again = config_lib.from_json(config_lib.to_json(config))
+    assert config_lib.differences(config, again) == []
+    assert again.teachers == config.teachers and again.samples.prompts == ("a", "b")
+
+
+@pytest.mark.parametrize("then, now", [(False, "none"), (True, "all")])
+def test_the_remat_of_older_runs_is_translated(then, now, tmp_path):
+    text = config_lib.to_json(valid())
+    (tmp_path / "config.json").write_text(text.replace('"remat": "none"', f'"remat": {json.dumps(then)}'))
+    assert config_lib.load(tmp_path).remat == now
+
+
+def test_options_of_other_types_are_told_with_the_file_what_was_expected_and_what_was_found(tmp_path):
+    values = json.loads(config_lib.to_json(valid()))
+    values |= {"seed": "a", "mesh": 3, "learning_rate": 1, "num_steps": True, "licenses": [3], "data": {"source": None}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError) as refused:
+        config_lib.load(tmp_path)
+    said = str(refused.value)
+    assert said.startswith(f"{tmp_path / 'config.json'} cannot be read:") and "learning_rate" not in said
+    for line in (
+        'seed: expected a whole number, found a text: "a"',
+        "mesh: expected a group of options, found a whole number: 3",
+        "num_steps: expected a whole number, found true or false: true",
+        "licenses: expected a list of texts",
+        "data.source: expected a text, found null: null",
+    ):
+        assert f"  - {line}" in said
+
+
+@pytest.mark.parametrize("text, said", [("[1]", "must hold a JSON object"), ("{", "is no JSON"), ("\xff", "no UTF-8")])
+def test_a_config_json_that_is_none_is_named(text, said, tmp_path):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=said) as refused:
+        config_lib.load(tmp_path)
+    assert str(tmp_path / "config.json") in str(refused.value)
+
+
+def test_differences_name_option_and_both_values():
+    changed = valid()
+    changed.mesh.fsdp = 2
+    assert config_lib.differences(valid(), changed) == ["mesh.fsdp: 1 -> 2"]
+
+
+def test_a_folder_without_config_is_no_workdir(tmp_path):
+    with pytest.raises(ValueError, match="no training workdir"):
+        config_lib.load(tmp_path)

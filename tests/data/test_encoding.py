@@ -1,0 +1,154 @@
+"""Laws of preparing a cache."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmm_jax.data.cache import LatentCache, partial_folder
+from dmm_jax.data.encoding import prepare
+from dmm_jax.data.images import UnreadableImage
+from dmm_jax.world.source import ShapesSource
+
+
+class Squares:
+    """Image i is filled with i; some cannot be read."""
+
+    digest = "squares"
+
+    def __init__(self, count=11, unreadable=(), size=(6, 5)):
+        self.count, self.unreadable, self.size = count, unreadable, size
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        if index in self.unreadable:
+            raise UnreadableImage(f"image {index}")
+        return {"image": np.full((*self.size, 3), index, np.uint8), "caption": "x" * index, "id": index}
+
+
+@jax.jit
+def encode(images, keys):
+    noise = jax.vmap(lambda key: jax.random.normal(key, (2, 2, 4)))(keys)
+    return images[:, :2, :2, :1] / 100.0 + 0.1 * noise
+
+
+def tokenize(texts):
+    return np.array([[len(text)] * 7 for text in texts], np.int32)
+
+
+OPTIONS = {"resolution": 4, "scaling_factor": 0.5, "vae": "v", "tokenizer": "t", "shard_size": 1, "progress": False}
+
+
+def _prepare(out, source=None, batch_size=4, **changes):
+    options = {"encode": encode, "tokenize": tokenize, **OPTIONS, **changes}
+    return prepare(source or Squares(), out=out, batch_size=batch_size, **options)
+
+
+def _same(a: LatentCache, b: LatentCache):
+    assert len(a) == len(b)
+    for i in range(len(a)):
+        assert a[i]["id"] == b[i]["id"]
+        np.testing.assert_array_equal(a[i]["input_ids"], b[i]["input_ids"])
+        np.testing.assert_array_equal(a[i]["latents"], b[i]["latents"])
+
+
+def test_the_cache_holds_scaled_latents_and_token_ids_of_every_image(tmp_path):
+    cache = _prepare(tmp_path / "cache")
+    assert len(cache) == 11 and cache.header.latent_shape == (2, 2, 4) and cache.header.num_tokens == 7
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.arange(11))
+    images = np.stack([np.full((4, 4, 3), i, np.uint8) for i in range(11)])
+    true = np.asarray(encode(images, keys)) * np.float32(0.5)
+    for i in range(11):
+        assert cache[i]["id"] == i
+        np.testing.assert_array_equal(cache[i]["input_ids"], [i] * 7)
+        np.testing.assert_allclose(cache[i]["latents"], true[i], atol=1e-3)
+
+
+def test_the_cache_does_not_depend_on_the_batch_size(tmp_path):
+    _same(_prepare(tmp_path / "a", batch_size=3), _prepare(tmp_path / "b", batch_size=16))
+
+
+def test_another_seed_draws_other_samples(tmp_path):
+    a, b = _prepare(tmp_path / "a"), _prepare(tmp_path / "b", seed=1)
+    assert not np.array_equal(a[0]["latents"], b[0]["latents"])
+
+
+def test_unreadable_images_are_dropped_named_and_counted(tmp_path):
+    with pytest.warns(UserWarning, match="image 10"):
+        cache = _prepare(tmp_path / "cache", Squares(unreadable=(2, 3, 10)))
+    assert [cache[i]["id"] for i in range(len(cache))] == [0, 1, 4, 5, 6, 7, 8, 9]
+    assert cache.header.dropped == 3
+
+
+@pytest.mark.filterwarnings("ignore:dropped")
+def test_a_source_without_one_readable_image_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no image could be read"):
+        _prepare(tmp_path / "cache", Squares(3, unreadable=(0, 1, 2)))
+
+
+@pytest.mark.filterwarnings("ignore:dropped")
+def test_broken_off_work_goes_on_where_it_was(tmp_path):
+    source = Squares(unreadable=(5,))
+    seen = []
+
+    def failing(images, keys):
+        seen.append(images[0, 0, 0, 0])
+        if len(seen) == 4:  # The black image for the shapes, two batches, and this.
+            raise RuntimeError("power cut")
+        return encode(images, keys)
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        _prepare(tmp_path / "cache", source, encode=failing, batch_size=3)
+    assert partial_folder(tmp_path / "cache").exists()
+    seen = [None] * 10
+    cache = _prepare(tmp_path / "cache", source, encode=failing, batch_size=3)
+    assert seen[11:] == [7, 10]  # Images 0 to 6 were not encoded again.
+    _same(cache, _prepare(tmp_path / "whole", source, batch_size=3))
+    assert cache.header.dropped == 1
+
+
+def test_a_finished_cache_is_opened_and_not_made_again(tmp_path):
+    first = _prepare(tmp_path / "cache")
+
+    def never(images, keys):
+        raise AssertionError("encoded again")
+
+    _same(_prepare(tmp_path / "cache", encode=never), first)
+
+
+@pytest.mark.parametrize("change", [{"vae": "w"}, {"resolution": 5}, {"seed": 3}, {"scaling_factor": 0.25}])
+def test_a_cache_of_other_things_is_not_overwritten(tmp_path, change):
+    _prepare(tmp_path / "cache")
+    with pytest.raises(ValueError, match=next(iter(change))):
+        _prepare(tmp_path / "cache", **change)
+
+
+def test_a_folder_of_other_things_is_told_to_one_who_prepares(tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="is no latent cache .*new folder"):
+        _prepare(tmp_path / "cache")
+
+
+def test_latents_that_are_not_finite_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="NaN"):
+        _prepare(tmp_path / "cache", encode=lambda images, keys: encode(images, keys) / 0.0 * 0.0)
+    assert list(tmp_path.iterdir()) == []  # Nothing whole was written, so nothing stays.
+
+
+def test_the_world_is_prepared_as_it_is(tmp_path):
+    source = ShapesSource(5, "comic", 0)
+    whole = {"encode": lambda images, keys: images[:, ::8, ::8] / 255.0, "resolution": 64, "scaling_factor": 1.0}
+    cache = _prepare(tmp_path / "cache", source, **whole)
+    for i in range(5):
+        assert cache[i]["input_ids"][0] == len(source[i]["caption"])
+        np.testing.assert_allclose(cache[i]["latents"], source[i]["image"][::8, ::8] / 255.0, atol=1e-3)
+
+
+def test_the_cache_says_what_size_an_image_came_with_and_where_it_was_cut(tmp_path):
+    cache = _prepare(tmp_path / "cache", Squares(3, size=(6, 9)))  # Scaled to 4 x 6, cut at the centre.
+    assert all(cache[i]["time_ids"].tolist() == [6, 9, 0, 1, 4, 4] for i in range(3))
+    fitting = _prepare(tmp_path / "fitting", Squares(3, size=(4, 4)))
+    assert fitting[2]["time_ids"].tolist() == [4, 4, 0, 0, 4, 4]

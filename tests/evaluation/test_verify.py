@@ -1,0 +1,60 @@
+"""`export --verify` passes what diffusers reads as we do, and names what it does not."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
+from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.evaluation import verify
+from dmm_jax.verbs import main as cli
+
+pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
+EVERYTHING = ["--format", "dmm,diffusers,single-file", "--style", "left=0.5,right=0.5", "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    out = tmp_path_factory.mktemp("verified") / "export"
+    return cli.main(["export", str(trained), str(out), *EVERYTHING, "--verify"]), out
+
+
+def test_what_we_export_is_verified(exported):
+    code, out = exported
+    assert code == 0
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "diffusers", "dmm", "model.safetensors"]
+
+
+def test_networks_that_differ_are_refused_with_their_distance(exported, monkeypatch):
+    forward = verify._forward
+    monkeypatch.setattr(verify, "_forward", lambda *args: forward(*args) * np.float32(1.0001))
+    with pytest.raises(ValueError, match="UNet 1.0e-04"):
+        verify.verify({"diffusers": exported[1] / "diffusers"})
+
+
+def test_a_tensor_that_reads_back_otherwise_is_named(exported, trained, tmp_path):
+    source = exported[1] / "dmm"
+    student = open_checkpoint(trained)
+    verify.reads_back(student, source, "float32")
+    changed = tmp_path / "dmm"
+    for path in source.rglob("*"):
+        target = changed / path.relative_to(source)
+        target.mkdir(parents=True) if path.is_dir() else (
+            target.parent.mkdir(parents=True, exist_ok=True), target.write_bytes(path.read_bytes())
+        )  # fmt: skip
+    weights = next(pathlib.Path(changed / "unet").glob("*.safetensors"))
+    tensors = {key: np.array(TensorFile(weights)[key]) for key in TensorFile(weights)}
+    tensors["conv_in.bias"][0] += 1.0
+    weights.unlink()
+    save(weights, tensors, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"conv_in\.bias"):
+        verify.reads_back(student, changed, "float32")
+
+
+def test_a_single_file_alone_cannot_be_verified(trained, tmp_path, capsys):
+    arguments = ["export", str(trained), str(tmp_path / "x"), "--format", "single-file", "--style", "left", "--verify"]
+    assert cli.main(arguments) == 1
+    assert "add diffusers to --format" in capsys.readouterr().err and not (tmp_path / "x").exists()

@@ -1,0 +1,48 @@
+"""Random checkpoints have the published layouts, and teachers that differ from their base by the strength asked for."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dmm_jax.checkpoints.inspect import inspect
+from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.data.sources import FolderSource
+from dmm_jax.world import random_checkpoints
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("random")
+    random_checkpoints.write_checkpoints(out, random_checkpoints.SIZES["tiny"], num_teachers=2, strength=0.1)
+    random_checkpoints.write_images(out / "images", 3)
+    return out
+
+
+def test_they_can_be_merged(folder):
+    report = inspect([folder / "base", folder / "teacher_0.safetensors", folder / "teacher_1.safetensors"])
+    assert report["mergeable"], json.dumps(report, indent=1)
+
+
+def test_teachers_differ_from_the_base_by_the_strength_and_from_each_other(folder):
+    names = ("base", "teacher_0.safetensors", "teacher_1.safetensors")
+    base, *teachers = (open_checkpoint(folder / name).tensors("unet") for name in names)
+    key = "down_blocks.0.resnets.0.conv1.weight"
+    rms = [float(np.sqrt(np.mean(np.square(np.float32(one[key]) - np.float32(base[key]))))) for one in teachers]
+    assert rms == pytest.approx([0.1 * float(np.sqrt(np.mean(np.square(np.float32(base[key])))))] * 2, rel=0.05)
+    assert not np.array_equal(teachers[0][key], teachers[1][key])
+
+
+def test_numbers_follow_from_the_seed_and_the_key_alone():
+    shapes = {"a.weight": (4, 3), "b.weight": (4, 3)}
+    first, again = (
+        random_checkpoints.random_tensors(shapes, 1),
+        random_checkpoints.random_tensors({"b.weight": (4, 3)}, 1),
+    )
+    np.testing.assert_array_equal(first["b.weight"], again["b.weight"])
+    assert not np.array_equal(first["a.weight"], first["b.weight"])
+
+
+def test_the_pictures_are_a_captioned_folder(folder):
+    source = FolderSource(folder / "images")
+    assert len(source) == 3 and source[0]["image"].shape == (64, 64, 3) and source[0]["caption"]
