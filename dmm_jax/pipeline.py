@@ -32,6 +32,7 @@ from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.text_encoders import TextConditioning, TextEncoders
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
 from dmm_jax.runtime import sharding
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.text.tokenizer import Tokenizers
 
 PIXELS_DECODED = 2**21  # At once on a device: two images of 1024 x 1024, under 6 GiB by v5e's compiler.
@@ -162,7 +163,7 @@ class Pipeline:
         styles = arguments.each("styles", styles, batch_size)
         if not self.styles:
             if any(style is not None for style in styles):
-                raise ValueError("this checkpoint has no styles: it is a stock one. Leave styles out.")
+                raise UserError("this checkpoint has no styles: it is a stock one. Leave styles out.")
             return None
         last = self.schedule.num_train_timesteps
         return np.stack([style_rows(style, self.styles, timesteps, last) for style in styles])
@@ -228,7 +229,7 @@ class Pipeline:
           ValueError: any of these does not fit; says what to give.
         """
         if output not in ("images", "latents"):
-            raise ValueError(f"output must be 'images' or 'latents'; got {output!r}.")
+            raise UserError(f"output must be 'images' or 'latents'; got {output!r}.")
         prompts = arguments.texts("prompts", prompts)
         batch_size = len(prompts)
         if isinstance(negative_prompts, (str, type(None))):
@@ -274,13 +275,13 @@ class Pipeline:
             return _unit_noise(keys, shape)
         latents = jnp.asarray(latents, jnp.float32)
         if latents.shape != (len(keys), *shape) or not jnp.isfinite(latents).all():
-            raise ValueError(f"latents must be finite unit noise of shape {(len(keys), *shape)}; got {latents.shape}.")
+            raise UserError(f"latents must be finite unit noise of shape {(len(keys), *shape)}; got {latents.shape}.")
         return latents
 
 
 def _dtype_of(dtype) -> np.dtype:
     if str(dtype) not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
     return jnp.dtype(dtype)
 
 

@@ -35,6 +35,7 @@ from dmm_jax.distill.packing import Packing
 from dmm_jax.planning import disk, memory, requirements, text
 from dmm_jax.runtime import processes, sharding, storage
 from dmm_jax.runtime.metrics import MetricsLog
+from dmm_jax.runtime.processes import say
 from dmm_jax.text.tokenizer import Tokenizers
 
 MAX_STEPS_AHEAD = 2  # Dispatched but not done: keeps the device busy, and lets a run stop soon after it is asked to.
@@ -234,12 +235,6 @@ def diagnosis(line: Mapping, config) -> str:
 
 def _due(number, every):
     return bool(every) and number % every == 0
-
-
-def say(line: str) -> None:
-    """Prints a line on stderr, once for all processes."""
-    if processes.is_first():
-        print(line, file=sys.stderr, flush=True)
 
 
 def build_validator(config, lessons, networks, objective, mesh, specs, source):

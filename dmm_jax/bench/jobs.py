@@ -46,6 +46,7 @@ from dmm_jax.models.unet_2d_condition import merged_config
 from dmm_jax.planning import collectives, memory
 from dmm_jax.planning.devices import GIB
 from dmm_jax.runtime import sharding
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.metrics import HostClock, peak_memory
 
 NUM_PICTURES, PICTURE_SIZE, PICTURES_AT_ONCE = 5000, 512, 500  # Of each of the two sets whose FID is timed.
@@ -78,7 +79,7 @@ def bench(
       num_devices: that training takes, the first of them; 0: all.
     """
     if num_devices and job != "train":
-        raise ValueError(f"a number of devices is for `bench train` and `bench scaling`; `{job}` takes all there are.")
+        raise UserError(f"a number of devices is for `bench train` and `bench scaling`; `{job}` takes all there are.")
     if job == "host":
         return bench_host(config, size, num_steps)
     if job == "fid":
@@ -163,7 +164,7 @@ def _mesh(config, num_devices: int = 0):
     """Returns the config's mesh on the first devices, or on all; refuses a batch that does not divide among them."""
     devices = jax.devices()
     if num_devices > len(devices):
-        raise ValueError(f"{num_devices} devices were asked for; there are {len(devices)}.")
+        raise UserError(f"{num_devices} devices were asked for; there are {len(devices)}.")
     mesh = sharding.make_mesh(**config.mesh, devices=devices[: num_devices or None])
     without = config.copy_and_resolve_references()
     without.validation_size = 0  # Nothing is validated here.
@@ -301,7 +302,7 @@ def peer(job: str, size: str, batch_size: int, num_steps: int, num_teachers: int
     command = [sys.executable, "-m", "dmm_jax.bench.peer", job, size, *map(str, (batch_size, num_steps, num_teachers))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ValueError(f"the PyTorch peer failed (it needs the [torch] extra): {done.stderr.strip()[-500:]}")
+        raise UserError(f"the PyTorch peer failed (it needs the [torch] extra): {done.stderr.strip()[-500:]}")
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 

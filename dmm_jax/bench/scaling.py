@@ -18,6 +18,7 @@ import ml_collections
 
 from dmm_jax.config import checks
 from dmm_jax.config import options as config_lib
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.sharding import AXES
 
 ONE = "one device"
@@ -101,7 +102,7 @@ def scaling(
     there = _device_count()
     devices = list(devices) or counts(there)
     if not all(0 < count <= there for count in devices):
-        raise ValueError(f"devices must lie between 1 and the {there} of this machine; got {devices}.")
+        raise UserError(f"devices must lie between 1 and the {there} of this machine; got {devices}.")
     before, rows = _read(results), []
     told = {"size": size, "config": hashlib.sha256(config_lib.to_json(config).encode()).hexdigest()[:12]}
     with tempfile.TemporaryDirectory(prefix="dmm_jax_scaling_") as folder:
@@ -138,7 +139,7 @@ def _with_ratio(row, rows):
 def _device_count() -> int:
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ValueError(f"JAX finds no device: {_last_words(done.stderr)}")
+        raise UserError(f"JAX finds no device: {_last_words(done.stderr)}")
     return int(done.stdout.split()[-1])
 
 
@@ -191,7 +192,7 @@ def write_figure(rows: Sequence[Mapping], path: pathlib.Path) -> list[pathlib.Pa
         if "images_per_s" in row:
             points.setdefault(row["layout"], []).append((row["devices"], row["images_per_s"]))
     if not points:
-        raise ValueError(f"{path} is not drawn: no row was measured.")
+        raise UserError(f"{path} is not drawn: no row was measured.")
     alone = points.pop(ONE, [])
     lines = {layout: alone + more for layout, more in points.items()} or {ONE: alone}
     pictures = figures.render(lambda theme: figures.scaling(lines, theme))

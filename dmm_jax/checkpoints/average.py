@@ -10,6 +10,7 @@ from dmm_jax.checkpoints.compare import check_mergeable
 from dmm_jax.checkpoints.merge import METHODS, Method, merged
 from dmm_jax.checkpoints.open import Checkpoint, open_checkpoint, open_teacher
 from dmm_jax.checkpoints.write import DTYPES, Recipe, write_folder, write_single_file
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import check_output
 
 SINGLE_FILE = ".safetensors"
@@ -46,7 +47,7 @@ def average(
       CheckpointError: a checkpoint is damaged or does not fit the base; all obstacles are named. Nothing is written.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
     how = parse_method(method, len(teachers), weights, scale=scale, density=density, seed=seed)
     out = _check_output(pathlib.Path(out))
     opened = [open_teacher(path, base, prediction_type=prediction_type) for path in teachers]
@@ -70,7 +71,7 @@ def networks_of(base: Checkpoint, components: Sequence[str] = COMPONENTS) -> tup
     """
     unknown = [name for name in components if name not in COMPONENTS]
     if unknown or not components:
-        raise ValueError(f"--components takes {', '.join(COMPONENTS)}; got {', '.join(unknown) or 'nothing'}.")
+        raise UserError(f"--components takes {', '.join(COMPONENTS)}; got {', '.join(unknown) or 'nothing'}.")
     unet = ("unet",) if "unet" in components else ()
     texts = base.text_encoders if "text_encoder" in components else ()
     return unet + tuple(name for name in texts if base.has(name))
@@ -98,17 +99,17 @@ def parse_method(name: str, num_teachers: int, weights: Sequence[float] | None =
       ValueError: there is no such method, it does not take an option, or a number is out of range.
     """
     if name not in METHODS:
-        raise ValueError(f"there is no method {name!r}; there are: {', '.join(METHODS)}.")
+        raise UserError(f"there is no method {name!r}; there are: {', '.join(METHODS)}.")
     given = {option: value for option, value in options.items() if value is not None}
     unused = sorted(set(given) - set(METHODS[name]))
     if unused:
         takes = ", ".join(METHODS[name]) or "weights alone"
-        raise ValueError(f"{name} does not take {', '.join(unused)}; it takes {takes}. Leave it out.")
+        raise UserError(f"{name} does not take {', '.join(unused)}; it takes {takes}. Leave it out.")
     method = Method(name, _weights(name, num_teachers, weights), **{**METHODS[name], **given})
     if not math.isfinite(method.scale):
-        raise ValueError(f"scale must be finite; got {method.scale}.")
+        raise UserError(f"scale must be finite; got {method.scale}.")
     if not 0 < method.density <= 1:
-        raise ValueError(
+        raise UserError(
             f"density must be above 0 and at most 1, the share of each difference that stays; got {method.density}."
         )
     return method
@@ -117,11 +118,11 @@ def parse_method(name: str, num_teachers: int, weights: Sequence[float] | None =
 def _weights(name, num_teachers, weights) -> tuple[float, ...]:
     weights = (1.0,) * num_teachers if weights is None else tuple(map(float, weights))
     if not num_teachers or len(weights) != num_teachers:
-        raise ValueError(f"one weight a teacher, please: {num_teachers} teachers, {len(weights)} weights.")
+        raise UserError(f"one weight a teacher, please: {num_teachers} teachers, {len(weights)} weights.")
     if not all(map(math.isfinite, weights)):
-        raise ValueError(f"weights must be finite; got {weights}.")
+        raise UserError(f"weights must be finite; got {weights}.")
     if name in ("average", "ties") and (min(weights) < 0 or not sum(weights)):
-        raise ValueError(f"{name} takes a mean: weights must not be negative, nor all 0; got {weights}.")
+        raise UserError(f"{name} takes a mean: weights must not be negative, nor all 0; got {weights}.")
     return weights
 
 
@@ -129,9 +130,9 @@ def _check_output(out: pathlib.Path) -> pathlib.Path:
     if out.suffix != SINGLE_FILE:
         return check_output(out)
     if out.exists():
-        raise ValueError(f"{out} is there; nothing is overwritten. Give another name.")
+        raise UserError(f"{out} is there; nothing is overwritten. Give another name.")
     if not out.absolute().parent.is_dir():
-        raise ValueError(f"there is no folder {out.parent} to write {out.name} in. Make it first.")
+        raise UserError(f"there is no folder {out.parent} to write {out.name} in. Make it first.")
     return out
 
 

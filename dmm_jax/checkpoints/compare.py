@@ -16,6 +16,7 @@ from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.naming import printable
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.models.text_encoders import CLASSES, NUM_TIME_IDS
+from dmm_jax.runtime.errors import refuse
 
 COMPARED = ("unet", *CLASSES)  # Of a teacher; its VAE is never used.
 # Fields that change what a network computes and leave no trace in its tensors' shapes.
@@ -189,6 +190,4 @@ def _noise_levels(base, checkpoint):
 def check_mergeable(base: Checkpoint, teachers: Mapping[str, Checkpoint]) -> None:
     """Raises CheckpointError that names everything in which a teacher does not fit the base."""
     named = [(f"teacher {name!r} ({teacher.path})", teacher) for name, teacher in teachers.items()]
-    problems = merge_obstacles(base, named)
-    if problems:
-        raise CheckpointError("These checkpoints cannot be merged:\n" + "\n".join(f"  - {line}" for line in problems))
+    refuse("These checkpoints cannot be merged", merge_obstacles(base, named), CheckpointError)

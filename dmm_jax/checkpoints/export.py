@@ -17,6 +17,7 @@ from dmm_jax.checkpoints.styles import select
 from dmm_jax.checkpoints.write import DTYPES, FORMATS, Recipe, write
 from dmm_jax.config import options as config_lib
 from dmm_jax.config.styles import parse_style, style_row
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import check_output, locate, whole_folder
 
 IN_FILES = ("single-file", "style-lora")  # Formats that are a file; the others are folders, each with its own card.
@@ -57,7 +58,7 @@ def export_workdir(
     weights = None
     if any(fmt != "dmm" for fmt in formats):
         if not style:
-            raise ValueError(
+            raise UserError(
                 f"diffusers, single-file and style-lora hold one style: give --style, of {', '.join(student.styles)}."
             )
         weights = _row(style, student.styles)
@@ -89,9 +90,9 @@ def export_workdir(
 def _check_options(formats, dtype):
     unknown = [fmt for fmt in formats if fmt not in FORMATS]
     if unknown or not formats:
-        raise ValueError(f"there is no format {', '.join(unknown) or '(none given)'}; there are: {', '.join(FORMATS)}.")
+        raise UserError(f"there is no format {', '.join(unknown) or '(none given)'}; there are: {', '.join(FORMATS)}.")
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
 
 
 def open_student(
@@ -104,7 +105,7 @@ def open_student(
     """
     student = open_checkpoint(workdir)
     if student.styles is None:
-        raise ValueError(
+        raise UserError(
             f"{workdir} holds a stock checkpoint; only a merged one is exported. Give the --workdir of a `train` run."
         )
     student = with_fitted_styles(student, extra_styles)

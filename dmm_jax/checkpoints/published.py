@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from dmm_jax.checkpoints.architecture import SD1, SD2, SDXL, scheduler_config
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
+from dmm_jax.runtime.errors import UserError
 
 _VAE = {
     "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4, "sample_size": 512,
@@ -74,7 +75,7 @@ def checkpoint(name: str, configs: Mapping[str, Mapping] = CONFIGS) -> Checkpoin
       ValueError: there is no such name.
     """
     if name not in configs:
-        raise ValueError(f"there is no published architecture {name!r}; there are {', '.join(configs)}.")
+        raise UserError(f"there is no published architecture {name!r}; there are {', '.join(configs)}.")
     parts = dict(configs[name])
     scheduler = dict(parts.pop("scheduler"))
     components = {part: Component(dict(config), dict) for part, config in parts.items()}

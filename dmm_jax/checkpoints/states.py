@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from dmm_jax.checkpoints import checksums
 from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import in_bucket, locate
 
 STATE, RECORD = "state", "record"  # What a step holds: the arrays; what they are, their checksums, and the notes.
@@ -173,7 +174,7 @@ def _record(folder: epath.Path) -> dict | None:
                 return None
         record = json.loads((folder / RECORD / "metadata").read_text())
         if record.pop("crc32") != _crc(record):
-            raise ValueError("its checksum is not the one of what it holds")
+            raise UserError("its checksum is not the one of what it holds")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise Damaged(f"{RECORD}: {_first_line(error)}") from error
     return record

@@ -1,13 +1,13 @@
 """Choosing, ordering and renaming the styles of a merged checkpoint: rows of its table, and their names."""
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Mapping
 
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats.safetensors_io import Computed, Tensors, dtype_of, shape_of
+from dmm_jax.runtime.errors import nearest
 
 TABLE = "model_embedding.weight"
 
@@ -26,9 +26,9 @@ def select(student: Checkpoint, kept: Mapping[str, str]) -> Checkpoint:
     names = list(student.styles)
     for name in kept.values():
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1, 0.0)
             raise CheckpointError(
-                f"{student.path} has no style {name!r}; did you mean {near[0]!r}? It has: {', '.join(names)}."
+                f"{student.path} has no style {name!r}; did you mean {nearest(name, names)!r}? "
+                f"It has: {', '.join(names)}."
             )
     if not kept:
         raise CheckpointError(f"no style of {student.path} is kept; name at least one of {', '.join(names)}.")

@@ -7,6 +7,8 @@ import math
 import numbers
 from typing import Any
 
+from dmm_jax.runtime.errors import UserError
+
 MAX_SEED = 2**32 - 1  # A key holds so much.
 MAX_PIXELS = 2**14  # Of a side.
 
@@ -20,7 +22,7 @@ def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
         or not isinstance(value, numbers.Integral)
         or not least <= value <= (value if most is None else most)
     ):
-        raise ValueError(f"{name} must be a whole number {bounds}; got {value!r}.")
+        raise UserError(f"{name} must be a whole number {bounds}; got {value!r}.")
     return int(value)
 
 
@@ -33,7 +35,7 @@ def number(name: str, value: Any, least: float = -math.inf) -> float:
     value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or value < least:
         bound = "" if least == -math.inf else f" of at least {least:g}"
-        raise ValueError(f"{name} must be a finite number{bound}; got {value!r}.")
+        raise UserError(f"{name} must be a finite number{bound}; got {value!r}.")
     return float(value)
 
 
@@ -42,16 +44,16 @@ def size(name: str, value: Any, cells: int) -> int:
     value = whole(name, value, 0, MAX_PIXELS)
     if value % cells or not value:
         nearest = max(value - value % cells, cells)
-        raise ValueError(f"{name} must be a multiple of {cells} pixels; got {value}. Use {nearest}.")
+        raise UserError(f"{name} must be a multiple of {cells} pixels; got {value}. Use {nearest}.")
     return value
 
 
 def each(name: str, values: Any, count: int) -> list:
     """Returns one value per prompt."""
     if isinstance(values, str) or not hasattr(values, "__len__") or not hasattr(values, "__iter__"):
-        raise ValueError(f"{name} must be a sequence, one for each of the {count} prompts; got {values!r}.")
+        raise UserError(f"{name} must be a sequence, one for each of the {count} prompts; got {values!r}.")
     if len(values) != count:
-        raise ValueError(f"{name} has {len(values)} entries for {count} prompts: give one each.")
+        raise UserError(f"{name} has {len(values)} entries for {count} prompts: give one each.")
     return list(values)
 
 
@@ -60,14 +62,14 @@ def texts(name: str, values: Any) -> list:
     values = [values] if isinstance(values, str) else values
     values = list(values) if hasattr(values, "__iter__") else values
     if not isinstance(values, list) or not all(isinstance(value, (str, type(None))) for value in values):
-        raise ValueError(f"{name} must be texts; got {values!r}.")
+        raise UserError(f"{name} must be texts; got {values!r}.")
     if not values:
-        raise ValueError(f"{name} is empty: give at least one.")
+        raise UserError(f"{name} is empty: give at least one.")
     return values
 
 
 def pair(name: str, value: Any) -> tuple[int, int]:
     """Returns two whole numbers: height and width, or top and left."""
     if isinstance(value, str) or not hasattr(value, "__len__") or len(value) != 2:
-        raise ValueError(f"{name} must be two numbers of pixels; got {value!r}.")
+        raise UserError(f"{name} must be two numbers of pixels; got {value!r}.")
     return whole(name, value[0], 0), whole(name, value[1], 0)

@@ -7,7 +7,9 @@ import ml_collections
 from dmm_jax.config import options as config_lib
 from dmm_jax.config.options import DTYPES
 from dmm_jax.config.styles import is_writable
+from dmm_jax.runtime.errors import refuse
 
+TITLE = "The config cannot be run"
 CHOICES = {
     "student_init": ("base", "average"),
     "style_init": ("zero", "paper"),
@@ -26,7 +28,7 @@ FLOAT32_MAX, FLOAT32_TINY = 3.4e38, 1.2e-38
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError that names every option out of range, what was expected, and what to set."""
-    _refuse(_problems(config))
+    refuse(TITLE, _problems(config))
 
 
 def check_mesh(config: ml_collections.ConfigDict, mesh_shape: Mapping[str, int]) -> None:
@@ -50,8 +52,7 @@ def check_mesh(config: ml_collections.ConfigDict, mesh_shape: Mapping[str, int])
             f"validation_size {config.validation_size} cannot be divided: {where} want a multiple of {columns}. "
             f"Use {_nearest(config.validation_size, columns)}."
         )
-    if problems:
-        raise ValueError("The config does not fit the devices:\n" + "\n".join(f"  - {line}" for line in problems))
+    refuse("The config does not fit the devices", problems)
 
 
 def rows_told(config: ml_collections.ConfigDict) -> str:
@@ -97,7 +98,7 @@ def _problems(config):
 
 def check_evaluation(evaluation: ml_collections.ConfigDict) -> None:
     """As `check`, but of `config.evaluation` alone, which is all that may change after training."""
-    _refuse([*_ranges(ml_collections.ConfigDict({"evaluation": evaluation})), _merges_missed(evaluation)])
+    refuse(TITLE, [*_ranges(ml_collections.ConfigDict({"evaluation": evaluation})), _merges_missed(evaluation)])
 
 
 def _merges_missed(evaluation):
@@ -111,13 +112,7 @@ def _merges_missed(evaluation):
 
 def check_values(config: ml_collections.ConfigDict) -> None:
     """As `check`, but of each option by itself: what holds whether the config is to train or to prepare data."""
-    _refuse(_values(config))
-
-
-def _refuse(problems):
-    problems = [problem for problem in problems if problem]
-    if problems:
-        raise ValueError("The config cannot be run:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    refuse(TITLE, _values(config))
 
 
 def _ranges(config):

@@ -1,6 +1,5 @@
 """Experiment files and `--config.NAME=VALUE`: what a command line makes of them, or says against them."""
 
-import difflib
 import pathlib
 import re
 from collections.abc import Sequence
@@ -9,9 +8,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from dmm_jax.config import options as config_lib
+from dmm_jax.runtime.errors import UserError, nearest
 
 
-class UsageError(ValueError):
+class UsageError(UserError):
     """An option that there is not, or a value that it cannot take."""
 
 
@@ -23,11 +23,11 @@ def read_config(path: str, overrides: Sequence[str] = ()):
       UsageError: an option has no such name (the nearest is suggested) or takes no such value.
     """
     if not pathlib.Path(path.partition(":")[0]).is_file():
-        raise ValueError(f"there is no config file {path}. The experiments are in configs/.")
+        raise UserError(f"there is no config file {path}. The experiments are in configs/.")
     try:
         config, _ = _parsed(path, ())
     except Exception as error:  # The file is a program: anything can be wrong in it.
-        raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+        raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
     _check_complete(path, config, config_lib.get_config())
     config.teachers = config_lib.as_teachers(config.teachers)
     if not overrides:
@@ -56,12 +56,12 @@ def _parsed(path, overrides):
 
 def _check_complete(path, config, defaults):
     if type(config) is not type(defaults):
-        raise ValueError(
+        raise UserError(
             f"{path}: get_config() must return a ConfigDict; got {type(config).__name__}. "
             "Start from dmm_jax.config.options.get_config(), and set what differs."
         )
     if missing := sorted(set(_option_names(defaults)) - set(_option_names(config))):
-        raise ValueError(
+        raise UserError(
             f"{path}: get_config() lacks {', '.join(missing[:5])}{' and others' if len(missing) > 5 else ''}. "
             "Start from dmm_jax.config.options.get_config(), and set what differs."
         )
@@ -86,6 +86,6 @@ def _check_names(config, overrides):
 
 def _no_option(name, config) -> str:
     own = name.removeprefix("config.")
-    near = difflib.get_close_matches(own, _option_names(config), 1, 0.5)
-    meant = f"; did you mean --config.{near[0]}?" if near else "."
+    near = nearest(own, _option_names(config), 0.5)
+    meant = f"; did you mean --config.{near}?" if near else "."
     return f"there is no option --{name}{meant} The options are in dmm_jax/config/options.py."

@@ -11,6 +11,7 @@ import ml_collections
 
 from dmm_jax.config.styles import is_writable
 from dmm_jax.runtime import storage
+from dmm_jax.runtime.errors import UserError, refuse
 
 DTYPES = ("float32", "bfloat16")
 _GROUP = ml_collections.ConfigDict
@@ -139,12 +140,12 @@ def as_kept(entries: Sequence[str]) -> dict[str, str]:
     for entry in entries:
         new, _, old = entry.partition("=")
         if not is_writable(new):
-            raise ValueError(
+            raise UserError(
                 f"a style that is kept is 'name' or 'new name=name'; {entry!r} would be called {new!r}, which no mix "
                 "could hold."
             )
         if new in kept:
-            raise ValueError(f"two styles are to be called {new!r}: give each its own name, as in 'new name=name'.")
+            raise UserError(f"two styles are to be called {new!r}: give each its own name, as in 'new name=name'.")
         kept[new] = old or new
     return kept
 
@@ -173,7 +174,7 @@ def as_teachers(values: Sequence) -> tuple[tuple[str, str], ...]:
     pairs = [tuple(value.split("=", 1)) if isinstance(value, str) else _as_pair(value) for value in values]
     for pair, value in zip(pairs, values, strict=True):
         if len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
-            raise ValueError(
+            raise UserError(
                 f"teachers holds {value!r}, which is no style name with a path. Give --config.teachers=NAME=PATH once "
                 "for each teacher, or all at once: --config.teachers=\"(('NAME', 'PATH'), ('NAME', 'PATH'))\"."
             )
@@ -201,12 +202,11 @@ def from_json(text: str, source: str = "config.json") -> ml_collections.ConfigDi
     try:
         values = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{source} is no JSON ({error}). Restore it from a copy.") from None
+        raise UserError(f"{source} is no JSON ({error}). Restore it from a copy.") from None
     if not isinstance(values, Mapping):
-        raise ValueError(f"{source} must hold a JSON object of options; got {_kind(values)}.")
+        raise UserError(f"{source} must hold a JSON object of options; got {_kind(values)}.")
     config = get_config()
-    if problems := _update(config, _in_todays_words(values)):
-        raise ValueError(f"{source} cannot be read:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    refuse(f"{source} cannot be read", _update(config, _in_todays_words(values)))
     config.teachers = as_teachers(config.teachers)
     return config
 
@@ -284,10 +284,10 @@ def load(path: str | os.PathLike) -> ml_collections.ConfigDict:
     storage.check_reached(path)
     path = path / "config.json"
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"{path.parent} is no training workdir: {path.name} is missing. Give the --workdir of a `train` run."
         )
     try:
         return from_json(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text ({error}). Restore it.") from None
+        raise UserError(f"{path} is no UTF-8 text ({error}). Restore it.") from None

@@ -5,13 +5,14 @@ arXiv:2504.12364, 4.5). So it may differ in every image of a batch, and in every
 the structure, which is drawn at high timesteps, and one for the detail.
 """
 
-import difflib
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
+
+from dmm_jax.runtime.errors import UserError, nearest
 
 Mix = str | Mapping[str, float]
 Schedule = Sequence[Sequence]  # Of pairs: from which timestep down, or in which span (high, low), and which mix.
@@ -29,14 +30,14 @@ def style_row(style: Style, names: Sequence[str]) -> Float[np.ndarray, " N"]:
         one row.
     """
     if style is None and NULL_STYLE not in names:
-        raise ValueError(f"this merged model needs a style for every image; it has: {', '.join(names)}.")
+        raise UserError(f"this merged model needs a style for every image; it has: {', '.join(names)}.")
     if is_schedule(style):
-        raise ValueError(
+        raise UserError(
             f"{style_text(style)!r} is a schedule over timesteps: a style that is folded into a checkpoint is one for "
             "all of them. Give a name or a mix."
         )
     if not isinstance(style, (str, Mapping, type(None))):
-        raise ValueError(
+        raise UserError(
             f"a style is a name, a mix such as {{'anime': 0.7, 'photo': 0.3}} or a schedule such as "
             f"[(1000, 'photo'), (600, 'anime')]; got {style!r}."
         )
@@ -45,11 +46,12 @@ def style_row(style: Style, names: Sequence[str]) -> Float[np.ndarray, " N"]:
     row = np.zeros(len(names), np.float32)
     for name, weight in mix.items():
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1, 0.0)
-            raise ValueError(f"there is no style {name!r}; did you mean {near[0]!r}? There are: {', '.join(names)}.")
+            raise UserError(
+                f"there is no style {name!r}; did you mean {nearest(name, names)!r}? There are: {', '.join(names)}."
+            )
         row[list(names).index(name)] = weight
     if not np.isfinite(row).all() or not row.any():
-        raise ValueError(f"a mix needs finite weights, and one at least that is not 0; got {style_text(mix)!r}.")
+        raise UserError(f"a mix needs finite weights, and one at least that is not 0; got {style_text(mix)!r}.")
     if abs(row.sum() - 1.0) > SUM_TOLERANCE or (row < 0).any():
         warnings.warn(
             f"the weights of {style_text(mix)!r} are not shares of 1 (their sum is {row.sum():g}): such a style lies "
@@ -103,13 +105,13 @@ def is_schedule(style) -> bool:
 def _check_spans(spans, style, num_train_timesteps):
     last = num_train_timesteps - 1
     if spans[0][0] != spans[0][1] or not spans[0][1] >= last:
-        raise ValueError(
+        raise UserError(
             f"a schedule's first style must hold from the first timestep, {num_train_timesteps}, on; "
             f"got {spans[0][0]:g} for {style_text([*style[:1]])!r}: the timesteps above have no style."
         )
     for (_, above), (high, low) in zip(spans, spans[1:], strict=False):
         if not (0.0 <= low <= high <= above and low < above):
-            raise ValueError(
+            raise UserError(
                 f"a schedule's timesteps must fall, from {num_train_timesteps} to 0 at least, and its fades must not "
                 f"overlap; got {high:g} to {low:g} below {above:g} in {style_text(style)!r}."
             )
@@ -136,7 +138,7 @@ def _parse_start(part, text) -> float | tuple[float, float]:
     try:
         return (float(high), float(low)) if dash else float(high)
     except ValueError:
-        raise ValueError(
+        raise UserError(
             f"style {text!r}: {part!r} is no timestep. Write for example 'photo:600:anime', or 'photo:800-400:anime' "
             "to fade."
         ) from None
@@ -149,11 +151,11 @@ def _parse_mix(text: str) -> Mix:
     for part in text.split(","):
         name, _, weight = part.partition("=")
         if name.strip() in mix:
-            raise ValueError(f"style {text!r} names {name.strip()!r} twice: give each style one weight.")
+            raise UserError(f"style {text!r} names {name.strip()!r} twice: give each style one weight.")
         try:
             mix[name.strip()] = float(weight)
         except ValueError:
-            raise ValueError(
+            raise UserError(
                 f"style {text!r}: {part!r} is no NAME=WEIGHT. Write for example 'anime=0.7,photo=0.3'."
             ) from None
     return mix

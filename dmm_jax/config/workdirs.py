@@ -6,6 +6,7 @@ import jax
 
 from dmm_jax.config import options as config_lib
 from dmm_jax.runtime import processes, storage
+from dmm_jax.runtime.errors import UserError
 
 
 def check(workdir: storage.Location, config) -> list[str]:
@@ -19,7 +20,7 @@ def check(workdir: storage.Location, config) -> list[str]:
         old = config_lib.load(workdir)
         before, now = config_lib.style_names(old), config_lib.style_names(config)
         if before and before != now:
-            raise ValueError(
+            raise UserError(
                 f"{workdir} was trained on the styles {', '.join(before)}; the config lists {', '.join(now)}. "
                 "Use another --workdir."
             )
@@ -30,7 +31,7 @@ def check(workdir: storage.Location, config) -> list[str]:
         with storage.reaching(workdir):
             strangers = _strangers(workdir, config)
         if strangers:
-            raise ValueError(
+            raise UserError(
                 f"{workdir} is not empty and holds no run (config.json is missing, there is {', '.join(strangers[:5])})"
                 ". Give --workdir a new folder, an empty one, or that of a run."
             )
@@ -56,7 +57,7 @@ def _check_state(workdir, old, new):
     told = {line.partition(":")[0]: line for line in config_lib.differences(old, new)}
     lines = [told[name] for name in kept if before[name] != after[name] and name in told]
     if lines:
-        raise ValueError(
+        raise UserError(
             f"{workdir} cannot go on with {'; '.join(lines)}: its checkpoints hold other arrays. Set it as it was, or "
             "start anew in another --workdir."
         )
@@ -67,7 +68,7 @@ def _strangers(workdir, config) -> list[str]:
     if not workdir.exists():
         return []
     if not workdir.is_dir():
-        raise ValueError(f"{workdir} is a file; a run is kept in a folder. Give another --workdir.")
+        raise UserError(f"{workdir} is a file; a run is kept in a folder. Give another --workdir.")
     own = {os.path.abspath(f"{config.data.cache}{end}") for end in ("", ".images")}
     there = [path for path in workdir.iterdir() if not path.is_dir() or any(path.iterdir())]
     return sorted(path.name for path in there if os.path.abspath(path) not in own)
@@ -89,7 +90,7 @@ def write_config(workdir: storage.Location, config) -> None:
                 part.replace(path)
     processes.wait_for_all("config.json written")
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"process {jax.process_index()} does not see {path}, which process 0 wrote. "
             "Give a --workdir on a file system that all hosts share."
         )

@@ -6,6 +6,8 @@ from typing import Any, TypedDict
 import grain
 import numpy as np
 
+from dmm_jax.runtime.errors import UserError
+
 MAX_STEPS = 2**31
 
 
@@ -76,11 +78,11 @@ class _Gather:
 
 def _check(source, num_teachers, batch_size) -> None:
     if len(source) == 0:
-        raise ValueError("the source of examples is empty. Prepare a cache with more images.")
+        raise UserError("the source of examples is empty. Prepare a cache with more images.")
     if min(num_teachers, batch_size) < 1:
-        raise ValueError(f"expected positive numbers of teachers and examples; got {num_teachers=}, {batch_size=}.")
+        raise UserError(f"expected positive numbers of teachers and examples; got {num_teachers=}, {batch_size=}.")
     if batch_size % num_teachers:
-        raise ValueError(
+        raise UserError(
             f"batch_size must be a multiple of the {num_teachers} teachers; got {batch_size}. "
             f"Use {max(batch_size - batch_size % num_teachers, num_teachers)}."
         )

@@ -15,6 +15,7 @@ from typing import Any, TypedDict
 import numpy as np
 from array_record.python import array_record_data_source
 
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import check_local
 
 FORMAT = "dmm_jax latent cache 2"
@@ -81,13 +82,13 @@ def read_header(folder: pathlib.Path) -> tuple[CacheHeader, dict[str, Any]]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw.pop("format") != FORMAT:
-            raise ValueError(f"its format is not {FORMAT!r}")
+            raise UserError(f"its format is not {FORMAT!r}")
         fields = {field.name: raw.pop(field.name) for field in dataclasses.fields(CacheHeader)}
         fields["latent_shape"] = tuple(fields["latent_shape"])
         fields["shards"] = tuple((str(name), int(count)) for name, count in fields["shards"])
         return CacheHeader(**fields), raw
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is not the header of a latent cache ({error}). Prepare the cache in a new folder."
         ) from error
 
@@ -124,7 +125,7 @@ class LatentCache:
         """Opens a cache and checks it against `expected` (see `check`)."""
         self.folder = check_local(folder, "a latent cache")
         if not self.folder.exists() and partial_folder(self.folder).exists():
-            raise ValueError(f"{self.folder} is not finished. Run `dmm-jax prepare` again: it takes up where it was.")
+            raise UserError(f"{self.folder} is not finished. Run `dmm-jax prepare` again: it takes up where it was.")
         self.header, _ = read_header(self.folder)
         self._records = self._open_shards()
         self.check(**expected)
@@ -143,7 +144,7 @@ class LatentCache:
         if len(self) < num_examples:
             problems.append(f"count: expected at least {num_examples}, the cache has {len(self)}")
         if problems:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} does not fit this run:\n  " + "\n  ".join(problems) + "\nRun `dmm-jax prepare` for it."
             )
 
@@ -151,7 +152,7 @@ class LatentCache:
         """Returns the examples to train on, and the last `num_held_out` in a source of their own."""
         cut = len(self) - num_held_out
         if num_held_out < 0 or cut < 1:
-            raise ValueError(f"{self.folder} has {len(self)} examples; {num_held_out} cannot be held out.")
+            raise UserError(f"{self.folder} has {len(self)} examples; {num_held_out} cannot be held out.")
         return CacheSlice(self, 0, cut), CacheSlice(self, cut, len(self))
 
     def __len__(self) -> int:
@@ -163,7 +164,7 @@ class LatentCache:
         try:
             return decode_record(self.header, self._records[index])
         except RuntimeError as error:  # The files carry checksums.
-            raise ValueError(f"{self.folder}: record {index} is damaged ({error}). Prepare the cache again.") from error
+            raise UserError(f"{self.folder}: record {index} is damaged ({error}). Prepare the cache again.") from error
 
     def __repr__(self) -> str:
         return f"LatentCache({str(self.folder)!r})"
@@ -172,16 +173,16 @@ class LatentCache:
         header, paths = self.header, []
         for name, _ in header.shards:
             if pathlib.PurePath(name).name != name or not (self.folder / name).is_file():
-                raise ValueError(f"{self.folder} lacks its file {name!r}. Delete the folder and run prepare again.")
+                raise UserError(f"{self.folder} lacks its file {name!r}. Delete the folder and run prepare again.")
             paths.append(str(self.folder / name))
         try:
             records = array_record_data_source.ArrayRecordDataSource(paths) if paths else []
         except RuntimeError as error:
-            raise ValueError(f"{self.folder} is damaged ({error}). Prepare the cache again.") from error
+            raise UserError(f"{self.folder} is damaged ({error}). Prepare the cache again.") from error
         if len(records) != header.count or sum(count for _, count in header.shards) != header.count:
-            raise ValueError(f"{self.folder} should hold {header.count} records; its files hold {len(records)}.")
+            raise UserError(f"{self.folder} should hold {header.count} records; its files hold {len(records)}.")
         if not header.count or len(records[0]) != header.record_bytes:
-            raise ValueError(f"{self.folder}: records are not of {header.record_bytes} bytes, or there are none.")
+            raise UserError(f"{self.folder}: records are not of {header.record_bytes} bytes, or there are none.")
         return records
 
 

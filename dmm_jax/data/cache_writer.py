@@ -20,6 +20,7 @@ from dmm_jax.data.cache import (
     read_header,
     write_header,
 )
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import check_local
 
 
@@ -39,7 +40,7 @@ class CacheWriter:
         self.header, self.next_index = header, 0
         self._shard, self._in_shard = None, 0
         if self.folder.exists():
-            raise ValueError(f"{self.folder} exists already. Delete it, or write elsewhere.")
+            raise UserError(f"{self.folder} exists already. Delete it, or write elsewhere.")
         if (self.partial / "cache.json").exists():
             self._take_up(header)
         self.partial.mkdir(parents=True, exist_ok=True)
@@ -55,7 +56,7 @@ class CacheWriter:
         blank = dataclasses.replace(left, count=0, dropped=0, shards=())
         if problems := blank.differences(**dataclasses.asdict(header)):
             listed = "\n  ".join(problems)
-            raise ValueError(f"{self.partial} was begun with other things:\n  {listed}\nDelete it to start anew.")
+            raise UserError(f"{self.partial} was begun with other things:\n  {listed}\nDelete it to start anew.")
         self.header, self.next_index = left, int(more["next_index"])
 
     def add(
@@ -93,7 +94,7 @@ class CacheWriter:
         """Closes the last shard, moves the cache to its place and opens it."""
         self._close_shard()
         if not self.header.count:
-            raise ValueError(f"nothing was written to {self.partial}: no image could be read.")
+            raise UserError(f"nothing was written to {self.partial}: no image could be read.")
         write_header(self.partial, self.header)
         os.replace(self.partial, self.folder)
         return LatentCache(self.folder)
@@ -117,12 +118,12 @@ class CacheWriter:
 
     def _check(self, latents: np.ndarray, input_ids: np.ndarray) -> None:
         if latents.shape[1:] != self.header.latent_shape or input_ids.shape[1:] != (self.header.num_tokens,):
-            raise ValueError(
+            raise UserError(
                 f"expected latents {self.header.latent_shape} and {self.header.num_tokens} token ids per image; "
                 f"got {latents.shape[1:]} and {input_ids.shape[1:]}. Check the VAE and the tokenizer."
             )
         limit = float(np.finfo(LATENTS).max)
         if not (np.abs(latents) <= limit).all():  # NaN fails too.
-            raise ValueError("latents hold NaN or values beyond float16. Run the networks in float32 or bfloat16.")
+            raise UserError("latents hold NaN or values beyond float16. Run the networks in float32 or bfloat16.")
         if input_ids.min() < 0 or input_ids.max() > np.iinfo(TOKENS).max:
-            raise ValueError(f"token ids must lie in 0 to 65535; got {input_ids.min()} to {input_ids.max()}.")
+            raise UserError(f"token ids must lie in 0 to 65535; got {input_ids.min()} to {input_ids.max()}.")

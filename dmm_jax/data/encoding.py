@@ -17,6 +17,7 @@ from dmm_jax.data.cache_writer import CacheWriter
 from dmm_jax.data.images import UnreadableImage, crop_of, fit_square
 from dmm_jax.data.prompts import Draws
 from dmm_jax.data.sources import Example, ImageSource
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import check_local, check_writable
 
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray, Sequence[int], int]  # The arguments of `CacheWriter.add`.
@@ -143,7 +144,7 @@ def fill(
         cache = LatentCache(out)
         if problems := cache.header.differences(**wanted):
             listed = "\n  ".join(problems)
-            raise ValueError(f"{out} is a cache of other things:\n  {listed}\nDelete it, or set another data.cache.")
+            raise UserError(f"{out} is a cache of other things:\n  {listed}\nDelete it, or set another data.cache.")
         return cache
     writer = CacheWriter(out, CacheHeader(**wanted, **shapes()), shard_size)
     hidden = not sys.stderr.isatty() if progress is None else not progress
@@ -164,7 +165,7 @@ def check_place(out: str | pathlib.Path) -> pathlib.Path:
     """
     out = check_local(out, "a latent cache")
     if out.exists() and not (out / "cache.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"{out} is there and is no latent cache (it holds no cache.json). Set data.cache to a new folder, which "
             "prepare makes."
         )

@@ -7,8 +7,10 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dmm_jax.runtime.errors import UserError
 
-class UnreadableImage(ValueError):
+
+class UnreadableImage(UserError):
     """One image cannot be used; whoever reads many may drop it, and must count it."""
 
 

@@ -18,6 +18,7 @@ from dmm_jax.data.sources import FolderSource, ImageSource
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.pipeline import in_memory
 from dmm_jax.runtime import sharding
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.text.tokenizer import Tokenizers
 from dmm_jax.world.source import ShapesSource
 
@@ -57,7 +58,7 @@ def check_config(config) -> None:
     """Raises ValueError if an option is out of range, or the cache folder is not set or cannot be written."""
     checks.check_values(config)
     if not config.data.cache:
-        raise ValueError("data.cache is empty: set the folder that the latent cache is written to.")
+        raise UserError("data.cache is empty: set the folder that the latent cache is written to.")
     check_place(config.data.cache)
 
 
@@ -68,9 +69,7 @@ def open_source(config) -> ImageSource:
       ValueError: no source is set, or it holds no captioned images.
     """
     if not config.data.source:
-        raise ValueError(
-            f"data.source is empty: set a folder of images and captions, {TEACHERS!r} or {SHAPES_WORLD!r}."
-        )
+        raise UserError(f"data.source is empty: set a folder of images and captions, {TEACHERS!r} or {SHAPES_WORLD!r}.")
     if config.data.source == SHAPES_WORLD:
         return _built_shapes(config)
     source = FolderSource(config.data.source)

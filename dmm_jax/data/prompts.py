@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from dmm_jax.runtime.errors import UserError
+
 MAX_FILE_BYTES = 2**28
 MAX_LINE_CHARS = 100_000
 
@@ -18,19 +20,19 @@ def read_prompts(path: str | pathlib.Path) -> list[str]:
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise ValueError(f"there is no prompt file {path}. Give a text file with one prompt a line.")
+        raise UserError(f"there is no prompt file {path}. Give a text file with one prompt a line.")
     if (size := path.stat().st_size) > MAX_FILE_BYTES:
-        raise ValueError(f"{path} has {size} bytes; at most {MAX_FILE_BYTES} are read. Give fewer prompts.")
+        raise UserError(f"{path} has {size} bytes; at most {MAX_FILE_BYTES} are read. Give fewer prompts.")
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
+        raise UserError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
     for number, line in enumerate(lines, start=1):
         if len(line) > MAX_LINE_CHARS:
-            raise ValueError(f"{path}, line {number}: more than {MAX_LINE_CHARS} characters. Write one prompt a line.")
+            raise UserError(f"{path}, line {number}: more than {MAX_LINE_CHARS} characters. Write one prompt a line.")
     lines = [line for line in lines if line]
     if not lines:
-        raise ValueError(f"{path} holds no prompt. Write one a line.")
+        raise UserError(f"{path} holds no prompt. Write one a line.")
     return lines
 
 
@@ -58,7 +60,7 @@ class Draws:
 
     def __post_init__(self):
         if self.count < 1:
-            raise ValueError(f"expected a positive number of pictures to draw; got {self.count}. Set num_examples.")
+            raise UserError(f"expected a positive number of pictures to draw; got {self.count}. Set num_examples.")
 
     def __len__(self) -> int:
         return self.count

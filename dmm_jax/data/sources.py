@@ -13,6 +13,7 @@ from typing import Protocol, TypedDict, runtime_checkable
 import numpy as np
 
 from dmm_jax.data.images import fit_square, load_rgb
+from dmm_jax.runtime.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_LINE_CHARS = 100_000
@@ -47,12 +48,12 @@ class FolderSource:
         self.folder = pathlib.Path(folder).resolve()
         self.resolution = resolution
         if not self.folder.is_dir():
-            raise ValueError(f"{self.folder} is not a folder. Give the folder that holds images and captions.")
+            raise UserError(f"{self.folder} is not a folder. Give the folder that holds images and captions.")
         listing = self.folder / "captions.jsonl"
         pairs = read_captions(listing) if listing.exists() else read_side_files(self.folder)
         self.rows = [(self._inside(name), caption) for name, caption in pairs]
         if not self.rows:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} holds no captioned images. Add captions.jsonl with lines "
                 '{"file": "a.png", "caption": "..."}, or a.txt beside each a.png.'
             )
@@ -75,9 +76,9 @@ class FolderSource:
     def _inside(self, name: str) -> pathlib.Path:
         path = (self.folder / name).resolve()  # Follows links, so that none leads out.
         if not path.is_relative_to(self.folder):
-            raise ValueError(f"{name!r} lies outside {self.folder}. Captions may name only files below it.")
+            raise UserError(f"{name!r} lies outside {self.folder}. Captions may name only files below it.")
         if not path.is_file():
-            raise ValueError(f"{path} is captioned but is not there. Remove its caption or add the image.")
+            raise UserError(f"{path} is captioned but is not there. Remove its caption or add the image.")
         return path
 
 
@@ -95,17 +96,17 @@ def read_side_files(folder: pathlib.Path) -> Iterator[tuple[str, str]]:
         text = image.with_suffix(".txt")
         if image.suffix.lower() in IMAGE_SUFFIXES and text.is_file():
             if not text.resolve().is_relative_to(folder):
-                raise ValueError(f"{text} leads out of {folder}. Replace the link by the file.")
+                raise UserError(f"{text} leads out of {folder}. Replace the link by the file.")
             yield str(image.relative_to(folder)), text.read_text(encoding="utf-8").strip()
 
 
 def _parse_line(line: str, where: str) -> tuple[str, str]:
     if len(line) > MAX_LINE_CHARS:
-        raise ValueError(f"{where}: more than {MAX_LINE_CHARS} characters. Write one short object a line.")
+        raise UserError(f"{where}: more than {MAX_LINE_CHARS} characters. Write one short object a line.")
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error}). Write one object a line.") from error
+        raise UserError(f"{where}: not JSON ({error}). Write one object a line.") from error
     if not isinstance(row, dict) or not isinstance(row.get("file"), str) or not isinstance(row.get("caption"), str):
-        raise ValueError(f'{where}: expected {{"file": "a.png", "caption": "..."}}; got {line.strip()[:200]!r}.')
+        raise UserError(f'{where}: expected {{"file": "a.png", "caption": "..."}}; got {line.strip()[:200]!r}.')
     return row["file"], row["caption"]

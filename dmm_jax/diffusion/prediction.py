@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dmm_jax.diffusion.schedule import PREDICTION_TYPES
+from dmm_jax.runtime.errors import UserError
 
 
 def velocity(
@@ -61,5 +62,5 @@ def _signal_and_spread(alpha_bar):
 
 def _is_velocity(prediction_type):
     if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {prediction_type!r}.")
+        raise UserError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {prediction_type!r}.")
     return prediction_type == "v_prediction"

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dmm_jax.runtime.errors import UserError
+
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 SPACINGS = ("linspace", "leading", "trailing")
@@ -52,9 +54,9 @@ class NoiseSchedule:
         choices["timestep_spacing"] = (None, *SPACINGS)
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {getattr(self, name)!r}.")
+                raise UserError(f"{name} must be one of {', '.join(map(str, allowed))}; got {getattr(self, name)!r}.")
         if self.num_train_timesteps < 2 or not 0.0 < self.beta_start <= self.beta_end < 1.0:
-            raise ValueError(
+            raise UserError(
                 "a schedule needs at least 2 timesteps and 0 < beta_start <= beta_end < 1; got "
                 f"{self.num_train_timesteps} timesteps, betas from {self.beta_start} to {self.beta_end}."
             )
@@ -73,13 +75,13 @@ class NoiseSchedule:
         """
         family = str(config.get("_class_name") or "")
         if family.startswith(OTHER_FAMILIES):
-            raise ValueError(f"{family} does not diffuse by betas; expected the config of a DDPM-like scheduler.")
+            raise UserError(f"{family} does not diffuse by betas; expected the config of a DDPM-like scheduler.")
         defaulted = config.get("_use_default_values", ())
         written = {name: value for name, value in config.items() if name not in (*defaulted, "_use_default_values")}
         refused = [name for name, values in INERT.items() if written.get(name) not in values]
         if refused:
             given = ", ".join(f"{name}={written[name]!r}" for name in refused)
-            raise ValueError(
+            raise UserError(
                 f"the scheduler config sets what is not supported: {given}. Unset it to use the model without."
             )
         names = {field.name for field in dataclasses.fields(cls)} - {"source"}

@@ -13,7 +13,6 @@ infinite: the step to sigma 0 is written as x' = x0.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from dmm_jax.diffusion.schedule import NoiseSchedule
+from dmm_jax.runtime.errors import UserError, nearest
 
 BASES = ("ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m")
 SOLVERS = tuple(name + suffix for name in BASES for suffix in ("", "_karras"))
@@ -69,15 +69,15 @@ def plan(solver: str, schedule: NoiseSchedule, num_inference_steps: int) -> Samp
         schedule that the solver cannot run on.
     """
     if solver not in SOLVERS:
-        near = difflib.get_close_matches(solver.lower(), SOLVERS, 1, 0.0)[0]
-        raise ValueError(f"there is no solver {solver!r}; did you mean {near!r}? There are: {', '.join(SOLVERS)}.")
+        near = nearest(solver.lower(), SOLVERS)
+        raise UserError(f"there is no solver {solver!r}; did you mean {near!r}? There are: {', '.join(SOLVERS)}.")
     if not 1 <= num_inference_steps <= schedule.num_train_timesteps:
-        raise ValueError(
+        raise UserError(
             f"num_inference_steps must lie in 1 to {schedule.num_train_timesteps}; got {num_inference_steps}."
         )
     base, karras = solver.removesuffix("_karras"), solver.endswith("_karras")
     if schedule.clip_sample and base in ("ddim", "heun"):
-        raise ValueError(f"clip_sample is true: {solver} would clip latents to [-1, 1]. Set it to false in the config.")
+        raise UserError(f"clip_sample is true: {solver} would clip latents to [-1, 1]. Set it to false in the config.")
     if base == "ddim" and not karras:
         table = _ddim(schedule, num_inference_steps)
     elif base in ("ddim", "dpmpp_2m"):
@@ -110,7 +110,7 @@ def sample(
       ValueError: a stochastic solver without keys.
     """
     if plan.stochastic and keys is None:
-        raise ValueError(f"{STOCHASTIC[0]} draws noise at every step: give `keys`, one per image.")
+        raise UserError(f"{STOCHASTIC[0]} draws noise at every step: give `keys`, one per image.")
 
     def evaluate(carry, numbered_row):
         latents, memory = carry
@@ -148,7 +148,7 @@ def _ddim(schedule, num_steps):
     elif now[0] > 0.0:
         c_skip, c_out = now**-0.5, -np.sqrt((1.0 - now) / now)
     else:
-        raise ValueError(
+        raise UserError(
             "at zero terminal SNR a predicted noise says nothing of the image, so ddim cannot start there: the model "
             "must predict v (prediction_type v_prediction); or use another solver."
         )
@@ -236,7 +236,7 @@ def _dpmpp_spaced(schedule, num_steps):
     else:
         timesteps = np.round(_spaced(spacing, schedule, num_steps + 1))[:-1]
     if np.any(np.diff(timesteps) >= 0.0):
-        raise ValueError(f"dpmpp_2m has no {num_steps} different timesteps on this schedule: take fewer steps.")
+        raise UserError(f"dpmpp_2m has no {num_steps} different timesteps on this schedule: take fewer steps.")
     return timesteps, np.interp(timesteps, np.arange(len(table)), table)
 
 
@@ -259,7 +259,7 @@ def _spaced(spacing, schedule, num_steps):
         return np.round(np.arange(n, 0, -n / num_steps))[:num_steps] - 1.0
     timesteps = np.arange(num_steps)[::-1] * float(n // num_steps) + schedule.steps_offset
     if timesteps[0] > n - 1:
-        raise ValueError(
+        raise UserError(
             f"{num_steps} steps of spacing leading with steps_offset {schedule.steps_offset} begin at timestep "
             f"{timesteps[0]:.0f}, past the last, {n - 1}: take fewer steps."
         )

@@ -19,6 +19,7 @@ from dmm_jax.data.sources import FolderSource
 from dmm_jax.distill import style_learning as fitting
 from dmm_jax.distill.step import Objective
 from dmm_jax.pipeline import Pipeline
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import check_writable
 
 HELD_OUT_DRAWS = 256  # Of noise and timestep, in all; at least one an image.
@@ -56,7 +57,7 @@ def fit_style(
     arguments.whole("--seed", seed, 0, arguments.MAX_SEED)
     arguments.number("--learning-rate", learning_rate, 0.0)
     if not 0 <= prompt_dropout < 1:
-        raise ValueError(f"--prompt-dropout must lie in [0, 1); got {prompt_dropout}.")
+        raise UserError(f"--prompt-dropout must lie in [0, 1); got {prompt_dropout}.")
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     pipeline = Pipeline.from_pretrained(model, dtype=dtype, base=base)
     weights = _start(pipeline, name, start)
@@ -97,9 +98,9 @@ def fit_style(
 
 def _check_new(out):
     if out.exists():
-        raise ValueError(f"{out} is there already; nothing is overwritten. Give a new file.")
+        raise UserError(f"{out} is there already; nothing is overwritten. Give a new file.")
     if out.suffix != ".safetensors":
-        raise ValueError(f"--out must be a .safetensors file; got {out}.")
+        raise UserError(f"--out must be a .safetensors file; got {out}.")
     check_writable(out)
 
 
@@ -175,11 +176,11 @@ def report(said: dict) -> str:
 def _start(pipeline, name, start):
     """Returns the weights (N,) of the style to start from."""
     if not pipeline.styles:
-        raise ValueError(f"{pipeline.source.path} is a stock checkpoint; a style is fitted to a merged model.")
+        raise UserError(f"{pipeline.source.path} is a stock checkpoint; a style is fitted to a merged model.")
     if name in pipeline.styles:
-        raise ValueError(f"there is a style {name!r} in {pipeline.source.path}. Give --name another.")
+        raise UserError(f"there is a style {name!r} in {pipeline.source.path}. Give --name another.")
     if not is_writable(name):
-        raise ValueError(f"a style's name must be writable in a mix, without '=', ',' or line breaks; got {name!r}.")
+        raise UserError(f"a style's name must be writable in a mix, without '=', ',' or line breaks; got {name!r}.")
     if start:
         return style_row(parse_style(start), pipeline.styles)
     return np.full(len(pipeline.styles), 1.0 / len(pipeline.styles), np.float32)

@@ -18,6 +18,7 @@ from dmm_jax.checkpoints.write import fold
 from dmm_jax.config import options as config_lib
 from dmm_jax.distill.teachers import Lesson
 from dmm_jax.models.unet_2d_condition import style_mlp_name
+from dmm_jax.runtime.errors import refuse
 from dmm_jax.runtime.storage import locate
 
 REPLAY = "replay"  # The name of a row in which the old student teaches.
@@ -55,8 +56,7 @@ def old_student(config, base: Checkpoint) -> Checkpoint | None:
     for component in ("vae", *base.text_encoders):
         if student.has(component) and student.digest(component) != base.digest(component):
             problems.append(f"grow.student ({student.path}) was trained with another {component} than the base's.")
-    if problems:
-        raise CheckpointError("This student cannot grow:\n" + "\n".join(f"  - {line}" for line in problems))
+    refuse("This student cannot grow", problems, CheckpointError)
     return student
 
 

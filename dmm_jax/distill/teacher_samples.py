@@ -20,6 +20,7 @@ from dmm_jax.data.prompts import Draws, read_prompts
 from dmm_jax.diffusion import solvers
 from dmm_jax.distill import incremental
 from dmm_jax.pipeline import Pipeline
+from dmm_jax.runtime.errors import UserError
 
 
 def prepare_cache(config) -> LatentCache:
@@ -106,9 +107,9 @@ class TeacherSampler:
 
 def _draws(config) -> Draws:
     if not config.data.prompts:
-        raise ValueError("data.prompts is empty: set a text file with one prompt a line, for the teachers to draw.")
+        raise UserError("data.prompts is empty: set a text file with one prompt a line, for the teachers to draw.")
     if not config.teachers:
-        raise ValueError("teachers is empty: list at least one (style name, path) to draw the prompts.")
+        raise UserError("teachers is empty: list at least one (style name, path) to draw the prompts.")
     prompts = read_prompts(config.data.prompts)
     return Draws(prompts, len(config_lib.style_names(config)), config.data.num_examples or len(prompts), config.seed)
 

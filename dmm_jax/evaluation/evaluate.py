@@ -28,6 +28,7 @@ from dmm_jax.evaluation.style_matrix import Kept, style_matrix
 from dmm_jax.gallery.sample import draw
 from dmm_jax.pipeline import Pipeline
 from dmm_jax.runtime import metrics
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import Location, in_bucket, locate
 
 TEACHER_SEED, OTHER_SEED = 10_000_000, 20_000_000  # Of the first picture's noise.
@@ -92,10 +93,10 @@ def _check_report(folder: Location) -> None:
     if in_bucket(folder):
         return
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; the report is a folder. Move it away.")
+        raise UserError(f"{folder} is a file; the report is a folder. Move it away.")
     for place in (folder.parent, folder):
         if place.exists() and not os.access(place, os.W_OK | os.X_OK):
-            raise ValueError(
+            raise UserError(
                 f"the report cannot be written: no permission in {place}. Make it writable, or copy the run."
             )
 
@@ -109,12 +110,10 @@ def _training(path: Location) -> list[dict]:
     try:
         lines = metrics.read(path)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text ({error.reason} at byte {error.start}). Move it away.") from None
+        raise UserError(f"{path} is no text ({error.reason} at byte {error.start}). Move it away.") from None
     wrong = [number for number, line in enumerate(lines, start=1) if not isinstance(line, dict) or "step" not in line]
     if wrong:
-        raise ValueError(
-            f"{path}, line {wrong[0]}: expected an object with a step, as `train` writes it. Move it away."
-        )
+        raise UserError(f"{path}, line {wrong[0]}: expected an object with a step, as `train` writes it. Move it away.")
     return lines
 
 
@@ -122,7 +121,7 @@ def _check_features(features: str, config) -> None:
     """Raises ValueError where FD (shapes) was asked for and the models draw no embedded world."""
     if features != SHAPES or config.data.source == SHAPES_WORLD or of_shapes_world(open_checkpoint(config.base)):
         return
-    raise ValueError(
+    raise UserError(
         f"FD (shapes) is a distance of the embedded world's pictures, and {config.base} is not of that world: its "
         "tokenizer is another. Give Inception's weights as --features inception:PATH or CLIP's as clip:PATH, or "
         "compare by eye with `dmm-jax sample`."

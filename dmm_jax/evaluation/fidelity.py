@@ -3,6 +3,8 @@
 import numpy as np
 from jaxtyping import Float, Shaped, UInt8
 
+from dmm_jax.runtime.errors import UserError
+
 
 def latent_mse(a: Float[np.ndarray, "n h w C"], b: Float[np.ndarray, "..."]) -> Float[np.ndarray, " n"]:
     """Returns the mean squared error of each pair of scaled latents; 0 if they are the same.
@@ -25,6 +27,6 @@ def psnr(a: UInt8[np.ndarray, "n H W 3"], b: UInt8[np.ndarray, "..."]) -> Float[
 
 def _mean_squares(a: Shaped[np.ndarray, "n ..."], b: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, " n"]:
     if a.shape != b.shape:
-        raise ValueError(f"pairs must have one shape; got {a.shape} and {b.shape}.")
+        raise UserError(f"pairs must have one shape; got {a.shape} and {b.shape}.")
     difference = a.astype(np.float64) - b.astype(np.float64)
     return np.mean(difference**2, axis=tuple(range(1, a.ndim)))

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from dmm_jax.runtime.errors import UserError
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -26,13 +28,13 @@ class Statistics:
           ValueError: the features are of another width, or one is not finite.
         """
         if features.shape[1] != len(self.mean):
-            raise ValueError(f"expected features of width {len(self.mean)}; got {features.shape[1]}.")
+            raise UserError(f"expected features of width {len(self.mean)}; got {features.shape[1]}.")
         if not len(features):
             return self
         features = features.astype(np.float64)
         bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
         if len(bad):
-            raise ValueError(f"{len(bad)} of {len(features)} features are not finite, the first in row {bad[0]}.")
+            raise UserError(f"{len(bad)} of {len(features)} features are not finite, the first in row {bad[0]}.")
         mean = features.mean(axis=0)
         off = features - mean
         return self.merge(Statistics(len(features), mean, off.T @ off))
@@ -55,7 +57,7 @@ class Statistics:
           ValueError: fewer than two features were seen.
         """
         if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 features; got {self.count}.")
+            raise UserError(f"a covariance needs at least 2 features; got {self.count}.")
         return self.scatter / (self.count - 1)
 
 
@@ -68,7 +70,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
       ValueError: the widths differ, or either set has fewer than two features.
     """
     if len(a.mean) != len(b.mean):
-        raise ValueError(f"the features differ in width: {len(a.mean)} and {len(b.mean)}; use one network for both.")
+        raise UserError(f"the features differ in width: {len(a.mean)} and {len(b.mean)}; use one network for both.")
     root = _square_root(a.covariance)
     eigenvalues = np.linalg.eigvalsh(root @ b.covariance @ root)
     cross = np.sqrt(np.maximum(eigenvalues, 0.0)).sum()

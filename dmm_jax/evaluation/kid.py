@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from dmm_jax.runtime.errors import UserError
+
 NUM_SUBSETS, SUBSET_SIZE = 100, 1000
 SUBSET_SEED = 2020  # torch-fidelity's, whose subsets these are.
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
@@ -54,7 +56,7 @@ def kernel_inception_distance(
     """
     _check_width(a, b)
     if not 2 <= subset_size <= min(len(a), len(b)):
-        raise ValueError(
+        raise UserError(
             f"a subset must have from 2 to {min(len(a), len(b))} features, as many as the smaller set; "
             f"got {subset_size}. Draw more pictures or take smaller subsets, and say so beside the number."
         )
@@ -89,7 +91,7 @@ def cmmd(a: Float[np.ndarray, "n D"], b: Float[np.ndarray, "m E"]) -> float:
     for what in (a, b):
         lengths = np.linalg.norm(what.astype(np.float64), axis=1)
         if not len(what) or not np.allclose(lengths, 1.0, atol=1e-3):
-            raise ValueError(
+            raise UserError(
                 f"CMMD compares embeddings of length 1; got {len(what)}, of length "
                 f"{lengths.min(initial=np.inf):g} to {lengths.max(initial=0.0):g}. Divide each by its length."
             )
@@ -110,4 +112,4 @@ def _mean_gaussian(a: Float[np.ndarray, "n D"], b: Float[np.ndarray, "m D"]) -> 
 
 def _check_width(a: Shaped[np.ndarray, "n D"], b: Shaped[np.ndarray, "m E"]) -> None:
     if a.shape[1] != b.shape[1]:
-        raise ValueError(f"the features differ in width: {a.shape[1]} and {b.shape[1]}; use one network for both.")
+        raise UserError(f"the features differ in width: {a.shape[1]} and {b.shape[1]}; use one network for both.")

@@ -12,6 +12,7 @@ from dmm_jax.evaluation import clip, inception
 from dmm_jax.evaluation.frechet import Statistics, frechet_distance
 from dmm_jax.evaluation.kid import CMMD_SCALE, CMMD_SIGMA, Features, cmmd
 from dmm_jax.models.inception_v3 import NUM_FEATURES as NUM_INCEPTION_FEATURES
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.text.tokenizer import Tokenizers
 from dmm_jax.world import classifier as features
 from dmm_jax.world.layout import BASE, CLASSIFIER, FOLDER
@@ -54,7 +55,7 @@ def open_network(spec: str) -> FeatureNetwork:
         facts = {"features": "the embedded world's classifier", "weights SHA-256": sha256}
         return _frechet(classifier, features.NUM_FEATURES, "FD (shapes)", "", facts)
     if kind not in (*RESIZES, CLIP) or not path:
-        raise ValueError(
+        raise UserError(
             f"unknown features {spec!r}; use {SHAPES} (of the embedded world), one of "
             f"{', '.join(f'{name}:PATH' for name in RESIZES)}, where PATH is Inception's weights as .safetensors, "
             f"or {CLIP}:PATH, where PATH is a CLIP's folder."

@@ -7,6 +7,7 @@ import numpy as np
 
 from dmm_jax.data.prompts import read_prompts
 from dmm_jax.data.sources import FolderSource
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.world import world
 from dmm_jax.world.source import ShapesSource
 
@@ -40,7 +41,7 @@ def choose(config, count: int, file: str = "") -> Prompts:
         try:
             lines = _trained_on(config)
         except (ValueError, OSError) as error:
-            raise ValueError(f"{error} Or give other prompts: --prompts FILE, a text file with one a line.") from error
+            raise UserError(f"{error} Or give other prompts: --prompts FILE, a text file with one a line.") from error
         lines = [lines[k] for k in rng.permutation(len(lines))]
         where = f"{config.data.prompts if config.data.source == TEACHERS else config.data.source}, seed {PROMPT_SEED}"
     used = lines[:count]

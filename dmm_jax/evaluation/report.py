@@ -10,6 +10,7 @@ from jaxtyping import UInt8
 
 from dmm_jax.evaluation import report_sections as sections
 from dmm_jax.gallery.page import render
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import Location, locate, whole_folder
 
 _NEEDED = (
@@ -97,7 +98,7 @@ def check(results: Mapping) -> None:
     merges = results.get("weight_merges", ())
     missing = [key for key in dict.fromkeys((*_NEEDED, *merges)) if key not in results]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"the results of the evaluation lack {', '.join(missing)}; a report needs {', '.join(_NEEDED)}."
         )
     num = len(results["styles"])
@@ -108,7 +109,7 @@ def check(results: Mapping) -> None:
         if np.shape(results[key]) != shape
     ]
     if wrong or not num:
-        raise ValueError(f"the results do not fit their {num} styles: {'; '.join(wrong) or 'there is none'}.")
+        raise UserError(f"the results do not fit their {num} styles: {'; '.join(wrong) or 'there is none'}.")
 
 
 def plain(value: object) -> object:

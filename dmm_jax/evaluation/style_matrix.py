@@ -7,6 +7,7 @@ from jaxtyping import Float
 
 from dmm_jax.evaluation.frechet import Statistics, frechet_distance
 from dmm_jax.evaluation.kid import Features
+from dmm_jax.runtime.errors import UserError
 
 Kept = Statistics | Features  # Of a model's pictures.
 
@@ -66,10 +67,10 @@ def _count(names: Sequence[str], sets: dict[str, Sequence[Kept]]) -> int:
     wrong = [f"{what} has {len(one)}" for what, one in sets.items() if len(one) != len(names)]
     if wrong or not names:
         found = ", ".join(wrong) or "there is none"
-        raise ValueError(f"expected one set of pictures for each of the {len(names)} styles; {found}.")
+        raise UserError(f"expected one set of pictures for each of the {len(names)} styles; {found}.")
     counts = {statistics.count for one in sets.values() for statistics in one}
     if len(counts) != 1:
-        raise ValueError(
+        raise UserError(
             f"distances of unequally many pictures cannot be compared; got sets of {sorted(counts)}. "
             "Draw as many for every style and model."
         )

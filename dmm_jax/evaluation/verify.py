@@ -18,6 +18,7 @@ from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.write import PIPELINES, state_dict
 from dmm_jax.pipeline import Pipeline
+from dmm_jax.runtime.errors import UserError, refuse
 
 TOLERANCE = 1e-5  # Of the output's maximum, for the UNet.
 SAMPLE_TOLERANCE = 1e-4  # A sample adds up the rounding of all its evaluations.
@@ -52,7 +53,7 @@ def verify(paths: Mapping[str, pathlib.Path]) -> list[Agreement]:
         import torch
         import transformers
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"--verify needs the [torch] extra ({error.name} is missing): pip install 'dmm-jax[torch]'."
         ) from error
     diffusers.utils.logging.set_verbosity_error()
@@ -63,12 +64,10 @@ def verify(paths: Mapping[str, pathlib.Path]) -> list[Agreement]:
         for fmt, path in paths.items():
             theirs = _open_stock(diffusers, torch, fmt, path, paths)
             found.append(_compare(torch, theirs, Pipeline.from_pretrained(path, base=paths["diffusers"]), path))
-    wrong = [one for one in found if not (one.unet <= TOLERANCE and one.sample <= SAMPLE_TOLERANCE)]
-    if wrong:
-        raise ValueError(
-            f"diffusers disagrees by more than {TOLERANCE} (UNet) or {SAMPLE_TOLERANCE} (sample):\n"
-            + "\n".join(f"  - {one}" for one in wrong)
-        )
+    refuse(
+        f"diffusers disagrees by more than {TOLERANCE} (UNet) or {SAMPLE_TOLERANCE} (sample)",
+        (str(it) for it in found if not (it.unet <= TOLERANCE and it.sample <= SAMPLE_TOLERANCE)),
+    )
     return found
 
 
@@ -93,7 +92,7 @@ def reads_back(student, path: pathlib.Path, dtype: str) -> None:
     written, expected = open_checkpoint(path).tensors("unet"), state_dict(student, "unet", dtype)
     wrong = [key for key in expected if key not in written or written[key].tobytes() != expected[key].tobytes()]
     if wrong:
-        raise ValueError(f"{path} does not read back as it was written: {naming.listed(wrong)} differ.")
+        raise UserError(f"{path} does not read back as it was written: {naming.listed(wrong)} differ.")
 
 
 def _open_stock(diffusers, torch, fmt, path, paths):

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from dmm_jax.config.styles import Style, style_text
 from dmm_jax.gallery import page
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import check_output, whole_folder
 
 MAX_GRID_PIXELS = 178_000_000  # Pillow refuses to open a picture of more than 178 956 970 pixels.
@@ -73,7 +74,7 @@ def sampler_name(solver: str) -> str:
     """
     name = solver.removesuffix("_karras")
     if name not in SAMPLER_NAMES:
-        raise ValueError(f"unknown solver {solver!r}; use {', '.join(SAMPLER_NAMES)}, each also with _karras.")
+        raise UserError(f"unknown solver {solver!r}; use {', '.join(SAMPLER_NAMES)}, each also with _karras.")
     return SAMPLER_NAMES[name] + (" Karras" if solver.endswith("_karras") else "")
 
 
@@ -102,7 +103,7 @@ def labelled_grid(
     """
     rows, columns, height, width, _ = images.shape
     if not images.size or (len(row_labels), len(column_labels)) != (rows, columns):
-        raise ValueError(
+        raise UserError(
             f"a grid needs at least one picture and one label per row and column; got {rows} x {columns} pictures of "
             f"{width}x{height}, {len(row_labels)} row labels, {len(column_labels)} column labels."
         )
@@ -220,7 +221,7 @@ def write_gallery(
     """
     out, shape = check_output(out), (len(row_labels), len(column_labels))
     if not len(pictures) == len(parameters) == math.prod(shape):
-        raise ValueError(
+        raise UserError(
             f"a gallery of {shape[0]} rows x {shape[1]} columns needs {math.prod(shape)} pictures and parameters; "
             f"got {len(pictures)} pictures and {len(parameters)} parameters."
         )

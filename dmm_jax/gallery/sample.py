@@ -12,6 +12,7 @@ from dmm_jax.config.styles import Style, parse_style
 from dmm_jax.data.prompts import read_prompts
 from dmm_jax.gallery import images
 from dmm_jax.pipeline import Pipeline
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import check_output
 
 
@@ -41,7 +42,7 @@ def sample(
     out = check_output(out)
     lines = read_prompts(prompts)
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+        raise UserError(f"batch_size must be at least 1; got {batch_size}.")
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     source = {"base": base, "extra_styles": extra_style, "prediction_type": prediction_type}
     pipeline = Pipeline.from_pretrained(model, dtype=dtype, **source)

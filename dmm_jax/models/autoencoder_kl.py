@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from dmm_jax.models import layers
 from dmm_jax.models.attention import attention
 from dmm_jax.models.resnet import ResnetBlock2D, Upsample2D
+from dmm_jax.runtime.errors import UserError
 
 EPSILON = 1e-6  # Of every norm here; the UNet's resnets have 1e-5.
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
@@ -236,7 +237,7 @@ class AutoencoderKL(nnx.Module):
         """
         height, width = images.shape[1:3]
         if height % self.downsampling or width % self.downsampling:
-            raise ValueError(
+            raise UserError(
                 f"height and width must be multiples of {self.downsampling} pixels; got {height} x {width}. "
                 "Crop or resize the images."
             )

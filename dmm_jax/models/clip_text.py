@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dmm_jax.models import layers
+from dmm_jax.runtime.errors import UserError
 
 LEGACY_EOS_TOKEN_ID = 2  # Written in old configs by mistake; the end token was always the one with the largest id.
 # What transformers writes into every config.json and what concerns training or the tokenizer; `dtype` is of the file.
@@ -59,7 +60,7 @@ class CLIPTextEmbeddings(nnx.Module):
         """
         length, positions = input_ids.shape[1], self.position_embedding.num_embeddings
         if length > positions:
-            raise ValueError(f"input_ids hold {length} tokens; this text encoder has {positions} positions. Cut them.")
+            raise UserError(f"input_ids hold {length} tokens; this text encoder has {positions} positions. Cut them.")
         return self.token_embedding(input_ids) + self.position_embedding(jnp.arange(length))[None]
 
 
@@ -177,9 +178,9 @@ class CLIPTextModel(nnx.Module):
           ValueError: an activation that no CLIP has, or a width that the heads do not divide.
         """
         if hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act must be one of {sorted(ACTIVATIONS)}; got {hidden_act!r}.")
+            raise UserError(f"hidden_act must be one of {sorted(ACTIVATIONS)}; got {hidden_act!r}.")
         if hidden_size % num_attention_heads:
-            raise ValueError(
+            raise UserError(
                 f"hidden_size must be a multiple of num_attention_heads; got {hidden_size} and {num_attention_heads}."
             )
         self.eos_token_id = eos_token_id

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from dmm_jax.models import layers
 from dmm_jax.models.clip_text import ACTIVATIONS, IGNORED_FIELDS, CLIPEncoder
+from dmm_jax.runtime.errors import UserError
 
 
 class CLIPVisionOutput(NamedTuple):
@@ -89,9 +90,9 @@ class CLIPVisionModelWithProjection(nnx.Module):
           ValueError: an activation that no CLIP has, or a width that the heads do not divide.
         """
         if hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act must be one of {sorted(ACTIVATIONS)}; got {hidden_act!r}.")
+            raise UserError(f"hidden_act must be one of {sorted(ACTIVATIONS)}; got {hidden_act!r}.")
         if hidden_size % num_attention_heads:
-            raise ValueError(
+            raise UserError(
                 f"hidden_size must be a multiple of num_attention_heads; got {hidden_size} and {num_attention_heads}."
             )
         self.image_size = image_size
@@ -127,7 +128,7 @@ class CLIPVisionModelWithProjection(nnx.Module):
           ValueError: the pictures are not of `image_size`, for which alone there are positions.
         """
         if images.shape[1:3] != (self.image_size, self.image_size):
-            raise ValueError(
+            raise UserError(
                 f"this CLIP takes pictures of {self.image_size} x {self.image_size} pixels; got {images.shape[2]} x "
                 f"{images.shape[1]}. Resize and crop them."
             )

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dmm_jax.models import norms
+from dmm_jax.runtime.errors import UserError
 
 # PyTorch's default for Linear and Conv: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), which is variance 1 / (3 fan_in).
 _kernel_init = nnx.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
@@ -262,7 +263,7 @@ def constructor_arguments(build, config: Mapping, inert: Mapping) -> dict:
     others = {name: value for name, value in fields.items() if name not in known}
     wrong = [f"{name}={value!r}" for name, value in others.items() if value not in inert.get(name, (None, False))]
     if wrong:
-        raise ValueError(f"this architecture is not supported: {', '.join(sorted(wrong))} cannot be computed.")
+        raise UserError(f"this architecture is not supported: {', '.join(sorted(wrong))} cannot be computed.")
     return {name: value for name, value in fields.items() if name in known}
 
 

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dmm_jax.models.layers import Identity, conv
+from dmm_jax.runtime.errors import UserError
 
 # By channel of pictures in [-1, 1]: ImageNet's mean and deviation, rounded.
 SHIFT = np.array([[[[-0.030, -0.088, -0.188]]]], np.float32)
@@ -63,7 +64,7 @@ class LPIPS(nnx.Module):
           ValueError: the pictures are too small.
         """
         if min(a.shape[1:3]) < MIN_SIZE:
-            raise ValueError(f"LPIPS needs pictures of {MIN_SIZE} pixels a side; got {a.shape[2]} x {a.shape[1]}.")
+            raise UserError(f"LPIPS needs pictures of {MIN_SIZE} pixels a side; got {a.shape[2]} x {a.shape[1]}.")
         distance = jnp.zeros(len(a))
         for place, (one, other) in enumerate(zip(self._activations(a), self._activations(b), strict=True)):
             distance += getattr(self, f"lin{place}")((_unit(one) - _unit(other)) ** 2)

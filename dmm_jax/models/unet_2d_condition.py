@@ -16,6 +16,7 @@ from dmm_jax.models import layers
 from dmm_jax.models.attention import IMPLEMENTATIONS
 from dmm_jax.models.embeddings import TimestepEmbedding, timestep_sinusoids
 from dmm_jax.models.unet_2d_blocks import DownBlock, MidBlock, UpBlock
+from dmm_jax.runtime.errors import UserError
 
 DOWN_TYPES = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # Does the level attend?
 UP_TYPES = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
@@ -232,9 +233,9 @@ class UNet2DConditionModel(UNet2DEncoder):
           ValueError: a UNet without a style table, or another number of weights than it has rows.
         """
         if self.num_models is None:
-            raise ValueError("this UNet has no style table (num_models is absent); only a merged UNet has styles.")
+            raise UserError("this UNet has no style table (num_models is absent); only a merged UNet has styles.")
         if weights.shape[1] != self.num_models:
-            raise ValueError(f"one weight per style is needed: {self.num_models}; got {weights.shape[1]}.")
+            raise UserError(f"one weight per style is needed: {self.num_models}; got {weights.shape[1]}.")
         # Full float32: fast matmul modes would round the rows, and a baked style would not be the mixed one.
         return jnp.matmul(weights, self.model_embedding.embedding[...], precision=jax.lax.Precision.HIGHEST)
 
@@ -283,7 +284,7 @@ def recomputed_blocks(remat: str, levels: int) -> frozenset[str]:
     groups = {"none": [], "finest": ["down_blocks.0", f"up_blocks.{levels - 1}"], "all": blocks}
     chosen = frozenset(groups.get(remat, remat.split(",")))
     if unknown := sorted(chosen.difference(blocks)):
-        raise ValueError(
+        raise UserError(
             f"remat must be {', '.join(groups)}, or some of {','.join(blocks)}; got {', '.join(map(repr, unknown))}."
         )
     return chosen
@@ -317,7 +318,7 @@ def _per_level(value, levels: int) -> list:
 
 def _check_size(height: int, width: int, multiple: int) -> None:
     if height % multiple or width % multiple:
-        raise ValueError(
+        raise UserError(
             f"latents' height and width must be multiples of {multiple} cells, since every level halves them; "
             f"got {height} x {width}."
         )
@@ -325,20 +326,20 @@ def _check_size(height: int, width: int, multiple: int) -> None:
 
 def _check_number(latents: int, prompts: int) -> None:
     if prompts % latents:
-        raise ValueError(f"each latent needs as many prompts as the next; got {prompts} for {latents} latents.")
+        raise UserError(f"each latent needs as many prompts as the next; got {prompts} for {latents} latents.")
 
 
 def _check_conditioning(config: Mapping, style_embedding, added_cond) -> None:
     kind, given = config["addition_embed_type"], None if added_cond is None else sorted(added_cond)
     needed = ["text_embeds", "time_ids"] if kind in TEXT_TIME_TYPES else None
     if needed and given != needed:
-        raise ValueError(f"a UNet of addition_embed_type={kind!r} needs added_cond with {needed}; got {given}.")
+        raise UserError(f"a UNet of addition_embed_type={kind!r} needs added_cond with {needed}; got {given}.")
     if given is not None and not needed:
-        raise ValueError(f"a UNet of addition_embed_type={kind!r} takes no added_cond, only SDXL's does; got {given}.")
+        raise UserError(f"a UNet of addition_embed_type={kind!r} takes no added_cond, only SDXL's does; got {given}.")
     if style_embedding is None and kind in MERGED_TYPES:
-        raise ValueError("a merged UNet needs a style_embedding: pass unet.style_embedding(weights), a row per image.")
+        raise UserError("a merged UNet needs a style_embedding: pass unet.style_embedding(weights), a row per image.")
     if style_embedding is not None and kind not in MERGED_TYPES:
-        raise ValueError(f"a UNet of addition_embed_type={kind!r} takes no style_embedding: it has no style table.")
+        raise UserError(f"a UNet of addition_embed_type={kind!r} takes no style_embedding: it has no style table.")
 
 
 def _check(config: Mapping) -> None:
@@ -349,7 +350,7 @@ def _check(config: Mapping) -> None:
         found = config["attention_implementation"]
         problems.append(f"attention_implementation must be one of {IMPLEMENTATIONS}; got {found!r}")
     if problems:
-        raise ValueError("this UNet cannot be built: " + "; ".join(problems) + ".")
+        raise UserError("this UNet cannot be built: " + "; ".join(problems) + ".")
 
 
 def _level_problems(config) -> list[str]:

@@ -11,6 +11,7 @@ from dmm_jax.config import checks
 from dmm_jax.config import options as config_lib
 from dmm_jax.planning import devices
 from dmm_jax.runtime import sharding
+from dmm_jax.runtime.errors import UserError
 
 REMAT = ("none", "finest", "all")
 
@@ -40,13 +41,13 @@ def check_layout(config: ml_collections.ConfigDict, topology: devices.Topology) 
         _check(config, topology)
     except ValueError as error:
         fitting = "; or ".join(divisible(config, topology))
-        raise ValueError(f"{error}\nOn {topology.name} this divides: {fitting}.") from error
+        raise UserError(f"{error}\nOn {topology.name} this divides: {fitting}.") from error
 
 
 def _check(config, topology):
     shape = sharding.mesh_shape(**config.mesh, num_devices=topology.count)
     if topology.platform == "tpu" and topology.linked % shape["fsdp"]:
-        raise ValueError(
+        raise UserError(
             f"mesh.fsdp={shape['fsdp']} would lie across TPU slices, of {topology.linked} devices each: "
             f"use a divisor of {topology.linked}."
         )

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from dmm_jax.planning import devices
 from dmm_jax.runtime import sharding
+from dmm_jax.runtime.errors import UserError
 
 # Compiles in a third of the time, to another code than `train`'s, which is of full effort; memory is near.
 EFFORT = {"exec_time_optimization_effort": -1.0}
@@ -33,7 +34,7 @@ def tpu_mesh(topology: str, **axes: int) -> Mesh:
       ValueError: libtpu is not installed, or does not know the slice.
     """
     if not is_here():
-        raise ValueError(
+        raise UserError(
             "compiling for a TPU needs libtpu: pip install 'dmm-jax[plan]'. Without it (--no-compile) the memory of "
             "activations is an estimate."
         )
@@ -46,7 +47,7 @@ def tpu_mesh(topology: str, **axes: int) -> Mesh:
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=shape, **several)
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"libtpu cannot describe {topology}: {error}") from error
+        raise UserError(f"libtpu cannot describe {topology}: {error}") from error
     return sharding.make_mesh(**axes, devices=list(described.devices))
 
 

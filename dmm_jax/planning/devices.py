@@ -7,6 +7,8 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
+from dmm_jax.runtime.errors import UserError
+
 COMPUTE_SHARE = 0.4  # Of the peak of bf16 products: torch.compile reaches 0.34 of an H200's in this step.
 BANDWIDTH_SHARE = 0.8  # Of the memory's.
 GPUS_PER_HOST = 8  # That NVLink joins.
@@ -105,12 +107,12 @@ def topology(name: str) -> Topology:
         shape, num_slices = slices(size)
         if shape in SLICES[kind] and num_slices:
             return Topology(name, DEVICES[kind], _product(shape) * num_slices, "tpu", _product(shape))
-        raise ValueError(
+        raise UserError(
             f"there is no topology {name!r}. Slices of {kind} are {', '.join(SLICES[kind])}; several of them are "
             f"written {kind}:{SLICES[kind][-1]}*2."
         )
     gpus = ", ".join([*SIZES, *(which for which in DEVICES if which not in SLICES)])
-    raise ValueError(
+    raise UserError(
         f"there is no topology {name!r}. Give a TPU slice such as v5e:4x4, v5p:2x2x2 or v6e:4x4, or gpu:COUNTxKIND "
         f"such as gpu:8x80GB; the kinds are {gpus}."
     )

@@ -7,6 +7,7 @@ import sys
 
 import jax
 
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import check_local
 
 MIN_COMPILE_TIME_S = 0.1  # What compiles faster is not kept.
@@ -33,7 +34,7 @@ def keep(folder: str = PER_USER) -> pathlib.Path | None:
         path = checked(check_local(folder, "what is compiled").expanduser().absolute() if folder else per_user_folder())
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: there is no home.
         if folder:
-            raise ValueError(f"compilation_cache: {error}") from error
+            raise UserError(f"compilation_cache: {error}") from error
         print(f"Compiled programs are not kept: {error}", file=sys.stderr)
         return None
     jax.config.update("jax_compilation_cache_dir", str(path))
@@ -56,7 +57,7 @@ def checked(path: pathlib.Path) -> pathlib.Path:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = path.stat()
     if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ValueError(
+        raise UserError(
             f"{path} holds programs that would be run, and others may write to it ({stat.filemode(found.st_mode)}, "
             f"owner {found.st_uid}). chmod 700 it, or name another folder."
         )

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import in_bucket, locate, reaching
 
 
@@ -179,7 +180,7 @@ def read(path: str | os.PathLike) -> list[dict]:
             parsed.append(json.loads(line))
         except json.JSONDecodeError:
             if number != len(lines) - 1:
-                raise ValueError(
+                raise UserError(
                     f"{path}, line {number + 1} is no JSON: {line[:80]!r}. Move the file away to start a new one."
                 ) from None
     return parsed
@@ -197,7 +198,7 @@ def _tensorboard(workdir):
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise ValueError(
+        raise UserError(
             "tensorboard=True needs the package tensorboardX: pip install tensorboardX, or set it to False."
         ) from None
     return SummaryWriter(str(workdir))

@@ -20,6 +20,8 @@ import jax
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
+from dmm_jax.runtime.errors import UserError
+
 JOIN_TIMEOUT_S = 300  # How long processes wait for each other at the start.
 HEARTBEAT_TIMEOUT_S = 30  # A process not heard of for so long is dead, and ends the run.
 POLL_S = 0.5  # How often a process asks before its first step whether another was told to stop.
@@ -53,7 +55,7 @@ def joined(
         yield
         return
     if not distributed and None in given:
-        raise ValueError("--coordinator, --num-processes and --process-id go together: give all three.")
+        raise UserError("--coordinator, --num-processes and --process-id go together: give all three.")
     try:
         with _ended_after(JOIN_TIMEOUT_S):
             jax.distributed.initialize(
@@ -62,7 +64,7 @@ def joined(
                 heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
             )
     except (ValueError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"the processes of this run cannot be joined: {error} Outside Cloud TPU, GKE, Slurm and Open MPI, give "
             "--coordinator HOST:PORT --num-processes N --process-id K in every process."
         ) from error
@@ -133,10 +135,16 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def say(line: str) -> None:
+    """Prints a line on stderr, once for all processes of a run."""
+    if is_first():
+        print(line, file=sys.stderr, flush=True)
+
+
 def check_joined() -> None:
     """Raises ValueError when the devices span processes that were not joined: a TPU pod's do so by themselves."""
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
-        raise ValueError(f"this is one of {jax.process_count()} processes: start each with --distributed.")
+        raise UserError(f"this is one of {jax.process_count()} processes: start each with --distributed.")
 
 
 def wait_for_all(where: str) -> None:

@@ -25,6 +25,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dmm_jax.runtime.errors import UserError
+
 AXES = ("teacher", "data", "fsdp")
 BATCH = P("teacher", ("data", "fsdp"))
 TEACHERS = P("teacher")
@@ -48,7 +50,7 @@ def make_mesh(teacher: int = 1, data: int = 0, fsdp: int = 1, devices=None) -> M
     slices = collections.Counter(map(_slice, devices))
     if any(size % fsdp for size in slices.values()):
         sizes = ", ".join(map(str, slices.values()))
-        raise ValueError(
+        raise UserError(
             f"mesh.fsdp={fsdp} would lie across TPU slices, of {sizes} devices: it gathers the student several times a "
             f"step, too much for the network between them. Use a divisor of {math.gcd(*slices.values())}."
         )
@@ -72,14 +74,14 @@ def mesh_shape(teacher: int, data: int, fsdp: int, num_devices: int) -> dict[str
       ValueError: an axis is too small, or the axes do not use exactly the devices that there are.
     """
     if teacher < 1 or data < 0 or fsdp < 1:
-        raise ValueError(
+        raise UserError(
             "a mesh needs teacher >= 1, data >= 0 (0: all the devices that are left) and fsdp >= 1; "
             f"got teacher={teacher}, data={data}, fsdp={fsdp}."
         )
     data = data or max(num_devices // (teacher * fsdp), 1)
     if teacher * data * fsdp != num_devices:
         nearest = max(size for size in range(1, teacher + 1) if num_devices % size == 0 and teacher % size == 0)
-        raise ValueError(
+        raise UserError(
             f"mesh teacher={teacher} x data={data} x fsdp={fsdp} wants {teacher * data * fsdp} devices; "
             f"there are {num_devices}. Set config.mesh so that the product is {num_devices}, for example "
             f"teacher={nearest}, data={num_devices // nearest}, fsdp=1."
@@ -131,7 +133,7 @@ def batch_share(mesh: Mesh, num_teachers: int, per_teacher: int, process_index: 
     ours = owners == process_index  # (slices of teachers, slices of columns)
     slices = np.flatnonzero(ours.any(1)), np.flatnonzero(ours.any(0))
     if not ours[np.ix_(*slices)].all():
-        raise ValueError(
+        raise UserError(
             f"mesh teacher={mesh.shape['teacher']} x data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} gives "
             f"process {process_index} devices that are no rectangle of teachers x columns. "
             f"Choose data x fsdp as a multiple or a divisor of the {ours.sum()} devices of a process."

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from dmm_jax.runtime.errors import UserError
+
 Location = pathlib.Path | epath.Path  # On a file system; in a bucket. Both have pathlib's methods.
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+")  # pathlib folds the two slashes into one.
 
@@ -32,14 +34,14 @@ def locate(path: str | os.PathLike) -> Location:
     scheme, inside = url[1], os.fspath(path)[url.end() :].strip("/")
     path = f"{scheme}://{inside}"
     if scheme != "gs":
-        raise ValueError(
+        raise UserError(
             f"{path}: a run is kept on a file system or in Google Cloud Storage, gs://BUCKET/NAME; "
             f"{scheme}:// has not been tried. Give a folder that all hosts share."
         )
     if "/" not in inside:
-        raise ValueError(f"{path} names a whole bucket. Give a place in it: {path.rstrip('/') or 'gs:/'}/NAME.")
+        raise UserError(f"{path} names a whole bucket. Give a place in it: {path.rstrip('/') or 'gs:/'}/NAME.")
     if importlib.util.find_spec("gcsfs") is None:
-        raise ValueError(f"{path} needs the package gcsfs: pip install gcsfs")
+        raise UserError(f"{path} needs the package gcsfs: pip install gcsfs")
     os.environ["EPATH_USE_TF"] = "false"  # Where TensorFlow is installed, epath would load it for this.
     return epath.Path(path)
 
@@ -71,7 +73,7 @@ def reaching(path: Location) -> Iterator[None]:
         bucket, said = _bucket(path), " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, FileNotFoundError):
             said = f"there is no bucket {bucket}, or it is empty and may not be looked at ({said})"
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be used: {said}. Make the bucket: gcloud storage buckets create {bucket}; log in here: "
             "gcloud auth application-default login; or let a cloud machine's service account use it: gcloud storage "
             f"buckets add-iam-policy-binding {bucket} --member=serviceAccount:NAME --role=roles/storage.admin"
@@ -90,7 +92,7 @@ def check_local(path: str | os.PathLike, what: str) -> pathlib.Path:
     """
     if in_bucket(path):
         path = _URL.sub(r"\1://", os.fspath(path), count=1)
-        raise ValueError(
+        raise UserError(
             f"{path}: {what} must lie on a file system, not in a bucket. Copy it to a local disk: "
             f"gcloud storage cp -r {path} FOLDER"
         )
@@ -104,12 +106,12 @@ def check_output(folder: str | os.PathLike) -> pathlib.Path:
       ValueError: it is a file, is not empty, lies where nothing can be written, or in a bucket.
     """
     if in_bucket(folder):
-        raise ValueError(f"{folder}: an output is written to a folder. Give one, and copy it: gcloud storage cp -r")
+        raise UserError(f"{folder}: an output is written to a folder. Give one, and copy it: gcloud storage cp -r")
     folder = pathlib.Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; the output is a folder. Give another path.")
+        raise UserError(f"{folder} is a file; the output is a folder. Give another path.")
     if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; nothing is overwritten. Give a new folder or empty this one.")
+        raise UserError(f"{folder} is not empty; nothing is overwritten. Give a new folder or empty this one.")
     check_writable(folder)
     return folder
 
@@ -125,9 +127,9 @@ def check_writable(path: pathlib.Path) -> None:
         parent = parent.absolute().parent
     writable = os.access(parent, os.W_OK | os.X_OK)
     if parent != path and not parent.is_dir():
-        raise ValueError(f"{path} cannot be written: {parent} is a file. Give a path in a folder.")
+        raise UserError(f"{path} cannot be written: {parent} is a file. Give a path in a folder.")
     if not writable:
-        raise ValueError(f"{path} cannot be written: no permission in {parent}. Give a path that you may write.")
+        raise UserError(f"{path} cannot be written: no permission in {parent}. Give a path that you may write.")
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.text.vocabulary import BUNDLED, read_words
 
 DEFAULT_MAX_LENGTH = 77
@@ -31,7 +32,7 @@ class Tokenizer:
         tokens = {name: getattr(clip_tokenizer, name) for name in _TOKENS}
         missing = [f"{name} {token!r}" for name, token in tokens.items() if token not in vocab]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"the vocabulary ({len(vocab)} tokens) lacks {', '.join(missing)}; "
                 "use the vocab.json and the tokenizer_config.json of one and the same checkpoint."
             )
@@ -75,7 +76,7 @@ class Tokenizer:
           ValueError: a lone string where a sequence of them is expected.
         """
         if isinstance(prompts, str):
-            raise ValueError(f"prompts must be a sequence of strings; got one string. Use [{prompts[:40]!r}].")
+            raise UserError(f"prompts must be a sequence of strings; got one string. Use [{prompts[:40]!r}].")
         rows = np.full((len(prompts), self.max_length), self.pad_id, np.int32)
         for row, prompt in zip(rows, prompts, strict=True):
             ids = self._ids(prompt or "")
@@ -123,7 +124,7 @@ class Tokenizers:
           ValueError: there is no folder, or one cannot be read.
         """
         if not folders:
-            raise ValueError("the checkpoint has no tokenizer folder; a single file has none: give its base as `base`.")
+            raise UserError("the checkpoint has no tokenizer folder; a single file has none: give its base as `base`.")
         tokenizers, digest = [Tokenizer.from_folder(folder) for folder in folders], hashlib.sha256()
         for folder, tokenizer in zip(folders, tokenizers, strict=True):
             words = read_words(Path(folder))
@@ -147,7 +148,7 @@ def _read(folder: Path, reader, *args, **kwargs):
         return reader(*args, **kwargs)
     except Exception as error:  # The tokenizers package raises bare Exceptions.
         said = " ".join(str(error).split())[:300]
-        raise ValueError(
+        raise UserError(
             f"the tokenizer in {folder} cannot be read ({said}). Get its vocab.json and merges.txt anew."
         ) from error
 

@@ -10,6 +10,8 @@ import pathlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from dmm_jax.runtime.errors import UserError
+
 BUNDLED = pathlib.Path(__file__).parent / "clip_bpe"
 CLIP, OPEN_CLIP = BUNDLED / "clip", BUNDLED / "open_clip"  # Tokenizer folders of the same words; they pad differently.
 OLD_FILES, NEW_FILE = ("vocab.json", "merges.txt"), "tokenizer.json"
@@ -40,7 +42,7 @@ def read_words(folder: pathlib.Path) -> Words:
     if folder.parent == BUNDLED:
         return clip_words()
     if not has_words(folder):
-        raise ValueError(
+        raise UserError(
             f"{folder} holds no tokenizer: expected {' and '.join(OLD_FILES)}, or {NEW_FILE}. Point to the "
             "checkpoint's tokenizer folder; a single-file checkpoint has none: take its base model's."
         )
@@ -48,7 +50,7 @@ def read_words(folder: pathlib.Path) -> Words:
     path = folder / (OLD_FILES[0] if old else NEW_FILE)
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"it is larger than {MAX_BYTES} bytes")
+            raise UserError(f"it is larger than {MAX_BYTES} bytes")
         said = json.loads(path.read_text(encoding="utf-8"))
         if old:
             lines = (folder / OLD_FILES[1]).read_text(encoding="utf-8").split("\n")
@@ -57,12 +59,12 @@ def read_words(folder: pathlib.Path) -> Words:
         return Words(_vocabulary(said["model"]["vocab"] | special), [_pair(pair) for pair in said["model"]["merges"]])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         said = f"{type(error).__name__}: {str(error)[:200]}"
-        raise ValueError(f"{path} is no CLIP tokenizer's ({said}). Fetch the tokenizer folder again.") from None
+        raise UserError(f"{path} is no CLIP tokenizer's ({said}). Fetch the tokenizer folder again.") from None
 
 
 def _vocabulary(found) -> dict[str, int]:
     if not all(isinstance(token, str) and type(number) is int for token, number in found.items()):
-        raise ValueError("the vocabulary is not text to number")
+        raise UserError("the vocabulary is not text to number")
     return dict(found)
 
 

@@ -6,6 +6,8 @@ import json
 import pathlib
 import sys
 
+from dmm_jax.runtime.errors import UserError
+
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Describes the arguments of `dmm-jax bench`."""
@@ -41,11 +43,11 @@ def run(args: argparse.Namespace) -> int | None:
     arguments.whole("--num-steps", args.num_steps, 1)
     arguments.whole("--batch-size", args.batch_size, 1)
     if args.against and args.job not in ("train", "sample"):
-        raise ValueError(f"--against is for `bench train` and `bench sample`; PyTorch has no peer of `{args.job}`.")
+        raise UserError(f"--against is for `bench train` and `bench sample`; PyTorch has no peer of `{args.job}`.")
     if args.job == "scaling":
         return _bench_scaling(args, config)
     if len(args.devices) > 1:
-        raise ValueError(f"--devices of `{args.job}` is one number; `bench scaling` takes several.")
+        raise UserError(f"--devices of `{args.job}` is one number; `bench scaling` takes several.")
     batch_size = config.batch_size if args.job == "train" else args.batch_size
     others = jobs.peer(args.job, args.size, batch_size, args.num_steps, len(config.teachers)) if args.against else []
     measured = jobs.bench(args.job, config, args.size, args.num_steps, args.batch_size, args.profile, sum(args.devices))

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from dmm_jax.config.files import UsageError
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.verbs.verbs import EXIT_ERROR, EXIT_OK, VERBS
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
@@ -36,7 +37,7 @@ def _message(error) -> str | None:
     """Returns what is said of an error that has its cause in what was given, or on the machine; None of any other."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if isinstance(error, (ValueError, OSError, FloatingPointError)):
+    if isinstance(error, (UserError, OSError, FloatingPointError)):
         return str(error)
     first = " ".join((str(error).splitlines() or [""])[0].split())
     if "Vmem" in str(error):

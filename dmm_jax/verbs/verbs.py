@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from dmm_jax.config.files import read_config
 from dmm_jax.config.options import DTYPES
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.verbs import bench as bench_verb
 
 EXIT_OK, EXIT_ERROR = 0, 1
@@ -171,7 +172,7 @@ def _export(args):
 
     formats = list(dict.fromkeys(args.format.split(",")))
     if args.verify and "single-file" in formats and "diffusers" not in formats:
-        raise ValueError("--verify reads a single file beside a diffusers folder: add diffusers to --format.")
+        raise UserError("--verify reads a single file beside a diffusers folder: add diffusers to --format.")
 
     paths = export_workdir(
         args.workdir,

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
+from dmm_jax.runtime.errors import UserError
+
 IMAGE_SIZE = 64
 SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
@@ -121,11 +123,11 @@ def parse(text: str) -> Content:
     """
     relations = [i for i, relation in enumerate(RELATIONS) if f" {relation} " in text]
     if len(relations) > 1:
-        raise ValueError(f"expected at most one relation of {RELATIONS}; got {text!r}.")
+        raise UserError(f"expected at most one relation of {RELATIONS}; got {text!r}.")
     pieces = text.split(f" {RELATIONS[relations[0]]} ") if relations else [text]
     objects = [_parse_object(piece) for piece in pieces]
     if len(objects) > 2:
-        raise ValueError(f"expected at most two shapes; got {text!r}.")
+        raise UserError(f"expected at most two shapes; got {text!r}.")
     objects += [(-1, -1, -1)] * (2 - len(objects))
     size_ids, colour_ids, shape_ids = np.array(objects, np.int32).T
     relation_id = np.int32(relations[0] if relations else -1)
@@ -141,5 +143,5 @@ def _parse_object(text: str) -> tuple[int, int, int]:
     words = text.split(" ")
     known = (("a",), SIZES, COLOURS, SHAPES)
     if len(words) != len(known) or any(word not in allowed for word, allowed in zip(words, known, strict=True)):
-        raise ValueError(f"expected 'a SIZE COLOUR SHAPE' with {SIZES}, {COLOURS}, {SHAPES}; got {text!r}.")
+        raise UserError(f"expected 'a SIZE COLOUR SHAPE' with {SIZES}, {COLOURS}, {SHAPES}; got {text!r}.")
     return SIZES.index(words[1]), COLOURS.index(words[2]), SHAPES.index(words[3])

@@ -6,6 +6,7 @@ import threading
 import jax
 import numpy as np
 
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.world import world
 
 
@@ -19,9 +20,9 @@ class ShapesSource:
     def __init__(self, count: int, style: str | None = None, seed: int = 0):
         """Draws the scenes; pictures are rendered when asked for, many at once."""
         if count < 1:
-            raise ValueError(f"the embedded world needs a number of pictures to draw; got {count}.")
+            raise UserError(f"the embedded world needs a number of pictures to draw; got {count}.")
         if style is not None and style not in world.STYLES:
-            raise ValueError(f"style must be None (random) or one of {', '.join(world.STYLES)}; got {style!r}.")
+            raise UserError(f"style must be None (random) or one of {', '.join(world.STYLES)}; got {style!r}.")
         rng = np.random.default_rng(seed)
         self.scenes, self.captions = world.sample_scenes(rng, count)
         self.styles = world.sample_styles(rng, count) if style is None else world.STYLES[style].repeat(count)

@@ -11,6 +11,7 @@ from dmm_jax.checkpoints.architecture import MERGED, architecture, check_plain, 
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component, Place
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats.safetensors_io import PICKLES, TensorFile, Tensors, refuse_pickle
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.text.vocabulary import has_words
 
 WEIGHTS = {
@@ -90,9 +91,9 @@ def _style_names(path, config: Mapping, metadata: Mapping) -> tuple[str, ...]:
     try:
         names = json.loads(metadata[STYLES_KEY])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError("expected a list of names")
+            raise UserError("expected a list of names")
         if len(set(names)) != number or len(names) != number:
-            raise ValueError(f"expected {number} different names")
+            raise UserError(f"expected {number} different names")
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the metadata {STYLES_KEY!r} names no styles ({error}).") from None
     return tuple(naming.printable(name) for name in names)

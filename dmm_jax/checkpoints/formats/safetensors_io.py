@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.runtime.errors import UserError
 
 DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -131,7 +132,7 @@ def _read_header(path, size):
 def _no_key_twice(pairs):
     keys = dict(pairs)
     if len(keys) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise UserError("a key stands twice")
     return keys
 
 
@@ -280,7 +281,7 @@ def save(path: str | pathlib.Path, tensors: Mapping, metadata: Mapping[str, str]
 
 def _save(path: pathlib.Path, tensors: Mapping, keys: Sequence[str], metadata: Mapping[str, str]) -> None:
     if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
-        raise ValueError("safetensors metadata must be text to text: json.dumps other values.")
+        raise UserError("safetensors metadata must be text to text: json.dumps other values.")
     header = _header(tensors, keys, metadata)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -305,7 +306,7 @@ def _header(tensors, keys, metadata) -> bytes:
     for key in keys:
         dtype, end = dtype_of(tensors, key), position + num_bytes_of(tensors, key)
         if dtype not in NAMES:
-            raise ValueError(f"tensor {key!r} has dtype {dtype}, which safetensors does not know. Convert it.")
+            raise UserError(f"tensor {key!r} has dtype {dtype}, which safetensors does not know. Convert it.")
         header[key] = {"dtype": NAMES[dtype], "shape": list(shape_of(tensors, key)), "data_offsets": [position, end]}
         position = end
     raw = json.dumps(header, separators=(",", ":")).encode()

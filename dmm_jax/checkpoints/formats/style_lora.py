@@ -27,6 +27,7 @@ from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats.safetensors_io import raw_bytes, save
 from dmm_jax.checkpoints.modelspec import Recipe, architecture, metadata
 from dmm_jax.checkpoints.write import BIAS, DTYPES, fold
+from dmm_jax.runtime.errors import UserError
 
 TOOLS = ("comfyui", "diffusers", "a1111")
 NAME = "style_lora.safetensors"
@@ -59,7 +60,7 @@ def lora_tensors(difference: Float[np.ndarray, " E"], dtype: str, tools: Sequenc
     """
     unknown = sorted(set(tools) - set(TOOLS))
     if unknown or not tools:
-        raise ValueError(f"--lora-for takes {', '.join(TOOLS)}; got {', '.join(unknown) or 'nothing'}.")
+        raise UserError(f"--lora-for takes {', '.join(TOOLS)}; got {', '.join(unknown) or 'nothing'}.")
     bias, width = difference.astype(DTYPES[dtype]), len(difference)
     tensors = {f"{LAYER}.diff_b": bias}
     if "a1111" in tools:
