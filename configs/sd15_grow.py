@@ -6,12 +6,12 @@ A third of every batch is the finished student teaching its own styles. Hardware
 Not run at this size with real weights: no hours or numbers to expect.
 """
 
-from dmm_jax.config import options as config_lib
+import dmm_jax
 
 
 def get_config():
     """Returns the config; set the paths to what you have."""
-    config = config_lib.get_config()
+    config = dmm_jax.get_config()
     config.base = "checkpoints/stable-diffusion-v1-5"
     config.grow.student = "runs/sd15"  # Or the DMM folder that `dmm-jax export` wrote.
     config.grow.styles = ()  # All; or for example ("style_0", "portrait=style_3").

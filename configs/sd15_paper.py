@@ -8,12 +8,12 @@ Hardware: 16 accelerators; `dmm-jax plan --config=configs/sd15_paper.py --topolo
 run at this size with real weights: no hours or numbers to expect.
 """
 
-from dmm_jax.config import options as config_lib
+import dmm_jax
 
 
 def get_config():
     """Returns the config; set the paths to what you have."""
-    config = config_lib.get_config()
+    config = dmm_jax.get_config()
     config.base = "checkpoints/stable-diffusion-v1-5"
     teachers = tuple((f"style_{k}", f"checkpoints/teacher_{k}.safetensors") for k in range(8))
     config.teachers = (*teachers, ("none", config.base))

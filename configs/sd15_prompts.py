@@ -13,12 +13,12 @@ As the paper's second stage, behind a run of configs/sd15.py: the same run, in t
 Hardware: one GPU with 80 GB or more. Not run yet at this size: no hours or numbers to expect.
 """
 
-from dmm_jax.config import options as config_lib
+import dmm_jax
 
 
 def get_config():
     """Returns the config; set the paths to what you have."""
-    config = config_lib.get_config()
+    config = dmm_jax.get_config()
     config.base = "checkpoints/stable-diffusion-v1-5"
     config.teachers = tuple((f"style_{k}", f"checkpoints/teacher_{k}.safetensors") for k in range(8))
     config.data.source = "teachers"

@@ -8,12 +8,12 @@
 Hardware: one GPU with 80 GB or more. Figures: docs/performance.md.
 """
 
-from dmm_jax.config import options as config_lib
+import dmm_jax
 
 
 def get_config():
     """Returns the config: the paper's batch, and a quick learning rate, since 300 steps must show that it learns."""
-    config = config_lib.get_config()
+    config = dmm_jax.get_config()
     config.base = "random/base"
     config.teachers = tuple((f"teacher_{k}", f"random/teacher_{k}.safetensors") for k in range(8))
     config.data.source = "random/images"

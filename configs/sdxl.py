@@ -8,12 +8,12 @@ moments (31 GB in float32) are divided among all. The base needs a folder, since
 run yet at this size: no hours to expect.
 """
 
-from dmm_jax.config import options as config_lib
+import dmm_jax
 
 
 def get_config():
     """Returns the config; set the paths to what you have."""
-    config = config_lib.get_config()
+    config = dmm_jax.get_config()
     config.base = "checkpoints/stable-diffusion-xl-base-1.0"
     config.teachers = tuple((f"style_{k}", f"checkpoints/teacher_{k}.safetensors") for k in range(4))
     config.data.source = "data/images"

@@ -24,7 +24,7 @@ IN_FILES = ("single-file", "style-lora")  # Formats that are a file; the others 
 MAX_INHERITED_CHARS = 1_000_000  # Of the recipe of what is exported again.
 
 
-def export_workdir(
+def export(
     workdir: str | os.PathLike,
     out: pathlib.Path,
     formats: Sequence[str],

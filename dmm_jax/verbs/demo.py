@@ -7,7 +7,7 @@ import sys
 import time
 
 from dmm_jax import train
-from dmm_jax.checkpoints.export import export_workdir
+from dmm_jax.checkpoints.export import export
 from dmm_jax.checkpoints.inspect import inspect, render
 from dmm_jax.config import checks
 from dmm_jax.data.prepare import prepare_from_config
@@ -41,7 +41,7 @@ def demo(workdir: pathlib.Path, config) -> pathlib.Path:
         page = evaluate(workdir)
     with _stretch(f"Export: DMM folder, stock diffusers folder, stock single file (style {MIX})"):
         shutil.rmtree(workdir / "export", ignore_errors=True)
-        for path in export_workdir(workdir, workdir / "export", ("dmm", "diffusers", "single-file"), MIX):
+        for path in export(workdir, workdir / "export", ("dmm", "diffusers", "single-file"), MIX):
             print(path)
     with _stretch("Sample: every style, and a mix, in one batch"):
         shutil.rmtree(workdir / "samples" / "gallery", ignore_errors=True)

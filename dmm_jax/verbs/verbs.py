@@ -168,13 +168,13 @@ def _export_arguments(verb):
 
 
 def _export(args):
-    from dmm_jax.checkpoints.export import export_workdir, open_student
+    from dmm_jax.checkpoints.export import export, open_student
 
     formats = list(dict.fromkeys(args.format.split(",")))
     if args.verify and "single-file" in formats and "diffusers" not in formats:
         raise UserError("--verify reads a single file beside a diffusers folder: add diffusers to --format.")
 
-    paths = export_workdir(
+    paths = export(
         args.workdir,
         args.out,
         formats,

@@ -9,7 +9,7 @@ import yaml
 
 from dmm_jax.checkpoints import licenses, model_card
 from dmm_jax.checkpoints import parents as parents_lib
-from dmm_jax.checkpoints.export import export_workdir
+from dmm_jax.checkpoints.export import export
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
 from dmm_jax.checkpoints.inspect import inspect, render
 from dmm_jax.checkpoints.open import open_checkpoint
@@ -109,7 +109,7 @@ def test_an_export_names_the_licences_of_all_parents(copied, tmp_path):
     assert head(text)["license_name"] == together and "faipl\\-1.0\\-sd" in text
     report = inspect([out / "dmm"])
     assert report["checkpoints"][0]["license"] == together and f"licence: {together}" in render(report)
-    again = export_workdir(out / "dmm", tmp_path / "again", ["dmm"])[0]
+    again = export(out / "dmm", tmp_path / "again", ["dmm"])[0]
     assert open_checkpoint(again).license == together
 
 

@@ -53,7 +53,7 @@ def test_an_export_opens_no_teacher_and_reads_no_tensor_twice(moved, tmp_path, m
         return read(file, key)
 
     monkeypatch.setattr(TensorFile, "__getitem__", counted)
-    (out,) = export.export_workdir(workdir, tmp_path / "out", **OPTIONS)
+    (out,) = export.export(workdir, tmp_path / "out", **OPTIONS)
     assert max(reads.values()) == 1 and {path.parent.name for path, _ in reads} == {"vae", "text_encoder"}
     said = TensorFile(out).metadata
     told = json.loads((workdir / parents.NAME).read_text())
@@ -61,7 +61,7 @@ def test_an_export_opens_no_teacher_and_reads_no_tensor_twice(moved, tmp_path, m
 
 
 def test_a_style_that_is_left_out_was_a_teacher_all_the_same(trained, tmp_path):
-    (folder,) = export.export_workdir(trained, tmp_path / "out", ["dmm"], keep=["left=right"])
+    (folder,) = export.export(trained, tmp_path / "out", ["dmm"], keep=["left=right"])
     said = TensorFile(folder / "unet" / "diffusion_pytorch_model.safetensors").metadata
     assert said[MERGED_FROM] == "base, left, right" and set(json.loads(said[RECIPE_KEY])["parents"]) == set(
         said[MERGED_FROM].split(", ")
@@ -71,7 +71,7 @@ def test_a_style_that_is_left_out_was_a_teacher_all_the_same(trained, tmp_path):
 
 
 def test_a_dmm_folder_is_read_once_and_passes_on_what_it_was_told(trained, tmp_path, monkeypatch):
-    (folder,) = export.export_workdir(trained, tmp_path / "one", ["dmm"])
+    (folder,) = export.export(trained, tmp_path / "one", ["dmm"])
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     reads, read = collections.Counter(), TensorFile.__getitem__
 
@@ -80,7 +80,7 @@ def test_a_dmm_folder_is_read_once_and_passes_on_what_it_was_told(trained, tmp_p
         return read(file, key)
 
     monkeypatch.setattr(TensorFile, "__getitem__", counted)
-    (out,) = export.export_workdir(folder, tmp_path / "two", **OPTIONS)
+    (out,) = export.export(folder, tmp_path / "two", **OPTIONS)
     twice = [key for key, count in reads.items() if count > 1]
     assert set(reads) >= set(TensorFile(weights)) and twice in ([], ["add_embedding.linear_1.bias"])
     said, before = TensorFile(out).metadata, TensorFile(weights).metadata
@@ -97,8 +97,8 @@ def test_a_run_that_kept_nothing_whole_is_told_by_its_parents(moved, tmp_path, k
     assert parents.of_workdir(workdir) == expected == parents.of_run(config_lib.load(workdir))
     gone.unlink()
     with pytest.raises(CheckpointError, match=r"left cannot be read: there is no checkpoint .*--no-recipe"):
-        export.export_workdir(workdir, tmp_path / "out", **OPTIONS)
-    (out,) = export.export_workdir(workdir, tmp_path / "out", recipe=False, **OPTIONS)
+        export.export(workdir, tmp_path / "out", **OPTIONS)
+    (out,) = export.export(workdir, tmp_path / "out", recipe=False, **OPTIONS)
     said = TensorFile(out).metadata
     assert RECIPE_KEY not in said and said["modelspec.license"] == "unknown"
 

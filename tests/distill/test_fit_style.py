@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.checkpoints.export import export_workdir
+from dmm_jax.checkpoints.export import export
 from dmm_jax.checkpoints.formats.fitted_style import STYLE_KEY, with_fitted_styles, write_fitted_style
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
 from dmm_jax.checkpoints.open import open_checkpoint
@@ -32,7 +32,7 @@ def _fewer_draws():
 @pytest.fixture(scope="module")
 def student(trained, tmp_path_factory):
     """The tiny run's student as a DMM folder, with a style MLP that says more than six steps have taught it."""
-    (folder,) = export_workdir(trained, tmp_path_factory.mktemp("student") / "out", ["dmm"], dtype="float32")
+    (folder,) = export(trained, tmp_path_factory.mktemp("student") / "out", ["dmm"], dtype="float32")
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     file = TensorFile(path)
     tensors = {key: np.array(file[key]) for key in file}

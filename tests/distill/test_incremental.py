@@ -9,7 +9,7 @@ import pytest
 from dmm_jax import train
 from dmm_jax.checkpoints import parents, provenance
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.checkpoints.export import export_workdir
+from dmm_jax.checkpoints.export import export
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.config import checks
 from dmm_jax.config import options as config_lib
@@ -96,7 +96,7 @@ def test_no_style_is_the_null_style(grown):
 
 
 def test_a_dmm_folder_grows_too_and_its_styles_are_their_own_teachers(config, grown, tmp_path):
-    (folder,) = export_workdir(grown, tmp_path / "out", ["dmm"], dtype="float32", keep=["null=none", "right"])
+    (folder,) = export(grown, tmp_path / "out", ["dmm"], dtype="float32", keep=["null=none", "right"])
     assert open_checkpoint(folder).styles == ("null", "right")
     np.testing.assert_array_equal(table(folder), table(grown)[[2, 0]])
     from_folder = config.copy_and_resolve_references()

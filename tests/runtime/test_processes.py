@@ -49,7 +49,7 @@ class World:
         self.folder = folder
         text = config_lib.to_json(config)
         (folder / "experiment.py").write_text(
-            f"from dmm_jax import config\n\ndef get_config():\n    return config.from_json({text!r})\n"
+            f"from dmm_jax.config.options import from_json\n\ndef get_config():\n    return from_json({text!r})\n"
         )
 
     def start(self, name: str, *arguments: str, num_devices: int = 8) -> subprocess.Popen:

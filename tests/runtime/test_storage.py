@@ -13,7 +13,7 @@ import pytest
 import dmm_jax
 from dmm_jax import train
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.checkpoints.export import export_workdir
+from dmm_jax.checkpoints.export import export
 from dmm_jax.checkpoints.inspect import inspect
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.states import StateStore
@@ -59,7 +59,9 @@ def resumed(store, tiny, trained, tmp_path_factory):
     """A run in the bucket that was killed while it saved step 4, and resumed to the end; what was there between."""
     config_file = tmp_path_factory.mktemp("bucket") / "experiment.py"
     text = config.to_json(tiny[1])
-    config_file.write_text(f"from dmm_jax import config\n\ndef get_config():\n    return config.from_json({text!r})\n")
+    config_file.write_text(
+        f"from dmm_jax.config.options import from_json\n\ndef get_config():\n    return from_json({text!r})\n"
+    )
     killed_in_mid_save(store, config_file, "gs://runs/deep/run", 4)
     between = store.names()
     train.run(tiny[1].copy_and_resolve_references(), "gs://runs/deep/run")
@@ -88,7 +90,7 @@ def test_a_run_in_a_bucket_is_inspected_and_exported(store, resumed, trained, tm
     report = inspect([pathlib.Path(resumed[0])])["checkpoints"][0]  # As the command line brings it: pathlib folds "//".
     assert (report["path"], report["kind"], report["error"]) == (resumed[0], "workdir", "")
     outs = {resumed[0]: tmp_path / "ours", trained: tmp_path / "theirs"}
-    exports = [export_workdir(run, out, ["dmm"], recipe=False) for run, out in outs.items()]
+    exports = [export(run, out, ["dmm"], recipe=False) for run, out in outs.items()]
     ours, theirs = (open_checkpoint(paths[0]).tensors("unet") for paths in exports)
     assert all(np.array_equal(ours[key], theirs[key]) for key in theirs)
     assert (exports[0][0] / "grid.png").read_bytes() == b"picture"

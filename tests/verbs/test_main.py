@@ -156,7 +156,7 @@ def test_sample_grids_that_could_not_be_drawn_are_told_at_the_start(capsys, expe
         ("import nowhere_to_be_found", "cannot be run: ModuleNotFoundError"),
         ("def get_config():\n    return {'base': ''}", "must return a ConfigDict; got dict"),
         (
-            "from dmm_jax import config\ndef get_config():\n"
+            "from dmm_jax.config import options as config\ndef get_config():\n"
             "    c = config.get_config()\n    del c.teachers, c.data.cache\n    return c",
             "lacks data.cache, teachers",
         ),
