@@ -7,12 +7,12 @@ Expect every style to close at least 95 % of the distance from the base to the f
 processes on 16 cores, which made it wait for compilation above all; 1.2 GB of the GPU's memory in training.
 """
 
-from dmm_jax.world import experiment
+from dmm_jax.world import demo_config
 
 
 def get_config():
     """Returns the demo's config, longer."""
-    config = experiment.get_config()
+    config = demo_config.get_config()
     config.data.num_examples = 8192
     config.num_steps = 3000
     config.batch_size = 260

@@ -13,7 +13,7 @@ from dmm_jax.checkpoints.open import Checkpoint, Component, abstract_params, ope
 from dmm_jax.checkpoints.write import Recipe, write_single_file
 from dmm_jax.config import options as config_lib
 from dmm_jax.models.unet_2d_condition import merged_config
-from dmm_jax.world import words
+from dmm_jax.world import tokenizer
 
 CA, DOWN, UP_CA, UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
 CLIP = {
@@ -24,7 +24,7 @@ OPEN_CLIP = CLIP | {
     "hidden_size": 128, "num_attention_heads": 2, "hidden_act": "gelu", "projection_dim": 32, "pad_token_id": 0,
 }  # fmt: skip
 TEXTS = {"sd2": {"text_encoder": OPEN_CLIP}, "sdxl": {"text_encoder": CLIP, "text_encoder_2": OPEN_CLIP}}
-PADS = {"sd2": {"tokenizer": "!"}, "sdxl": {"tokenizer": words.END, "tokenizer_2": "!"}}
+PADS = {"sd2": {"tokenizer": "!"}, "sdxl": {"tokenizer": tokenizer.END, "tokenizer_2": "!"}}
 UNET = {
     "sample_size": 8, "block_out_channels": (64, 64), "layers_per_block": 1, "attention_head_dim": (1, 1),
     "use_linear_projection": True,
@@ -73,7 +73,7 @@ def write_stock(folder: pathlib.Path, family: str, seed: int) -> pathlib.Path:
     """Saves a stock pipeline, with the embedded world's tokenizers beside it."""
     stock(family, seed).save_pretrained(folder)
     for name, pad in PADS[family].items():
-        words.write_tokenizer(folder / name, pad)
+        tokenizer.write_tokenizer(folder / name, pad)
     index = json.loads((folder / "model_index.json").read_text())
     index |= {name: ["transformers", "CLIPTokenizer"] for name in PADS[family]}
     (folder / "model_index.json").write_text(json.dumps(index))

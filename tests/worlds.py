@@ -12,9 +12,8 @@ from dmm_jax.config import options as config_lib
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.clip_text import CLIPTextModel
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
-from dmm_jax.world import world
 from dmm_jax.world.architecture import SCHEDULER_CONFIG, TEXT_CONFIG, VAE_CONFIG
-from dmm_jax.world.recipe import token_numbers
+from dmm_jax.world.tokenizer import tokenizer_fields, write_tokenizer
 
 # Two channels in a group of a norm: with one, the norms would take away whatever timestep and style have added.
 UNET = {
@@ -42,8 +41,8 @@ def random_params(model, config, seed: int) -> dict:
 
 def write_world(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """Writes the base as a folder, `left` as a single file (UNet alone), `right` as a folder with a text encoder."""
-    world.write_tokenizer(folder / "tokenizer")
-    text = TEXT_CONFIG | token_numbers(folder / "tokenizer") | {"num_hidden_layers": 1}
+    write_tokenizer(folder / "tokenizer")
+    text = TEXT_CONFIG | tokenizer_fields(folder / "tokenizer") | {"num_hidden_layers": 1}
     recipe = Recipe("tiny", [], None)
 
     def checkpoint(tokenizer, **params):

@@ -24,7 +24,7 @@ from dmm_jax.planning import flops
 from dmm_jax.runtime import sharding
 from dmm_jax.text.tokenizer import Tokenizers
 from dmm_jax.world.random_checkpoints import SIZES
-from dmm_jax.world.words import write_tokenizer
+from dmm_jax.world.tokenizer import write_tokenizer
 
 SAMPLING = {"num_inference_steps": 25, "guidance_scale": 7.0, "solver": "dpmpp_2m_karras"}
 

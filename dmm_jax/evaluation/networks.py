@@ -15,7 +15,7 @@ from dmm_jax.models.inception_v3 import NUM_FEATURES as NUM_INCEPTION_FEATURES
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.text.tokenizer import Tokenizers
 from dmm_jax.world import classifier as features
-from dmm_jax.world.layout import BASE, CLASSIFIER, FOLDER
+from dmm_jax.world.shipped_checkpoints import BASE, CLASSIFIER, FOLDER
 
 SHAPES = "shapes"
 CLIP = "clip"

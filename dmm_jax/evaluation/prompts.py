@@ -8,7 +8,7 @@ import numpy as np
 from dmm_jax.data.prompts import read_prompts
 from dmm_jax.data.sources import FolderSource
 from dmm_jax.runtime.errors import UserError
-from dmm_jax.world import world
+from dmm_jax.world import scenes
 from dmm_jax.world.source import ShapesSource
 
 SHAPES_WORLD, TEACHERS = "shapes_world", "teachers"  # Of `config.data.source`, which else is a folder.
@@ -36,7 +36,7 @@ def choose(config, count: int, file: str = "") -> Prompts:
     if given:
         lines, where = read_prompts(given), str(given)
     elif config.data.source == SHAPES_WORLD:
-        lines, where = world.sample_scenes(rng, count)[1], f"the embedded world's captions, seed {PROMPT_SEED}"
+        lines, where = scenes.sample_scenes(rng, count)[1], f"the embedded world's captions, seed {PROMPT_SEED}"
     else:
         try:
             lines = _trained_on(config)

@@ -56,7 +56,8 @@ from dmm_jax.studies.shapes_rows import (
     teacher_path,
     train_node,
 )
-from dmm_jax.world import recipe, world
+from dmm_jax.world import recipe
+from dmm_jax.world.scenes import sample_scenes
 
 FEW = 78  # Pictures of a distance: 2.4 a feature of the 32, as the paper's 5,000 have of Inception's 2,048 (4.2).
 SEEDS_APART = 1_000_000  # Between the noise of one draw of the references and the next, in the first picture's seed.
@@ -69,7 +70,7 @@ class Judge:
         self.out, self.num_images = out, num_images
         self.network = open_network(SHAPES)
         self.config = study_config(out, STYLES, 1, 0)
-        self.prompts = world.sample_scenes(np.random.default_rng(PROMPT_SEED), num_images)[1]
+        self.prompts = sample_scenes(np.random.default_rng(PROMPT_SEED), num_images)[1]
         self.base = open_checkpoint(self.config.base)
         self.stock = Pipeline.of_student(self.base, self.base.unet_config, (), dtype=self.config.dtype)
 

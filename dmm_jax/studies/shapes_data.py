@@ -16,7 +16,8 @@ from dmm_jax.data.cache import LatentCache, partial_folder
 from dmm_jax.data.cache_writer import CacheWriter
 from dmm_jax.distill.teacher_samples import prepare_cache
 from dmm_jax.studies.shapes_rows import MADE, RENDERED, SHARES, SHORT, STYLES, cache_path, study_config, teacher_path
-from dmm_jax.world import architecture, recipe, world
+from dmm_jax.world import architecture, recipe
+from dmm_jax.world.scenes import sample_scenes
 
 EXAMPLES_AT_ONCE = 512
 
@@ -45,7 +46,7 @@ def prepare(out: pathlib.Path, data: Iterable[str], num_made: int) -> None:
     mixed = {name: share for name, share in SHARES.items() if name in wanted}
     if RENDERED in wanted or mixed:
         prepare_cache(study_config(out, STYLES, 1, 0))
-    captions = world.sample_scenes(np.random.default_rng(1), num_made)[1]
+    captions = sample_scenes(np.random.default_rng(1), num_made)[1]
     if MADE in wanted or mixed:
         _draw(out, MADE, captions)
     if SHORT in wanted:

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 
 from dmm_jax import train
-from dmm_jax.world import experiment
+from dmm_jax.world import demo_config
 
 STYLES = ("comic", "cartoon", "pastel", "ink", "sepia", "neon", "night", "blueprint")  # Neighbours are nearly alike.
 SEEDS = (0, 1, 2)
@@ -75,7 +75,7 @@ ROWS: dict[str, tuple[Stage, ...]] = {
 
 def study_config(out: pathlib.Path, styles: Sequence[str], num_steps: int, seed: int) -> ml_collections.ConfigDict:
     """Returns the config that all rows share: the demo's, with the study's teachers."""
-    config = experiment.get_config()
+    config = demo_config.get_config()
     config.teachers = tuple((name, str(teacher_path(out, name))) for name in styles)
     config.student_init = "base"
     config.seed, config.num_steps = seed, num_steps

@@ -36,9 +36,9 @@ def _demo_arguments(verb):
 
 def _demo(args):
     from dmm_jax.verbs.demo import demo
-    from dmm_jax.world import experiment
+    from dmm_jax.world import demo_config
 
-    demo(args.workdir, _config(args.config or experiment.__file__, args.rest))
+    demo(args.workdir, _config(args.config or demo_config.__file__, args.rest))
 
 
 def _inspect_arguments(verb):

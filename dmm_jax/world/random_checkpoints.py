@@ -22,9 +22,8 @@ from dmm_jax.checkpoints.open import Checkpoint, Component
 from dmm_jax.checkpoints.published import CONFIGS
 from dmm_jax.checkpoints.write import Recipe, write_folder, write_single_file
 from dmm_jax.models.text_encoders import CLASSES
-from dmm_jax.world.recipe import token_numbers
 from dmm_jax.world.source import ShapesSource
-from dmm_jax.world.words import write_tokenizer
+from dmm_jax.world.tokenizer import tokenizer_fields, write_tokenizer
 
 DTYPE = "float16"
 OPEN_CLIP_PAD = "!"  # Of the tokenizers beside OpenCLIP's encoders.
@@ -92,7 +91,7 @@ def write_checkpoints(out: pathlib.Path, configs: Mapping, num_teachers: int, st
         tokenizers[f"{folder}_folder"] = out / folder
         padded = {"pad_token": OPEN_CLIP_PAD} if configs[encoder]["pad_token_id"] == 0 else {}
         write_tokenizer(out / folder, **padded)
-        configs = {**configs, encoder: configs[encoder] | token_numbers(out / folder)}
+        configs = {**configs, encoder: configs[encoder] | tokenizer_fields(out / folder)}
     shapes = {name: naming.torch_shapes(abstract_params(name, configs[name])) for name in ("unet", "vae", *encoders)}
 
     def checkpoint(name, folders, **tensors):

@@ -11,7 +11,6 @@ whole, or by a LoRA.
 import argparse
 import dataclasses
 import functools
-import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -29,10 +28,14 @@ from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.clip_text import CLIPTextModel
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
 from dmm_jax.text.tokenizer import Tokenizer
-from dmm_jax.world import lora, world
+from dmm_jax.world import lora_teacher
 from dmm_jax.world.architecture import SCALING_FACTOR, SCHEDULER_CONFIG, TEXT_CONFIG, UNET_CONFIG, VAE_CONFIG
 from dmm_jax.world.classifier import ShapeFeatures
-from dmm_jax.world.layout import BASE, FOLDER, TEACHERS, save_base, save_teacher
+from dmm_jax.world.renderer import render
+from dmm_jax.world.scenes import IMAGE_SIZE, sample_scenes
+from dmm_jax.world.shipped_checkpoints import BASE, FOLDER, TEACHERS, save_base, save_teacher
+from dmm_jax.world.styles import STYLES, sample_styles
+from dmm_jax.world.tokenizer import tokenizer_fields, write_tokenizer
 
 
 def params_of(module: nnx.Module) -> tuple[nnx.GraphDef, dict]:
@@ -115,14 +118,14 @@ class Plan:
 def make_bank(seed: int, size: int, tokenizer: Tokenizer, style: str | None = None) -> dict:
     """Draws scenes, styles (all of `style`, or of the whole family) and captions' token ids, kept on the device."""
     rng = np.random.default_rng(seed)
-    scenes, captions = world.sample_scenes(rng, size)
-    styles = world.STYLES[style].repeat(size) if style else world.sample_styles(rng, size)
+    scenes, captions = sample_scenes(rng, size)
+    styles = STYLES[style].repeat(size) if style else sample_styles(rng, size)
     return jax.tree.map(jnp.asarray, {"input_ids": tokenizer(captions), "scenes": scenes, "styles": styles})
 
 
-def render(data: Mapping, rows) -> jax.Array:
+def render_bank(data: Mapping, rows) -> jax.Array:
     """Renders pictures (B, 64, 64, 3) in [-1, 1]."""
-    return 2.0 * world.render(*jax.tree.map(lambda leaf: leaf[rows], (data["scenes"], data["styles"]))) - 1.0
+    return 2.0 * render(*jax.tree.map(lambda leaf: leaf[rows], (data["scenes"], data["styles"]))) - 1.0
 
 
 def train_vae(bank: Mapping, plan: Plan, dtype) -> dict:
@@ -130,7 +133,7 @@ def train_vae(bank: Mapping, plan: Plan, dtype) -> dict:
     graph, params = params_of(AutoencoderKL.from_config(VAE_CONFIG, dtype=dtype, rngs=nnx.Rngs(1)))
 
     def loss_fn(params, data, rows, key):
-        images = render(data, rows)
+        images = render_bank(data, rows)
         vae = nnx.merge(graph, params)
         posterior = vae.encode(images)
         error = vae.decode(posterior.sample(key)).astype(jnp.float32) - images
@@ -140,7 +143,7 @@ def train_vae(bank: Mapping, plan: Plan, dtype) -> dict:
 
     params = Fit(loss_fn, plan, 1e-3)(params, bank, "vae", seed=1)
     rows = jnp.arange(min(2048, len(bank["input_ids"])))
-    means = jax.jit(lambda params, data: nnx.merge(graph, params).encode(render(data, rows)).mean)(params, bank)
+    means = jax.jit(lambda params, data: nnx.merge(graph, params).encode(render_bank(data, rows)).mean)(params, bank)
     return scale_latents(params, 1.0 / (SCALING_FACTOR * float(jnp.std(means))))
 
 
@@ -162,7 +165,7 @@ def add_latents(bank: Mapping, vae_params, dtype) -> dict:
 
     @jax.jit
     def encode(params, data, rows, key):
-        return nnx.merge(graph, params).encode(render(data, rows)).sample(key) * SCALING_FACTOR
+        return nnx.merge(graph, params).encode(render_bank(data, rows)).sample(key) * SCALING_FACTOR
 
     size = len(bank["input_ids"])
     chunk = min(1024, size)
@@ -194,7 +197,7 @@ def train_classifier(bank: Mapping, plan: Plan) -> dict:
     graph, params = params_of(ShapeFeatures(style_dim=style_vectors(bank["styles"]).shape[1], rngs=nnx.Rngs(3)))
 
     def loss_fn(params, data, rows, key):
-        images = render(data, rows)
+        images = render_bank(data, rows)
         images = images + 0.05 * jax.random.normal(key, images.shape)
         truth = jax.tree.map(lambda leaf: leaf[rows], (data["scenes"].content, data["styles"]))
         return nnx.merge(graph, params).loss(images, truth[0], style_vectors(truth[1]))
@@ -240,9 +243,9 @@ def shipped_world() -> World:
 def train_world(out: pathlib.Path, plans: Mapping[str, Plan], bank_size: int, dtype) -> World:
     """Trains VAE, classifier and base, and writes them to `out`."""
     words = out / "raw" / "tokenizer"
-    world.write_tokenizer(words)
+    write_tokenizer(words)
     tokenizer = Tokenizer.from_folder(words)
-    text_config = TEXT_CONFIG | token_numbers(words)
+    text_config = TEXT_CONFIG | tokenizer_fields(words)
     bank = make_bank(0, bank_size, tokenizer)
     raw = functools.partial(once, out / "raw")
     vae = raw("vae", lambda: train_vae(bank, plans["vae"], dtype))
@@ -274,7 +277,7 @@ class Tuner:
         unet_alone = denoising_loss(*graphs, train_text=False)
 
         def lora_loss(params, data, rows, key):
-            return unet_alone({"unet": lora.folded(data["unet"], params["lora"])}, data, rows, key)
+            return unet_alone({"unet": lora_teacher.folded(data["unet"], params["lora"])}, data, rows, key)
 
         self.unet_alone = Fit(unet_alone, plans["teacher"], 5e-4)
         self.with_text = Fit(denoising_loss(*graphs, train_text=True), plans["teacher"], 5e-4)
@@ -292,7 +295,7 @@ class Tuner:
         if not teacher.lora:
             return fit({"unet": base["unet"]}, data, name, seed=10 + number)
         data["unet"] = jax.tree.map(jnp.asarray, base["unet"])
-        factors = lora.new_factors(base["unet"], jax.random.key(number))
+        factors = lora_teacher.new_factors(base["unet"], jax.random.key(number))
         return fit({"lora": factors}, data, name, seed=10 + number)
 
     @property
@@ -306,7 +309,7 @@ class Tuner:
             "max_train_steps": plan.num_steps,
             "total_batch_size": plan.batch_size,
             "num_train_images": int(self.bank_size * plan.bank_share),
-            "resolution": f"({world.IMAGE_SIZE}, {world.IMAGE_SIZE})",
+            "resolution": f"({IMAGE_SIZE}, {IMAGE_SIZE})",
             "sd_model_name": BASE,
         }
 
@@ -346,18 +349,6 @@ def once(folder: pathlib.Path, name: str, train: Callable[[], dict]) -> dict:
         *parents, last = (int(part) if part.isdigit() else part for part in key.split("/"))
         functools.reduce(lambda tree, part: tree.setdefault(part, {}), parents, params)[last] = leaf
     return params
-
-
-def token_numbers(folder: pathlib.Path) -> dict:
-    """Returns the text encoder's config fields that follow from a tokenizer."""
-    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    end = vocabulary["<|endoftext|>"]
-    return {
-        "vocab_size": len(vocabulary),
-        "bos_token_id": vocabulary["<|startoftext|>"],
-        "eos_token_id": end,
-        "pad_token_id": end,
-    }
 
 
 if __name__ == "__main__":

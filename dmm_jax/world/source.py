@@ -7,7 +7,9 @@ import jax
 import numpy as np
 
 from dmm_jax.runtime.errors import UserError
-from dmm_jax.world import world
+from dmm_jax.world.renderer import render
+from dmm_jax.world.scenes import sample_scenes
+from dmm_jax.world.styles import STYLES, sample_styles
 
 
 class ShapesSource:
@@ -21,11 +23,11 @@ class ShapesSource:
         """Draws the scenes; pictures are rendered when asked for, many at once."""
         if count < 1:
             raise UserError(f"the embedded world needs a number of pictures to draw; got {count}.")
-        if style is not None and style not in world.STYLES:
-            raise UserError(f"style must be None (random) or one of {', '.join(world.STYLES)}; got {style!r}.")
+        if style is not None and style not in STYLES:
+            raise UserError(f"style must be None (random) or one of {', '.join(STYLES)}; got {style!r}.")
         rng = np.random.default_rng(seed)
-        self.scenes, self.captions = world.sample_scenes(rng, count)
-        self.styles = world.sample_styles(rng, count) if style is None else world.STYLES[style].repeat(count)
+        self.scenes, self.captions = sample_scenes(rng, count)
+        self.styles = sample_styles(rng, count) if style is None else STYLES[style].repeat(count)
         self._chunks: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
 
@@ -55,5 +57,5 @@ class ShapesSource:
     def _draw(self, chunk: int) -> np.ndarray:
         # Always _CHUNK pictures, repeating the last, so that the renderer compiles once.
         rows = np.minimum(np.arange(chunk * self._CHUNK, (chunk + 1) * self._CHUNK), len(self) - 1)
-        images = world.render(*jax.tree.map(lambda leaf: leaf[rows], (self.scenes, self.styles)))
+        images = render(*jax.tree.map(lambda leaf: leaf[rows], (self.scenes, self.styles)))
         return np.round(np.asarray(images) * 255.0).astype(np.uint8)

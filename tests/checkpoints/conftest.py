@@ -11,7 +11,7 @@ from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.open import Checkpoint, Component, abstract_params, open_checkpoint
 from dmm_jax.checkpoints.write import Recipe
 from dmm_jax.models.unet_2d_condition import merged_config
-from dmm_jax.world import world
+from dmm_jax.world.tokenizer import write_tokenizer
 
 STYLES = ("anime", "photo", "ink")
 
@@ -57,7 +57,7 @@ def folder(stock, tmp_path_factory) -> pathlib.Path:
     """The same, saved by diffusers, with the embedded world's tokenizer beside it."""
     path = tmp_path_factory.mktemp("stock") / "tiny"
     stock.save_pretrained(path)
-    world.write_tokenizer(path / "tokenizer")
+    write_tokenizer(path / "tokenizer")
     index = json.loads((path / "model_index.json").read_text())
     (path / "model_index.json").write_text(json.dumps(index | {"tokenizer": ["transformers", "CLIPTokenizer"]}))
     return path

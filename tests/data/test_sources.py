@@ -8,8 +8,9 @@ from PIL import Image
 
 from dmm_jax.data import sources
 from dmm_jax.data.sources import FolderSource
-from dmm_jax.world import world
+from dmm_jax.world.scenes import parse_all
 from dmm_jax.world.source import ShapesSource
+from dmm_jax.world.styles import STYLES
 
 
 def _image(path, value=0, size=(6, 4)):
@@ -105,13 +106,13 @@ def test_the_world_draws_what_its_captions_say_in_any_order():
     source = ShapesSource(70, style="comic", seed=3)
     assert len(source) == 70
     late, early = source[69], source[2]
-    content = world.parse_all([early["caption"]])
+    content = parse_all([early["caption"]])
     np.testing.assert_array_equal(content.shape_ids[0], source.scenes.content.shape_ids[2])
     again = ShapesSource(70, style="comic", seed=3)
     np.testing.assert_array_equal(again[2]["image"], early["image"])
     np.testing.assert_array_equal(again[69]["image"], late["image"])
     assert early["image"].dtype == np.uint8 and early["image"].shape == (64, 64, 3) and early["id"] == 2
-    sky = np.round(np.array(world.STYLES["comic"].background) * 255)
+    sky = np.round(np.array(STYLES["comic"].background) * 255)
     np.testing.assert_array_equal(early["image"][0, 0], sky)
     with pytest.raises(IndexError):
         source[70]

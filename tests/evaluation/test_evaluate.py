@@ -19,9 +19,8 @@ from dmm_jax.evaluation.kid import kernel_inception_distance
 from dmm_jax.evaluation.networks import FeatureNetwork, of_shapes_world
 from dmm_jax.models.lpips_alex import LPIPS
 from dmm_jax.verbs import main as cli
-from dmm_jax.world.layout import CLASSIFIER, FOLDER
-from dmm_jax.world.recipe import token_numbers
-from dmm_jax.world.words import write_tokenizer
+from dmm_jax.world.shipped_checkpoints import CLASSIFIER, FOLDER
+from dmm_jax.world.tokenizer import tokenizer_fields, write_tokenizer
 from tests.evaluation.test_clip import write_clip
 from tests.models.torch_parity import abstract, draw, state_dict
 
@@ -169,7 +168,7 @@ def test_each_weight_merge_is_a_row_of_its_own(workdir, monkeypatch):
 
 def test_clip_and_lpips_add_their_measures(workdir, tmp_path):
     write_tokenizer(tmp_path / "clip")
-    numbers = token_numbers(tmp_path / "clip")
+    numbers = tokenizer_fields(tmp_path / "clip")
     write_clip(tmp_path / "clip", max_position_embeddings=77, **numbers)
     safetensors_io.save(tmp_path / "lpips.safetensors", state_dict(draw(abstract(LPIPS))))
     spec = ["--features", f"clip:{tmp_path / 'clip'}", "--clip", str(tmp_path / "clip")]

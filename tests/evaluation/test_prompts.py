@@ -7,7 +7,7 @@ import pytest
 
 from dmm_jax.config import options as config_lib
 from dmm_jax.evaluation.prompts import PROMPT_SEED, choose
-from dmm_jax.world import world
+from dmm_jax.world import scenes
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def test_a_files_prompts_keep_their_order_and_the_one_given_now_comes_first(conf
 def test_the_embedded_worlds_are_new_and_those_trained_on_are_counted(config):
     config.data.source, config.data.num_examples, config.seed = "shapes_world", 50, 3
     found = choose(config, 40)
-    assert found.lines == list(world.sample_scenes(np.random.default_rng(PROMPT_SEED), 40)[1])
-    trained = set(world.sample_scenes(np.random.default_rng(3), 50)[1])
+    assert found.lines == list(scenes.sample_scenes(np.random.default_rng(PROMPT_SEED), 40)[1])
+    trained = set(scenes.sample_scenes(np.random.default_rng(3), 50)[1])
     assert found.facts["prompts trained on"] == f"{sum(line in trained for line in found.lines)} of 40"
 
 

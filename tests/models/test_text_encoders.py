@@ -10,7 +10,7 @@ from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.models.text_encoders import TextEncoders
 from dmm_jax.text.tokenizer import Tokenizers
-from dmm_jax.world import world
+from dmm_jax.world.tokenizer import write_tokenizer
 from tests import families
 from tests.models.torch_parity import SCALES, TOLERANCE
 
@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("tokenizers")
     for family, pads in families.PADS.items():
         for name, pad in pads.items():
-            world.write_tokenizer(out / family / name, pad)
+            write_tokenizer(out / family / name, pad)
     return out
 
 

@@ -10,6 +10,7 @@ from dmm_jax.config import options as config_lib
 from dmm_jax.data.cache import LatentCache
 from dmm_jax.studies import shapes, shapes_data
 from dmm_jax.studies import shapes_rows as rows
+from dmm_jax.world import styles as world_styles
 
 OUT = pathlib.Path("out")
 
@@ -109,7 +110,7 @@ def test_a_mean_distance_is_of_disjoint_parts():
 
 
 def test_relatives_stand_beside_each_other_and_are_styles_of_the_world():
-    assert set(shapes.STYLES) <= set(shapes.world.STYLES) and len(shapes.STYLES) == 8
+    assert set(shapes.STYLES) <= set(world_styles.STYLES) and len(shapes.STYLES) == 8
 
 
 def test_what_rows_have_in_common_is_trained_once_and_everything_in_a_folder_of_its_own():

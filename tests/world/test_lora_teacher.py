@@ -12,8 +12,11 @@ from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.evaluation.frechet import frechet_distance
 from dmm_jax.evaluation.networks import SHAPES, open_network
 from dmm_jax.pipeline import Pipeline
-from dmm_jax.world import lora, world
-from dmm_jax.world.layout import BASE, FOLDER, TEACHERS
+from dmm_jax.world import lora_teacher as lora
+from dmm_jax.world.renderer import render
+from dmm_jax.world.scenes import sample_scenes
+from dmm_jax.world.shipped_checkpoints import BASE, FOLDER, TEACHERS
+from dmm_jax.world.styles import STYLES
 
 FILE = FOLDER / TEACHERS["blueprint"].file
 
@@ -62,8 +65,8 @@ def test_the_shipped_file_says_what_kohyas_do():
 def test_its_pictures_are_blueprints():
     """Of 250 pictures: 22.5 from the renderer's, where others of the renderer's are at 20.6 and the base's at 59."""
     count, network = 32, open_network(SHAPES)
-    scenes, prompts = world.sample_scenes(np.random.default_rng(0), count)
-    truth = world.render(scenes, world.STYLES["blueprint"].repeat(count))
+    scenes, prompts = sample_scenes(np.random.default_rng(0), count)
+    truth = render(scenes, STYLES["blueprint"].repeat(count))
     truth = _statistics(network, np.asarray(255.0 * truth).round().astype(np.uint8))
     base = open_checkpoint(FOLDER / BASE)
     stock = Pipeline.of_student(base, base.unet_config, (), dtype="float32")

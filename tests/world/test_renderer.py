@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dmm_jax.world import renderer
-from dmm_jax.world.scenes import COLOURS, SHAPES, Content, SceneArrays, sample_scenes
+from dmm_jax.world.scenes import COLOURS, SHAPES, Content, SceneArrays, parse_all, place, sample_scenes
 from dmm_jax.world.styles import STYLES, Style, StyleArrays, sample_styles
 
 N = 48
@@ -117,3 +117,11 @@ def test_each_field_of_a_style_shows():
     for name in StyleArrays._fields:
         moved = base._replace(**{name: getattr(base, name) * 0.7 + 0.2})
         assert np.abs(np.asarray(renderer.render(scenes, moved)) - plain).mean() > 1e-4, name
+
+
+def test_a_relation_in_words_is_true_in_the_picture():
+    scenes = place(np.random.default_rng(0), parse_all(["a small red circle above a large blue square"]))
+    image = _render(scenes, STYLES["comic"])[0]
+    red, blue = (np.argwhere(sign * (image[..., 0] - image[..., 2]) > 0.5) for sign in (1, -1))
+    assert red[:, 0].max() < blue[:, 0].min()
+    assert len(blue) > 2 * len(red)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dmm_jax.world.scenes import WORDS, sample_scenes
-from dmm_jax.world.words import END, START, merges_for, split_word, write_tokenizer
+from dmm_jax.world.tokenizer import END, START, merges_for, split_word, write_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 import ml_collections
 
 from dmm_jax.config import options as config_lib
-from dmm_jax.world.layout import BASE, FOLDER, teacher_paths
 from dmm_jax.world.scenes import IMAGE_SIZE
+from dmm_jax.world.shipped_checkpoints import BASE, FOLDER, teacher_paths
 
 PROMPTS = (
     "a large red circle",

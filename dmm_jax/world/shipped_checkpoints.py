@@ -12,7 +12,7 @@ from dmm_jax.checkpoints.formats.lora import PLUS
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
 from dmm_jax.checkpoints.open import WEIGHTS, Checkpoint, Component
 from dmm_jax.checkpoints.write import Recipe, write_folder, write_single_file
-from dmm_jax.world.lora import save_lora
+from dmm_jax.world.lora_teacher import save_lora
 
 FOLDER = pathlib.Path(__file__).parent / "checkpoints"
 BASE = "base"

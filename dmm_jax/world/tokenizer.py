@@ -31,6 +31,18 @@ def write_tokenizer(folder: str | Path, pad_token: str = END) -> None:
     _write(folder / "special_tokens_map.json", json.dumps(special, indent=2))
 
 
+def tokenizer_fields(folder: Path) -> dict:
+    """Returns the text encoder's config fields that follow from a tokenizer."""
+    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    end = vocabulary["<|endoftext|>"]
+    return {
+        "vocab_size": len(vocabulary),
+        "bos_token_id": vocabulary["<|startoftext|>"],
+        "eos_token_id": end,
+        "pad_token_id": end,
+    }
+
+
 def merges_for(words: Iterable[str]) -> list[Merge]:
     """Returns merges, best first, under which each (ASCII) word becomes one token.
 

@@ -6,8 +6,8 @@ import pytest
 
 from dmm_jax.checkpoints.inspect import inspect
 from dmm_jax.checkpoints.open import open_checkpoint
-from dmm_jax.world import experiment
-from dmm_jax.world.layout import BASE, CLASSIFIER, FOLDER, TEACHERS, teacher_paths
+from dmm_jax.world import demo_config
+from dmm_jax.world.shipped_checkpoints import BASE, CLASSIFIER, FOLDER, TEACHERS, teacher_paths
 
 MOST_BYTES = 20_000_000
 
@@ -42,4 +42,4 @@ def test_one_teacher_is_a_lora_on_the_base():
 def test_the_experiment_is_a_valid_config():
     from dmm_jax.config import checks
 
-    checks.check(experiment.get_config())
+    checks.check(demo_config.get_config())
