@@ -15,7 +15,6 @@ RUNTIME = [
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.11,<0.13",
     "grain>=0.2.18,<0.3",
-    "tensorflow-datasets>=4.9.10,<5",
     "array_record>=0.8.6,<0.9",
     "ml_collections>=1.1,<2",
     "safetensors>=0.8,<0.9",

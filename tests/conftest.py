@@ -48,13 +48,13 @@ def _programs_of_one_module():
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A tiny world on disk and a config that trains on it, its cache prepared; copy the config before changing it."""
-    from dmm_jax.data.prepare import prepare_from_config
+    from dmm_jax.data.prepare import prepare_images
     from tests import worlds
 
     folder = tmp_path_factory.mktemp("tiny")
     paths = worlds.write_world(folder)
     config = worlds.tiny_config(paths, folder / "cache")
-    prepare_from_config(config)
+    prepare_images(config)
     return paths, config
 
 

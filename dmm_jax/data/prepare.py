@@ -1,10 +1,7 @@
-"""`dmm-jax prepare`: what a config's images and captions, or prompts, become before training: latents, token ids."""
+"""`dmm-jax prepare` for images: a config's images and captions become a latent cache (latents and token ids)."""
 
-import contextlib
 import functools
 import math
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +10,8 @@ from flax import nnx
 from dmm_jax.checkpoints.open import CELL, Checkpoint, open_checkpoint
 from dmm_jax.config import arguments, checks
 from dmm_jax.data.cache import LatentCache
-from dmm_jax.data.encoding import check_place, prepare
-from dmm_jax.data.sources import FolderSource, ImageSource
+from dmm_jax.data.fill_cache import check_place, encode_images
+from dmm_jax.data.sources import SHAPES_WORLD, TEACHERS, FolderSource, ImageSource
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.pipeline import in_memory
 from dmm_jax.runtime import sharding
@@ -22,13 +19,12 @@ from dmm_jax.runtime.errors import UserError
 from dmm_jax.text.tokenizer import Tokenizers
 from dmm_jax.world.source import ShapesSource
 
-SHAPES_WORLD, TEACHERS = "shapes_world", "teachers"
 IMAGES_AT_ONCE = 32
-PIXELS_ENCODED = 2**23  # At once on a device: eight images of 1024 x 1024, under 9 GiB by v5e's compiler.
+PIXELS_ENCODED = 2**23  # Per call on one device: eight images of 1024 x 1024, under 9 GiB by v5e's compiler.
 
 
-def prepare_from_config(config) -> LatentCache:
-    """Encodes `config.data.source` with the base's VAE and tokenizer into `config.data.cache`, and opens it.
+def prepare_images(config) -> LatentCache:
+    """Encodes `config.data.source` with the base's VAE and tokenizers into `config.data.cache`, and opens the cache.
 
     Raises:
       ValueError: the source, the base or the cache folder cannot be used.
@@ -37,10 +33,9 @@ def prepare_from_config(config) -> LatentCache:
     base = open_checkpoint(config.base)
     arguments.size("data.resolution", config.data.resolution, CELL)
     tokenizers = Tokenizers.from_folders(base.tokenizer_folders)
-    base.config("vae")
-    source = open_source(config)  # The embedded world is drawn here: after all that may be missing.
+    source = open_source(config)
     scaling_factor, encode = build_encoder(base, config.dtype)
-    return prepare(
+    return encode_images(
         source,
         encode,
         tokenizers,
@@ -66,34 +61,16 @@ def open_source(config) -> ImageSource:
     """Opens the images that a config names.
 
     Raises:
-      ValueError: no source is set, or it holds no captioned images.
+      ValueError: no source is set, or the source has no captioned images.
     """
     if not config.data.source:
         raise UserError(f"data.source is empty: set a folder of images and captions, {TEACHERS!r} or {SHAPES_WORLD!r}.")
     if config.data.source == SHAPES_WORLD:
-        return _built_shapes(config)
+        return ShapesSource(config.data.num_examples, seed=config.seed, shuffled=True)
     source = FolderSource(config.data.source)
     if config.data.num_examples:
         source.rows = source.rows[: config.data.num_examples]
     return source
-
-
-def _built_shapes(config) -> ImageSource:
-    """Draws the embedded world into a TFDS data set beside the cache, once per number of examples and seed."""
-    import tensorflow_datasets as tfds
-
-    from dmm_jax.data.builders import BuiltSource, ShapesWorld
-
-    count, seed = config.data.num_examples, config.seed
-    drawn = ShapesSource(count, seed=seed)  # Refuses a wrong number before anything is written.
-    tfds.disable_progress_bar()
-    folder = pathlib.Path(f"{config.data.cache}.images") / f"{count}_{seed}"
-    builder = ShapesWorld(count=count, seed=seed, data_dir=str(folder))
-    with contextlib.redirect_stdout(sys.stderr):
-        builder.download_and_prepare()
-    built = BuiltSource(str(builder.data_path))
-    built.digest = drawn.digest
-    return built
 
 
 def build_encoder(base: Checkpoint, dtype: str):
@@ -110,6 +87,7 @@ def build_encoder(base: Checkpoint, dtype: str):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(graph, params, images, keys):
+    """Samples the VAE's posterior of each image with the image's own key."""
     posterior = nnx.merge(graph, params).encode(images.astype(jnp.float32) / 127.5 - 1.0)
     noise = jax.vmap(lambda key: jax.random.normal(key, posterior.mean.shape[1:]))(keys)
     return posterior.mean + posterior.std * noise

@@ -15,6 +15,7 @@ import numpy as np
 from dmm_jax.data.images import fit_square, load_rgb
 from dmm_jax.runtime.errors import UserError
 
+SHAPES_WORLD, TEACHERS = "shapes_world", "teachers"  # Values of `config.data.source` that do not name a folder.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_LINE_CHARS = 100_000
 

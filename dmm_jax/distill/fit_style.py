@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dmm_jax.checkpoints.formats.fitted_style import write_fitted_style
 from dmm_jax.config import arguments
 from dmm_jax.config.styles import is_writable, parse_style, style_row, style_text
-from dmm_jax.data.encoding import encode_examples
+from dmm_jax.data.fill_cache import encode_examples
 from dmm_jax.data.prepare import IMAGES_AT_ONCE, build_encoder
 from dmm_jax.data.sources import FolderSource
 from dmm_jax.distill import style_learning as fitting

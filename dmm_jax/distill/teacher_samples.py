@@ -15,8 +15,9 @@ from dmm_jax.config import arguments
 from dmm_jax.config import options as config_lib
 from dmm_jax.data import prepare
 from dmm_jax.data.cache import LatentCache
-from dmm_jax.data.encoding import prepare_samples
+from dmm_jax.data.fill_cache import sample_prompts
 from dmm_jax.data.prompts import Draws, read_prompts
+from dmm_jax.data.sources import TEACHERS
 from dmm_jax.diffusion import solvers
 from dmm_jax.distill import incremental
 from dmm_jax.pipeline import Pipeline
@@ -29,9 +30,9 @@ def prepare_cache(config) -> LatentCache:
     Raises:
       ValueError: the source, the teachers, the base or the cache folder cannot be used.
     """
-    if config.data.source == prepare.TEACHERS:
+    if config.data.source == TEACHERS:
         return prepare_samples_from_config(config)
-    return prepare.prepare_from_config(config)
+    return prepare.prepare_images(config)
 
 
 def prepare_samples_from_config(config) -> LatentCache:
@@ -50,7 +51,7 @@ def prepare_samples_from_config(config) -> LatentCache:
     check_mergeable(base, teachers)
     options = {name: sampling[name] for name in ("solver", "num_inference_steps", "guidance_scale")}
     sampler = TeacherSampler(base, list(teachers.values()), config.data.resolution, config.dtype, options)
-    return prepare_samples(
+    return sample_prompts(
         draws,
         sampler,
         sampler.pipeline.tokenizers,

@@ -6,12 +6,11 @@ from typing import NamedTuple
 import numpy as np
 
 from dmm_jax.data.prompts import read_prompts
-from dmm_jax.data.sources import FolderSource
+from dmm_jax.data.sources import SHAPES_WORLD, TEACHERS, FolderSource
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.world import scenes
 from dmm_jax.world.source import ShapesSource
 
-SHAPES_WORLD, TEACHERS = "shapes_world", "teachers"  # Of `config.data.source`, which else is a folder.
 PROMPT_SEED = 20_000  # Of the embedded world's captions, and of the order of all that were trained on.
 
 

@@ -10,7 +10,7 @@ from dmm_jax import train
 from dmm_jax.checkpoints.export import export
 from dmm_jax.checkpoints.inspect import inspect, render
 from dmm_jax.config import checks
-from dmm_jax.data.prepare import prepare_from_config
+from dmm_jax.data.prepare import prepare_images
 from dmm_jax.evaluation.evaluate import evaluate
 from dmm_jax.gallery.sample import sample
 from dmm_jax.runtime.storage import check_output
@@ -34,7 +34,7 @@ def demo(workdir: pathlib.Path, config) -> pathlib.Path:
     with _stretch("Inspect: one base, five fine-tuned teachers, one of them a LoRA, in the formats found in the wild"):
         print(render(inspect([pathlib.Path(config.base), *(pathlib.Path(path) for _, path in config.teachers)])))
     with _stretch("Prepare: pictures and captions to latents and token ids"):
-        prepare_from_config(config)
+        prepare_images(config)
     with _stretch("Merge: distil the teachers into one student with a style vector each"):
         train.run(config, workdir)
     with _stretch("Evaluate: student against teachers, base and merged weights"):

@@ -19,8 +19,12 @@ class ShapesSource:
         ValueError: the style has no name in the world, or count is not positive.
     """
 
-    def __init__(self, count: int, style: str | None = None, seed: int = 0):
-        """Draws the scenes; pictures are rendered when asked for, many at once."""
+    def __init__(self, count: int, style: str | None = None, seed: int = 0, shuffled: bool = False):
+        """Draws the scenes; pictures are rendered in chunks when they are read.
+
+        Args:
+            shuffled: whether to order the pictures by a hash of their ids. Latent caches have this order.
+        """
         if count < 1:
             raise UserError(f"the embedded world needs a number of pictures to draw; got {count}.")
         if style is not None and style not in STYLES:
@@ -28,6 +32,10 @@ class ShapesSource:
         rng = np.random.default_rng(seed)
         self.scenes, self.captions = sample_scenes(rng, count)
         self.styles = sample_styles(rng, count) if style is None else STYLES[style].repeat(count)
+        self._order = np.arange(count)  # The id of each picture.
+        if shuffled:  # As TensorFlow Datasets shuffles a split "train": caches of earlier versions have this order.
+            hashes = [hashlib.md5(f"train{index}".encode(), usedforsecurity=False).digest() for index in range(count)]
+            self._order = np.array(sorted(range(count), key=hashes.__getitem__))
         self._chunks: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
 
@@ -44,7 +52,8 @@ class ShapesSource:
             if chunk not in self._chunks:
                 self._chunks = dict([*self._chunks.items()][-1:]) | {chunk: self._draw(chunk)}
             image = self._chunks[chunk][row]
-        return {"image": image, "caption": self.captions[index], "id": int(index)}
+        picture = int(self._order[index])
+        return {"image": image, "caption": self.captions[picture], "id": picture}
 
     @property
     def digest(self) -> str:
@@ -56,6 +65,6 @@ class ShapesSource:
 
     def _draw(self, chunk: int) -> np.ndarray:
         # Always _CHUNK pictures, repeating the last, so that the renderer compiles once.
-        rows = np.minimum(np.arange(chunk * self._CHUNK, (chunk + 1) * self._CHUNK), len(self) - 1)
+        rows = self._order[np.minimum(np.arange(chunk * self._CHUNK, (chunk + 1) * self._CHUNK), len(self) - 1)]
         images = render(*jax.tree.map(lambda leaf: leaf[rows], (self.scenes, self.styles)))
         return np.round(np.asarray(images) * 255.0).astype(np.uint8)

@@ -15,7 +15,7 @@ from dmm_jax.checkpoints.formats import style_lora
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
 from dmm_jax.checkpoints.open import Component, open_checkpoint
 from dmm_jax.config import options as config_lib
-from dmm_jax.data.prepare import prepare_from_config
+from dmm_jax.data.prepare import prepare_images
 from dmm_jax.distill import incremental, teachers
 from dmm_jax.distill import step as distill_step
 from dmm_jax.distill import student as student_lib
@@ -44,7 +44,7 @@ def xl(tmp_path_factory):
     paths = families.write_world(folder, "sdxl")
     config = families.tiny_config(paths, folder / "cache")
     config.adversarial.weight = 0.01
-    prepare_from_config(config)
+    prepare_images(config)
     train.run(config, folder / "run")
     return paths, folder / "run"
 

@@ -45,8 +45,8 @@ def made(tiny, tmp_path_factory):
 
 
 def small_shards(monkeypatch, size):
-    whole = teacher_samples.prepare_samples
-    monkeypatch.setattr(teacher_samples, "prepare_samples", lambda *a, **k: whole(*a, **k, shard_size=size))
+    whole = teacher_samples.sample_prompts
+    monkeypatch.setattr(teacher_samples, "sample_prompts", lambda *a, **k: whole(*a, **k, shard_size=size))
 
 
 def contents(cache):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dmm_jax.data.cache import LatentCache, partial_folder
-from dmm_jax.data.encoding import prepare
+from dmm_jax.data.fill_cache import encode_images
 from dmm_jax.data.images import UnreadableImage
 from dmm_jax.world.source import ShapesSource
 
@@ -43,7 +43,7 @@ OPTIONS = {"resolution": 4, "scaling_factor": 0.5, "vae": "v", "tokenizer": "t",
 
 def _prepare(out, source=None, batch_size=4, **changes):
     options = {"encode": encode, "tokenize": tokenize, **OPTIONS, **changes}
-    return prepare(source or Squares(), out=out, batch_size=batch_size, **options)
+    return encode_images(source or Squares(), out=out, batch_size=batch_size, **options)
 
 
 def _same(a: LatentCache, b: LatentCache):
@@ -125,10 +125,10 @@ def test_a_cache_of_other_things_is_not_overwritten(tmp_path, change):
         _prepare(tmp_path / "cache", **change)
 
 
-def test_a_folder_of_other_things_is_told_to_one_who_prepares(tmp_path):
+def test_a_folder_that_is_not_a_cache_is_refused(tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "thesis.tex").write_text("mine")
-    with pytest.raises(ValueError, match="is no latent cache .*new folder"):
+    with pytest.raises(ValueError, match="is not a latent cache .*new folder"):
         _prepare(tmp_path / "cache")
 
 
