@@ -1,9 +1,9 @@
-"""Prompts and styles to images: three compiled programs (text encoders, denoiser, decoder), one compilation a shape.
+"""Pipeline: draws images from prompts and styles with one checkpoint.
 
-Prompts, styles, seeds, the guidance scale and the solver's tables are arguments of the programs: only the shape of a
-batch and the number of evaluations make a new one. A batch may hold another mix of styles in every image, and each
-image another at every evaluation, since a style enters as one vector beside the timestep embedding (DMM,
-arXiv:2504.12364, 4.5). A batch is divided among all devices of the process where their number divides it.
+Three programs are compiled once per batch shape: text encoders, denoiser, decoder. Prompts, styles, seeds, guidance
+scales and the solver's tables are their arguments, so new values compile nothing. A style enters the UNet as one vector
+added to the timestep embedding (DMM, arXiv:2504.12364, 4.5); each image of a batch may have its own mix of styles, and
+another mix at every evaluation of the UNet. The process's devices share a batch if their number divides it.
 """
 
 import dataclasses
@@ -35,14 +35,14 @@ from dmm_jax.runtime import sharding
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.text.tokenizer import Tokenizers
 
-PIXELS_DECODED = 2**21  # At once on a device: two images of 1024 x 1024, under 6 GiB by v5e's compiler.
+PIXELS_DECODED = 2**21  # Per device and call: two images of 1024 x 1024, under 6 GiB by v5e's compiler.
 
 Pixels = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """One network: its structure and its parameters. Calling it computes, outside of any program of the pipeline."""
+    """A network's structure and parameters; calls and attributes are those of its NNX module."""
 
     graph: nnx.GraphDef
     params: Mapping
@@ -59,23 +59,45 @@ class Network:
     def __call__(self, *args, **kwargs):
         return self.merged()(*args, **kwargs)
 
+    def __repr__(self) -> str:
+        return f"Network({self.graph.nodes[0].type.__name__}, {self.num_parameters:,} parameters)"
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of parameters; 0 if the network has none yet."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """A checkpoint that draws. See `from_pretrained`; `unet`, `vae` and `text_encoders` can be called on their own."""
+    """A checkpoint that draws; `from_pretrained` opens one. `unet`, `vae` and `text_encoders` are callable as well."""
 
     unet: Network
     vae: Network
-    text_encoders: Network  # Of the checkpoint: one, or SDXL's two.
+    text_encoders: Network  # One text encoder, or SDXL's two.
     tokenizers: Tokenizers
     schedule: NoiseSchedule
     styles: tuple[str, ...]  # Names in row order; empty for a stock checkpoint.
     source: Checkpoint
 
+    def __repr__(self) -> str:
+        unet = f"{self.unet.num_parameters:,} UNet parameters"
+        return f"Pipeline({self.name!r}, styles={self.styles}, dtype={self.dtype}, {unet})"
+
     @property
     def name(self) -> str:
         """The checkpoint's name."""
         return self.source.name
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the arithmetic."""
+        return self.vae.params["decoder"]["conv_in"]["kernel"].dtype
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels along the side of one latent cell."""
+        return 2 ** (len(self.vae.params["encoder"]["down_blocks"]) - 1)
 
     @classmethod
     def from_pretrained(
@@ -84,30 +106,27 @@ class Pipeline:
         """Opens a diffusers folder (stock or DMM), a single file, or the workdir of a training run.
 
         Args:
-          path: the checkpoint; nothing is fetched from a network.
-          dtype: of the arithmetic and of the kernels in memory.
-          base: another checkpoint, for what `path` lacks (a single file has no tokenizer).
-          extra_styles: files of `dmm-jax fit-style`, a style each, after the checkpoint's own.
-          prediction_type: "epsilon" or "v_prediction", of a single file that does not say it.
+          path: a checkpoint on disk; the network is not used.
+          dtype: dtype of the arithmetic and of the stored kernels.
+          base: a second checkpoint that provides what `path` lacks (a single file has no tokenizer).
+          extra_styles: files written by `dmm-jax fit-style`; each adds one style after the checkpoint's own.
+          prediction_type: "epsilon" or "v_prediction", for a single file that does not record it.
 
         Raises:
           ValueError: the checkpoint is damaged, incomplete or of an unknown architecture, or an extra style was fitted
-            to another.
+            to another checkpoint.
         """
-        checkpoint = open_checkpoint(path, base=base, prediction_type=prediction_type)
-        checkpoint = with_fitted_styles(checkpoint, extra_styles)
-        names = tuple(checkpoint.styles or ())
-        return cls.of_student(checkpoint, checkpoint.unet_config, names, dtype=dtype).with_unet(
-            checkpoint.params("unet")
-        )
+        checkpoint = with_fitted_styles(open_checkpoint(path, base=base, prediction_type=prediction_type), extra_styles)
+        pipeline = cls.for_unet(checkpoint, checkpoint.unet_config, checkpoint.styles or (), dtype=dtype)
+        return pipeline.with_unet(checkpoint.params("unet"))
 
     @classmethod
-    def of_student(cls, base: Checkpoint, unet_config: Mapping, styles: Sequence[str], *, dtype: str) -> "Pipeline":
-        """Builds a pipeline from `base`'s VAE, text encoders and tokenizers, for a UNet that `with_unet` will bring.
+    def for_unet(cls, base: Checkpoint, unet_config: Mapping, styles: Sequence[str], *, dtype: str) -> "Pipeline":
+        """Returns a pipeline with `base`'s VAE, text encoders and tokenizers; `with_unet` adds the UNet's parameters.
 
         Raises:
-          CheckpointError: the base is incomplete, its text encoders do not fit its UNet, or nobody says what it
-            predicts.
+          CheckpointError: the base is incomplete, its text encoders do not fit its UNet, or its prediction type is
+            unknown.
         """
         problems = whole_obstacles(str(base.path), base)
         if len(base.tokenizer_folders) > len(base.text_encoders):
@@ -117,7 +136,9 @@ class Pipeline:
             )
         if problems:
             raise CheckpointError(" ".join(problems))
-        dtype = _dtype_of(dtype)
+        if str(dtype) not in DTYPES:
+            raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
+        dtype = jnp.dtype(dtype)
         attention = "cudnn" if jax.default_backend() == "gpu" and dtype == jnp.bfloat16 else "xla"
         builders = {
             "unet": lambda rngs: UNet2DConditionModel.from_config(
@@ -127,36 +148,33 @@ class Pipeline:
             "text_encoders": lambda rngs: TextEncoders(base.text_configs, dtype=dtype, rngs=rngs),
         }
         graphs = {name: nnx.split(abstract_model(build))[0] for name, build in builders.items()}
-        frozen = {"vae": base.params("vae"), "text_encoders": base.text_params()}
         return cls(
             unet=Network(graphs["unet"], {}),
+            vae=Network(graphs["vae"], place_params(base.params("vae"), dtype)),
+            text_encoders=Network(graphs["text_encoders"], place_params(base.text_params(), dtype)),
             tokenizers=Tokenizers.from_folders(base.tokenizer_folders),
             schedule=NoiseSchedule.from_config(base.scheduler_config),
             styles=tuple(styles),
             source=base,
-            **{name: Network(graphs[name], in_memory(params, dtype)) for name, params in frozen.items()},
         )
 
     def with_unet(self, params: Mapping) -> "Pipeline":
-        """Returns the same pipeline around other UNet parameters; nothing is compiled again."""
-        return dataclasses.replace(self, unet=Network(self.unet.graph, in_memory(params, self._dtype)))
+        """Returns this pipeline with other UNet parameters; nothing is compiled again."""
+        return dataclasses.replace(self, unet=Network(self.unet.graph, place_params(params, self.dtype)))
 
     def with_text_encoders(self, params: Mapping) -> "Pipeline":
-        """Returns the same pipeline behind other text encoders (by name); nothing is compiled again."""
-        encoders = Network(self.text_encoders.graph, in_memory(params, self._dtype))
+        """Returns this pipeline with other text encoders, keyed by name; nothing is compiled again."""
+        encoders = Network(self.text_encoders.graph, place_params(params, self.dtype))
         return dataclasses.replace(self, text_encoders=encoders)
-
-    @property
-    def _dtype(self):
-        return self.vae.params["decoder"]["conv_in"]["kernel"].dtype
 
     def style_weights(
         self, styles: Style | Sequence[Style], batch_size: int, timesteps: Float[np.ndarray, " S"]
     ) -> np.ndarray | None:
-        """Turns names, mixes and schedules into weights at each timestep (B, S, N); None for a stock checkpoint.
+        """Returns the weight of each style at each timestep (B, S, N); None for a stock checkpoint.
 
         Raises:
-          ValueError: a name that is not there (the nearest is suggested), none given, or one for a stock checkpoint.
+          ValueError: an unknown name (the message suggests the nearest), no style for a merged model, or a style for a
+            stock checkpoint.
         """
         if styles is None or isinstance(styles, (str, Mapping)) or is_schedule(styles):
             styles = [styles] * batch_size
@@ -169,9 +187,9 @@ class Pipeline:
         return np.stack([style_rows(style, self.styles, timesteps, last) for style in styles])
 
     def encode_prompts(self, prompts: Sequence[str | None]) -> TextConditioning:
-        """Returns encoder_hidden_states (B, 77, D) and pooled (B, P), float32; pooled is None but for SDXL.
+        """Returns encoder_hidden_states (B, 77, D) and, for SDXL, pooled (B, P), both float32; pooled is else None.
 
-        A prompt that is None is no prompt: "" for Stable Diffusion 1 and 2, zeros for XL.
+        The prompt None means "no prompt": "" for Stable Diffusion 1 and 2, zeros for SDXL.
         """
         input_ids = sharding.spread(self.tokenizers(prompts))
         return _encode(self.text_encoders.graph, self.text_encoders.params, input_ids)
@@ -179,13 +197,8 @@ class Pipeline:
     def decode(self, latents):
         """Decodes scaled latents (B, h, w, 4) to uint8 images (B, H, W, 3); large batches in parts (PIXELS_DECODED)."""
         latents = jnp.asarray(latents, jnp.float32)
-        at_once = max(PIXELS_DECODED // (math.prod(latents.shape[1:3]) * self.cells**2), 1)
+        at_once = max(PIXELS_DECODED // (math.prod(latents.shape[1:3]) * self.vae_scale_factor**2), 1)
         return sharding.in_parts(functools.partial(_decode, self.vae.graph, self.vae.params), at_once, latents)
-
-    @property
-    def cells(self) -> int:
-        """Pixels along the side of one latent cell."""
-        return 2 ** (len(self.vae.params["encoder"]["down_blocks"]) - 1)
 
     def __call__(
         self,
@@ -207,26 +220,25 @@ class Pipeline:
         """Draws one image per prompt.
 
         Args:
-          prompts: B of them.
-          negative_prompts: one for all, one each, or None for none: "", and zeros for Stable Diffusion XL.
+          prompts: B texts.
+          negative_prompts: one for all images, one per image, or None for none: "", and zeros for SDXL.
           styles: a name, a mix such as {"anime": 0.7, "photo": 0.3} (rows are mixed before the MLP), a schedule of
             these over timesteps such as [(1000, "photo"), (600, "anime")] (`config.styles.style_rows`), or one of them
-            per prompt. Needed by a merged model; a stock one takes none.
-          seeds: one per prompt, 0 to 2**32 - 1 (default 0, 1, ...). A seed draws the same noise, bit for bit, whatever
-            batch it is in. The image is then the same to float rounding, which depends on the batch's size: one of its
-            values of 0 to 255 may differ by 1.
+            per prompt. A merged model requires it; a stock one takes none.
+          seeds: one per prompt, 0 to 2**32 - 1 (default 0, 1, ...). A seed draws the same noise, bit for bit, in any
+            batch. The image is the same to float rounding, which depends on the batch's size: a uint8 value may differ
+            by 1.
           latents: unit noise (B, h, w, C) instead of seeds.
-          height, width: pixels; 0 is the size of `latents`, or that which the model was trained at.
-          num_inference_steps: of the solver.
-          guidance_scale: one, or one each; 1.0 is off (arXiv:2207.12598).
+          height, width: pixels; 0 takes the size from `latents`, or from the model's training size.
+          num_inference_steps: steps of the solver.
+          guidance_scale: one number, or one per image; 1.0 is off (arXiv:2207.12598).
           solver: a name in `dmm_jax.diffusion.solvers.SOLVERS`.
           output: "images", uint8 (B, H, W, 3), or "latents", float32 scaled latents (B, h, w, C).
-          original_size, crops_coords_top_left, target_size: what Stable Diffusion XL is told of the picture, (height,
-            width) or (top, left) in pixels (arXiv:2307.01952, 2.2); the sizes are (height, width) if left out. Other
-            models are not told.
+          original_size, crops_coords_top_left, target_size: SDXL's size conditioning, (height, width) or (top, left) in
+            pixels (arXiv:2307.01952, 2.2); the sizes default to (height, width). Other models ignore it.
 
         Raises:
-          ValueError: any of these does not fit; says what to give.
+          ValueError: an argument does not fit; the message names what does.
         """
         if output not in ("images", "latents"):
             raise UserError(f"output must be 'images' or 'latents'; got {output!r}.")
@@ -234,43 +246,46 @@ class Pipeline:
         batch_size = len(prompts)
         if isinstance(negative_prompts, (str, type(None))):
             negative_prompts = [negative_prompts] * batch_size
-        negatives = arguments.each(
-            "negative_prompts", arguments.texts("negative_prompts", negative_prompts), batch_size
-        )
+        negatives = arguments.texts("negative_prompts", negative_prompts)
+        negatives = arguments.each("negative_prompts", negatives, batch_size)
         arguments.whole("num_inference_steps", num_inference_steps, 1)
         plan = solvers.plan(str(solver), self.schedule, num_inference_steps)
         weights = self.style_weights(styles, batch_size, plan.timesteps)
-        seeds = arguments.each("seeds", range(batch_size) if seeds is None else seeds, batch_size)
-        seeds = [arguments.whole("a seed", seed, 0, arguments.MAX_SEED) for seed in seeds]
-        keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-        scales = [guidance_scale] * batch_size if np.ndim(guidance_scale) == 0 else guidance_scale
-        scales = arguments.each("guidance_scale", scales, batch_size)
-        scales = np.array([arguments.number("guidance_scale", scale) for scale in scales], np.float32)
+        keys = _keys(seeds, batch_size)
+        scales = _guidance_scales(guidance_scale, batch_size)
         guided = bool(np.any(scales != 1.0))
-        height, width = self._sides(height, width, latents)
-        latents = self._noise(keys, latents, height, width)
-        text = self.encode_prompts(
-            [text for pair in zip(negatives, prompts, strict=True) for text in pair] if guided else prompts
+        height, width = self._image_size(height, width, latents)
+        noise = self._noise(keys, latents, height, width)
+        if guided:
+            prompts = [text for pair in zip(negatives, prompts, strict=True) for text in pair]
+        text = self.encode_prompts(prompts)
+        time_ids = (
+            *arguments.pair("original_size", original_size or (height, width)),
+            *arguments.pair("crops_coords_top_left", crops_coords_top_left),
+            *arguments.pair("target_size", target_size or (height, width)),
         )
-        told = [original_size or (height, width), crops_coords_top_left, target_size or (height, width)]
-        names = ("original_size", "crops_coords_top_left", "target_size")
-        told = [pixels for name, given in zip(names, told, strict=True) for pixels in arguments.pair(name, given)]
-        added = text.added_cond(jnp.tile(jnp.array(told, jnp.float32), (len(text.encoder_hidden_states), 1)))
         states = text.encoder_hidden_states
-        latents, keys, weights, scales = sharding.spread((latents, keys, weights, scales))
-        drawn = _denoise(self.unet.graph, guided, self.unet.params, plan, latents, keys, states, added, weights, scales)
-        return np.asarray(drawn if output == "latents" else self.decode(drawn))
+        added = text.added_cond(jnp.tile(jnp.array(time_ids, jnp.float32), (len(states), 1)))
+        noise, keys, weights, scales = sharding.spread((noise, keys, weights, scales))
+        unet = self.unet
+        latents = _denoise(unet.graph, guided, unet.params, plan, noise, keys, states, added, weights, scales)
+        return np.asarray(latents if output == "latents" else self.decode(latents))
 
-    def _sides(self, height, width, latents) -> tuple[int, int]:
-        """Returns height and width in pixels: as given, or where they are 0 those of the latents, or the model's."""
-        shape = np.shape(latents)
-        side = self.unet.merged().config["sample_size"] * self.cells
-        own = [cells * self.cells for cells in shape[1:3]] if len(shape) == 4 else (side, side)
-        sides = {"height": height or own[0], "width": width or own[1]}
-        return tuple(arguments.size(name, pixels, self.cells) for name, pixels in sides.items())
+    def _image_size(self, height, width, latents) -> Pixels:
+        """Returns height and width in pixels; a 0 takes the side from the latents, or from the model's config."""
+        shape, factor = np.shape(latents), self.vae_scale_factor
+        cells = shape[1:3] if len(shape) == 4 else [self.unet.merged().config["sample_size"]] * 2
+        height = arguments.size("height", height or cells[0] * factor, factor)
+        return height, arguments.size("width", width or cells[1] * factor, factor)
 
     def _noise(self, keys, latents, height, width):
-        shape = (height // self.cells, width // self.cells, self.unet.merged().config["in_channels"])
+        """Returns the unit noise (B, h, w, C) that denoising starts from: `latents`, or drawn with one key per image.
+
+        Raises:
+          UserError: the latents have another shape, or are not finite.
+        """
+        factor = self.vae_scale_factor
+        shape = (height // factor, width // factor, self.unet.merged().config["in_channels"])
         if latents is None:
             return _unit_noise(keys, shape)
         latents = jnp.asarray(latents, jnp.float32)
@@ -279,19 +294,27 @@ class Pipeline:
         return latents
 
 
-def _dtype_of(dtype) -> np.dtype:
-    if str(dtype) not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
-    return jnp.dtype(dtype)
+def _keys(seeds, batch_size):
+    """Returns one random key per image; seeds default to 0, 1, ..."""
+    seeds = arguments.each("seeds", range(batch_size) if seeds is None else seeds, batch_size)
+    seeds = [arguments.whole("a seed", seed, 0, arguments.MAX_SEED) for seed in seeds]
+    return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
 
 
-def in_memory(params: Mapping, dtype):
-    """Puts parameters on every device of this process, as `in_dtype` has them."""
-    return sharding.on_each_device(in_dtype(params, dtype))
+def _guidance_scales(guidance_scale, batch_size) -> np.ndarray:
+    """Returns one guidance scale per image (B,)."""
+    scales = [guidance_scale] * batch_size if np.ndim(guidance_scale) == 0 else guidance_scale
+    scales = arguments.each("guidance_scale", scales, batch_size)
+    return np.array([arguments.number("guidance_scale", scale) for scale in scales], np.float32)
 
 
-def in_dtype(params: Mapping, dtype):
-    """Returns parameters as layers of this compute dtype keep them (`layers.stored_dtype`)."""
+def place_params(params: Mapping, dtype):
+    """Casts parameters with `cast_params` and copies them to every device of this process."""
+    return sharding.on_each_device(cast_params(params, dtype))
+
+
+def cast_params(params: Mapping, dtype):
+    """Returns parameters as layers of this compute dtype store them (`layers.stored_dtype`)."""
     return jax.tree.map_with_path(lambda path, leaf: jnp.asarray(leaf, layers.stored_dtype(path, dtype)), params)
 
 
@@ -314,11 +337,12 @@ def _decode(graph, params, latents):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _denoise(graph, guided, params, plan, noise, keys, text, added, weights, guidance_scales):
-    """Runs the solver; an image's pair (negative, prompt) stays adjacent, so that a sharded batch stays put.
+    """Runs the solver and returns clean latents (B, h, w, C).
 
-    The UNet itself makes two of a latent where its two prompts come in. SDXL's come in at once, beside the timestep.
+    With guidance, `text` holds (negative, prompt) pairs in adjacent rows, so both are on their image's device.
     """
     unet = nnx.merge(graph, params)
+    # The UNet repeats latents itself at its first cross-attention, but SDXL's prompts also enter with the timestep.
     repeats = 1 if added is None else len(text) // len(noise)
 
     def denoise(latents, timestep, weights=None):

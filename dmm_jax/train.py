@@ -286,12 +286,12 @@ def build_sampler(config, base, names, student_config, mesh, workdir):
     if not config.samples.every:
         return None
     from dmm_jax.gallery import images
-    from dmm_jax.pipeline import Pipeline, in_dtype
+    from dmm_jax.pipeline import Pipeline, cast_params
 
     dtype = jnp.dtype(config.dtype)
-    whole = jax.jit(lambda params: in_dtype(params, dtype), out_shardings=NamedSharding(mesh, sharding.COPY))
+    whole = jax.jit(lambda params: cast_params(params, dtype), out_shardings=NamedSharding(mesh, sharding.COPY))
     first = processes.is_first()
-    pipeline = Pipeline.of_student(base, student_config, names, dtype=config.dtype) if first else None
+    pipeline = Pipeline.for_unet(base, student_config, names, dtype=config.dtype) if first else None
     prompts = [prompt for prompt in config.samples.prompts for _ in names]
     options = {key: config.samples[key] for key in ("num_inference_steps", "guidance_scale", "solver")}
 

@@ -1,7 +1,8 @@
-"""The pipeline: styles, mixes, seeds, one compilation a shape, any number of devices."""
+"""The pipeline: styles, mixes, seeds, one compilation per batch shape, any number of devices."""
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -34,6 +35,14 @@ def test_styles_are_the_teachers_in_order(student):
     assert student.styles == worlds.NAMES
 
 
+def test_repr_is_one_line_with_names_and_sizes(student):
+    assert re.fullmatch(r"Network\(UNet2DConditionModel, [\d,]{6,} parameters\)", repr(student.unet))
+    assert re.fullmatch(
+        r"Pipeline\('run', styles=\('left', 'right'\), dtype=float32, [\d,]{6,} UNet parameters\)", repr(student)
+    )
+    assert repr(Pipeline.for_unet(student.source, student.source.unet_config, (), dtype="float32")).count("\n") == 0
+
+
 def test_a_mix_of_one_style_is_that_style(student):
     named = student(PROMPTS, styles="left", output="latents", **QUICK)
     mixed = student(PROMPTS, styles=[{"left": 1.0, "right": 0.0}, "left"], output="latents", **QUICK)
@@ -42,12 +51,12 @@ def test_a_mix_of_one_style_is_that_style(student):
 
 def test_images_of_one_batch_have_styles_of_their_own(student):
     both = student([PROMPTS[0]] * 2, styles=["left", "right"], seeds=[5, 5], output="latents", **QUICK)
-    left = student([PROMPTS[0]] * 2, styles="left", seeds=[5, 5], output="latents", **QUICK)
-    assert np.array_equal(both[0], left[0])
-    assert not np.array_equal(both[1], left[1])
+    of_left = student([PROMPTS[0]] * 2, styles="left", seeds=[5, 5], output="latents", **QUICK)
+    assert np.array_equal(both[0], of_left[0])
+    assert not np.array_equal(both[1], of_left[1])
 
 
-def test_a_seed_draws_the_same_image_wherever_it_stands_in_the_batch(student):
+def test_a_seed_draws_the_same_image_at_any_place_in_the_batch(student):
     forward = student(PROMPTS, styles="left", seeds=[1, 2], **QUICK)
     backward = student(PROMPTS[::-1], styles="left", seeds=[2, 1], **QUICK)
     assert np.array_equal(forward, backward[::-1])
@@ -55,9 +64,9 @@ def test_a_seed_draws_the_same_image_wherever_it_stands_in_the_batch(student):
 
 def test_guidance_of_one_is_no_guidance(student):
     off = student(PROMPTS, styles="left", num_inference_steps=2, guidance_scale=1.0, output="latents")
-    beside = student(PROMPTS, styles="left", num_inference_steps=2, guidance_scale=[1.0, 3.0], output="latents")
-    assert np.abs(off[0] - beside[0]).max() < 1e-5 * np.abs(off).max()
-    assert np.abs(off[1] - beside[1]).max() > 1e-3 * np.abs(off).max()
+    mixed = student(PROMPTS, styles="left", num_inference_steps=2, guidance_scale=[1.0, 3.0], output="latents")
+    assert np.abs(off[0] - mixed[0]).max() < 1e-5 * np.abs(off).max()
+    assert np.abs(off[1] - mixed[1]).max() > 1e-3 * np.abs(off).max()
 
 
 def test_new_prompts_styles_seeds_and_scales_compile_nothing(student):
@@ -68,17 +77,17 @@ def test_new_prompts_styles_seeds_and_scales_compile_nothing(student):
     assert pipeline_lib._denoise._cache_size() == before
 
 
-def test_a_large_batch_is_decoded_in_parts_and_comes_out_the_same(student, monkeypatch):
+def test_decoding_in_parts_gives_the_same_images(student, monkeypatch):
     latents = np.random.default_rng(0).standard_normal((5, 8, 24, 4), np.float32)
-    whole, compiled = np.asarray(student.decode(latents), np.int32), pipeline_lib._decode._cache_size()
+    at_once, num_programs = np.asarray(student.decode(latents), np.int32), pipeline_lib._decode._cache_size()
     monkeypatch.setattr(pipeline_lib, "PIXELS_DECODED", 2 * 64 * 192)
     parts = np.asarray(student.decode(latents), np.int32)
-    assert parts.shape == whole.shape and np.abs(parts - whole).max() <= 1
-    assert pipeline_lib._decode._cache_size() == compiled + 1  # Two, two, and the last, filled up.
+    assert parts.shape == at_once.shape and np.abs(parts - at_once).max() <= 1
+    assert pipeline_lib._decode._cache_size() == num_programs + 1  # Parts of two; the last is padded.
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, message",
     [
         ({"styles": "lefd"}, "did you mean 'left'"),
         ({"styles": None}, "it has: left, right"),
@@ -95,18 +104,18 @@ def test_a_large_batch_is_decoded_in_parts_and_comes_out_the_same(student, monke
         ({"styles": "left", "output": "png"}, "'images' or 'latents'"),
     ],
 )
-def test_what_does_not_fit_is_told(student, arguments, said):
-    with pytest.raises(ValueError, match=said):
+def test_unfit_arguments_are_refused(student, arguments, message):
+    with pytest.raises(ValueError, match=message):
         student(PROMPTS, **QUICK, **arguments)
 
 
-@pytest.mark.parametrize("scale, said", [(float("nan"), "finite number"), ([2.0], "has 1 entries for 2 prompts")])
-def test_guidance_that_does_not_fit_is_told(student, scale, said):
-    with pytest.raises(ValueError, match=f"guidance_scale .*{said}"):
+@pytest.mark.parametrize("scale, message", [(float("nan"), "finite number"), ([2.0], "has 1 entries for 2 prompts")])
+def test_unfit_guidance_scales_are_refused(student, scale, message):
+    with pytest.raises(ValueError, match=f"guidance_scale .*{message}"):
         student(PROMPTS, styles="left", num_inference_steps=2, guidance_scale=scale)
 
 
-def test_no_prompts_and_dtypes_that_there_are_not_are_told(student, trained):
+def test_empty_prompts_and_unknown_dtypes_are_refused(student, trained):
     with pytest.raises(ValueError, match="prompts is empty"):
         student([], styles="left")
     for dtype in ("foo", "int32"):
@@ -114,13 +123,13 @@ def test_no_prompts_and_dtypes_that_there_are_not_are_told(student, trained):
             Pipeline.from_pretrained(trained, dtype=dtype)
 
 
-def test_a_seed_draws_the_same_noise_and_to_rounding_the_same_image_in_batches_of_any_size(student):
+def test_a_seed_draws_the_same_noise_in_batches_of_any_size(student):
     options = QUICK | {"styles": "left", "output": "latents"}
     five = student([PROMPTS[0]] * 5, seeds=[3, 4, 5, 6, 7], **options)
-    one = student(PROMPTS[:1], seeds=[5], **options)
-    assert np.abs(one[0] - five[2]).max() < 1e-5 * np.abs(one).max()
+    single = student(PROMPTS[:1], seeds=[5], **options)
+    assert np.abs(single[0] - five[2]).max() < 1e-5 * np.abs(single).max()
     keys = jax.vmap(jax.random.key)(np.arange(5, dtype=np.uint32))
-    noise = [pipeline_lib._unit_noise(some, (8, 8, 4)) for some in (keys, keys[3:4])]
+    noise = [pipeline_lib._unit_noise(part, (8, 8, 4)) for part in (keys, keys[3:4])]
     assert np.array_equal(noise[0][3], noise[1][0])
 
 
@@ -141,15 +150,15 @@ def test_a_schedule_of_one_style_is_that_style(student, solver):
     assert np.array_equal(student(PROMPTS, styles="left", **options), student(PROMPTS, styles=constant, **options))
 
 
-def test_a_schedule_that_switches_after_the_last_evaluation_is_its_first_style(student):
+def test_a_switch_after_the_last_evaluation_changes_nothing(student):
     options = QUICK | {"output": "latents"}  # Evaluations at timesteps 999 and 500.
     late, switched = (student(PROMPTS, styles=[(1000, "left"), (at, "right")], **options) for at in (400, 600))
-    left = student(PROMPTS, styles="left", **options)
-    assert np.array_equal(late, left)
-    assert not np.array_equal(switched, left)
+    of_left = student(PROMPTS, styles="left", **options)
+    assert np.array_equal(late, of_left)
+    assert not np.array_equal(switched, of_left)
 
 
-def test_images_of_one_batch_have_schedules_of_their_own_and_compile_nothing(student):
+def test_each_image_has_its_own_schedule_and_nothing_compiles(student):
     options = QUICK | {"output": "latents", "seeds": [5, 6]}
     faded = [(1000, "right"), ((900, 100), {"left": 0.5, "right": 0.5})]
     alone = [student(PROMPTS, styles=style, **options) for style in (SWITCHED, faded)]
@@ -162,32 +171,32 @@ def test_images_of_one_batch_have_schedules_of_their_own_and_compile_nothing(stu
 
 ON_TWO_DEVICES = """
 import sys, jax, numpy as np
-from dmm_jax import pipeline as lib, sharding
+from dmm_jax import pipeline as lib
 shards = []
 denoise = lib._denoise
-lib._denoise = lambda *given: (shards.append(len(given[4].addressable_shards[0].data)), denoise(*given))[1]
+lib._denoise = lambda *args: (shards.append(len(args[4].addressable_shards[0].data)), denoise(*args))[1]
 student = lib.Pipeline.from_pretrained(sys.argv[1])
 options = {"num_inference_steps": 2, "guidance_scale": 2.0, "output": "latents"}
-drawn = [student(["a large red circle"] * n, styles="left", **options) for n in (2, 3)]
+latents = [student(["a large red circle"] * n, styles="left", **options) for n in (2, 3)]
 assert shards == [1, 3], shards
-np.savez(sys.argv[2], *drawn)
+np.savez(sys.argv[2], *latents)
 """
 
 
-def test_a_batch_is_divided_among_the_devices_and_comes_out_the_same(student, trained, tmp_path):
+def test_two_devices_share_a_batch_and_draw_the_same(student, trained, tmp_path):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)}
     environment |= {"JAX_PLATFORMS": "cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-    command = [sys.executable, "-c", ON_TWO_DEVICES, str(trained), str(tmp_path / "drawn.npz")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for two in np.load(tmp_path / "drawn.npz").values():
-        one = student(["a large red circle"] * len(two), styles="left", output="latents", **QUICK)
-        assert np.abs(one - two).max() < 1e-5 * np.abs(one).max()
+    command = [sys.executable, "-c", ON_TWO_DEVICES, str(trained), str(tmp_path / "latents.npz")]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr[-3000:]
+    for shared in np.load(tmp_path / "latents.npz").values():
+        single = student(["a large red circle"] * len(shared), styles="left", output="latents", **QUICK)
+        assert np.abs(single - shared).max() < 1e-5 * np.abs(single).max()
 
 
 @pytest.mark.skipif(not compiler.is_here(), reason="needs libtpu: pip install 'dmm-jax[plan]'")
-def test_a_part_of_xls_pictures_fits_a_v5e_beside_its_unet():
+def test_a_decoded_part_of_xl_images_fits_a_v5e():
     device = compiler.tpu_mesh("v5e:2x2", teacher=1, data=4, fsdp=1).devices.flat[:1]
     placed = NamedSharding(Mesh(device, "device"), PartitionSpec())
     config = networks.described("sdxl").vae_config
@@ -199,7 +208,7 @@ def test_a_part_of_xls_pictures_fits_a_v5e_beside_its_unet():
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), tree)
 
     def temporaries(run, *batch):
-        params = jax.eval_shape(lambda params: pipeline_lib.in_dtype(params, jnp.bfloat16), nnx.to_pure_dict(state))
+        params = jax.eval_shape(lambda params: pipeline_lib.cast_params(params, jnp.bfloat16), nnx.to_pure_dict(state))
         with jax.default_matmul_precision("default"):
             compiled = run.lower(graph, put(params), *put(batch)).compile(compiler_options=compiler.EFFORT)
         return compiled.memory_analysis().temp_size_in_bytes / devices.GIB

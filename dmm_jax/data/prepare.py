@@ -13,7 +13,7 @@ from dmm_jax.data.cache import LatentCache
 from dmm_jax.data.fill_cache import check_place, encode_images
 from dmm_jax.data.sources import SHAPES_WORLD, TEACHERS, FolderSource, ImageSource
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
-from dmm_jax.pipeline import in_memory
+from dmm_jax.pipeline import place_params
 from dmm_jax.runtime import sharding
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.text.tokenizer import Tokenizers
@@ -76,7 +76,7 @@ def open_source(config) -> ImageSource:
 def build_encoder(base: Checkpoint, dtype: str):
     """Returns scaling factor and `encode(images uint8 (B, H, W, 3), keys (B,)) -> unscaled latents (B, h, w, C)`."""
     model = nnx.eval_shape(lambda: AutoencoderKL.from_config(base.vae_config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
-    run = functools.partial(_encode, nnx.split(model)[0], in_memory(base.params("vae"), jnp.dtype(dtype)))
+    run = functools.partial(_encode, nnx.split(model)[0], place_params(base.params("vae"), jnp.dtype(dtype)))
 
     def encode(images, keys):
         at_once = max(PIXELS_ENCODED // math.prod(images.shape[1:3]), 1)

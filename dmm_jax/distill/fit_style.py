@@ -61,8 +61,8 @@ def fit_style(
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     pipeline = Pipeline.from_pretrained(model, dtype=dtype, base=base)
     weights = _start(pipeline, name, start)
-    side = resolution or pipeline.unet.merged().config["sample_size"] * pipeline.cells
-    arguments.size("--resolution", side, pipeline.cells)
+    side = resolution or pipeline.unet.merged().config["sample_size"] * pipeline.vae_scale_factor
+    arguments.size("--resolution", side, pipeline.vae_scale_factor)
     data = _encoded(pipeline, FolderSource(images, side), side, dtype, seed)
     batch_size = min(batch_size, len(data["latents"]))
     told = {"batch_size": batch_size, "seed": seed}

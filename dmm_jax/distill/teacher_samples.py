@@ -81,14 +81,14 @@ class TeacherSampler:
           options: solver, num_inference_steps and guidance_scale of `Pipeline.__call__`.
         """
         self.base, self.teachers, self.resolution, self.options = base, teachers, resolution, dict(options)
-        self.pipeline = Pipeline.of_student(base, base.unet_config, (), dtype=dtype)
+        self.pipeline = Pipeline.for_unet(base, base.unet_config, (), dtype=dtype)
         solvers.plan(options["solver"], self.pipeline.schedule, options["num_inference_steps"])  # Refuses in time.
         self._loaded: tuple[int, Pipeline] | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of the latents."""
-        side = self.resolution // self.pipeline.cells
+        side = self.resolution // self.pipeline.vae_scale_factor
         return side, side, self.pipeline.vae.params["decoder"]["conv_in"]["kernel"].shape[2]
 
     def __call__(self, teacher: int, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:

@@ -25,7 +25,7 @@ class Models:
         self._base = open_checkpoint(config.base, prediction_type=config.prediction_type)
         self._teachers = origins(config)
         self._student = open_checkpoint(workdir)
-        frame = Pipeline.of_student(self._base, self._student.unet_config, self.names, dtype=config.dtype)
+        frame = Pipeline.for_unet(self._base, self._student.unet_config, self.names, dtype=config.dtype)
         self.student = frame.with_unet(self._student.params("unet"))
 
     @property
@@ -60,11 +60,11 @@ class Models:
 
     @functools.cached_property
     def _stock(self) -> Pipeline:
-        return Pipeline.of_student(self._base, self._base.unet_config, (), dtype=self.dtype)
+        return Pipeline.for_unet(self._base, self._base.unet_config, (), dtype=self.dtype)
 
     @functools.cached_property
     def _stock_in_other_dtype(self) -> Pipeline:
-        return Pipeline.of_student(self._base, self._base.unet_config, (), dtype=OTHER_DTYPE[self.dtype])
+        return Pipeline.for_unet(self._base, self._base.unet_config, (), dtype=OTHER_DTYPE[self.dtype])
 
 
 def _digests(checkpoint: Checkpoint, networks: Sequence[str]) -> dict[str, str]:

@@ -72,7 +72,7 @@ class Judge:
         self.config = study_config(out, STYLES, 1, 0)
         self.prompts = sample_scenes(np.random.default_rng(PROMPT_SEED), num_images)[1]
         self.base = open_checkpoint(self.config.base)
-        self.stock = Pipeline.of_student(self.base, self.base.unet_config, (), dtype=self.config.dtype)
+        self.stock = Pipeline.for_unet(self.base, self.base.unet_config, (), dtype=self.config.dtype)
 
     def sample(self, pipeline: Pipeline, style: str | None, seed: int) -> Float[np.ndarray, "n D"]:
         """Returns the features of a model's pictures."""
@@ -113,7 +113,7 @@ class Judge:
     def student(self, workdir: pathlib.Path) -> dict[str, dict]:
         """Returns the distances of each style to its own teacher."""
         student = open_checkpoint(workdir)
-        pipeline = Pipeline.of_student(self.base, student.unet_config, student.styles, dtype=self.config.dtype)
+        pipeline = Pipeline.for_unet(self.base, student.unet_config, student.styles, dtype=self.config.dtype)
         pipeline = pipeline.with_unet(student.params("unet"))
         return self._distances({name: self.sample(pipeline, name, OTHER_SEED) for name in STYLES})
 

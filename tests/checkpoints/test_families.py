@@ -251,4 +251,4 @@ def test_encoders_that_do_not_fit_the_unet_are_told(xl, tmp_path):
     narrow = Component(base.unet_config | {"cross_attention_dim": 64}, base.components["unet"].load)
     odd = dataclasses.replace(base, components={**base.components, "unet": narrow})
     with pytest.raises(ValueError, match="cross_attention_dim 64, but its text encoders give 192"):
-        Pipeline.of_student(odd, odd.unet_config, (), dtype="float32")
+        Pipeline.for_unet(odd, odd.unet_config, (), dtype="float32")

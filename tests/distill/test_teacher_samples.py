@@ -60,7 +60,7 @@ def test_a_cached_latent_is_what_the_teachers_pipeline_draws(made):
     config, cache = made
     base, right = open_checkpoint(config.base), open_checkpoint(dict(config.teachers)["right"])
     assert right.has("text_encoder")  # Its own is asked, not the base's.
-    pipeline = Pipeline.of_student(base, base.unet_config, (), dtype="float32")
+    pipeline = Pipeline.for_unet(base, base.unet_config, (), dtype="float32")
     pipeline = pipeline.with_unet(right.params("unet")).with_text_encoders(right.text_params(base))
     drawn = pipeline(
         [PROMPTS[1], PROMPTS[0], PROMPTS[2]], seeds=[8, 10, 12], output="latents",

@@ -69,7 +69,7 @@ def test_its_pictures_are_blueprints():
     truth = render(scenes, STYLES["blueprint"].repeat(count))
     truth = _statistics(network, np.asarray(255.0 * truth).round().astype(np.uint8))
     base = open_checkpoint(FOLDER / BASE)
-    stock = Pipeline.of_student(base, base.unet_config, (), dtype="float32")
+    stock = Pipeline.for_unet(base, base.unet_config, (), dtype="float32")
     options = {"seeds": list(range(count)), "num_inference_steps": 5, "guidance_scale": 2.5, "solver": "dpmpp_2m"}
     near, far = (
         frechet_distance(_statistics(network, stock.with_unet(one.params("unet"))(prompts, **options)), truth)
