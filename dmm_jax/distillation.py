@@ -19,7 +19,6 @@ from dmm_jax.distill.packing import Packing
 from dmm_jax.models import layers
 from dmm_jax.models.text_encoders import TextEncoders
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel, merged_config
-from dmm_jax.planning import flops
 from dmm_jax.runtime import sharding
 
 
@@ -108,12 +107,6 @@ def define_gradients(config, networks, objective, mesh, trained) -> Callable:
         gradient_accumulation=config.gradient_accumulation,
         seed=config.seed,
     )
-
-
-def count_work(step, state, teachers, encoders, batch) -> float:
-    """Returns the FLOPs of a jitted step's products and convolutions on one device, recomputation included."""
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), teachers)  # As in `compile_step`.
-    return flops.of_jaxpr(step.trace(state, shapes, encoders, batch).jaxpr.jaxpr)
 
 
 def define_step(config, networks, objective, optimizers, mesh, state, teachers, packing: Packing | None = None):

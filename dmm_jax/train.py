@@ -32,7 +32,7 @@ from dmm_jax.distill import step as distill_step
 from dmm_jax.distill import student as student_lib
 from dmm_jax.distill import teachers as teachers_lib
 from dmm_jax.distill.packing import Packing
-from dmm_jax.planning import disk, memory, requirements, text
+from dmm_jax.planning import disk, flops, memory, requirements, text
 from dmm_jax.runtime import processes, sharding, storage
 from dmm_jax.runtime.metrics import MetricsLog
 from dmm_jax.runtime.processes import say
@@ -148,12 +148,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
         batch = put_batch(next(iterator)) if start < config.num_steps else None
         if batch is not None:
             known = {"held": memory.held(state, frozen, encoders, batch), "disk": disk.needed(config, state, batch)}
-            counted = step
-            if definitions.attention_implementation(config) != "xla":  # Inside fused kernels nothing can be counted.
-                plain, _ = definitions.define_networks(config, base, attention="xla")
-                counted = definitions.define_step(config, plain, objective, optimizers, mesh, state, frozen, packing)
+            known["flops"] = flops.of_step(config, base, objective, mesh, state, frozen, encoders, batch)
             state = packing.pack(state)
-            known["flops"] = definitions.count_work(counted, state, frozen, encoders, batch)
             step, frozen = distill_step.compile_step(step, state, frozen, encoders, batch)
             say(text.render(requirements.of_run(config, mesh, step, **known)))
         bar = stack.enter_context(

@@ -7,12 +7,30 @@ import math
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
+
+from dmm_jax import distillation as definitions
+from dmm_jax.distill import step as distill_step
 
 
 def count(function: Callable, *args) -> float:
     """Returns the operations of one call; `args` may be shapes (jax.ShapeDtypeStruct)."""
     return of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def of_step(config, base, objective, mesh, state, teachers, encoders, batch) -> float:
+    """Returns the operations of one training step on one device, recomputation included.
+
+    Attention is traced as XLA's products, because products inside a fused kernel cannot be counted.
+
+    Args:
+      state, teachers, encoders, batch: the step's arguments, as arrays or as shapes.
+    """
+    networks, _ = definitions.define_networks(config, base, attention="xla")
+    trained = distill_step.trained(state)
+    gradients = definitions.define_gradients(config, networks, objective, mesh, trained)
+    return count(gradients, trained, teachers, encoders, batch, jax.ShapeDtypeStruct((), jnp.int32))
 
 
 def of_jaxpr(jaxpr: core.Jaxpr) -> float:

@@ -167,8 +167,8 @@ class Program:
 
     def flops(self) -> float:
         """Returns the operations of a step's products and convolutions on one device, recomputation included."""
-        function, arguments = self.gradients("xla")  # Inside the fused kernels nothing can be counted.
-        return flops.count(function, *arguments)
+        _, objective = self._defined()
+        return flops.of_step(self.config, self.base, objective, self.mesh, *self.arguments)
 
 
 def base_checkpoint(config, architecture: str) -> tuple[Checkpoint, tuple[str, ...]]:

@@ -118,9 +118,9 @@ def test_the_tpus_compiler_sums_between_slices_what_is_summed_over_teachers():
 PROGRAM = """
 import json, sys, dataclasses
 import jax
-from dmm_jax import plan, sharding
 from dmm_jax.config.options import from_json
-from dmm_jax.planning import collectives, memory
+from dmm_jax.planning import collectives, memory, plan
+from dmm_jax.runtime import sharding
 config = from_json(open(sys.argv[1]).read())
 pairs = config.teachers
 for num_teachers in (4, 8):
