@@ -1,4 +1,4 @@
-"""Training batches from a cache: batch k is a pure function of (seed, k), whatever was read before it."""
+"""Training batches from a cache: batch k is a pure function of (seed, k)."""
 
 from collections.abc import Iterator
 from typing import Any, TypedDict
@@ -12,9 +12,9 @@ MAX_STEPS = 2**31
 
 
 class Batch(TypedDict):
-    """One step's examples, or the rows and columns of them that this process reads."""
+    """The examples of one step, or this process's share of them."""
 
-    latents: np.ndarray  # float32 (N, B/N, h, w, C), scaled
+    latents: np.ndarray  # float32 (N, B/N, h, w, C), scaled; row n is for teacher n.
     input_ids: np.ndarray  # int32 (N, B/N, L)
     time_ids: np.ndarray  # int32 (N, B/N, 6), for Stable Diffusion XL; see `data.cache.CachedExample`
 
@@ -27,22 +27,30 @@ def batches(
     share: tuple[np.ndarray, np.ndarray] | None = None,
     offset: int = 0,
 ) -> grain.MapDataset:
-    """Returns the batches of all steps: `dataset[k]` is a `Batch`, and `iterate` reads them ahead.
+    """Returns the batches of all steps: `dataset[k]` is a `Batch`; `iterate` reads them ahead.
 
-    The examples come in an endless row of epochs, each shuffled anew. Batch k of the whole run takes the next
-    `batch_size` of them, teacher by teacher, so it does not depend on the number of processes.
+    The examples form an endless sequence of epochs, each in a random order of its own. Batch k holds the examples
+    k * `batch_size` to (k + 1) * `batch_size` - 1 of the sequence, teacher by teacher, for any number of processes.
 
     Args:
         source: `LatentCache` or `CacheSlice`.
-        batch_size: examples a step over all teachers and processes.
+        batch_size: examples per step, over all teachers and processes.
         share: the rows and columns of the batch [N, B/N] that this process reads; None: all.
-        offset: batch k begins so many examples later (or, negative, earlier) than k * `batch_size`: a run whose batch
-            size has changed at a step has seen more, or fewer, than that.
+        offset: added to the first example of each batch. A run that changes its batch size at some step sets it, since
+            it has seen more or fewer examples than steps * `batch_size`.
 
     Raises:
-        ValueError: the source is empty, or teachers do not divide the examples.
+        ValueError: the source is empty, or `batch_size` is not a multiple of `num_teachers`.
     """
-    _check(source, num_teachers, batch_size)
+    if len(source) == 0:
+        raise UserError("the source of examples is empty. Prepare a cache with more images.")
+    if min(num_teachers, batch_size) < 1:
+        raise UserError(f"expected positive numbers of teachers and examples; got {num_teachers=}, {batch_size=}.")
+    if batch_size % num_teachers:
+        raise UserError(
+            f"batch_size must be a multiple of the {num_teachers} teachers; got {batch_size}. "
+            f"Use {max(batch_size - batch_size % num_teachers, num_teachers)}."
+        )
     stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     places = np.arange(batch_size).reshape(num_teachers, -1)
     if share is not None:
@@ -51,13 +59,13 @@ def batches(
 
 
 def iterate(dataset: grain.MapDataset, start_step: int = 0, num_threads: int = 4) -> Iterator[Batch]:
-    """Yields the batches of steps `start_step`, `start_step + 1`, ...; reads ahead in threads."""
+    """Yields the batches of steps `start_step`, `start_step + 1`, ...; threads read ahead."""
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
     return iter(dataset[start_step:].to_iter_dataset(options))
 
 
 class _Gather:
-    """Collects batch k from the endless row of shuffled examples."""
+    """Collects batch k from the endless sequence of shuffled examples."""
 
     def __init__(self, stream: grain.MapDataset, places: np.ndarray, batch_size: int):
         self.stream, self.places, self.batch_size = stream, places, batch_size
@@ -74,15 +82,3 @@ class _Gather:
     def _stack(self, examples: list, name: str, dtype: type) -> np.ndarray:
         rows = np.stack([example[name] for example in examples]).astype(dtype)
         return rows.reshape(*self.places.shape, *rows.shape[1:])  # (N, B/N, ...)
-
-
-def _check(source, num_teachers, batch_size) -> None:
-    if len(source) == 0:
-        raise UserError("the source of examples is empty. Prepare a cache with more images.")
-    if min(num_teachers, batch_size) < 1:
-        raise UserError(f"expected positive numbers of teachers and examples; got {num_teachers=}, {batch_size=}.")
-    if batch_size % num_teachers:
-        raise UserError(
-            f"batch_size must be a multiple of the {num_teachers} teachers; got {batch_size}. "
-            f"Use {max(batch_size - batch_size % num_teachers, num_teachers)}."
-        )

@@ -1,8 +1,8 @@
-"""The latent cache: scaled float16 latents and uint16 token ids in array_record files under one cache.json.
+"""The latent cache: float16 latents and uint16 token ids in array_record files, described by one cache.json.
 
-A record is latents (C order), token ids, the image's frame, and the int64 id of the image in its source, little endian,
-nothing between. The frame is what Stable Diffusion XL is told of an image: the height and width that it came with, and
-top and left of the square that was cut from it once it was scaled; all pixels, int32.
+A record concatenates, little-endian: latents (C order), token ids, the image's frame, and its int64 id in the source.
+The frame is four int32 in pixels: the image's original height and width, and top and left of the square that is cut
+out after scaling. Stable Diffusion XL is conditioned on them (arXiv:2307.01952, section 2.2).
 """
 
 import dataclasses
@@ -25,16 +25,16 @@ FRAME_BYTES = 4 * FRAME.itemsize
 
 @dataclasses.dataclass(frozen=True)
 class CacheHeader:
-    """What the latents are, so that a run can tell whether they fit: the contents of cache.json."""
+    """The contents of cache.json: how the latents were made, and what a record holds."""
 
     vae: str  # Hash of the VAE's contents.
     tokenizer: str  # Hash of the tokenizer's files.
-    resolution: int  # Pixels of a side, after scaling the short side and cropping the centre.
-    scaling_factor: float  # The latents are posterior samples times this, or what teachers drew, which is as large.
+    resolution: int  # Pixels per side, after scaling the short side and cropping the centre.
+    scaling_factor: float  # The VAE's; stored latents are multiplied by it.
     latent_shape: tuple[int, ...]  # (h, w, C)
-    num_tokens: int  # Per prompt, of all tokenizers.
-    source: str = ""  # Hash of the images' source; or the teachers, prompts and sampler that made the latents.
-    seed: int = 0  # Of the posterior samples, or of the first picture's noise.
+    num_tokens: int  # Per prompt, over all tokenizers.
+    source: str = ""  # Hash of the source of images; or teachers, prompts and sampler, as text.
+    seed: int = 0  # For the posterior samples, or for the noise of the first picture.
     dtype: str = "float16"
     count: int = 0
     dropped: int = 0  # Images that could not be read.
@@ -42,12 +42,12 @@ class CacheHeader:
 
     @property
     def record_bytes(self) -> int:
-        """Returns the bytes of every record."""
+        """The size of one record in bytes."""
         latents, tokens = LATENTS.itemsize * math.prod(self.latent_shape), TOKENS.itemsize * self.num_tokens
         return latents + tokens + FRAME_BYTES + _ID.itemsize
 
     def differences(self, **expected: Any) -> list[str]:
-        """Names each expected field that this header does not have."""
+        """Returns one line for each field whose value is not the expected one."""
         return [
             f"{name}: expected {value!r}, the cache has {getattr(self, name)!r}"
             for name, value in expected.items()
@@ -64,19 +64,19 @@ class CachedExample(TypedDict):
     id: int
 
 
-def write_header(folder: pathlib.Path, header: CacheHeader, **more: Any) -> None:
-    """Writes cache.json in one move, so that no reader ever sees half of it."""
-    text = json.dumps({"format": FORMAT, **dataclasses.asdict(header), **more}, indent=2)
+def write_header(folder: pathlib.Path, header: CacheHeader, **extra: Any) -> None:
+    """Writes cache.json with the fields `extra` besides; atomic, so that a reader never sees half a file."""
+    text = json.dumps({"format": FORMAT, **dataclasses.asdict(header), **extra}, indent=2)
     temporary = folder / "cache.json.tmp"
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, folder / "cache.json")
 
 
 def read_header(folder: pathlib.Path) -> tuple[CacheHeader, dict[str, Any]]:
-    """Reads cache.json: the header, and whatever else was written with it.
+    """Reads cache.json: the header, and the extra fields of `write_header`.
 
     Raises:
-        ValueError: the file is not there, or not what `write_header` writes.
+        ValueError: the file is missing, or `write_header` did not write it.
     """
     path = folder / "cache.json"
     try:
@@ -100,7 +100,7 @@ def encode_record(latents: np.ndarray, input_ids: np.ndarray, frame: np.ndarray,
 
 
 def decode_record(header: CacheHeader, record: bytes) -> CachedExample:
-    """Unpacks the bytes of a record."""
+    """Unpacks one example from the bytes of its record."""
     num_latents = math.prod(header.latent_shape)
     tokens_at = num_latents * LATENTS.itemsize
     latents = np.frombuffer(record, LATENTS, num_latents).reshape(header.latent_shape)
@@ -115,17 +115,17 @@ def decode_record(header: CacheHeader, record: bytes) -> CachedExample:
 
 
 class LatentCache:
-    """A finished cache, as a random access source of `CachedExample`.
+    """A finished cache: a random access source of `CachedExample`.
 
     Raises:
-        ValueError: not a finished cache, or its files do not hold what cache.json says.
+        ValueError: the cache is not finished, or its files do not match cache.json.
     """
 
     def __init__(self, folder: str | pathlib.Path, **expected: Any):
         """Opens a cache and checks it against `expected` (see `check`)."""
         self.folder = check_local(folder, "a latent cache")
         if not self.folder.exists() and partial_folder(self.folder).exists():
-            raise UserError(f"{self.folder} is not finished. Run `dmm-jax prepare` again: it takes up where it was.")
+            raise UserError(f"{self.folder} is not finished. Run `dmm-jax prepare` again to complete it.")
         self.header, _ = read_header(self.folder)
         self._records = self._open_shards()
         self.check(**expected)
@@ -134,11 +134,11 @@ class LatentCache:
         """Refuses a cache that a run cannot use.
 
         Args:
-            num_examples: the fewest that are needed.
-            expected: fields of `CacheHeader` with the value that the run needs.
+            num_examples: the least number of examples that the run needs.
+            expected: the values that the run needs, by field of `CacheHeader`.
 
         Raises:
-            ValueError: names every difference.
+            ValueError: lists every difference.
         """
         problems = self.header.differences(**expected)
         if len(self) < num_examples:
@@ -149,7 +149,7 @@ class LatentCache:
             )
 
     def split(self, num_held_out: int) -> tuple["CacheSlice", "CacheSlice"]:
-        """Returns the examples to train on, and the last `num_held_out` in a source of their own."""
+        """Returns two sources: the examples to train on, and the last `num_held_out` examples."""
         cut = len(self) - num_held_out
         if num_held_out < 0 or cut < 1:
             raise UserError(f"{self.folder} has {len(self)} examples; {num_held_out} cannot be held out.")
@@ -160,10 +160,10 @@ class LatentCache:
 
     def __getitem__(self, index: int) -> CachedExample:
         if not 0 <= index < len(self):
-            raise IndexError(f"{index} in a cache of {len(self)}")
+            raise IndexError(f"index {index} in a cache of {len(self)} examples")
         try:
             return decode_record(self.header, self._records[index])
-        except RuntimeError as error:  # The files carry checksums.
+        except RuntimeError as error:  # array_record compares checksums.
             raise UserError(f"{self.folder}: record {index} is damaged ({error}). Prepare the cache again.") from error
 
     def __repr__(self) -> str:
@@ -182,15 +182,15 @@ class LatentCache:
         if len(records) != header.count or sum(count for _, count in header.shards) != header.count:
             raise UserError(f"{self.folder} should hold {header.count} records; its files hold {len(records)}.")
         if not header.count or len(records[0]) != header.record_bytes:
-            raise UserError(f"{self.folder}: records are not of {header.record_bytes} bytes, or there are none.")
+            raise UserError(f"{self.folder} has no records, or records that do not have {header.record_bytes} bytes.")
         return records
 
 
 class CacheSlice:
-    """A run of consecutive examples of a cache, as a source."""
+    """Consecutive examples of a cache, as a source."""
 
     def __init__(self, cache: LatentCache, start: int, stop: int):
-        """Shows the examples start to stop - 1."""
+        """Selects the examples `start` to `stop` - 1."""
         self.cache, self.start, self.stop = cache, start, stop
 
     def __len__(self) -> int:
@@ -198,10 +198,10 @@ class CacheSlice:
 
     def __getitem__(self, index: int) -> CachedExample:
         if not 0 <= index < len(self):
-            raise IndexError(f"{index} in a source of {len(self)}")
+            raise IndexError(f"index {index} in a source of {len(self)} examples")
         return self.cache[self.start + index]
 
 
 def partial_folder(folder: pathlib.Path) -> pathlib.Path:
-    """Returns where a cache grows until it is whole."""
+    """Returns the folder in which a cache is written until it is complete."""
     return folder.with_name(folder.name + ".partial")

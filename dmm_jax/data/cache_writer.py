@@ -1,4 +1,4 @@
-"""Writes a latent cache so that it is whole or not there, and so that broken-off work is taken up again."""
+"""Writes a latent cache shard by shard: the cache appears when it is complete, and an interrupted one is continued."""
 
 import dataclasses
 import os
@@ -25,16 +25,16 @@ from dmm_jax.runtime.storage import check_local
 
 
 class CacheWriter:
-    """Writes a cache beside its place, shard by shard, and moves it there when it is whole.
+    """Writes a cache to `folder + ".partial"` and moves it to `folder` when it is complete.
 
-    A writer that is opened on what another left takes up after the last whole shard.
+    A new writer for an interrupted cache continues after its last complete shard.
 
     Raises:
-        ValueError: the place is taken, or an unfinished cache there is of other things.
+        ValueError: the folder exists, or the interrupted cache has another header.
     """
 
     def __init__(self, folder: str | pathlib.Path, header: CacheHeader, shard_size: int = 8192):
-        """Opens `folder + ".partial"`; `header` says what will be written, its count and shards are filled in."""
+        """Opens the partial folder; the writer fills in the header's `count`, `dropped` and `shards`."""
         self.folder, self.shard_size = check_local(folder, "a latent cache"), shard_size
         self.partial = partial_folder(self.folder)
         self.header, self.next_index = header, 0
@@ -42,22 +42,19 @@ class CacheWriter:
         if self.folder.exists():
             raise UserError(f"{self.folder} exists already. Delete it, or write elsewhere.")
         if (self.partial / "cache.json").exists():
-            self._take_up(header)
+            self._resume(header)
         self.partial.mkdir(parents=True, exist_ok=True)
-        for name in {path.name for path in self.partial.glob("*.array_record")} - {name for name, _ in self._shards}:
+        complete = {name for name, _ in self.header.shards}
+        for name in {path.name for path in self.partial.glob("*.array_record")} - complete:
             (self.partial / name).unlink()
 
-    @property
-    def _shards(self) -> tuple[tuple[str, int], ...]:
-        return self.header.shards
-
-    def _take_up(self, header: CacheHeader) -> None:
-        left, more = read_header(self.partial)
-        blank = dataclasses.replace(left, count=0, dropped=0, shards=())
-        if problems := blank.differences(**dataclasses.asdict(header)):
+    def _resume(self, header: CacheHeader) -> None:
+        written, extra = read_header(self.partial)
+        recipe = dataclasses.replace(written, count=0, dropped=0, shards=())
+        if problems := recipe.differences(**dataclasses.asdict(header)):
             listed = "\n  ".join(problems)
-            raise UserError(f"{self.partial} was begun with other things:\n  {listed}\nDelete it to start anew.")
-        self.header, self.next_index = left, int(more["next_index"])
+            raise UserError(f"{self.partial} has another recipe:\n  {listed}\nDelete it to start again.")
+        self.header, self.next_index = written, int(extra["next_index"])
 
     def add(
         self,
@@ -67,18 +64,21 @@ class CacheWriter:
         ids: Sequence[int],
         next_index: int,
     ) -> None:
-        """Writes a batch of scaled latents; `next_index` is where the source goes on after it.
+        """Writes a batch of examples.
 
         Args:
-            frames: each image's height and width before it was scaled, and top and left of the square after.
+            latents: scaled.
+            frames: each image's original height and width, and top and left of the square after scaling.
+            ids: the images' ids in the source.
+            next_index: the source's index after this batch, where an interrupted cache continues.
 
         Raises:
-            ValueError: shapes, token ids or values that the cache cannot hold (NaN, beyond float16).
+            ValueError: the cache cannot hold these shapes, token ids or values (NaN, beyond float16).
         """
         self._check(latents, input_ids)
         if self._shard is None:
-            name = f"latents-{len(self._shards):05d}.array_record"
-            self._shard = array_record_module.ArrayRecordWriter(str(self.partial / name), "group_size:1,uncompressed")
+            path = self.partial / f"latents-{len(self.header.shards):05d}.array_record"
+            self._shard = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
         for example in zip(latents, input_ids, frames, ids, strict=True):
             self._shard.write(encode_record(*example))
         self._in_shard += len(latents)
@@ -91,7 +91,7 @@ class CacheWriter:
         self.header = dataclasses.replace(self.header, dropped=self.header.dropped + count)
 
     def finish(self) -> LatentCache:
-        """Closes the last shard, moves the cache to its place and opens it."""
+        """Closes the last shard, moves the cache to its folder and opens it."""
         self._close_shard()
         if not self.header.count:
             raise UserError(f"nothing was written to {self.partial}: no image could be read.")
@@ -100,18 +100,18 @@ class CacheWriter:
         return LatentCache(self.folder)
 
     def abandon(self) -> None:
-        """Lets go of the open shard; the whole ones stay for the next writer, and where there is none nothing does."""
+        """Discards the open shard. Complete shards stay for the next writer; without any, the folder is deleted."""
         if self._shard is not None:
             self._shard.close()
             self._shard, self._in_shard = None, 0
-        if not self._shards and self.partial.exists():
+        if not self.header.shards and self.partial.exists():
             shutil.rmtree(self.partial)
 
     def _close_shard(self) -> None:
         if self._shard is None:
             return
         self._shard.close()
-        shards = (*self._shards, (f"latents-{len(self._shards):05d}.array_record", self._in_shard))
+        shards = (*self.header.shards, (f"latents-{len(self.header.shards):05d}.array_record", self._in_shard))
         self.header = dataclasses.replace(self.header, shards=shards, count=self.header.count + self._in_shard)
         self._shard, self._in_shard = None, 0
         write_header(self.partial, self.header, next_index=self.next_index)
@@ -126,4 +126,4 @@ class CacheWriter:
         if not (np.abs(latents) <= limit).all():  # NaN fails too.
             raise UserError("latents hold NaN or values beyond float16. Run the networks in float32 or bfloat16.")
         if input_ids.min() < 0 or input_ids.max() > np.iinfo(TOKENS).max:
-            raise UserError(f"token ids must lie in 0 to 65535; got {input_ids.min()} to {input_ids.max()}.")
+            raise UserError(f"token ids must be in 0 to 65535; got {input_ids.min()} to {input_ids.max()}.")

@@ -1,4 +1,4 @@
-"""Opens image files with care and fits them to the square that the VAE encodes."""
+"""Opens image files safely and fits images to the square that the VAE encodes."""
 
 import pathlib
 import warnings
@@ -11,14 +11,14 @@ from dmm_jax.runtime.errors import UserError
 
 
 class UnreadableImage(UserError):
-    """One image cannot be used; whoever reads many may drop it, and must count it."""
+    """One image cannot be read. A reader of many images may drop it, and must count it."""
 
 
 def load_rgb(path: pathlib.Path) -> Image.Image:
     """Opens an image file, upright (EXIF) and as RGB; transparent pixels become white.
 
     Raises:
-        UnreadableImage: not an image, cut short, or so many pixels that it is likely a decompression bomb.
+        UnreadableImage: the file is not an image, is truncated, or has as many pixels as a decompression bomb.
     """
     try:
         with warnings.catch_warnings():
@@ -36,19 +36,19 @@ def load_rgb(path: pathlib.Path) -> Image.Image:
 
 
 def crop_of(height: int, width: int, resolution: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Returns (height, width) of an image scaled by its short side, and (top, left) of the square at its centre."""
+    """Returns (height, width) after scaling the short side to `resolution`, and (top, left) of the central square."""
     scale = resolution / min(width, height)
     height, width = (max(resolution, round(side * scale)) for side in (height, width))
     return (height, width), ((height - resolution) // 2, (width - resolution) // 2)
 
 
 def fit_square(image: Image.Image | UInt8[np.ndarray, "H W 3"], resolution: int) -> UInt8[np.ndarray, "R R 3"]:
-    """Scales the short side to `resolution` pixels and crops the centre; a fitting image is returned as it is."""
+    """Scales the short side to `resolution` pixels and crops the centre; an image of this size stays unchanged."""
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     width, height = image.size
     if (width, height) != (resolution, resolution):
-        scaled, (top, left) = crop_of(height, width, resolution)
+        scaled, (y, x) = crop_of(height, width, resolution)
         image = image.resize(scaled[::-1], Image.Resampling.LANCZOS)
-        image = image.crop((left, top, left + resolution, top + resolution))
+        image = image.crop((x, y, x + resolution, y + resolution))
     return np.asarray(image, np.uint8)

@@ -1,4 +1,4 @@
-"""Prompts without images: reading them, and which teacher draws which with which seed."""
+"""Prompts without images: reads them from a file, and assigns a teacher and a seed to each picture to draw."""
 
 import dataclasses
 import math
@@ -13,26 +13,26 @@ MAX_LINE_CHARS = 100_000
 
 
 def read_prompts(path: str | pathlib.Path) -> list[str]:
-    """Reads a text file of prompts, one a line; empty lines are passed over.
+    """Reads a text file with one prompt per line; empty lines are skipped.
 
     Raises:
-        ValueError: the file is missing, too large, no UTF-8 text, has an overlong line, or holds no prompt.
+        ValueError: the file is missing, too large, not UTF-8 text, has an overlong line, or has no prompt.
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise UserError(f"there is no prompt file {path}. Give a text file with one prompt a line.")
+        raise UserError(f"there is no prompt file {path}. Give a text file with one prompt per line.")
     if (size := path.stat().st_size) > MAX_FILE_BYTES:
         raise UserError(f"{path} has {size} bytes; at most {MAX_FILE_BYTES} are read. Give fewer prompts.")
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
     for number, line in enumerate(lines, start=1):
         if len(line) > MAX_LINE_CHARS:
-            raise UserError(f"{path}, line {number}: more than {MAX_LINE_CHARS} characters. Write one prompt a line.")
+            raise UserError(f"{path}, line {number}: more than {MAX_LINE_CHARS} characters. Write one prompt per line.")
     lines = [line for line in lines if line]
     if not lines:
-        raise UserError(f"{path} holds no prompt. Write one a line.")
+        raise UserError(f"{path} holds no prompt. Write one per line.")
     return lines
 
 
@@ -46,11 +46,12 @@ class Draw(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Draws:
-    """`count` pictures over prompts and teachers; the k-th follows from k and the seed alone.
+    """The prompt, teacher and seed of each of `count` pictures; picture k depends only on k and `seed`.
 
-    Prompt k mod P, teacher k mod N, seed + k, so that `dmm-jax sample --seed` draws the same. Each time prompts and
-    teachers fall together again the teachers move on by one, so that every teacher gets every prompt in the end. Shares
-    of teachers, and of prompts, differ by one picture at most.
+    With P prompts and N teachers, picture k has prompt k mod P, seed `seed` + k (as in `dmm-jax sample --seed`) and
+    teacher (k + r) mod N, where r counts the complete rounds of lcm(P, N) pictures. Without r, a teacher would only
+    ever draw some of the prompts. All teachers draw equally many pictures, up to one; all prompts are drawn equally
+    often, up to one.
     """
 
     prompts: Sequence[str]

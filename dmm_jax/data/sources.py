@@ -1,7 +1,7 @@
 """Random access sources of images with captions: a folder, and the embedded world.
 
-Every source has `len`, `source[i] -> {"image": uint8 (H, W, 3), "caption": str, "id": int}` and a `digest` that
-changes when its contents do.
+Every source has `len`, `source[i] -> {"image": uint8 (H, W, 3), "caption": str, "id": int}` and a `digest`, a hash of
+its contents.
 """
 
 import hashlib
@@ -21,16 +21,16 @@ MAX_LINE_CHARS = 100_000
 
 
 class Example(TypedDict):
-    """An image with its caption; `id` is its place in the source."""
+    """An image with its caption; `id` tells the images of a source apart."""
 
-    image: np.ndarray
+    image: np.ndarray  # uint8 (H, W, 3)
     caption: str
     id: int
 
 
 @runtime_checkable
 class ImageSource(Protocol):
-    """What `prepare` reads: random access, so that work can resume anywhere and be read by several threads."""
+    """Random access to captioned images, so that work resumes at any index and several threads read."""
 
     def __len__(self) -> int: ...
 
@@ -38,14 +38,14 @@ class ImageSource(Protocol):
 
 
 class FolderSource:
-    """A folder of images, captioned by `captions.jsonl` (lines {"file": ..., "caption": ...}) or `NAME.txt` files.
+    """A folder of images, with captions in `captions.jsonl` (lines {"file": ..., "caption": ...}) or `NAME.txt` files.
 
     Raises:
-        ValueError: no captions, a line that is no such object, or a file that is missing or outside the folder.
+        ValueError: there are no captions, a line is malformed, or a file is missing or outside the folder.
     """
 
     def __init__(self, folder: str | pathlib.Path, resolution: int = 0):
-        """Lists the files and reads the captions; images are fitted to `resolution` pixels square (0: left as is)."""
+        """Lists the files and reads the captions. Images are fitted to `resolution` pixels per side, unless it is 0."""
         self.folder = pathlib.Path(folder).resolve()
         self.resolution = resolution
         if not self.folder.is_dir():
@@ -56,7 +56,7 @@ class FolderSource:
         if not self.rows:
             raise UserError(
                 f"{self.folder} holds no captioned images. Add captions.jsonl with lines "
-                '{"file": "a.png", "caption": "..."}, or a.txt beside each a.png.'
+                '{"file": "a.png", "caption": "..."}, or a.txt next to each a.png.'
             )
 
     def __len__(self) -> int:
@@ -70,21 +70,22 @@ class FolderSource:
 
     @property
     def digest(self) -> str:
-        """Returns a hash of names, sizes and captions (not of pixels, which would mean reading every file)."""
+        """A hash of names, sizes and captions; not of pixels, since that would read every file."""
         rows = [(str(path.relative_to(self.folder)), path.stat().st_size, text) for path, text in self.rows]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def _inside(self, name: str) -> pathlib.Path:
-        path = (self.folder / name).resolve()  # Follows links, so that none leads out.
+        """Returns the path of a captioned file; refuses one outside the folder, also by way of a link."""
+        path = (self.folder / name).resolve()
         if not path.is_relative_to(self.folder):
-            raise UserError(f"{name!r} lies outside {self.folder}. Captions may name only files below it.")
+            raise UserError(f"{name!r} is outside {self.folder}. Captions may name only files below it.")
         if not path.is_file():
-            raise UserError(f"{path} is captioned but is not there. Remove its caption or add the image.")
+            raise UserError(f"{path} has a caption but does not exist. Remove its caption or add the image.")
         return path
 
 
 def read_captions(path: pathlib.Path) -> Iterator[tuple[str, str]]:
-    """Reads (file, caption) from the lines of a captions.jsonl."""
+    """Yields (file, caption) from the lines of a captions.jsonl."""
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_CHARS + 1), ""), start=1):
             if line.strip():
@@ -92,22 +93,22 @@ def read_captions(path: pathlib.Path) -> Iterator[tuple[str, str]]:
 
 
 def read_side_files(folder: pathlib.Path) -> Iterator[tuple[str, str]]:
-    """Reads (file, caption) for each image below a folder with a .txt of the same name beside it."""
+    """Yields (file, caption) for each image below a folder that has a .txt file of the same name."""
     for image in sorted(folder.rglob("*")):
         text = image.with_suffix(".txt")
         if image.suffix.lower() in IMAGE_SUFFIXES and text.is_file():
             if not text.resolve().is_relative_to(folder):
-                raise UserError(f"{text} leads out of {folder}. Replace the link by the file.")
+                raise UserError(f"{text} is a link to a file outside {folder}. Replace the link by the file.")
             yield str(image.relative_to(folder)), text.read_text(encoding="utf-8").strip()
 
 
 def _parse_line(line: str, where: str) -> tuple[str, str]:
     if len(line) > MAX_LINE_CHARS:
-        raise UserError(f"{where}: more than {MAX_LINE_CHARS} characters. Write one short object a line.")
+        raise UserError(f"{where}: more than {MAX_LINE_CHARS} characters. Write one short object per line.")
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error}). Write one object a line.") from error
+        raise UserError(f"{where}: not JSON ({error}). Write one object per line.") from error
     if not isinstance(row, dict) or not isinstance(row.get("file"), str) or not isinstance(row.get("caption"), str):
         raise UserError(f'{where}: expected {{"file": "a.png", "caption": "..."}}; got {line.strip()[:200]!r}.')
     return row["file"], row["caption"]

@@ -1,4 +1,4 @@
-"""Laws of the batches: pure in (seed, step), every example once an epoch, shares cut from one batch."""
+"""Laws of the batches: pure in (seed, step), every example once per epoch, shares are parts of one batch."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def _numbers(batch):
     return batch["input_ids"][..., 0]
 
 
-def test_leaves_have_the_step_s_shapes_and_types():
+def test_leaves_have_the_shapes_and_types_of_the_step():
     batch = pipeline.batches(Numbers(20), 0, 3, 12)[5]
     assert batch["latents"].shape == (3, 4, 2, 2, 4) and batch["latents"].dtype == np.float32
     assert batch["input_ids"].shape == (3, 4, 7) and batch["input_ids"].dtype == np.int32
@@ -42,7 +42,7 @@ def test_an_epoch_reads_every_example_once_and_epochs_differ():
     assert not np.array_equal(epochs[0], np.arange(24))
 
 
-def test_epochs_lose_nothing_where_batches_do_not_divide_them():
+def test_epochs_lose_nothing_if_batches_do_not_divide_them():
     data = pipeline.batches(Numbers(7), 0, 2, 4)
     seen = np.concatenate([_numbers(data[k]).ravel() for k in range(7)])
     assert (np.bincount(seen) == 4).all()
@@ -63,7 +63,7 @@ def test_iterating_from_a_step_equals_looking_up(start):
 
 
 @pytest.mark.parametrize("before, after", [(12, 4), (4, 12)])
-def test_after_a_change_of_the_batch_size_no_example_is_left_out_or_read_twice(before, after):
+def test_a_changed_batch_size_skips_and_repeats_no_example(before, after):
     seen = [_numbers(pipeline.batches(Numbers(60), 0, 2, before)[k]) for k in range(3)]
     changed = pipeline.batches(Numbers(60), 0, 2, after, offset=3 * (before - after))
     iterator = pipeline.iterate(changed, 3)
@@ -72,11 +72,11 @@ def test_after_a_change_of_the_batch_size_no_example_is_left_out_or_read_twice(b
     assert sorted(np.concatenate([batch.ravel() for batch in seen])) == list(range(60))
 
 
-def test_a_share_is_its_rows_and_columns_of_the_whole_batch():
+def test_a_share_is_its_rows_and_columns_of_the_batch():
     share = (np.array([1, 3]), np.array([0, 4, 5]))
-    whole, part = (pipeline.batches(Numbers(100), 5, 4, 48, one) for one in (None, share))
+    complete, part = (pipeline.batches(Numbers(100), 5, 4, 48, selection) for selection in (None, share))
     for k in (0, 3):
-        np.testing.assert_array_equal(_numbers(part[k]), _numbers(whole[k])[np.ix_(*share)])
+        np.testing.assert_array_equal(_numbers(part[k]), _numbers(complete[k])[np.ix_(*share)])
 
 
 @pytest.mark.parametrize(

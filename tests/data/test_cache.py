@@ -32,7 +32,7 @@ def folder(tmp_path):
     return tmp_path / "cache"
 
 
-def test_what_is_written_is_read(folder):
+def test_records_come_back_as_written(folder):
     cache = LatentCache(folder)
     assert len(cache) == 9 and len(cache.header.shards) == 2
     for start in (0, 3, 6):
@@ -51,7 +51,7 @@ def test_what_is_written_is_read(folder):
     [{"vae": "other"}, {"tokenizer": "other"}, {"resolution": 32}, {"scaling_factor": 0.18215}, {"num_tokens": 77},
      {"latent_shape": (4, 4, 4)}, {"dtype": "float32"}, {"num_examples": 10}],
 )  # fmt: skip
-def test_a_cache_of_other_things_is_refused(folder, expected):
+def test_a_cache_that_does_not_fit_the_run_is_refused(folder, expected):
     same = {"vae": "vae-hash", "tokenizer": "token-hash", "resolution": 16, "scaling_factor": 0.5, "num_examples": 9}
     LatentCache(folder, **same)
     with pytest.raises(ValueError, match=next(iter(expected)).replace("num_examples", "count")):
@@ -73,7 +73,7 @@ def test_a_split_covers_the_cache_once(folder):
         LatentCache(folder).split(9)
 
 
-def test_nothing_is_there_until_all_is(tmp_path):
+def test_the_folder_appears_when_the_cache_is_complete(tmp_path):
     folder = tmp_path / "cache"
     writer = _write(folder)
     assert not folder.exists()
@@ -83,30 +83,30 @@ def test_nothing_is_there_until_all_is(tmp_path):
     assert folder.exists() and not partial_folder(folder).exists()
 
 
-def test_broken_off_work_is_taken_up_after_the_last_whole_shard(tmp_path):
+def test_a_new_writer_continues_after_the_last_complete_shard(tmp_path):
     folder = tmp_path / "cache"
-    writer = _write(folder)  # Shards close at 5 records or more: one of 6 is whole, one of 3 is open.
+    writer = _write(folder)  # A shard closes at 5 records or more: one with 6 is complete, one with 3 is open.
     writer.drop(1)
     del writer
-    again = CacheWriter(folder, HEADER, 5)
-    assert (again.next_index, again.header.count, again.header.dropped) == (6, 6, 0)
+    resumed = CacheWriter(folder, HEADER, 5)
+    assert (resumed.next_index, resumed.header.count, resumed.header.dropped) == (6, 6, 0)
     assert len(list(partial_folder(folder).glob("*.array_record"))) == 1
-    again.add(*_batch(6, 3), next_index=9)
-    whole = LatentCache(_write(tmp_path / "whole").finish().folder)
-    taken_up = again.finish()
-    assert taken_up.header == whole.header
+    resumed.add(*_batch(6, 3), next_index=9)
+    expected = LatentCache(_write(tmp_path / "uninterrupted").finish().folder)
+    cache = resumed.finish()
+    assert cache.header == expected.header
     for i in range(9):
-        assert taken_up[i]["id"] == whole[i]["id"]
-        np.testing.assert_array_equal(taken_up[i]["latents"], whole[i]["latents"])
+        assert cache[i]["id"] == expected[i]["id"]
+        np.testing.assert_array_equal(cache[i]["latents"], expected[i]["latents"])
 
 
-def test_work_on_other_things_is_not_taken_up(tmp_path):
+def test_an_interrupted_cache_of_another_recipe_is_refused(tmp_path):
     _write(tmp_path / "cache")
     with pytest.raises(ValueError, match="vae: expected 'other'"):
         CacheWriter(tmp_path / "cache", dataclasses.replace(HEADER, vae="other"))
 
 
-def test_a_taken_place_is_refused(folder):
+def test_a_writer_refuses_an_existing_folder(folder):
     with pytest.raises(ValueError, match="exists already"):
         CacheWriter(folder, HEADER)
 
@@ -122,7 +122,7 @@ def test_a_taken_place_is_refused(folder):
         (lambda x, t: (x, t[:, :3]), "expected latents"),
     ],
 )
-def test_what_a_record_cannot_hold_is_refused(tmp_path, spoil, message):
+def test_values_that_a_record_cannot_hold_are_refused(tmp_path, spoil, message):
     latents, input_ids, frames, ids = _batch(0, 3)
     with pytest.raises(ValueError, match=message):
         CacheWriter(tmp_path / "cache", HEADER).add(*spoil(latents, input_ids), frames, ids, next_index=3)
@@ -143,7 +143,7 @@ def _edit(folder, **changes):
     [{"count": 8}, {"num_tokens": 8}, {"format": "other"}, {"vae": "v", "shards": [["../cache/x", 9]]},
      {"shards": []}, {"shards": [["none.array_record", 9]]}, {"shards": 3}],
 )  # fmt: skip
-def test_a_header_that_lies_is_refused(folder, changes):
+def test_a_header_that_contradicts_the_files_is_refused(folder, changes):
     _edit(folder, **changes)
     with pytest.raises(ValueError, match=str(folder)):
         LatentCache(folder)
@@ -162,7 +162,7 @@ def test_damaged_files_are_refused(folder, damage):
         LatentCache(folder)
 
 
-def test_a_flipped_bit_never_passes_for_data(folder):
+def test_a_flipped_bit_is_detected(folder):
     true = LatentCache(folder)[3]["latents"]
     shard = folder / LatentCache(folder).header.shards[0][0]
     data = bytearray(shard.read_bytes())

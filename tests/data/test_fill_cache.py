@@ -1,4 +1,4 @@
-"""Laws of preparing a cache."""
+"""Laws of filling a cache with images."""
 
 import jax
 import jax.numpy as jnp
@@ -41,12 +41,12 @@ def tokenize(texts):
 OPTIONS = {"resolution": 4, "scaling_factor": 0.5, "vae": "v", "tokenizer": "t", "shard_size": 1, "progress": False}
 
 
-def _prepare(out, source=None, batch_size=4, **changes):
+def _fill(out, source=None, batch_size=4, **changes):
     options = {"encode": encode, "tokenize": tokenize, **OPTIONS, **changes}
     return encode_images(source or Squares(), out=out, batch_size=batch_size, **options)
 
 
-def _same(a: LatentCache, b: LatentCache):
+def _assert_equal(a: LatentCache, b: LatentCache):
     assert len(a) == len(b)
     for i in range(len(a)):
         assert a[i]["id"] == b[i]["id"]
@@ -54,8 +54,8 @@ def _same(a: LatentCache, b: LatentCache):
         np.testing.assert_array_equal(a[i]["latents"], b[i]["latents"])
 
 
-def test_the_cache_holds_scaled_latents_and_token_ids_of_every_image(tmp_path):
-    cache = _prepare(tmp_path / "cache")
+def test_the_cache_holds_every_image_as_scaled_latents_and_token_ids(tmp_path):
+    cache = _fill(tmp_path / "cache")
     assert len(cache) == 11 and cache.header.latent_shape == (2, 2, 4) and cache.header.num_tokens == 7
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.arange(11))
     images = np.stack([np.full((4, 4, 3), i, np.uint8) for i in range(11)])
@@ -67,29 +67,29 @@ def test_the_cache_holds_scaled_latents_and_token_ids_of_every_image(tmp_path):
 
 
 def test_the_cache_does_not_depend_on_the_batch_size(tmp_path):
-    _same(_prepare(tmp_path / "a", batch_size=3), _prepare(tmp_path / "b", batch_size=16))
+    _assert_equal(_fill(tmp_path / "a", batch_size=3), _fill(tmp_path / "b", batch_size=16))
 
 
 def test_another_seed_draws_other_samples(tmp_path):
-    a, b = _prepare(tmp_path / "a"), _prepare(tmp_path / "b", seed=1)
+    a, b = _fill(tmp_path / "a"), _fill(tmp_path / "b", seed=1)
     assert not np.array_equal(a[0]["latents"], b[0]["latents"])
 
 
 def test_unreadable_images_are_dropped_named_and_counted(tmp_path):
     with pytest.warns(UserWarning, match="image 10"):
-        cache = _prepare(tmp_path / "cache", Squares(unreadable=(2, 3, 10)))
+        cache = _fill(tmp_path / "cache", Squares(unreadable=(2, 3, 10)))
     assert [cache[i]["id"] for i in range(len(cache))] == [0, 1, 4, 5, 6, 7, 8, 9]
     assert cache.header.dropped == 3
 
 
 @pytest.mark.filterwarnings("ignore:dropped")
-def test_a_source_without_one_readable_image_is_refused(tmp_path):
+def test_a_source_without_readable_images_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no image could be read"):
-        _prepare(tmp_path / "cache", Squares(3, unreadable=(0, 1, 2)))
+        _fill(tmp_path / "cache", Squares(3, unreadable=(0, 1, 2)))
 
 
 @pytest.mark.filterwarnings("ignore:dropped")
-def test_broken_off_work_goes_on_where_it_was(tmp_path):
+def test_interrupted_work_continues_after_the_last_shard(tmp_path):
     source = Squares(unreadable=(5,))
     seen = []
 
@@ -100,55 +100,55 @@ def test_broken_off_work_goes_on_where_it_was(tmp_path):
         return encode(images, keys)
 
     with pytest.raises(RuntimeError, match="power cut"):
-        _prepare(tmp_path / "cache", source, encode=failing, batch_size=3)
+        _fill(tmp_path / "cache", source, encode=failing, batch_size=3)
     assert partial_folder(tmp_path / "cache").exists()
     seen = [None] * 10
-    cache = _prepare(tmp_path / "cache", source, encode=failing, batch_size=3)
+    cache = _fill(tmp_path / "cache", source, encode=failing, batch_size=3)
     assert seen[11:] == [7, 10]  # Images 0 to 6 were not encoded again.
-    _same(cache, _prepare(tmp_path / "whole", source, batch_size=3))
+    _assert_equal(cache, _fill(tmp_path / "uninterrupted", source, batch_size=3))
     assert cache.header.dropped == 1
 
 
-def test_a_finished_cache_is_opened_and_not_made_again(tmp_path):
-    first = _prepare(tmp_path / "cache")
+def test_a_finished_cache_is_opened_and_not_encoded_again(tmp_path):
+    first = _fill(tmp_path / "cache")
 
     def never(images, keys):
         raise AssertionError("encoded again")
 
-    _same(_prepare(tmp_path / "cache", encode=never), first)
+    _assert_equal(_fill(tmp_path / "cache", encode=never), first)
 
 
 @pytest.mark.parametrize("change", [{"vae": "w"}, {"resolution": 5}, {"seed": 3}, {"scaling_factor": 0.25}])
-def test_a_cache_of_other_things_is_not_overwritten(tmp_path, change):
-    _prepare(tmp_path / "cache")
+def test_a_cache_of_another_recipe_is_not_overwritten(tmp_path, change):
+    _fill(tmp_path / "cache")
     with pytest.raises(ValueError, match=next(iter(change))):
-        _prepare(tmp_path / "cache", **change)
+        _fill(tmp_path / "cache", **change)
 
 
 def test_a_folder_that_is_not_a_cache_is_refused(tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="is not a latent cache .*new folder"):
-        _prepare(tmp_path / "cache")
+        _fill(tmp_path / "cache")
 
 
 def test_latents_that_are_not_finite_are_refused(tmp_path):
     with pytest.raises(ValueError, match="NaN"):
-        _prepare(tmp_path / "cache", encode=lambda images, keys: encode(images, keys) / 0.0 * 0.0)
-    assert list(tmp_path.iterdir()) == []  # Nothing whole was written, so nothing stays.
+        _fill(tmp_path / "cache", encode=lambda images, keys: encode(images, keys) / 0.0 * 0.0)
+    assert list(tmp_path.iterdir()) == []  # No shard was completed, so no file stays.
 
 
-def test_the_world_is_prepared_as_it_is(tmp_path):
+def test_the_embedded_worlds_images_are_encoded_unscaled(tmp_path):
     source = ShapesSource(5, "comic", 0)
-    whole = {"encode": lambda images, keys: images[:, ::8, ::8] / 255.0, "resolution": 64, "scaling_factor": 1.0}
-    cache = _prepare(tmp_path / "cache", source, **whole)
+    options = {"encode": lambda images, keys: images[:, ::8, ::8] / 255.0, "resolution": 64, "scaling_factor": 1.0}
+    cache = _fill(tmp_path / "cache", source, **options)
     for i in range(5):
         assert cache[i]["input_ids"][0] == len(source[i]["caption"])
         np.testing.assert_allclose(cache[i]["latents"], source[i]["image"][::8, ::8] / 255.0, atol=1e-3)
 
 
-def test_the_cache_says_what_size_an_image_came_with_and_where_it_was_cut(tmp_path):
-    cache = _prepare(tmp_path / "cache", Squares(3, size=(6, 9)))  # Scaled to 4 x 6, cut at the centre.
+def test_the_cache_records_an_images_original_size_and_crop(tmp_path):
+    cache = _fill(tmp_path / "cache", Squares(3, size=(6, 9)))  # Scaled to 4 x 6, cut at the centre.
     assert all(cache[i]["time_ids"].tolist() == [6, 9, 0, 1, 4, 4] for i in range(3))
-    fitting = _prepare(tmp_path / "fitting", Squares(3, size=(4, 4)))
+    fitting = _fill(tmp_path / "fitting", Squares(3, size=(4, 4)))
     assert fitting[2]["time_ids"].tolist() == [4, 4, 0, 0, 4, 4]

@@ -7,14 +7,14 @@ from PIL import Image
 from dmm_jax.data.images import UnreadableImage, fit_square, load_rgb
 
 
-def test_a_fitting_image_is_not_touched():
+def test_an_image_of_the_right_size_stays_unchanged():
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     np.testing.assert_array_equal(fit_square(image, 16), image)
 
 
 @pytest.mark.parametrize("size", [(48, 32), (32, 48), (7, 31), (33, 32)])
-def test_the_centre_of_the_short_side_is_kept(size):
-    """A ramp keeps its middle value in the middle, and rises as many times faster as the short side was larger."""
+def test_the_centre_stays_in_the_centre(size):
+    """A ramp keeps its central value in the centre, and its slope grows by the factor of the scaling."""
     width, height = size
     ramp_x, ramp_y = np.meshgrid(np.arange(width) - (width - 1) / 2, np.arange(height) - (height - 1) / 2)
     image = np.stack([128 + ramp_x, 128 + ramp_y, 0 * ramp_x], axis=-1).astype(np.uint8)
@@ -42,18 +42,18 @@ def test_every_mode_becomes_rgb_on_white(tmp_path, mode, white):
     assert image.mode == "RGB" and np.asarray(image).min() == 255
 
 
-def test_files_that_are_no_images_are_refused(tmp_path):
+def test_files_that_are_not_images_are_refused(tmp_path):
     (tmp_path / "text.png").write_text("no image")
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path / "whole.png")
-    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:1000])
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path / "complete.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "complete.png").read_bytes()[:1000])
     for name in ("text.png", "half.png", "missing.png"):
         with pytest.raises(UnreadableImage, match=name):
             load_rgb(tmp_path / name)
 
 
-def test_bombs_are_refused(tmp_path, monkeypatch):
+def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
-    for limit in (1000, 500):  # Pillow only warns up to twice its limit.
+    for limit in (1000, 500):  # Pillow raises above twice its limit, and only warns below.
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(UnreadableImage, match="bomb"):
             load_rgb(tmp_path / "a.png")

@@ -63,7 +63,7 @@ def test_side_files_cannot_lead_out_of_the_folder(tmp_path):
     _image(folder / "a.png")
     (tmp_path / "secret.txt").write_text("secret")
     (folder / "a.txt").symlink_to(tmp_path / "secret.txt")
-    with pytest.raises(ValueError, match="leads out"):
+    with pytest.raises(ValueError, match="outside"):
         FolderSource(folder)
 
 
@@ -74,12 +74,12 @@ def test_side_files_cannot_lead_out_of_the_folder(tmp_path):
         ({"file": "a.png"}, "line 1: expected"),
         ({"file": "a.png", "caption": None}, "line 1: expected"),
         ("[1, 2]", "line 1: expected"),
-        ({"file": "b.png", "caption": "x"}, "not there"),
+        ({"file": "b.png", "caption": "x"}, "does not exist"),
         ({"file": "a.png", "caption": "x" * sources.MAX_LINE_CHARS}, "characters"),
         ("", "no captioned images"),
     ],
 )
-def test_bad_listings_are_refused_by_line(tmp_path, row, message):
+def test_errors_in_a_listing_name_the_line(tmp_path, row, message):
     _image(tmp_path / "a.png")
     _listing(tmp_path, row)
     with pytest.raises(ValueError, match=message):
@@ -91,7 +91,7 @@ def test_a_missing_folder_is_refused(tmp_path):
         FolderSource(tmp_path / "none")
 
 
-def test_a_folders_digest_tells_captions_and_files_apart(tmp_path):
+def test_a_folders_digest_depends_on_captions_and_files(tmp_path):
     _image(tmp_path / "a.png")
     digests = []
     for caption in ("x", "y", "x"):
@@ -102,15 +102,15 @@ def test_a_folders_digest_tells_captions_and_files_apart(tmp_path):
     assert digests[0] == digests[2] and len(set(digests)) == 3
 
 
-def test_the_world_draws_what_its_captions_say_in_any_order():
+def test_pictures_match_their_captions_in_any_reading_order():
     source = ShapesSource(70, style="comic", seed=3)
     assert len(source) == 70
     late, early = source[69], source[2]
     content = parse_all([early["caption"]])
     np.testing.assert_array_equal(content.shape_ids[0], source.scenes.content.shape_ids[2])
-    again = ShapesSource(70, style="comic", seed=3)
-    np.testing.assert_array_equal(again[2]["image"], early["image"])
-    np.testing.assert_array_equal(again[69]["image"], late["image"])
+    second = ShapesSource(70, style="comic", seed=3)
+    np.testing.assert_array_equal(second[2]["image"], early["image"])
+    np.testing.assert_array_equal(second[69]["image"], late["image"])
     assert early["image"].dtype == np.uint8 and early["image"].shape == (64, 64, 3) and early["id"] == 2
     sky = np.round(np.array(STYLES["comic"].background) * 255)
     np.testing.assert_array_equal(early["image"][0, 0], sky)
@@ -129,13 +129,13 @@ def test_the_shuffled_world_holds_the_same_pictures_in_another_order():
         np.testing.assert_array_equal(example["image"], plain[example["id"]]["image"])
 
 
-def test_the_worlds_digest_tells_seeds_and_styles_apart():
+def test_the_worlds_digest_depends_on_seed_and_style():
     digests = {ShapesSource(4, style, seed).digest for style in (None, "comic", "ink") for seed in (0, 1)}
     assert len(digests) == 6
     assert ShapesSource(4, "ink", 1).digest in digests
 
 
 @pytest.mark.parametrize("arguments", [(0,), (4, "no such style")])
-def test_the_world_refuses_what_it_lacks(arguments):
+def test_the_world_refuses_unknown_styles_and_an_empty_count(arguments):
     with pytest.raises(ValueError, match="got"):
         ShapesSource(*arguments)

@@ -152,7 +152,7 @@ def test_what_cannot_be_drawn_is_told(config, change, said):
 
 
 @pytest.mark.parametrize(
-    "contents, said", [(b"", "holds no prompt"), (b" \n\n", "holds no prompt"), (b"a\n\xff", "no UTF-8 text"),
+    "contents, said", [(b"", "holds no prompt"), (b" \n\n", "holds no prompt"), (b"a\n\xff", "not UTF-8 text"),
                        (b"a\n" + b"b" * 100_001, "line 2: more than 100000")],
 )  # fmt: skip
 def test_a_prompt_file_that_cannot_be_used_is_told(config, tmp_path, contents, said):
