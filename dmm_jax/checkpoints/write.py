@@ -28,7 +28,7 @@ from dmm_jax.checkpoints.formats.safetensors_io import Computed, Tensors, save, 
 from dmm_jax.checkpoints.modelspec import Recipe, metadata
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.models.unet_2d_condition import style_mlp_name
-from dmm_jax.text.vocabulary import OLD_FILES, write_words
+from dmm_jax.text.vocabulary import OLD_FILES, write_bpe
 
 CHECKPOINTS = ("dmm", "diffusers", "single-file")  # Formats that hold a whole checkpoint.
 FORMATS = (*CHECKPOINTS, "style-lora")
@@ -307,7 +307,7 @@ def copy_tokenizer(source: pathlib.Path, out: pathlib.Path) -> None:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
     if not all((out / name).is_file() for name in OLD_FILES):
-        write_words(source, out)
+        write_bpe(source, out)
 
 
 def _write_json(path: pathlib.Path, value: Mapping) -> None:

@@ -11,12 +11,12 @@ import numpy as np
 from jaxtyping import Int
 
 from dmm_jax.runtime.errors import UserError
-from dmm_jax.text.vocabulary import BUNDLED, read_words
+from dmm_jax.text.vocabulary import BUNDLED, read_bpe
 
 DEFAULT_MAX_LENGTH = 77
-NO_PROMPT = -1  # The id that fills the row of a prompt that is not there.
-_UNSET_LENGTH = 10**6  # transformers says 1e30 where a config names no length.
-_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+NO_PROMPT = -1  # Fills a row of ids that stands for no prompt at all.
+_UNSET_LENGTH = 10**6  # transformers sets 1e30 if a config has no length.
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class Tokenizer:
@@ -29,7 +29,7 @@ class Tokenizer:
           ValueError: a special token is not in the vocabulary, so that the text encoder has no row for it.
         """
         vocab = clip_tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
-        tokens = {name: getattr(clip_tokenizer, name) for name in _TOKENS}
+        tokens = {name: getattr(clip_tokenizer, name) for name in _SPECIAL_TOKENS}
         missing = [f"{name} {token!r}" for name, token in tokens.items() if token not in vocab]
         if missing:
             raise UserError(
@@ -42,18 +42,24 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":
-        """Reads a `tokenizer` folder, old or new (see `vocabulary`), and what pads from tokenizer_config.json.
+        """Reads a `tokenizer` folder, old or new (see `vocabulary`); tokenizer_config.json sets padding and length.
 
         Raises:
-          ValueError: the folder or one of its files is missing, or they do not fit together.
+          ValueError: the folder or one of its files is missing, or the files do not fit together.
         """
         folder = Path(path)
-        words = read_words(folder)
+        bpe = read_bpe(folder)
         if folder.parent == BUNDLED:
             config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-            return cls(_clip_tokenizer_class()(vocab=words.vocabulary, merges=words.merges, **config))
-        tokenizer = _read(folder, _clip_tokenizer_class().from_pretrained, folder, local_files_only=True)
-        for name in ("local_files_only", "is_local"):  # How it was opened is no part of it: `save` would write it down.
+            return cls(_clip_tokenizer_class()(vocab=bpe.vocabulary, merges=bpe.merges, **config))
+        try:
+            tokenizer = _clip_tokenizer_class().from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # The tokenizers package raises bare Exceptions.
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"the tokenizer in {folder} cannot be read ({reason}). Get its vocab.json and merges.txt again."
+            ) from error
+        for name in ("local_files_only", "is_local"):  # Otherwise `save` writes down how the folder was opened.
             tokenizer.init_kwargs.pop(name, None)
         return cls(tokenizer)
 
@@ -64,7 +70,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The number of ids, special ones included: a text encoder needs as many rows."""
+        """The number of ids including special ones, which a text encoder needs as rows of its table."""
         return len(self._tokenizer)
 
     def __call__(self, prompts: Sequence[str | None]) -> Int[np.ndarray, "B L"]:
@@ -73,7 +79,7 @@ class Tokenizer:
         A prompt that is too long is cut at the end, with a warning that quotes the lost text.
 
         Raises:
-          ValueError: a lone string where a sequence of them is expected.
+          ValueError: `prompts` is a single string, not a sequence of strings.
         """
         if isinstance(prompts, str):
             raise UserError(f"prompts must be a sequence of strings; got one string. Use [{prompts[:40]!r}].")
@@ -100,14 +106,14 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._tokenizer.model_max_length = self.max_length
-        self._tokenizer.save_pretrained(folder)  # tokenizer_config.json, and tokenizer.json for the newer readers.
-        self._tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt, for all others.
-        special = {name: getattr(self._tokenizer, name) for name in _TOKENS}
+        self._tokenizer.save_pretrained(folder)  # tokenizer_config.json, and tokenizer.json for newer readers.
+        self._tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt, for older readers.
+        special = {name: getattr(self._tokenizer, name) for name in _SPECIAL_TOKENS}
         (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2), encoding="utf-8")
 
 
 class Tokenizers:
-    """The tokenizers of a checkpoint's text encoders, one or SDXL's two, as one: their rows of ids side by side."""
+    """The tokenizers of a checkpoint's text encoders, one or SDXL's two; concatenates their rows of ids."""
 
     def __init__(self, tokenizers: Sequence[Tokenizer], digest: str = ""):
         """Joins tokenizers; see `from_folders`."""
@@ -115,27 +121,27 @@ class Tokenizers:
 
     @classmethod
     def from_folders(cls, folders: Sequence[str | Path]) -> "Tokenizers":
-        """Reads `tokenizer`, and `tokenizer_2` where there is one.
+        """Reads the folder `tokenizer`, and for SDXL `tokenizer_2`.
 
-        `digest` is a hash of vocabularies, merges and padding: what decides on the ids of a prompt, whatever the form
-        of the files.
+        `digest` is a hash of all that determines the ids of a prompt: vocabularies, merges, padding and length.
 
         Raises:
-          ValueError: there is no folder, or one cannot be read.
+          ValueError: `folders` is empty, or a folder cannot be read.
         """
         if not folders:
             raise UserError("the checkpoint has no tokenizer folder; a single file has none: give its base as `base`.")
         tokenizers, digest = [Tokenizer.from_folder(folder) for folder in folders], hashlib.sha256()
         for folder, tokenizer in zip(folders, tokenizers, strict=True):
-            words = read_words(Path(folder))
-            said = [sorted(words.vocabulary.items()), words.merges, tokenizer.pad_id, tokenizer.max_length]
-            digest.update(json.dumps(said).encode())
+            bpe = read_bpe(Path(folder))
+            contents = [sorted(bpe.vocabulary.items()), bpe.merges, tokenizer.pad_id, tokenizer.max_length]
+            digest.update(json.dumps(contents).encode())
         return cls(tokenizers, digest.hexdigest())
 
     def __call__(self, prompts: Sequence[str | None]) -> Int[np.ndarray, "B EL"]:
-        """Returns int32 ids, each tokenizer's row behind the other's.
+        """Returns int32 ids: for each prompt, the rows of all tokenizers one after the other.
 
-        None is no prompt: "" for one tokenizer, a row of -1 for two, which stands for zeros (`models.text_encoders`).
+        None means no prompt. One tokenizer encodes it as ""; two give a row of -1, and `models.text_encoders` outputs
+        zeros for it.
         """
         ids = np.concatenate([tokenizer(prompts) for tokenizer in self.tokenizers], axis=1)
         if len(self.tokenizers) > 1:
@@ -143,18 +149,8 @@ class Tokenizers:
         return ids
 
 
-def _read(folder: Path, reader, *args, **kwargs):
-    try:
-        return reader(*args, **kwargs)
-    except Exception as error:  # The tokenizers package raises bare Exceptions.
-        said = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"the tokenizer in {folder} cannot be read ({said}). Get its vocab.json and merges.txt anew."
-        ) from error
-
-
 def _clip_tokenizer_class():
-    """Imports the class when it is needed: importing transformers costs a second, and says that it misses PyTorch."""
+    """Imports the class on demand: importing transformers takes a second and prints that PyTorch is missing."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import CLIPTokenizer
 

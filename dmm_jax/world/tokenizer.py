@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from dmm_jax.text.vocabulary import END, START, WORD_END, tokens_of
+from dmm_jax.text.vocabulary import END, START, WORD_END, tokens_from_merges
 from dmm_jax.world.scenes import WORDS
 
 MAX_LENGTH = 77
@@ -21,7 +21,7 @@ def write_tokenizer(folder: str | Path, pad_token: str = END) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     merges = merges_for(WORDS)
-    tokens = tokens_of(merges)
+    tokens = tokens_from_merges(merges)
     _write(folder / "vocab.json", json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
     _write(folder / "merges.txt", "\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges)]) + "\n")
     special = {"bos_token": START, "eos_token": END, "pad_token": pad_token, "unk_token": END}

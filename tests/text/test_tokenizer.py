@@ -1,4 +1,4 @@
-"""Laws of the tokenizer, on a vocabulary that is written here: rows as CLIP's, and what is cut off is said."""
+"""Laws of the tokenizer on a small vocabulary: its rows are CLIP's, and a warning quotes the text that is cut off."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 
 from dmm_jax.checkpoints.write import copy_tokenizer
 from dmm_jax.text.tokenizer import Tokenizer, Tokenizers
-from dmm_jax.text.vocabulary import CLIP, CLIP_VOCAB_SIZE, OPEN_CLIP, clip_words, read_words
+from dmm_jax.text.vocabulary import CLIP, CLIP_VOCAB_SIZE, OPEN_CLIP, clip_bpe, read_bpe
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 LETTERS = [chr(code) for code in range(ord("!"), ord("~") + 1)]
@@ -37,7 +37,7 @@ def ids(*tokens):
     return [IDS[token] for token in tokens]
 
 
-def test_a_row_is_start_then_the_merged_words_then_end_then_padding(folder):
+def test_a_row_is_start_merged_words_end_padding(folder):
     rows = Tokenizer.from_folder(folder)(["cat on dog", ""])
     assert rows.shape == (2, 77) and rows.dtype == np.int32
     assert rows[0].tolist() == ids(START, "cat</w>", "on</w>", "dog</w>") + ids(END) * 73
@@ -48,7 +48,7 @@ def test_no_prompts_give_no_rows(folder):
     assert Tokenizer.from_folder(folder)([]).shape == (0, 77)
 
 
-def test_case_and_spaces_do_not_matter_and_words_are_split_at_punctuation(folder):
+def test_case_and_spaces_do_not_matter_and_punctuation_splits_words(folder):
     rows = Tokenizer.from_folder(folder)(["  Cat \n ON   dog! ", "cat on dog !", "cat on do g !"])
     assert (rows[0] == rows[1]).all() and (rows[1] != rows[2]).any()
     assert rows[2, 3:6].tolist() == ids("d", "o</w>", "g</w>")
@@ -63,21 +63,21 @@ def test_the_rows_are_those_of_transformers(folder):
     from transformers import CLIPTokenizer
 
     prompts = ["", "cat", "Cats, 3 dogs & a man's hat... (on:1.2)", "x" * 60, "cat " * 100]
-    theirs = CLIPTokenizer.from_pretrained(folder)(
+    expected = CLIPTokenizer.from_pretrained(folder)(
         prompts, padding="max_length", truncation=True, max_length=77, return_tensors="np"
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert (Tokenizer.from_folder(folder)(prompts) == theirs["input_ids"]).all()
+        assert (Tokenizer.from_folder(folder)(prompts) == expected["input_ids"]).all()
 
 
-def test_padding_is_what_the_folder_says(tmp_path):
+def test_the_folder_determines_the_padding(tmp_path):
     padded_with_zero = Tokenizer.from_folder(write_files(tmp_path / "t", pad_token="!", model_max_length=77))
     assert padded_with_zero.pad_id == 0
     assert padded_with_zero(["cat"])[0].tolist() == ids(START, "cat</w>", END) + [0] * 74
 
 
-def test_padding_may_stand_in_the_special_tokens_map_as_older_folders_have_it(tmp_path):
+def test_older_folders_set_padding_in_the_special_tokens_map(tmp_path):
     folder = write_files(tmp_path / "t")
     (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "!"}))
     assert Tokenizer.from_folder(folder)(["cat"])[0, -1] == 0
@@ -90,14 +90,14 @@ def test_a_prompt_that_fills_the_row_is_not_cut(folder):
     assert row[-1] == IDS[END] and (row[1:-1] == IDS["cat</w>"]).all()
 
 
-def test_a_longer_prompt_is_cut_and_the_warning_quotes_exactly_what_was_lost(folder):
+def test_a_long_prompt_is_cut_and_the_warning_quotes_the_lost_text(folder):
     with pytest.warns(UserWarning, match=r'78 tokens was cut to 75 .*lost: "Dog, ON"$') as warned:
         row = Tokenizer.from_folder(folder)(["cat " * 74 + "on Dog, ON"])[0]
     assert row[-2:].tolist() == ids("on</w>", END)
     assert len(warned) == 1
 
 
-def test_a_saved_folder_opens_to_the_same_ids_with_and_without_the_newer_file(tmp_path):
+def test_a_saved_folder_gives_the_same_ids_to_old_and_new_readers(tmp_path):
     prompts = ["cat! on dog", "Dog"]
     source = Tokenizer.from_folder(write_files(tmp_path / "a", pad_token="!", model_max_length=20))
     source.save(tmp_path / "b")
@@ -120,21 +120,20 @@ def test_a_vocabulary_without_the_end_token_is_refused_not_extended(tmp_path):
         Tokenizer.from_folder(folder)
 
 
-def test_one_string_is_refused(folder):
+def test_a_single_string_is_refused(folder):
     with pytest.raises(ValueError, match=r"\['cat'\]"):
         Tokenizer.from_folder(folder)("cat")
 
 
-def test_importing_and_reading_is_silent_without_pytorch_and_never_imports_it(folder):
+def test_reading_without_pytorch_is_silent_and_never_imports_it(folder):
     program = f"""
 import sys
 sys.modules["torch"] = None
 import importlib.util
 find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find_spec(name, *rest)
-from dmm_jax.checkpoints.write import copy_tokenizer
-from dmm_jax.text.tokenizer import Tokenizer, Tokenizers
-from dmm_jax.text.vocabulary import CLIP, CLIP_VOCAB_SIZE, OPEN_CLIP, clip_words, read_words
+import dmm_jax.checkpoints.write
+from dmm_jax.text.tokenizer import Tokenizer
 Tokenizer.from_folder({str(folder)!r})(["cat"])
 import transformers
 assert not transformers.is_torch_available()
@@ -144,22 +143,22 @@ assert not transformers.is_torch_available()
 
 
 def newer(folder, **changes):
-    """Leaves a folder as today's transformers saves it: tokenizer.json and tokenizer_config.json alone."""
+    """Rewrites a folder as today's transformers saves it: tokenizer.json and tokenizer_config.json alone."""
     from transformers import CLIPTokenizer
 
     config = json.loads((folder / "tokenizer_config.json").read_text())
     CLIPTokenizer.from_pretrained(folder).save_pretrained(folder)
     for name in ("vocab.json", "merges.txt", "special_tokens_map.json"):
         (folder / name).unlink(missing_ok=True)
-    said = json.loads((folder / "tokenizer.json").read_text())
-    said["model"] |= changes
-    (folder / "tokenizer.json").write_text(json.dumps(said))
+    contents = json.loads((folder / "tokenizer.json").read_text())
+    contents["model"] |= changes
+    (folder / "tokenizer.json").write_text(json.dumps(contents))
     assert config["pad_token"] == json.loads((folder / "tokenizer_config.json").read_text())["pad_token"]
     return folder
 
 
 @pytest.mark.parametrize("pad", [END, "!"])
-def test_a_folder_of_todays_transformers_gives_the_same_ids_and_the_same_digest(tmp_path, pad):
+def test_old_and_new_folders_give_the_same_ids_and_digest(tmp_path, pad):
     old = write_files(tmp_path / "old", pad_token=pad, model_max_length=77)
     new = newer(write_files(tmp_path / "new", pad_token=pad, model_max_length=77))
     assert sorted(path.name for path in new.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
@@ -174,21 +173,21 @@ def test_a_folder_of_todays_transformers_gives_the_same_ids_and_the_same_digest(
     assert (Tokenizer.from_folder(tmp_path / "copy")(prompts) == Tokenizer.from_folder(old)(prompts)).all()
 
 
-def test_merges_of_a_tokenizer_json_may_be_text_as_older_ones_have_them(tmp_path):
+def test_a_tokenizer_json_may_list_merges_as_text(tmp_path):
     folder = newer(write_files(tmp_path / "t", pad_token=END), merges=MERGES)
-    assert read_words(folder) == read_words(write_files(tmp_path / "old"))
+    assert read_bpe(folder) == read_bpe(write_files(tmp_path / "old"))
 
 
 @pytest.mark.parametrize(
-    "said", ["", "[]", "{}", '{"model": {"vocab": 3}}', '{"model": {"vocab": {"a": "b"}}}', "[" * 10**5]
+    "text", ["", "[]", "{}", '{"model": {"vocab": 3}}', '{"model": {"vocab": {"a": "b"}}}', "[" * 10**5]
 )
-def test_a_tokenizer_json_that_is_none_is_named(tmp_path, said):
-    (tmp_path / "tokenizer.json").write_text(said)
-    with pytest.raises(ValueError, match="tokenizer.json is no CLIP tokenizer's"):
+def test_a_malformed_tokenizer_json_is_named(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match="tokenizer.json is not a CLIP tokenizer's"):
         Tokenizer.from_folder(tmp_path)
 
 
-# Ids that OpenAI's own code gives, from its README and from the documentation of transformers.
+# Ids from OpenAI's own code: its README, and the documentation of transformers.
 PUBLISHED = {
     "a photo of a cat": [49406, 320, 1125, 539, 320, 2368, 49407],
     "a photo of a dog": [49406, 320, 1125, 539, 320, 1929, 49407],
@@ -197,27 +196,27 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("folder, pad", [(CLIP, 49407), (OPEN_CLIP, 0)])
-def test_clips_own_tokenizer_ships_and_gives_the_published_ids(folder, pad):
+def test_the_bundled_tokenizers_give_the_published_ids(folder, pad):
     tokenizer = Tokenizer.from_folder(folder)
-    assert tokenizer.vocab_size == CLIP_VOCAB_SIZE == len(set(clip_words().vocabulary.values()))
+    assert tokenizer.vocab_size == CLIP_VOCAB_SIZE == len(set(clip_bpe().vocabulary.values()))
     for prompt, row in zip(PUBLISHED, tokenizer(list(PUBLISHED)), strict=True):
         assert row.tolist() == PUBLISHED[prompt] + [pad] * (77 - len(PUBLISHED[prompt]))
 
 
-def test_clips_own_tokenizer_written_out_is_the_same_to_transformers(tmp_path):
+def test_a_copy_of_the_bundled_tokenizer_gives_transformers_the_same_ids(tmp_path):
     from transformers import CLIPTokenizer
 
     copy_tokenizer(OPEN_CLIP, tmp_path / "t")
-    assert read_words(tmp_path / "t") == clip_words()
+    assert read_bpe(tmp_path / "t") == clip_bpe()
     rng = np.random.default_rng(0)
     symbols = [chr(code) for code in [*range(32, 127), *range(0xA1, 0x180), 0x3B1, 0x4E2D, 0x1F600]]
     prompts = ["".join(rng.choice(symbols, size)) for size in rng.integers(1, 30, 100)]
-    theirs = CLIPTokenizer.from_pretrained(tmp_path / "t")(prompts, padding="max_length", return_tensors="np")
-    assert (Tokenizer.from_folder(OPEN_CLIP)(prompts) == theirs["input_ids"]).all()
+    expected = CLIPTokenizer.from_pretrained(tmp_path / "t")(prompts, padding="max_length", return_tensors="np")
+    assert (Tokenizer.from_folder(OPEN_CLIP)(prompts) == expected["input_ids"]).all()
 
 
 @pytest.mark.parametrize("name, text", [("vocab.json", "{"), ("vocab.json", "[]"), ("merges.txt", "one\n")])
-def test_files_that_are_broken_are_told_with_their_folder(folder, name, text):
+def test_errors_in_broken_files_name_the_folder(folder, name, text):
     (folder / name).write_text(text)
-    with pytest.raises(ValueError, match=f"{folder}.* (cannot be read|is no CLIP tokenizer's)"):
+    with pytest.raises(ValueError, match=f"{folder}.* (cannot be read|is not a CLIP tokenizer's)"):
         Tokenizer.from_folder(folder)

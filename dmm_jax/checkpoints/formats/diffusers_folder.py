@@ -12,7 +12,7 @@ from dmm_jax.checkpoints.checkpoint import Checkpoint, Component, Place
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats.safetensors_io import PICKLES, TensorFile, Tensors, refuse_pickle
 from dmm_jax.runtime.errors import UserError
-from dmm_jax.text.vocabulary import has_words
+from dmm_jax.text.vocabulary import has_tokenizer
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
@@ -58,7 +58,7 @@ def open_folder(path: pathlib.Path) -> Checkpoint:
         kind="dmm" if merged or index.get("_class_name") == "StableDiffusionDMMPipeline" else "diffusers",
         components=components,
         scheduler_config=read_json(scheduler) if scheduler.is_file() else scheduler_config(family),
-        **{name: folder if has_words(folder) else None for name, folder in tokenizers.items()},
+        **{name: folder if has_tokenizer(folder) else None for name, folder in tokenizers.items()},
         styles=_style_names(path, unet, metadata) if merged else None,
         files=tuple(files),
         license=licenses.stated(metadata, path),
