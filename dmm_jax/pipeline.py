@@ -294,6 +294,11 @@ class Pipeline:
         return latents
 
 
+def default_dtype() -> str:
+    """Returns the compute dtype for this machine: bfloat16 on accelerators, float32 on CPUs."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 def _keys(seeds, batch_size):
     """Returns one random key per image; seeds default to 0, 1, ..."""
     seeds = arguments.each("seeds", range(batch_size) if seeds is None else seeds, batch_size)

@@ -281,7 +281,7 @@ def build_sampler(config, base, names, student_config, mesh, workdir):
     """Returns `f(step, params)` that writes samples/step_N.png: prompts down, styles across; None if not asked for."""
     if not config.samples.every:
         return None
-    from dmm_jax.gallery import images
+    from dmm_jax.gallery.grid import labelled_grid
     from dmm_jax.pipeline import Pipeline, cast_params
 
     dtype = jnp.dtype(config.dtype)
@@ -296,7 +296,7 @@ def build_sampler(config, base, names, student_config, mesh, workdir):
         if not first:
             return
         pictures = pipeline.with_unet(here)(prompts, styles=names * len(config.samples.prompts), **options)
-        grid = images.labelled_grid(
+        grid = labelled_grid(
             pictures.reshape((-1, len(names)) + pictures.shape[1:]), list(config.samples.prompts), names
         )
         (workdir / "samples").mkdir(exist_ok=True)

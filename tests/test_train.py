@@ -20,7 +20,7 @@ from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.states import StateStore
 from dmm_jax.config import options as config_lib
 from dmm_jax.data.cache import LatentCache
-from dmm_jax.gallery import images
+from dmm_jax.gallery.grid import labelled_grid
 from dmm_jax.pipeline import Pipeline
 from dmm_jax.runtime import processes
 from dmm_jax.runtime.metrics import read
@@ -305,7 +305,7 @@ def test_sample_grids_show_the_average_prompts_down_styles_across(with_ema_and_s
     pipeline = Pipeline.from_pretrained(with_ema_and_samples)
     prompts = [prompt for prompt in ("a star", "a square") for _ in worlds.NAMES]
     pictures = pipeline(prompts, styles=list(worlds.NAMES) * 2, num_inference_steps=2, solver="dpmpp_2m")
-    grid = images.labelled_grid(pictures.reshape(2, 2, *pictures.shape[1:]), ["a star", "a square"], worlds.NAMES)
+    grid = labelled_grid(pictures.reshape(2, 2, *pictures.shape[1:]), ["a star", "a square"], worlds.NAMES)
     with Image.open(with_ema_and_samples / "samples" / "step_0000003.png") as drawn:
         assert drawn.size == grid.size
         assert np.abs(np.asarray(drawn.convert("RGB"), int) - np.asarray(grid.convert("RGB"), int)).max() <= 1

@@ -18,7 +18,7 @@ from dmm_jax.data.prepare import IMAGES_AT_ONCE, build_encoder
 from dmm_jax.data.sources import FolderSource
 from dmm_jax.distill import style_learning as fitting
 from dmm_jax.distill.step import Objective
-from dmm_jax.pipeline import Pipeline
+from dmm_jax.pipeline import Pipeline, default_dtype
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import check_writable
 
@@ -58,7 +58,7 @@ def fit_style(
     arguments.number("--learning-rate", learning_rate, 0.0)
     if not 0 <= prompt_dropout < 1:
         raise UserError(f"--prompt-dropout must lie in [0, 1); got {prompt_dropout}.")
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = dtype or default_dtype()
     pipeline = Pipeline.from_pretrained(model, dtype=dtype, base=base)
     weights = _start(pipeline, name, start)
     side = resolution or pipeline.unet.merged().config["sample_size"] * pipeline.vae_scale_factor

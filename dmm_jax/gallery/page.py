@@ -31,12 +31,12 @@ summary { cursor: pointer; color: var(--soft); font-size: .84rem; }
 
 
 def escape(text: object) -> str:
-    """Returns `text` fit to stand in HTML, quotes included."""
+    """Returns `text` escaped for HTML, quotes included."""
     return html.escape(str(text), quote=True)
 
 
 def render(title: str, body: str, style: str = "") -> str:
-    """Returns a complete HTML page. `title` is escaped here; `body` is HTML and `style` CSS, written by the caller."""
+    """Returns a complete HTML page with a plain-text title, an HTML body and extra CSS."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

@@ -1,79 +1,95 @@
-"""`dmm-jax sample`: prompts down, styles across; PNGs with their parameters inside, a grid, an index page."""
+"""Pictures of every prompt in every style, each with the parameters that draw it again."""
 
-import pathlib
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
-import jax
 import numpy as np
-from tqdm import tqdm
+from jaxtyping import UInt8
 
-from dmm_jax.config.styles import Style, parse_style
-from dmm_jax.data.prompts import read_prompts
-from dmm_jax.gallery import images
+from dmm_jax.config import arguments
+from dmm_jax.config.styles import Style
+from dmm_jax.gallery.png import Parameters
 from dmm_jax.pipeline import Pipeline
-from dmm_jax.runtime.errors import UserError
-from dmm_jax.runtime.storage import check_output
+
+
+class Samples(NamedTuple):
+    """Pictures and their parameters, row after row: one row per prompt, one column per style."""
+
+    images: UInt8[np.ndarray, "n H W 3"]
+    parameters: list[Parameters]
 
 
 def sample(
-    model: str,
-    prompts: pathlib.Path,
-    style: Sequence[str],
-    out: pathlib.Path,
-    base: str | None,
-    negative_prompt: str | None,
-    seed: int,
-    steps: int,
-    guidance_scale: float,
-    solver: str,
-    height: int,
-    width: int,
-    batch_size: int,
-    dtype: str,
-    extra_style: Sequence[pathlib.Path] = (),
-    prediction_type: str = "",
-) -> pathlib.Path:
-    """Draws every prompt in every style and returns the path of the index page; arguments as on the command line.
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    styles: Sequence[Style] = (),
+    *,
+    negative_prompt: str | None = None,
+    seed: int = 0,
+    height: int = 0,
+    width: int = 0,
+    num_inference_steps: int = 25,
+    guidance_scale: float = 7.0,
+    solver: str = "dpmpp_2m",
+    batch_size: int = 8,
+    progress: Callable[..., Iterable] = lambda batches, total: batches,
+) -> Samples:
+    """Draws every prompt in every style.
+
+    Args:
+      styles: names, mixes or schedules; by default all styles of the pipeline, and none for a stock checkpoint.
+      negative_prompt: for every picture; None is not the same as "" for Stable Diffusion XL.
+      seed: the first prompt's; the next prompt has seed + 1. All styles share a prompt's seed.
+      height, width: pixels; 0 is the size that the model was trained at.
+      batch_size: images computed at once.
+      progress: wraps the iterator of batches, as `tqdm(batches, total=...)` does.
 
     Raises:
-      ValueError: the model, a style, the prompts or the output folder cannot be used.
+      ValueError: a style or an option does not fit the pipeline.
     """
-    out = check_output(out)
-    lines = read_prompts(prompts)
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1; got {batch_size}.")
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    source = {"base": base, "extra_styles": extra_style, "prediction_type": prediction_type}
-    pipeline = Pipeline.from_pretrained(model, dtype=dtype, **source)
-    for line in pipeline.source.loans:
-        print(line, file=sys.stderr, flush=True)
-    given = [parse_style(text, pipeline.schedule.num_train_timesteps) for text in style]
-    styles: list[Style] = given or list(pipeline.styles) or [None]
-    labels = list(style) or list(pipeline.styles) or [pipeline.name]
-    # Unknown names, and schedules with gaps, are told before anything is drawn.
-    pipeline.style_weights(styles, len(styles), timesteps=np.zeros(1))
-    jobs = [(prompt, one, seed + row) for row, prompt in enumerate(lines) for one in styles]
-    told = {"solver": solver, "guidance_scale": guidance_scale}
-    options = told | {"num_inference_steps": steps, "height": height, "width": width}
-    drawn = draw(pipeline, jobs, min(batch_size, len(jobs)), negative_prompts=negative_prompt, **options)
-    pictures = np.concatenate([batch for batch, _ in tqdm(drawn, total=-(-len(jobs) // batch_size), disable=None)])
-    told |= {"negative_prompt": negative_prompt or "", "steps": steps, "model": pipeline.name}
-    told |= {"height": pictures.shape[1], "width": pictures.shape[2], "model_hash": pipeline.source.digest("unet")[:10]}
-    parameters = [images.Parameters(prompt=prompt, seed=number, styles=one, **told) for prompt, one, number in jobs]
-    return images.write_gallery(out, pictures, parameters, row_labels=lines, column_labels=labels)
+    arguments.whole("batch_size", batch_size, 1)
+    styles = list(styles) or list(pipeline.styles) or [None]
+    pipeline.style_weights(styles, len(styles), timesteps=np.zeros(1))  # Refuses wrong styles before any drawing.
+    jobs = [(prompt, style, seed + row) for row, prompt in enumerate(prompts) for style in styles]
+    options = {"solver": solver, "guidance_scale": guidance_scale}
+    batches = draw(
+        pipeline,
+        jobs,
+        min(batch_size, len(jobs)),
+        negative_prompts=negative_prompt,
+        num_inference_steps=num_inference_steps,
+        height=height,
+        width=width,
+        **options,
+    )
+    images = np.concatenate([batch for batch, _ in progress(batches, total=-(-len(jobs) // batch_size))])
+    shared = options | {
+        "negative_prompt": negative_prompt or "",
+        "steps": num_inference_steps,
+        "height": images.shape[1],
+        "width": images.shape[2],
+        "model": pipeline.name,
+        "model_hash": pipeline.source.digest("unet")[:10],
+    }
+    parameters = [
+        Parameters(prompt=prompt, seed=prompt_seed, styles=style, **shared) for prompt, style, prompt_seed in jobs
+    ]
+    return Samples(images, parameters)
 
 
 def draw(
     pipeline: Pipeline, jobs: Sequence[tuple[str, Style, int]], batch_size: int, **options
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields pictures uint8 and latents of (prompt, style, seed) jobs, batch by batch.
+    """Yields images (uint8) and latents of (prompt, style, seed) jobs, batch by batch.
 
-    The last batch is filled up, so that one compiled program serves all.
+    The last job fills up the last batch, so that all batches share one compiled program.
+
+    Args:
+      options: further arguments of the pipeline.
     """
-    for first in range(0, len(jobs), batch_size):
-        part = list(jobs[first : first + batch_size])
-        full = part + [part[-1]] * (batch_size - len(part))
-        prompts, styles, seeds = zip(*full, strict=True)
-        latents = pipeline(list(prompts), styles=list(styles), seeds=list(seeds), output="latents", **options)
-        yield np.asarray(pipeline.decode(latents))[: len(part)], latents[: len(part)]
+    for start in range(0, len(jobs), batch_size):
+        batch = list(jobs[start : start + batch_size])
+        padded = batch + [batch[-1]] * (batch_size - len(batch))
+        prompts, styles, seeds = map(list, zip(*padded, strict=True))
+        latents = pipeline(prompts, styles=styles, seeds=seeds, output="latents", **options)
+        yield np.asarray(pipeline.decode(latents))[: len(batch)], latents[: len(batch)]

@@ -10,9 +10,12 @@ from dmm_jax import train
 from dmm_jax.checkpoints.export import export
 from dmm_jax.checkpoints.inspect import inspect, render
 from dmm_jax.config import checks
+from dmm_jax.config.styles import parse_style
 from dmm_jax.data.prepare import prepare_images
 from dmm_jax.evaluation.evaluate import evaluate
+from dmm_jax.gallery.gallery import write_gallery
 from dmm_jax.gallery.sample import sample
+from dmm_jax.pipeline import Pipeline, default_dtype
 from dmm_jax.runtime.storage import check_output
 
 MIX = "comic=0.5,neon=0.5"
@@ -51,25 +54,19 @@ def demo(workdir: pathlib.Path, config) -> pathlib.Path:
 
 
 def _sample(config, workdir: pathlib.Path) -> pathlib.Path:
-    prompts = workdir / "prompts.txt"
-    prompts.write_text("\n".join(config.samples.prompts) + "\n", encoding="utf-8")
-    styles = [*(name for name, _ in config.teachers), MIX]
-    return sample(
-        model=str(workdir / "export" / "dmm"),
-        prompts=prompts,
-        style=styles,
-        out=workdir / "samples" / "gallery",
-        base=None,
+    prompts, styles = list(config.samples.prompts), [*(name for name, _ in config.teachers), MIX]
+    pipeline = Pipeline.from_pretrained(workdir / "export" / "dmm", dtype=default_dtype())
+    samples = sample(
+        pipeline,
+        prompts,
+        list(map(parse_style, styles)),
         negative_prompt="",
-        seed=0,
-        steps=config.samples.num_inference_steps,
+        num_inference_steps=config.samples.num_inference_steps,
         guidance_scale=config.samples.guidance_scale,
         solver=config.samples.solver,
-        height=0,
-        width=0,
-        batch_size=len(styles) * len(config.samples.prompts),
-        dtype="",
+        batch_size=len(styles) * len(prompts),
     )
+    return write_gallery(workdir / "samples" / "gallery", *samples, row_labels=prompts, column_labels=styles)
 
 
 @contextlib.contextmanager

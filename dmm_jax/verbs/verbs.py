@@ -5,6 +5,7 @@ What a verb needs is imported as it runs, so that `--help` and `inspect` start w
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -272,10 +273,43 @@ def _sample_arguments(verb):
 
 
 def _sample(args):
-    from dmm_jax.gallery.sample import sample
+    from tqdm import tqdm
 
+    from dmm_jax.config.styles import parse_style
+    from dmm_jax.data.prompts import read_prompts
+    from dmm_jax.gallery.gallery import write_gallery
+    from dmm_jax.gallery.sample import sample
+    from dmm_jax.pipeline import Pipeline, default_dtype
+    from dmm_jax.runtime.storage import check_output
+
+    check_output(args.out)
+    prompts = read_prompts(args.prompts)
     _keep_programs()
-    print(sample(**_options(args)))
+    pipeline = Pipeline.from_pretrained(
+        args.model,
+        dtype=args.dtype or default_dtype(),
+        base=args.base,
+        extra_styles=args.extra_style,
+        prediction_type=args.prediction_type,
+    )
+    for line in pipeline.source.loans:
+        _say(line)
+    samples = sample(
+        pipeline,
+        prompts,
+        [parse_style(text, pipeline.schedule.num_train_timesteps) for text in args.style],
+        negative_prompt=args.negative_prompt,
+        seed=args.seed,
+        height=args.height,
+        width=args.width,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        solver=args.solver,
+        batch_size=args.batch_size,
+        progress=functools.partial(tqdm, disable=None),
+    )
+    labels = args.style or list(pipeline.styles) or [pipeline.name]
+    print(write_gallery(args.out, *samples, row_labels=prompts, column_labels=labels))
 
 
 def _evaluate_arguments(verb):

@@ -12,7 +12,7 @@ import pytest
 from dmm_jax.checkpoints.formats import safetensors_io
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
 from dmm_jax.config.files import read_config
-from dmm_jax.gallery import sample
+from dmm_jax.pipeline import Pipeline
 from dmm_jax.verbs import main as cli
 from dmm_jax.verbs import verbs
 
@@ -357,19 +357,18 @@ def test_what_a_model_takes_from_elsewhere_is_said_before_anything_is_drawn(caps
     (tmp_path / "prompts.txt").write_text("a cat\n")
     opened = {}
 
-    class Pipeline:
+    class Opened:
         source = types.SimpleNamespace(loans=["X holds no vae: the base's is used."])
-
-        @classmethod
-        def from_pretrained(cls, path, **options):
-            opened.update(options)
-            return cls()
 
         @property
         def schedule(self):
             raise ValueError("far enough")
 
-    monkeypatch.setattr(sample, "Pipeline", Pipeline)
+    def from_pretrained(path, **options):
+        opened.update(options)
+        return Opened()
+
+    monkeypatch.setattr(Pipeline, "from_pretrained", from_pretrained)
     said = failing(
         capsys, "sample", "X", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "o", "--style", "a",
         "--base", "B", "--prediction-type", "v_prediction",
