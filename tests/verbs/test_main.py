@@ -13,6 +13,7 @@ from dmm_jax.checkpoints.formats import safetensors_io
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
 from dmm_jax.config.files import read_config
 from dmm_jax.pipeline import Pipeline
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.verbs import main as cli
 from dmm_jax.verbs import verbs
 
@@ -362,7 +363,7 @@ def test_what_a_model_takes_from_elsewhere_is_said_before_anything_is_drawn(caps
 
         @property
         def schedule(self):
-            raise ValueError("far enough")
+            raise UserError("far enough")
 
     def from_pretrained(path, **options):
         opened.update(options)
