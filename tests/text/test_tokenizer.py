@@ -203,7 +203,7 @@ def test_the_bundled_tokenizers_give_the_published_ids(folder, pad):
         assert row.tolist() == PUBLISHED[prompt] + [pad] * (77 - len(PUBLISHED[prompt]))
 
 
-def test_a_copy_of_the_bundled_tokenizer_gives_transformers_the_same_ids(tmp_path):
+def test_a_copy_of_the_bundled_tokenizer_gives_the_same_ids(tmp_path):
     from transformers import CLIPTokenizer
 
     copy_tokenizer(OPEN_CLIP, tmp_path / "t")

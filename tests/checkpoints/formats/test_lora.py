@@ -1,7 +1,7 @@
 """A LoRA folded into its base is the base plus weight * alpha / rank * up @ down, however its keys are spelled.
 
-The documented rule is tested, computed anew in PyTorch, and beside what diffusers' own fuse_lora and ComfyUI's code
-(test_comfyui.py) make of the same files.
+PyTorch computes the documented rule independently; diffusers' own fuse_lora and ComfyUI's code (test_comfyui.py) fold
+the same files.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints import write as export
 from dmm_jax.checkpoints.compare import check_mergeable
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.checkpoints.formats import lora
+from dmm_jax.checkpoints.formats import lora, low_rank
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
 from dmm_jax.checkpoints.inspect import inspect, render
 from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
@@ -32,7 +32,7 @@ CONV_3 = "down_blocks.0.resnets.0.conv1"
 TEXT = "text_model.encoder.layers.0.self_attn.q_proj"
 RANK, ALPHA = 3, 2.0
 LAYERS = (("unet", DENSE), ("unet", CONV_1), ("unet", CONV_3), ("text_encoder", TEXT))
-LDM = {  # Read off the published layout by hand, for a UNet of one layer per level.
+LDM = {  # Copied by hand from the published layout, for a UNet with one layer per level.
     DENSE: "input_blocks_1_1_transformer_blocks_0_attn1_to_q", CONV_1: "middle_block_1_proj_in",
     CONV_3: "input_blocks_1_0_in_layers_2",
 }  # fmt: skip
@@ -56,7 +56,7 @@ def bare(component, layer):
 
 
 def as_processor(component, layer):
-    """Names a layer as diffusers did in its first LoRA files; only attention had one then."""
+    """Names a layer as diffusers' first LoRA files do; they change attention only."""
     if component != "unet":
         return f"{component}.{layer.replace('q_proj', 'to_q')}"
     return f"unet.{layer.replace('.attn1.', '.attn1.processor.').removesuffix('.0')}"
@@ -94,12 +94,12 @@ STYLES = {
 def factors(checkpoint, layers=LAYERS, seed=0):
     """Returns {(network, layer): (up, down)}: random, of the shapes that kohya and LoCon give them."""
     rng = np.random.default_rng(seed)
-    found = {}
+    updates = {}
     for component, layer in layers:
         out, into, *kernel = checkpoint.shapes(component)[f"{layer}.weight"]
         shapes = (out, RANK, *[1] * len(kernel)), (RANK, into, *kernel)
-        found[component, layer] = tuple(rng.normal(0, 0.3, shape).astype(np.float32) for shape in shapes)
-    return found
+        updates[component, layer] = tuple(rng.normal(0, 0.3, shape).astype(np.float32) for shape in shapes)
+    return updates
 
 
 def tucker(checkpoint, seed=3):
@@ -110,10 +110,10 @@ def tucker(checkpoint, seed=3):
     return {role: rng.normal(0, 0.3, shape).astype(np.float32) for role, shape in shapes.items()}
 
 
-def tensors_of(found, style="kohya", alpha=ALPHA):
+def tensors_of(updates, style="kohya", alpha=ALPHA):
     name, up_end, down_end = STYLES[style]
     tensors = {}
-    for (component, layer), (up, down) in found.items():
+    for (component, layer), (up, down) in updates.items():
         key = name(component, layer)
         tensors |= {key + up_end: up, key + down_end: down}
         if alpha is not None:
@@ -127,19 +127,19 @@ def write(path, tensors, metadata=None):
 
 
 def expected(array, *terms):
-    """Returns the folded tensor, by PyTorch: a convolution's update is both factors, one after the other."""
+    """Returns the folded tensor, computed by PyTorch: a convolution's update applies both factors in sequence."""
     array = torch.tensor(np.array(array, np.float64))
     for scale, up, down in terms:
         up, down = (torch.tensor(factor.astype(np.float64)) for factor in (up, down))
         if array.ndim == 2:
             update = up @ down
         else:
-            # A delta on each input channel, seen through both convolutions, is the kernel turned round.
+            # The response of both convolutions to a unit impulse per input channel is the kernel, mirrored.
             size = array.shape[-1]
-            deltas = torch.zeros(array.shape[1], array.shape[1], 2 * size - 1, 2 * size - 1, dtype=torch.float64)
-            deltas[range(len(deltas)), range(len(deltas)), size - 1, size - 1] = 1
-            seen = torch.nn.functional.conv2d(torch.nn.functional.conv2d(deltas, down), up)
-            update = seen.flip(-1, -2).transpose(0, 1)
+            impulses = torch.zeros(array.shape[1], array.shape[1], 2 * size - 1, 2 * size - 1, dtype=torch.float64)
+            impulses[range(len(impulses)), range(len(impulses)), size - 1, size - 1] = 1
+            response = torch.nn.functional.conv2d(torch.nn.functional.conv2d(impulses, down), up)
+            update = response.flip(-1, -2).transpose(0, 1)
         array = array + scale * update
     return array.numpy()
 
@@ -150,9 +150,9 @@ def stored(checkpoint, component, layer):
     return tensors[naming.spellings(tensors)[f"{layer}.weight"]]
 
 
-def assert_close(found, wanted):
-    assert found.dtype == np.float32 and found.shape == wanted.shape
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
+def assert_close(actual, desired):
+    assert actual.dtype == np.float32 and actual.shape == desired.shape
+    np.testing.assert_allclose(actual, desired, rtol=0, atol=1e-6 * np.abs(desired).max())
 
 
 @pytest.fixture(scope="module")
@@ -163,19 +163,19 @@ def base(folder):
 @pytest.mark.parametrize("component, layer", LAYERS)
 @pytest.mark.parametrize("alpha", [ALPHA, None])
 def test_a_folded_tensor_is_the_base_and_the_scaled_product(folder, base, tmp_path, component, layer, alpha):
-    found = factors(base)
-    path = write(tmp_path / "one.safetensors", tensors_of(found, alpha=alpha))
+    updates = factors(base)
+    path = write(tmp_path / "one.safetensors", tensors_of(updates, alpha=alpha))
     folded = stored(open_checkpoint(f"{folder} + {path}*0.8"), component, layer)
     scale = 0.8 * (1.0 if alpha is None else alpha / RANK)
-    assert_close(folded, expected(stored(base, component, layer), (scale, *found[component, layer])))
+    assert_close(folded, expected(stored(base, component, layer), (scale, *updates[component, layer])))
 
 
-def test_loras_add_up_by_their_weights_and_the_rest_stays_as_stored(folder, base, tmp_path):
-    one, two = factors(base, seed=1), factors(base, LAYERS[:1], seed=2)
-    first = write(tmp_path / "one.safetensors", tensors_of(one))
-    second = write(tmp_path / "two.safetensors", tensors_of(two, "PEFT", alpha=None))
+def test_loras_add_up_and_other_tensors_stay_as_stored(folder, base, tmp_path):
+    ink, neon = factors(base, seed=1), factors(base, LAYERS[:1], seed=2)
+    first = write(tmp_path / "one.safetensors", tensors_of(ink))
+    second = write(tmp_path / "two.safetensors", tensors_of(neon, "PEFT", alpha=None))
     folded = open_checkpoint(f"{folder} + {first}*-0.5 + {second}")
-    terms = (-0.5 * ALPHA / RANK, *one[LAYERS[0]]), (1.0, *two[LAYERS[0]])
+    terms = (-0.5 * ALPHA / RANK, *ink[LAYERS[0]]), (1.0, *neon[LAYERS[0]])
     assert_close(stored(folded, "unet", DENSE), expected(stored(base, "unet", DENSE), *terms))
     touched = {f"{layer}.weight" for component, layer in LAYERS if component == "unet"}
     before, after = base.tensors("unet"), folded.tensors("unet")
@@ -186,24 +186,24 @@ def test_loras_add_up_by_their_weights_and_the_rest_stays_as_stored(folder, base
 def test_diffusers_fuses_the_same_file_to_the_same_values(folder, base, tmp_path, style):
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("peft")
-    # By the output layer diffusers knows kohya's text encoders.
-    found = factors(base, (*LAYERS, ("text_encoder", TEXT.replace("q_proj", "out_proj"))))
-    path = write(tmp_path / "ink.safetensors", tensors_of(found, style, ALPHA if style == "kohya" else None))
+    # diffusers recognises kohya's text encoders by the output layer.
+    updates = factors(base, (*LAYERS, ("text_encoder", TEXT.replace("q_proj", "out_proj"))))
+    path = write(tmp_path / "ink.safetensors", tensors_of(updates, style, ALPHA if style == "kohya" else None))
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
     pipe.load_lora_weights(tmp_path, weight_name=path.name, local_files_only=True)
     pipe.fuse_lora(lora_scale=0.8)
     pipe.unload_lora_weights()
-    ours = open_checkpoint(f"{folder} + {path}*0.8")
+    folded = open_checkpoint(f"{folder} + {path}*0.8")
     for component in ("unet", "text_encoder"):
-        theirs, found = getattr(pipe, component).state_dict(), ours.tensors(component)
-        names = naming.spellings(found)
-        theirs = {key: tensor.numpy() for key, tensor in theirs.items() if "position_ids" not in key}
-        assert set(naming.spellings(theirs)) == set(names)
-        for key, name in naming.spellings(theirs).items():
-            assert_close(np.asarray(found[names[key]]), theirs[name])
+        fused, tensors = getattr(pipe, component).state_dict(), folded.tensors(component)
+        names = naming.spellings(tensors)
+        fused = {key: tensor.numpy() for key, tensor in fused.items() if "position_ids" not in key}
+        assert set(naming.spellings(fused)) == set(names)
+        for key, name in naming.spellings(fused).items():
+            assert_close(np.asarray(tensors[names[key]]), fused[name])
 
 
-def test_tucker_is_three_convolutions_in_a_row(folder, base, tmp_path):
+def test_tucker_is_three_convolutions_in_sequence(folder, base, tmp_path):
     rng = np.random.default_rng(4)
     array, parts = base.tensors("unet")[f"{CONV_3}.weight"], tucker(base)
     into, name = array.shape[1], kohya("unet", CONV_3)
@@ -211,59 +211,59 @@ def test_tucker_is_three_convolutions_in_a_row(folder, base, tmp_path):
     folded = open_checkpoint(f"{folder} + {path}").tensors("unet")[f"{CONV_3}.weight"]
     images = torch.tensor(rng.normal(0, 1, (2, into, 8, 8)).astype(np.float32))
     conv = torch.nn.functional.conv2d
-    wanted = conv(images, torch.tensor(np.array(array)), padding=1)
-    through = conv(images, torch.tensor(parts["down"]))
-    wanted = wanted + conv(conv(through, torch.tensor(parts["mid"]), padding=1), torch.tensor(parts["up"]))
-    found = conv(images, torch.tensor(folded), padding=1)
-    assert torch.abs(found - wanted).max() < 1e-5 * torch.abs(wanted).max()
+    desired = conv(images, torch.tensor(np.array(array)), padding=1)
+    reduced = conv(images, torch.tensor(parts["down"]))
+    desired = desired + conv(conv(reduced, torch.tensor(parts["mid"]), padding=1), torch.tensor(parts["up"]))
+    actual = conv(images, torch.tensor(folded), padding=1)
+    assert torch.abs(actual - desired).max() < 1e-5 * torch.abs(desired).max()
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_every_spelling_of_the_keys_gives_the_same(folder, base, tmp_path, style):
-    found = factors(base)
-    wanted = open_checkpoint(f"{folder} + {write(tmp_path / 'a.safetensors', tensors_of(found))}")
-    other = open_checkpoint(f"{folder} + {write(tmp_path / 'b.safetensors', tensors_of(found, style))}")
+def test_every_spelling_of_the_keys_gives_the_same_tensors(folder, base, tmp_path, style):
+    updates = factors(base)
+    kohyas = open_checkpoint(f"{folder} + {write(tmp_path / 'a.safetensors', tensors_of(updates))}")
+    other = open_checkpoint(f"{folder} + {write(tmp_path / 'b.safetensors', tensors_of(updates, style))}")
     assert other.loras[0].networks == {"unet": 3, "text_encoder": 1}
     for component in ("unet", "text_encoder"):
-        assert other.digest(component) == wanted.digest(component) != base.digest(component)
+        assert other.digest(component) == kohyas.digest(component) != base.digest(component)
 
 
-def test_attentions_last_layer_has_no_number_in_diffusers_first_files(folder, base, tmp_path):
+def test_diffusers_first_files_name_the_output_layer_without_a_number(folder, base, tmp_path):
     layer = DENSE.replace("to_q", "to_out.0")
-    found = factors(base, [("unet", layer)])
-    path = write(tmp_path / "old.safetensors", tensors_of(found, "diffusers' first, without unet", alpha=None))
+    updates = factors(base, [("unet", layer)])
+    path = write(tmp_path / "old.safetensors", tensors_of(updates, "diffusers' first, without unet", alpha=None))
     assert f"{layer.replace('.attn1.', '.attn1.processor.').removesuffix('.0')}_lora.up.weight" in TensorFile(path)
     folded = stored(open_checkpoint(f"{folder} + {path}"), "unet", layer)
-    assert_close(folded, expected(stored(base, "unet", layer), (1.0, *found["unet", layer])))
+    assert_close(folded, expected(stored(base, "unet", layer), (1.0, *updates["unet", layer])))
     with pytest.raises(CheckpointError, match="is a LoRA.*'BASE [+] .*old.safetensors[*]0.8'"):
         open_checkpoint(path)
 
 
-def test_pefts_own_files_take_alpha_from_the_file_beside_them(folder, base, tmp_path):
-    found = factors(base, LAYERS[:1])
-    path = write(tmp_path / "adapter_model.safetensors", tensors_of(found, "PEFT's own", alpha=None))
-    with pytest.raises(CheckpointError, match="needs adapter_config.json beside it"):
+def test_pefts_own_files_take_alpha_from_adapter_config_json(folder, base, tmp_path):
+    updates = factors(base, LAYERS[:1])
+    path = write(tmp_path / "adapter_model.safetensors", tensors_of(updates, "PEFT's own", alpha=None))
+    with pytest.raises(CheckpointError, match="needs adapter_config.json"):
         open_checkpoint(f"{folder} + {path}")
     config = tmp_path / "adapter_config.json"
     config.write_text(json.dumps({"lora_alpha": 6, "r": RANK}))
     folded = stored(open_checkpoint(f"{folder} + {path}"), "unet", DENSE)
-    assert_close(folded, expected(stored(base, "unet", DENSE), (6 / RANK, *found[LAYERS[0]])))
-    for said in ('{"lora_alpha": 6, "use_rslora": true}', "{", '{"lora_alpha": []}', "[" * 10**5):
-        config.write_text(said)
+    assert_close(folded, expected(stored(base, "unet", DENSE), (6 / RANK, *updates[LAYERS[0]])))
+    for text in ('{"lora_alpha": 6, "use_rslora": true}', "{", '{"lora_alpha": []}', "[" * 10**5):
+        config.write_text(text)
         with pytest.raises(CheckpointError, match="use_rslora|adapter_config.json cannot be read"):
             open_checkpoint(f"{folder} + {path}")
 
 
-def test_a_lora_of_text_encoders_on_a_file_without_them_changes_the_bases(folder, base, recipe, tmp_path):
+def test_a_lora_may_change_text_encoders_that_only_the_base_holds(folder, base, recipe, tmp_path):
     alone = export.write_single_file(tmp_path / "unet.safetensors", unet_alone(base), "float32", recipe)
     text = f"{alone} + {write(tmp_path / 'ink.safetensors', tensors_of(factors(base)))}"
     with pytest.raises(CheckpointError, match="unknown"):
         open_checkpoint(text)
-    whole = open_checkpoint(f"{folder} + {tmp_path / 'ink.safetensors'}")
+    complete = open_checkpoint(f"{folder} + {tmp_path / 'ink.safetensors'}")
     config = config_lib.get_config()
     config.base, config.teachers = str(folder), (("ink", text),)
     for teacher in (incremental.origins(config)["ink"], open_teacher(text, folder)):
-        assert teacher.digest("text_encoder") == whole.digest("text_encoder") != base.digest("text_encoder")
+        assert teacher.digest("text_encoder") == complete.digest("text_encoder") != base.digest("text_encoder")
         check_mergeable(base, {"ink": teacher})
     report = inspect([folder, pathlib.Path(text)])
     assert report["mergeable"] and report["checkpoints"][1]["loans"] == []
@@ -277,16 +277,16 @@ def test_the_second_text_encoder_and_xls_own_names_are_matched(tmp_path):
     folder = families.write_stock(tmp_path / "xl", "sdxl", 0)
     xl = open_checkpoint(folder)
     layers = [("text_encoder", TEXT), ("text_encoder_2", TEXT)]
-    found = factors(xl, [*layers, ("unet", "add_embedding.linear_1")])
-    tensors = {key.replace("lora_te_", "lora_te1_"): array for key, array in tensors_of(found).items()}
+    updates = factors(xl, [*layers, ("unet", "add_embedding.linear_1")])
+    tensors = {key.replace("lora_te_", "lora_te1_"): array for key, array in tensors_of(updates).items()}
     tensors = {key.replace("add_embedding_linear_1", "label_emb_0_0"): array for key, array in tensors.items()}
-    one = open_checkpoint(f"{folder} + {write(tmp_path / 'a.safetensors', tensors)}")
-    two = open_checkpoint(f"{folder} + {write(tmp_path / 'b.safetensors', tensors_of(found, 'PEFT'))}")
-    assert one.loras[0].networks == {"unet": 1, "text_encoder": 1, "text_encoder_2": 1}
-    for component, layer in found:
-        terms = (ALPHA / RANK, *found[component, layer])
-        assert_close(stored(one, component, layer), expected(stored(xl, component, layer), terms))
-        assert one.digest(component) == two.digest(component)
+    kohyas = open_checkpoint(f"{folder} + {write(tmp_path / 'a.safetensors', tensors)}")
+    pefts = open_checkpoint(f"{folder} + {write(tmp_path / 'b.safetensors', tensors_of(updates, 'PEFT'))}")
+    assert kohyas.loras[0].networks == {"unet": 1, "text_encoder": 1, "text_encoder_2": 1}
+    for component, layer in updates:
+        terms = (ALPHA / RANK, *updates[component, layer])
+        assert_close(stored(kohyas, component, layer), expected(stored(xl, component, layer), terms))
+        assert kohyas.digest(component) == pefts.digest(component)
 
 
 def test_weight_0_is_the_base_bit_for_bit(base, recipe, tmp_path):
@@ -300,44 +300,44 @@ def test_weight_0_is_the_base_bit_for_bit(base, recipe, tmp_path):
         assert zero.digest(component) == plain.digest(component)
 
 
-def test_the_digest_depends_on_what_is_folded(folder, base, tmp_path):
-    one = write(tmp_path / "a.safetensors", tensors_of(factors(base, seed=1)))
-    two = write(tmp_path / "b.safetensors", tensors_of(factors(base, LAYERS[:1], seed=2)))
+def test_the_digest_depends_on_the_loras_and_weights(folder, base, tmp_path):
+    ink = write(tmp_path / "a.safetensors", tensors_of(factors(base, seed=1)))
+    neon = write(tmp_path / "b.safetensors", tensors_of(factors(base, LAYERS[:1], seed=2)))
     texts = (
         f"{folder}",
-        f"{folder} + {one}",
-        f"{folder} + {one}*0.5",
-        f"{folder} + {two}",
-        f"{folder} + {one} + {two}",
+        f"{folder} + {ink}",
+        f"{folder} + {ink}*0.5",
+        f"{folder} + {neon}",
+        f"{folder} + {ink} + {neon}",
     )
-    found = [open_checkpoint(text) for text in texts]
-    assert len({checkpoint.digest("unet") for checkpoint in found}) == len(texts)
-    assert found[3].digest("text_encoder") == base.digest("text_encoder")
-    assert all(checkpoint.digest("vae") == base.digest("vae") for checkpoint in found)
+    checkpoints = [open_checkpoint(text) for text in texts]
+    assert len({checkpoint.digest("unet") for checkpoint in checkpoints}) == len(texts)
+    assert checkpoints[3].digest("text_encoder") == base.digest("text_encoder")
+    assert all(checkpoint.digest("vae") == base.digest("vae") for checkpoint in checkpoints)
 
 
 def test_a_half_precision_base_is_folded_in_float32(folder, base, recipe, tmp_path):
     half = export.write_single_file(tmp_path / "half.safetensors", base, "float16", recipe)
-    found = factors(base)
-    path = write(tmp_path / "a.safetensors", tensors_of(found))
+    updates = factors(base)
+    path = write(tmp_path / "a.safetensors", tensors_of(updates))
     folded = open_checkpoint(f"{half} + {path}")
-    terms = (ALPHA / RANK, *found["unet", CONV_1])
+    terms = (ALPHA / RANK, *updates["unet", CONV_1])
     assert_close(stored(folded, "unet", CONV_1), expected(stored(open_checkpoint(half), "unet", CONV_1), terms))
     assert folded.tensors("unet")["conv_in.weight"].dtype == np.float16
     assert folded.name == "half + a*1"
 
 
-def test_folded_parameters_are_computed_anew_at_each_reading(folder, base, tmp_path, monkeypatch):
+def test_folded_parameters_are_computed_at_each_read(folder, base, tmp_path, monkeypatch):
     path = write(tmp_path / "a.safetensors", tensors_of(factors(base, LAYERS[:1])))
     params = open_checkpoint(f"{folder} + {path}").params("unet")
     leaves = dict(naming.flat(params))
     computed = [leaf for leaf in leaves.values() if isinstance(leaf, naming.ComputedArray)]
     assert len(computed) == 1 and computed[0].shape == base.shapes("unet")[f"{DENSE}.weight"][::-1]
     calls = []
-    monkeypatch.setattr(lora.Update, "delta", counted(lora.Update.delta, calls))
-    whole = np.asarray(computed[0])
-    np.testing.assert_array_equal(computed[0][2:5], whole[2:5])
-    np.testing.assert_array_equal(whole, open_checkpoint(f"{folder} + {path}").tensors("unet")[f"{DENSE}.weight"].T)
+    monkeypatch.setattr(low_rank.Update, "delta", counted(low_rank.Update.delta, calls))
+    array = np.asarray(computed[0])
+    np.testing.assert_array_equal(computed[0][2:5], array[2:5])
+    np.testing.assert_array_equal(array, open_checkpoint(f"{folder} + {path}").tensors("unet")[f"{DENSE}.weight"].T)
     assert len(calls) == 3
 
 
@@ -349,16 +349,16 @@ def counted(method, calls):
     return call
 
 
-def test_peft_says_alpha_in_the_metadata(folder, base, tmp_path):
-    found = factors(base, LAYERS[:1])
-    tensors = tensors_of(found, "PEFT", alpha=None)
-    said = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": ALPHA, "unet.r": RANK})}
-    one = open_checkpoint(f"{folder} + {write(tmp_path / 'a.safetensors', tensors, said)}")
-    two = open_checkpoint(f"{folder} + {write(tmp_path / 'b.safetensors', tensors_of(found))}")
-    assert one.digest("unet") == two.digest("unet")
-    said = {"lora_adapter_metadata": json.dumps({"unet.use_rslora": True})}
+def test_the_metadata_may_state_pefts_alpha(folder, base, tmp_path):
+    updates = factors(base, LAYERS[:1])
+    tensors = tensors_of(updates, "PEFT", alpha=None)
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": ALPHA, "unet.r": RANK})}
+    stated = open_checkpoint(f"{folder} + {write(tmp_path / 'a.safetensors', tensors, metadata)}")
+    stored_alpha = open_checkpoint(f"{folder} + {write(tmp_path / 'b.safetensors', tensors_of(updates))}")
+    assert stated.digest("unet") == stored_alpha.digest("unet")
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.use_rslora": True})}
     with pytest.raises(CheckpointError, match="use_rslora"):
-        open_checkpoint(f"{folder} + {write(tmp_path / 'c.safetensors', tensors, said)}")
+        open_checkpoint(f"{folder} + {write(tmp_path / 'c.safetensors', tensors, metadata)}")
 
 
 @pytest.mark.parametrize(
@@ -371,8 +371,8 @@ def test_peft_says_alpha_in_the_metadata(folder, base, tmp_path):
         ("lora_unet_x.on_input", "IA3"),
         ("lora_unet_x.a1.weight", "GLoRA"),
         ("lora_unet_x.oft_blocks", "OFT"),
-        ("lora_unet_x.diff", "whole differences"),
-        ("lora_unet_x.diff_b", "whole differences"),
+        ("lora_unet_x.diff", "full differences"),
+        ("lora_unet_x.diff_b", "full differences"),
     ],
 )
 def test_other_adapters_are_refused_by_name(folder, base, tmp_path, key, kind):
@@ -382,13 +382,13 @@ def test_other_adapters_are_refused_by_name(folder, base, tmp_path, key, kind):
         open_checkpoint(f"{folder} + {path}")
 
 
-def test_a_whole_checkpoint_is_no_lora_and_is_not_called_another_adapter(folder, base, recipe, tmp_path):
-    path = export.write_single_file(tmp_path / "whole.safetensors", base, "float16", recipe)
+def test_a_complete_checkpoint_is_not_taken_for_an_adapter(folder, base, recipe, tmp_path):
+    path = export.write_single_file(tmp_path / "complete.safetensors", base, "float16", recipe)
     with pytest.raises(CheckpointError, match="unknown: "):
         open_checkpoint(f"{folder} + {path}")
 
 
-def test_everything_that_does_not_fit_is_named_at_once(folder, base, tmp_path):
+def test_one_error_lists_everything_that_does_not_fit(folder, base, tmp_path):
     tensors = tensors_of(factors(base))
     tensors["lora_unet_no_such_layer.lora_up.weight"] = np.zeros((2, 2), np.float32)
     tensors["text_encoder_2.x.lora_A.weight"] = np.zeros((2, 2), np.float32)
@@ -400,27 +400,27 @@ def test_everything_that_does_not_fit_is_named_at_once(folder, base, tmp_path):
     first, second = write(tmp_path / "a.safetensors", tensors), write(tmp_path / "b.safetensors", other)
     with pytest.raises(CheckpointError) as error:
         open_checkpoint(f"{folder} + {first} + {second}")
-    said = str(error.value)
+    message = str(error.value)
     for text in (
         "2 unknown: ", "lora_unet_no_such_layer.lora_up.weight", "text_encoder_2.x.lora_A.weight",
-        f"1 misshapen: {kohya('unet', CONV_3)}.lora_up.weight", "(3, 5, 3, 3)", "1 with an alpha that is no number",
+        f"1 misshapen: {kohya('unet', CONV_3)}.lora_up.weight", "(3, 5, 3, 3)", "1 with an alpha that is not a number",
         "1 named twice: ", "2 incomplete: ", "b.safetensors, 1 unknown: lora_unet_other.alpha",
     ):  # fmt: skip
-        assert text in said
+        assert text in message
 
 
-def test_what_is_written_is_read_as_meant(tmp_path):
+def test_a_sum_is_split_into_base_files_and_weights(tmp_path):
     odd = tmp_path / "a + b*2.safetensors"
     odd.touch()
     path, files = lora.parse(f"base + {odd} + x.safetensors*0.25 + y.safetensors")
     assert str(path) == "base" and [weight for _, weight in files] == [1.0, 0.25, 1.0]
     assert [file.name for file, _ in files] == [odd.name, "x.safetensors", "y.safetensors"]
     for weight in ("much", "nan", ""):
-        with pytest.raises(CheckpointError, match="is no weight"):
+        with pytest.raises(CheckpointError, match="is not a weight"):
             lora.parse(f"base + x.safetensors*{weight}")
 
 
-def test_what_is_not_there_or_a_pickle_is_told(folder, tmp_path):
+def test_missing_files_and_pickles_are_named(folder, tmp_path):
     with pytest.raises(CheckpointError, match="there is no file .*none.safetensors"):
         open_checkpoint(f"{folder} + {tmp_path / 'none.safetensors'}*0.5")
     with pytest.raises(CheckpointError, match="only .safetensors"):
@@ -429,22 +429,22 @@ def test_what_is_not_there_or_a_pickle_is_told(folder, tmp_path):
         open_checkpoint(f"{tmp_path / 'none'} + {tmp_path / 'x.safetensors'}")
 
 
-def test_a_lora_without_its_base_is_told_how_to_be_given(base, tmp_path):
+def test_a_lora_without_a_base_is_refused_with_the_right_form(base, tmp_path):
     path = write(tmp_path / "ink.safetensors", tensors_of(factors(base)))
     with pytest.raises(CheckpointError, match="is a LoRA.*'BASE [+] .*ink.safetensors[*]0.8'"):
         open_checkpoint(path)
-    with pytest.raises(CheckpointError, match="no plain LoRA; it holds LoKr"):
+    with pytest.raises(CheckpointError, match="not a plain LoRA; it holds LoKr"):
         open_checkpoint(write(tmp_path / "b.safetensors", {"lora_unet_x.lokr_w1": np.zeros((2, 2), np.float32)}))
 
 
 def test_inspect_shows_the_loras_and_whether_they_can_be_merged(folder, base, tmp_path):
     path = write(tmp_path / "ink.safetensors", tensors_of(factors(base)))
     report = inspect([folder, pathlib.Path(f"{folder} + {path}*0.8")])
-    found = report["checkpoints"][1]
+    entry = report["checkpoints"][1]
     assert report["mergeable"] and json.loads(json.dumps(report)) == report
-    assert found["name"] == f"{folder.name} + ink*0.8"
-    assert found["files"] == report["checkpoints"][0]["files"]
-    (shown,) = found["loras"]
+    assert entry["name"] == f"{folder.name} + ink*0.8"
+    assert entry["files"] == report["checkpoints"][0]["files"]
+    (shown,) = entry["loras"]
     assert (shown["weight"], shown["ranks"], shown["networks"]) == (0.8, [RANK], {"unet": 3, "text_encoder": 1})
     line = f"LoRA ink.safetensors * 0.8: rank 3, layers: 3 of unet, 1 of text_encoder; hash {shown['sha256'][:10]}"
     assert line in render(report)
@@ -454,9 +454,9 @@ def test_inspect_shows_the_loras_and_whether_they_can_be_merged(folder, base, tm
 
 
 def test_nan_in_a_lora_is_damage_of_the_folded_tensor(folder, base, tmp_path):
-    found = factors(base, LAYERS[:1])
-    found[LAYERS[0]][0][0, 0] = np.nan
-    text = f"{folder} + {write(tmp_path / 'a.safetensors', tensors_of(found))}"
+    updates = factors(base, LAYERS[:1])
+    updates[LAYERS[0]][0][0, 0] = np.nan
+    text = f"{folder} + {write(tmp_path / 'a.safetensors', tensors_of(updates))}"
     (damage,) = inspect([pathlib.Path(text)])["checkpoints"][0]["damage"]
     assert damage["kind"] == "not finite" and damage["tensors"] == [f"{DENSE}.weight"]
     with pytest.raises(CheckpointError, match="NaN or infinity"):
@@ -464,17 +464,17 @@ def test_nan_in_a_lora_is_damage_of_the_folded_tensor(folder, base, tmp_path):
 
 
 def test_a_lora_is_a_teacher_like_any_other(folder, base, tmp_path):
-    found = factors(base)
-    path = write(tmp_path / "ink.safetensors", tensors_of(found))
+    updates = factors(base)
+    path = write(tmp_path / "ink.safetensors", tensors_of(updates))
     named = config_lib.as_teachers([f"plain={folder}", f"ink={folder} + {path}*0.8"])
     teachers = {name: open_checkpoint(text) for name, text in named}
     check_mergeable(base, teachers)
     mesh = sharding.make_mesh(teacher=1, data=1, fsdp=1)
-    lessons = incremental.lessons(teachers, None, 0)
-    frozen, _ = teachers_lib.put_teachers(base, lessons, base.unet_config, mesh, np.float32)
+    teacher_lessons = incremental.lessons(teachers, None, 0)
+    frozen, _ = teachers_lib.put_teachers(base, teacher_lessons, base.unet_config, mesh, np.float32)
     (kernel,) = (leaf for path, leaf in naming.flat(frozen["unet"]) if naming.torch_key(path) == f"{DENSE}.weight")
     before = stored(base, "unet", DENSE)
-    terms = (0.8 * ALPHA / RANK, *found["unet", DENSE])
+    terms = (0.8 * ALPHA / RANK, *updates["unet", DENSE])
     np.testing.assert_array_equal(kernel[0], before.T)
     assert_close(np.asarray(kernel[1]), expected(before, terms).T)
     assert np.asarray(frozen["encoder"]).tolist() == [-1, 0] and frozen["text"] is not None
