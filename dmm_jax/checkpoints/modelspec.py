@@ -9,7 +9,7 @@ from dmm_jax.checkpoints import licenses
 from dmm_jax.checkpoints.architecture import SD2, UNKNOWN
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.formats.diffusers_folder import STYLES_KEY
-from dmm_jax.checkpoints.formats.safetensors_io import HASH_TO_COME
+from dmm_jax.checkpoints.formats.safetensors_io import HASH_PLACEHOLDER
 
 MERGED_FROM = "modelspec.merged_from"
 RECIPE_KEY = "dmm_jax.recipe"  # As JSON.
@@ -38,7 +38,7 @@ def metadata(source: Checkpoint, recipe: Recipe, implementation: str) -> dict[st
         "modelspec.implementation": implementation,
         "modelspec.title": recipe.title,
         "modelspec.date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "modelspec.hash_sha256": HASH_TO_COME,
+        "modelspec.hash_sha256": HASH_PLACEHOLDER,
     }
     if source.has("unet"):
         side = (source.unet_config.get("sample_size") or 64) * CELL

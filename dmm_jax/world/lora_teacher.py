@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmm_jax.checkpoints import naming
-from dmm_jax.checkpoints.formats.safetensors_io import HASH_TO_COME, save
+from dmm_jax.checkpoints.formats.safetensors_io import HASH_PLACEHOLDER, save
 
 RANK, ALPHA = 16, 8.0
 BLOCKS = ("attentions", "resnets", "downsamplers", "upsamplers")  # kohya-ss leaves what lies outside these alone.
@@ -77,7 +77,7 @@ def metadata(name: str, said: Mapping[str, object]) -> dict[str, str]:
         "architecture": "stable-diffusion-v1/lora",
         "implementation": "diffusers",
         "title": name,
-        "hash_sha256": HASH_TO_COME,
+        "hash_sha256": HASH_PLACEHOLDER,
     }
     return {f"ss_{key}": str(value) for key, value in (about | dict(said)).items()} | {
         f"modelspec.{key}": value for key, value in modelspec.items()

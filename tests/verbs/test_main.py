@@ -66,7 +66,7 @@ def test_a_missing_checkpoint_is_named(capsys, experiment, tmp_path):
 def test_a_truncated_teacher_is_named(capsys, experiment, tiny, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(tiny[0]["left"].read_bytes()[:-100])
     said = failing(capsys, "train", *experiment(left=tmp_path / "cut.safetensors"))
-    assert "cut.safetensors is no sound safetensors file" in said and not (tmp_path / "work").exists()
+    assert "cut.safetensors is not a sound safetensors file" in said and not (tmp_path / "work").exists()
 
 
 def test_nan_weights_are_named_by_their_tensor(capsys, experiment, tiny, tmp_path):

@@ -1,7 +1,7 @@
-"""Reading and writing safetensors: memory-mapped views in, one atomic move out. Nothing else is ever opened.
+"""safetensors files: the reader returns memory-mapped views, the writer streams one tensor at a time and is atomic.
 
-The reader repeats the format's own rules (header length, contiguous offsets, shape times dtype equals size, no key
-twice, string metadata) and adds what the format leaves open: bounds on the number and length of names.
+The reader enforces the format's own rules (header length, contiguous offsets, shape times dtype equals size, unique
+keys, string metadata), and bounds that the format leaves open on the number and length of names.
 """
 
 import hashlib
@@ -28,23 +28,32 @@ DTYPES = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-# Stable Diffusion XL's header takes 0.4 MB, a LoRA's with its training metadata a few; parsing takes some 25 times it.
+# SDXL's header takes 0.4 MB, a LoRA's with its training metadata a few MB. Parsing takes about 25 times that in memory.
 MAX_HEADER_BYTES = 16_000_000
 MAX_TENSORS = 100_000
 MAX_NAME_CHARS = 1024
-MOST_RESIDENT_BYTES = 2**26  # Of a file, read since its pages were last given back.
-HASH_TO_COME = "0x" + 64 * "0"  # In metadata: `save` puts the SHA-256 of what it writes after the header here.
+MAX_RESIDENT_BYTES = 2**26  # Bytes of one file that stay in the process's memory before its pages are released.
+HASH_PLACEHOLDER = "0x" + 64 * "0"  # As a metadata value: `save` replaces it by the SHA-256 of all tensors' bytes.
 HOW_TO_CONVERT = (
     "It may hold a pickle, which runs code when it is opened, so it is not read. Convert it where you trust it: "
     "torch.load(path, weights_only=True), then safetensors.torch.save_file(state_dict, 'model.safetensors')."
 )
 
 
+class Entry(NamedTuple):
+    """A tensor's entry in the header; `begin` and `end` count bytes after the header."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
 class TensorFile(Mapping):
-    """A safetensors file: `file[key]` is a view of the memory-mapped file; only headers are read when it is opened.
+    """A safetensors file: `file[key]` is a view of the memory-mapped file. Opening reads the header only.
 
     Raises:
-      CheckpointError: the file is missing, is a pickle, or breaks a rule of the format; says which.
+      CheckpointError: the file is missing, is a pickle, or breaks a rule of the format; the message names the rule.
     """
 
     def __init__(self, path: str | pathlib.Path):
@@ -59,27 +68,24 @@ class TensorFile(Mapping):
         self._entries = _entries(self.path, header, size - self._start)
         with self.path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._read_bytes = 0
+        self._resident_bytes = 0
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Returns a tensor's shape without reading it."""
-        return self._entries[key][1]
+        return self._entries[key].shape
 
     def dtype(self, key: str) -> np.dtype:
         """Returns a tensor's dtype without reading it."""
-        return self._entries[key][0]
+        return self._entries[key].dtype
 
     def __getitem__(self, key: str) -> np.ndarray:
-        dtype, shape, begin, end = self._entries[key]
-        self._give_back(end - begin)
-        return np.frombuffer(self._map, dtype, math.prod(shape), self._start + begin).reshape(shape)
-
-    def _give_back(self, num_bytes):
-        """Takes the pages that were read out of the process's memory now and then; views stay, and read them again."""
-        self._read_bytes += num_bytes
-        if self._read_bytes > MOST_RESIDENT_BYTES:
+        entry = self._entries[key]
+        self._resident_bytes += entry.end - entry.begin
+        if self._resident_bytes > MAX_RESIDENT_BYTES:  # Views stay valid: they read released pages from disk again.
             self._map.madvise(mmap.MADV_DONTNEED)
-            self._read_bytes = num_bytes
+            self._resident_bytes = entry.end - entry.begin
+        flat = np.frombuffer(self._map, entry.dtype, math.prod(entry.shape), self._start + entry.begin)
+        return flat.reshape(entry.shape)
 
     def __iter__(self):
         return iter(self._entries)
@@ -89,83 +95,85 @@ class TensorFile(Mapping):
 
     @property
     def num_bytes(self) -> int:
-        """The size of all tensors."""
-        return sum(end - begin for _, _, begin, end in self._entries.values())
+        """The size of all tensors in bytes."""
+        return sum(entry.end - entry.begin for entry in self._entries.values())
 
 
 def refuse_pickle(path: pathlib.Path) -> None:
-    """Raises CheckpointError for the endings under which pickles travel."""
+    """Raises CheckpointError if a file's suffix is one that pickles have."""
     if path.suffix.lower() in PICKLES:
         raise CheckpointError(f"{path} is a {path.suffix} file; only .safetensors files are opened. {HOW_TO_CONVERT}")
 
 
-def _damaged(path, what):
-    return CheckpointError(f"{path} is no sound safetensors file: {what}. Fetch it again and compare its SHA-256.")
+def _damaged(path: pathlib.Path, fault: str) -> CheckpointError:
+    return CheckpointError(f"{path} is not a sound safetensors file: {fault}. Fetch it again and compare its SHA-256.")
 
 
-def _read_header(path, size):
+def _read_header(path: pathlib.Path, size: int) -> tuple[dict, int]:
+    """Returns the header as JSON, and the number of bytes before the first tensor."""
     with path.open("rb") as file:
         prefix = file.read(8)
         if len(prefix) < 8:
             raise _damaged(path, f"it has {size} bytes, less than the 8 that hold the header's length")
         length = struct.unpack("<Q", prefix)[0]
         if length + 8 > size:
-            said = f"its header claims {length} bytes, the file has {size}: truncated, or of another format"
-            raise _damaged(path, said)
+            fault = f"its header claims {length} bytes, the file has {size}: truncated, or of another format"
+            raise _damaged(path, fault)
         if length > MAX_HEADER_BYTES:
-            said = f"its header takes {length} bytes, no model's takes more than {MAX_HEADER_BYTES}"
-            raise _damaged(path, said)
+            raise _damaged(path, f"its header takes {length} bytes, no model's takes more than {MAX_HEADER_BYTES}")
         raw = file.read(length)
     if not raw.startswith(b"{"):
         raise _damaged(path, "its header does not begin with '{'")
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_key_twice)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
     except UnicodeDecodeError:
-        raise _damaged(path, "its header is no UTF-8 text") from None
+        raise _damaged(path, "its header is not UTF-8 text") from None
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"its header is no JSON object with each key once ({str(error)[:200]})") from None
+        raise _damaged(path, f"its header is not a JSON object with unique keys ({str(error)[:200]})") from None
     if len(header) > MAX_TENSORS:
         raise _damaged(path, f"it lists {len(header)} tensors, more than {MAX_TENSORS}")
     return header, length + 8
 
 
-def _no_key_twice(pairs):
+def _unique_keys(pairs: list[tuple]) -> dict:
     keys = dict(pairs)
     if len(keys) != len(pairs):
-        raise UserError("a key stands twice")
+        raise UserError("a key appears twice")
     return keys
 
 
-def _metadata(path, header):
+def _metadata(path: pathlib.Path, header: dict) -> dict[str, str]:
     metadata = header.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata  # null says nothing, and other readers take it.
+    metadata = {} if metadata is None else metadata  # Other readers accept null, too.
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _damaged(path, "its metadata is not text to text")
+        raise _damaged(path, "its metadata does not map text to text")
     return metadata
 
 
-def _entries(path, header, num_bytes):
+def _entries(path: pathlib.Path, header: dict, num_bytes: int) -> dict[str, Entry]:
+    """Returns the checked entries of a header; tensors must fill `num_bytes` without a hole or an overlap."""
     entries = {}
-    for name, entry in header.items():
+    for name, fields in header.items():
         if not name or len(name) > MAX_NAME_CHARS or not name.isprintable() or ".." in name:
-            bad = f"is empty, longer than {MAX_NAME_CHARS}, or holds control characters or '..'"
-            raise _damaged(path, f"a tensor's name {bad} ({name[:40]!r})")
-        entries[name] = _entry(path, name, entry)
+            fault = f"is empty, longer than {MAX_NAME_CHARS}, or holds control characters or '..'"
+            raise _damaged(path, f"a tensor's name {fault} ({name[:40]!r})")
+        entries[name] = _entry(path, name, fields)
     position = 0
-    for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
-        if begin != position:
-            raise _damaged(path, f"tensor {name!r} begins at byte {begin}, expected {position}: a hole or an overlap")
-        position = end
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != position:
+            fault = f"tensor {name!r} begins at byte {entry.begin}, expected {position}: a hole or an overlap"
+            raise _damaged(path, fault)
+        position = entry.end
     if position != num_bytes:
-        said = f"its tensors need {position} bytes, the file holds {num_bytes}: truncated, or something follows"
-        raise _damaged(path, said)
+        fault = f"its tensors need {position} bytes, the file holds {num_bytes}: truncated, or something follows"
+        raise _damaged(path, fault)
     return entries
 
 
-def _entry(path, name, entry):
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _damaged(path, f"the entry of tensor {name!r} has not just dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+def _entry(path: pathlib.Path, name: str, fields) -> Entry:
+    if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
+        raise _damaged(path, f"the entry of tensor {name!r} has other fields than dtype, shape and data_offsets")
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if isinstance(dtype, str) and dtype.startswith("F8"):
         raise CheckpointError(
             f"{path}: tensor {name!r} is stored in 8 bits ({dtype[:16]!r}), too coarse for a teacher. "
@@ -174,21 +182,21 @@ def _entry(path, name, entry):
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _damaged(path, f"tensor {name!r} has the unknown dtype {str(dtype)[:40]!r}")
     if not isinstance(shape, list) or len(shape) > 8 or not all(_is_size(n) for n in shape):
-        raise _damaged(path, f"tensor {name!r} has no list of sizes as its shape")
+        raise _damaged(path, f"the shape of tensor {name!r} is not a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
         raise _damaged(path, f"tensor {name!r} has no pair of byte offsets")
     begin, end = offsets
     if math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
         raise _damaged(path, f"tensor {name!r} of shape {shape} and dtype {dtype} does not take {end - begin} bytes")
-    return DTYPES[dtype], tuple(shape), begin, end
+    return Entry(DTYPES[dtype], tuple(shape), begin, end)
 
 
-def _is_size(number):
+def _is_size(number) -> bool:
     return type(number) is int and 0 <= number < 2**63
 
 
 class Computed(NamedTuple):
-    """A tensor that a function makes when it is asked for."""
+    """A tensor that a function computes whenever it is read."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -196,10 +204,10 @@ class Computed(NamedTuple):
 
 
 class Tensors(Mapping):
-    """A state dict whose tensors are read or computed one at a time, each when it is asked for; none is kept."""
+    """A state dict that reads or computes one tensor at a time, on demand, and keeps none."""
 
     def __init__(self, entries: Mapping):
-        """Takes {key: what has `shape`, `dtype` and `read()`}: places in files, or `Computed`."""
+        """Takes {key: an object with `shape`, `dtype` and `read()`}, such as a place in a file, or `Computed`."""
         self._entries = dict(entries)
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -221,27 +229,27 @@ class Tensors(Mapping):
 
 
 def shape_of(tensors: Mapping, key: str) -> tuple[int, ...]:
-    """Returns a tensor's shape; of a `TensorFile` or of `Tensors` without reading it."""
+    """Returns a tensor's shape; a `TensorFile` or `Tensors` does not read the tensor for it."""
     return tuple(tensors.shape(key)) if hasattr(tensors, "shape") else tuple(np.shape(tensors[key]))
 
 
 def dtype_of(tensors: Mapping, key: str) -> np.dtype:
-    """Returns a tensor's dtype; of a `TensorFile` or of `Tensors` without reading it."""
+    """Returns a tensor's dtype; a `TensorFile` or `Tensors` does not read the tensor for it."""
     return np.dtype(tensors.dtype(key) if hasattr(tensors, "dtype") else tensors[key].dtype)
 
 
 def num_bytes_of(tensors: Mapping, key: str) -> int:
-    """Returns a tensor's size; of a `TensorFile` or of `Tensors` without reading it."""
+    """Returns a tensor's size in bytes; a `TensorFile` or `Tensors` does not read the tensor for it."""
     return math.prod(shape_of(tensors, key)) * dtype_of(tensors, key).itemsize
 
 
 def raw_bytes(array: np.ndarray) -> memoryview:
-    """Returns an array's bytes in C order; copies only what is not contiguous."""
+    """Returns an array's bytes in C order; a contiguous array is not copied."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
 
 
 def save_parts(folder: pathlib.Path, stem: str, tensors: Mapping, metadata: Mapping[str, str], max_bytes: int) -> None:
-    """Writes `stem.safetensors`, or where that is more than `max_bytes` parts of it and an index, as hubs name them.
+    """Writes `stem.safetensors`; above `max_bytes` instead `stem-00001-of-0000N.safetensors` ... and their index.
 
     Raises:
       ValueError: as `save`.
@@ -267,14 +275,14 @@ def save_parts(folder: pathlib.Path, stem: str, tensors: Mapping, metadata: Mapp
 
 
 def save(path: str | pathlib.Path, tensors: Mapping, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes tensors, sorted by key, one at a time; the file appears under its name when it is whole.
+    """Writes tensors sorted by key, one at a time; the file appears under its name when it is complete.
 
     Args:
-      tensors: a dict, or a `TensorFile` or `Tensors`, of which one tensor is held in memory.
-      metadata: text to text; the value `HASH_TO_COME` becomes "0x" and the SHA-256 of all bytes after the header.
+      tensors: a dict, or a `TensorFile` or `Tensors`, which holds one tensor in memory at a time.
+      metadata: text to text; the value `HASH_PLACEHOLDER` becomes "0x" and the SHA-256 of all bytes after the header.
 
     Raises:
-      ValueError: a dtype that the format does not have, or metadata that is not text.
+      ValueError: the format does not have a tensor's dtype, or metadata is not text.
     """
     _save(pathlib.Path(path), tensors, sorted(tensors), metadata or {})
 
@@ -289,24 +297,24 @@ def _save(path: pathlib.Path, tensors: Mapping, keys: Sequence[str], metadata: M
             file.write(header)
             digest = hashlib.sha256()
             for key in keys:
-                written = raw_bytes(tensors[key])
-                file.write(written)
-                digest.update(written)
+                raw = raw_bytes(tensors[key])
+                file.write(raw)
+                digest.update(raw)
             assert file.tell() == len(header) + sum(num_bytes_of(tensors, key) for key in keys)
-            found = {name: f"0x{digest.hexdigest()}" for name, text in metadata.items() if text == HASH_TO_COME}
+            hashes = {name: f"0x{digest.hexdigest()}" for name, text in metadata.items() if text == HASH_PLACEHOLDER}
             file.seek(0)
-            file.write(_header(tensors, keys, {**metadata, **found}))  # As long as before.
+            file.write(_header(tensors, keys, {**metadata, **hashes}))  # The header's length stays the same.
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _header(tensors, keys, metadata) -> bytes:
+def _header(tensors: Mapping, keys: Sequence[str], metadata: Mapping[str, str]) -> bytes:
     header, position = ({"__metadata__": dict(metadata)} if metadata else {}), 0
     for key in keys:
         dtype, end = dtype_of(tensors, key), position + num_bytes_of(tensors, key)
         if dtype not in NAMES:
-            raise UserError(f"tensor {key!r} has dtype {dtype}, which safetensors does not know. Convert it.")
+            raise UserError(f"tensor {key!r} has dtype {dtype}, which safetensors does not have. Convert it.")
         header[key] = {"dtype": NAMES[dtype], "shape": list(shape_of(tensors, key)), "data_offsets": [position, end]}
         position = end
     raw = json.dumps(header, separators=(",", ":")).encode()

@@ -1,4 +1,4 @@
-"""The reader takes every sound file and no other; the writer leaves whole files only."""
+"""The reader accepts exactly the sound files; the writer leaves complete files only."""
 
 import functools
 import hashlib
@@ -15,7 +15,7 @@ from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats import safetensors_io
 from dmm_jax.checkpoints.formats.safetensors_io import (
     DTYPES,
-    HASH_TO_COME,
+    HASH_PLACEHOLDER,
     MAX_TENSORS,
     Computed,
     TensorFile,
@@ -45,10 +45,10 @@ MALFORMED = {
     "length over the limit": (packed({"x": ONE}, length=100_000_001), "claims"),
     "leading space": (packed(b" " + json.dumps({"x": ONE}).encode()), "begin with"),
     "an array": (packed(b"[]"), "begin with"),
-    "no JSON": (packed(b'{"x": '), "no JSON"),
-    "UTF-16": (packed(json.dumps({"x": ONE}).encode("utf-16-le")), "no JSON"),
-    "no UTF-8": (packed(b'{"\xff": 1}'), "UTF-8"),
-    "deep nesting": (packed(b'{"x":' + b"[" * 200_000), "no JSON"),
+    "not JSON": (packed(b'{"x": '), "not a JSON"),
+    "UTF-16": (packed(json.dumps({"x": ONE}).encode("utf-16-le")), "not a JSON"),
+    "not UTF-8": (packed(b'{"\xff": 1}'), "UTF-8"),
+    "deep nesting": (packed(b'{"x":' + b"[" * 200_000), "not a JSON"),
     "key twice, equal": (packed(b'{"x":%b,"x":%b}' % (RAW, RAW)), "twice"),
     "key twice": (packed(b'{"x":%b,"x":%b}' % (RAW, RAW.replace(b"[0, 4]", b"[4, 8]")), BYTES * 2), "twice"),
     "entry key twice": (packed(b'{"x":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}'), "twice"),
@@ -73,7 +73,7 @@ MALFORMED = {
     "eight-bit floats": (packed({"x": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}), "8 bits"),
     "entry lacks a field": (packed({"x": {"dtype": "F32", "shape": [1]}}), "data_offsets"),
     "entry has a field more": (entry(offset=1), "data_offsets"),
-    "entry is no object": (packed({"x": 1}), "data_offsets"),
+    "entry is not an object": (packed({"x": 1}), "data_offsets"),
     "long header": (packed({"x": ONE, "__metadata__": {"a": 17 * 10**6 * "a"}}), "no model's takes more"),
     "metadata is a list": (packed({"__metadata__": [], "x": ONE}), "text to text"),
     "metadata holds a number": (packed({"__metadata__": {"step": 1}, "x": ONE}), "text to text"),
@@ -87,18 +87,18 @@ MALFORMED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", MALFORMED)
-def test_a_malformed_file_is_refused_and_the_fault_is_named(tmp_path, what):
-    raw, said = MALFORMED[what]
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_file_is_refused_and_the_fault_is_named(tmp_path, case):
+    raw, fault = MALFORMED[case]
     path = tmp_path / "x.safetensors"
     path.write_bytes(raw)
-    with pytest.raises(CheckpointError, match=said) as caught:
+    with pytest.raises(CheckpointError, match=fault) as caught:
         TensorFile(path)
     assert str(path) in str(caught.value)
     assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
 
 
-# Sound to the safetensors package, refused by us: names that drive terminals or leave folders, and what is ambiguous.
+# The safetensors package accepts these; we refuse names that control terminals or leave folders, and ambiguous files.
 STRICTER = {
     "long header", "leading space", "key twice, equal", "eight-bit floats", "entry has a field more", "name climbs",
     "name climbs backwards", "name with an escape sequence", "name with a newline", "name without end", "name is empty",
@@ -106,7 +106,7 @@ STRICTER = {
 
 
 def read_by_the_package(path):
-    """Returns the keys that the safetensors package finds, None where it refuses the file."""
+    """Returns the keys that the safetensors package reads, or None if it refuses the file."""
     safetensors = pytest.importorskip("safetensors")
     try:
         with safetensors.safe_open(path, "np") as file:
@@ -115,21 +115,21 @@ def read_by_the_package(path):
         return None
 
 
-def test_the_package_refuses_the_same_files_but_for_those_where_we_are_stricter(tmp_path):
+def test_the_package_refuses_the_same_files_except_the_stricter_cases(tmp_path):
     accepted = set()
-    for what, (raw, _) in MALFORMED.items():
+    for case, (raw, _) in MALFORMED.items():
         (tmp_path / "x.safetensors").write_bytes(raw)
         if read_by_the_package(tmp_path / "x.safetensors") is not None:
-            accepted.add(what)
+            accepted.add(case)
     assert accepted == STRICTER
 
 
 SPLICED = [b"0", b"1", b"-", b"e3", b'"', b"{", b"}", b"[", b"]", b",", b":", b"null", b'"U8"', b"NaN", b"\xff"]
 
 
-def mutated(whole, header_end, rng):
-    """Returns a file with one to three small faults in its header, the length field set right."""
-    raw, num_data = bytearray(whole), len(whole) - header_end
+def mutated(sound, header_end, rng):
+    """Returns a file with one to three small faults in its header, and a correct length field."""
+    raw, num_data = bytearray(sound), len(sound) - header_end
     for _ in range(rng.integers(1, 4)):
         place = int(rng.integers(8, header_end))
         match rng.integers(4):
@@ -146,21 +146,21 @@ def mutated(whole, header_end, rng):
     return bytes(raw)
 
 
-def test_whatever_the_package_refuses_we_refuse_and_the_rest_is_read_alike(tmp_path):
+def test_mutated_files_are_refused_or_read_as_the_package_reads_them(tmp_path):
     path, rng, outcomes = tmp_path / "x.safetensors", np.random.default_rng(0), set()
     save(path, {"a": np.ones((2, 3), np.float32), "b.weight": np.ones(3, np.float16), "c": np.zeros((0, 4), np.int64)})
-    whole = path.read_bytes()
-    header_end = 8 + struct.unpack("<Q", whole[:8])[0]
+    sound = path.read_bytes()
+    header_end = 8 + struct.unpack("<Q", sound[:8])[0]
     for _ in range(1000):
-        raw = mutated(whole, header_end, rng)
+        raw = mutated(sound, header_end, rng)
         path.write_bytes(raw)
-        theirs = read_by_the_package(path)
+        package_keys = read_by_the_package(path)
         try:
-            ours = set(TensorFile(path))
+            keys = set(TensorFile(path))
         except CheckpointError:
-            ours = None
-        assert ours is None or ours == theirs, raw
-        outcomes.add((ours is None, theirs is None))
+            keys = None
+        assert keys is None or keys == package_keys, raw
+        outcomes.add((keys is None, package_keys is None))
     assert {(True, True), (False, False)} <= outcomes
 
 
@@ -175,27 +175,27 @@ def test_too_many_tensors_are_refused(tmp_path):
 def test_every_truncation_of_a_file_is_refused(tmp_path):
     path, cut = tmp_path / "x.safetensors", tmp_path / "cut.safetensors"
     save(path, {"x": np.arange(6, dtype=np.float32).reshape(2, 3)}, {"format": "pt"})
-    whole = path.read_bytes()
-    for length in range(len(whole)):
-        cut.write_bytes(whole[:length])
+    complete = path.read_bytes()
+    for length in range(len(complete)):
+        cut.write_bytes(complete[:length])
         with pytest.raises(CheckpointError):
             TensorFile(cut)
 
 
 @pytest.mark.parametrize("ending", [".ckpt", ".pt", ".pth", ".bin", ".CKPT"])
 def test_pickles_are_refused_unopened_with_the_way_to_convert(tmp_path, ending):
-    path = tmp_path / f"model{ending}"  # Not even there: the name is enough.
+    path = tmp_path / f"model{ending}"  # The file does not exist: its suffix decides.
     with pytest.raises(CheckpointError, match="weights_only=True"):
         TensorFile(path)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"no file .*gone\.safetensors"):
         TensorFile(tmp_path / "gone.safetensors")
 
 
 @pytest.mark.parametrize("name", DTYPES)
-def test_what_is_written_is_read_bit_for_bit(tmp_path, name):
+def test_tensors_come_back_bit_for_bit(tmp_path, name):
     raw = np.random.default_rng(0).integers(0, 2, (3, 5, 8), np.uint8)
     array = raw.view(DTYPES[name])
     save(tmp_path / "x.safetensors", {"b.weight": array, "a": np.zeros((0, 4), DTYPES[name])}, {"title": "ü"})
@@ -214,9 +214,9 @@ def test_reading_copies_nothing_and_cannot_write(tmp_path):
         file["x"][0] = 2.0
 
 
-def test_pytorchs_reader_and_ours_agree_on_our_files_and_theirs(tmp_path):
+def test_pytorchs_reader_and_ours_agree_on_both_writers_files(tmp_path):
     torch = pytest.importorskip("torch")
-    theirs = pytest.importorskip("safetensors.torch")
+    package = pytest.importorskip("safetensors.torch")
     tensors = {
         "odd": np.ones(3, np.float16),
         "scale": np.full(2, 0.5, np.float32),
@@ -224,42 +224,42 @@ def test_pytorchs_reader_and_ours_agree_on_our_files_and_theirs(tmp_path):
         "v_pred": np.zeros(0, np.float32),
     }
     save(tmp_path / "ours.safetensors", tensors, {"format": "pt"})
-    loaded = theirs.load_file(tmp_path / "ours.safetensors")
-    theirs.save_file(loaded, tmp_path / "theirs.safetensors", {"format": "pt"})
-    again = TensorFile(tmp_path / "theirs.safetensors")
-    assert set(loaded) == set(tensors) == set(again)
+    loaded = package.load_file(tmp_path / "ours.safetensors")
+    package.save_file(loaded, tmp_path / "package.safetensors", {"format": "pt"})
+    file = TensorFile(tmp_path / "package.safetensors")
+    assert set(loaded) == set(tensors) == set(file)
     assert loaded["b"].dtype == torch.bfloat16
     for key, array in tensors.items():
-        assert again[key].dtype == array.dtype and again[key].tobytes() == array.tobytes()
+        assert file[key].dtype == array.dtype and file[key].tobytes() == array.tobytes()
 
 
 def test_the_contents_hash_is_of_the_bytes_after_the_header(tmp_path):
     tensors = {"b": np.arange(6, dtype=np.float16).reshape(2, 3).T, "a": np.zeros(0, np.float32), "c": np.ones(1)}
-    save(tmp_path / "x.safetensors", tensors, {"format": "pt", "hash": HASH_TO_COME})
+    save(tmp_path / "x.safetensors", tensors, {"format": "pt", "hash": HASH_PLACEHOLDER})
     raw = (tmp_path / "x.safetensors").read_bytes()
-    behind = raw[8 + struct.unpack("<Q", raw[:8])[0] :]
-    expected = {"format": "pt", "hash": "0x" + hashlib.sha256(behind).hexdigest()}
+    contents = raw[8 + struct.unpack("<Q", raw[:8])[0] :]
+    expected = {"format": "pt", "hash": "0x" + hashlib.sha256(contents).hexdigest()}
     assert TensorFile(tmp_path / "x.safetensors").metadata == expected
 
 
-def test_tensors_to_come_are_computed_once_and_one_at_a_time(tmp_path):
+def test_computed_tensors_are_written_one_at_a_time(tmp_path):
     arrays, computed = [], []
 
     def compute(key):
-        assert sum(array() is not None for array in arrays) <= 1  # The one before, which the writer is done with.
+        assert sum(array() is not None for array in arrays) <= 1  # The previous one, which the writer has finished.
         computed.append(key)
         array = np.full((2, 3), len(computed), np.float16)
         arrays.append(weakref.ref(array))
         return array
 
     entries = {key: Computed((2, 3), np.dtype(np.float16), functools.partial(compute, key)) for key in "cab"}
-    save(tmp_path / "x.safetensors", Tensors(entries), {"hash": HASH_TO_COME})
+    save(tmp_path / "x.safetensors", Tensors(entries), {"hash": HASH_PLACEHOLDER})
     file = TensorFile(tmp_path / "x.safetensors")
     assert computed == ["a", "b", "c"] and [file[key][0, 0] for key in "abc"] == [1, 2, 3]
 
 
-def test_views_stay_good_when_their_pages_are_given_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(safetensors_io, "MOST_RESIDENT_BYTES", 100)
+def test_views_stay_valid_after_their_pages_are_released(tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors_io, "MAX_RESIDENT_BYTES", 100)
     tensors = {str(number): np.full(20, number, np.float32) for number in range(5)}
     save(tmp_path / "x.safetensors", tensors)
     file = TensorFile(tmp_path / "x.safetensors")
@@ -276,13 +276,13 @@ def test_strided_and_scalar_tensors_are_written_in_order(tmp_path):
 
 
 @pytest.mark.parametrize("dtype, metadata", [(np.complex64, None), (np.float32, {"step": 1})])
-def test_what_the_format_cannot_hold_is_refused(tmp_path, dtype, metadata):
-    with pytest.raises((ValueError, TypeError), match="safetensors"):  # The annotation may speak first.
+def test_dtypes_and_metadata_outside_the_format_are_refused(tmp_path, dtype, metadata):
+    with pytest.raises((ValueError, TypeError), match="safetensors"):  # Or the annotations.
         save(tmp_path / "x.safetensors", {"x": np.zeros(2, dtype)}, metadata)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "x.safetensors"
     save(path, {"x": np.zeros(2, np.float32)})
     before = path.read_bytes()
@@ -301,9 +301,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.safetensors"]
 
 
-def test_metadata_of_null_is_none_at_all_as_safetensors_own_reader_has_it(tmp_path):
+def test_null_metadata_is_empty_as_in_the_safetensors_package(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(packed({"__metadata__": None, "x": ONE}))
     file = TensorFile(tmp_path / "x.safetensors")
     assert dict(file.metadata) == {} and list(file) == ["x"]
-    with pytest.importorskip("safetensors").safe_open(tmp_path / "x.safetensors", "np") as theirs:
-        assert not theirs.metadata() and list(theirs.keys()) == ["x"]
+    with pytest.importorskip("safetensors").safe_open(tmp_path / "x.safetensors", "np") as package_file:
+        assert not package_file.metadata() and list(package_file.keys()) == ["x"]
