@@ -1,6 +1,6 @@
 """The rows of the study: chains of training runs, each with changes to one config (docs/study.md).
 
-Part of what the rows ask, and what they are held against, is of the paper (arXiv:2504.12364, Tab. 1 and 2, A.3).
+Several rows repeat rows of the paper's tables (arXiv:2504.12364, Tab. 1 and 2, A.3).
 """
 
 import dataclasses
@@ -18,11 +18,22 @@ import numpy as np
 from dmm_jax import train
 from dmm_jax.world import demo_config
 
-STYLES = ("comic", "cartoon", "pastel", "ink", "sepia", "neon", "night", "blueprint")  # Neighbours are nearly alike.
+STYLES = (
+    "comic",
+    "cartoon",
+    "pastel",
+    "ink",
+    "sepia",
+    "neon",
+    "night",
+    "blueprint",
+)  # Neighbours are nearly alike.
 SEEDS = (0, 1, 2)
-NUM_PICTURES, NUM_MADE = 8192, 1500  # Of the renderer; and of each teacher, as in the paper (A.3).
-RENDERED, MADE, SHORT = "rendered", "made", "short"  # Data: pictures of the renderer; of the teachers, by prompts.
-SHARES = {"made_25": 0.25, "made_50": 0.5, "made_75": 0.75}  # Of the teachers' pictures, in data that hold both.
+NUM_PICTURES = 8192  # Rendered pictures.
+NUM_MADE = 1500  # Pictures drawn by each teacher, as in the paper (A.3).
+# Training data: rendered pictures; pictures drawn by the teachers from captions; the same from short prompts.
+RENDERED, MADE, SHORT = "rendered", "made", "short"
+SHARES = {"made_25": 0.25, "made_50": 0.5, "made_75": 0.75}  # Share of teacher-made pictures in mixed data.
 NO_FEATURES = {"feature_loss_weight": 0.0}
 ADVERSARIAL = {"adversarial.weight": 0.01, "adversarial.learning_rate": 1e-4}  # The rate is ten times the paper's.
 AVERAGE = {"student_init": "average"}
@@ -30,21 +41,23 @@ AVERAGE = {"student_init": "average"}
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One training run: what it changes in the config, its data and styles, and whether it grows the one before."""
+    """One training run of a chain: changes to the config, styles, and data.
+
+    The folders of runs are named after the representation of this class: see `Node.folder`.
+    """
 
     changes: Mapping[str, object] = dataclasses.field(default_factory=dict)
     styles: tuple[str, ...] = STYLES
-    replay: int | None = None  # Grows the last stage's student, with so many rows of replay.
-    steps: float = 1.0  # Times the study's number of steps.
-    data: str = RENDERED  # A later stage's are those that the run goes on with.
+    replay: int | None = None  # Grows the last stage's student with this many rows of replay; None: no growing.
+    steps: float = 1.0  # Multiplies the study's number of steps.
+    data: str = RENDERED
 
 
-def _grown(*groups: int, replay: int, steps: float = 1.0) -> tuple[Stage, ...]:
-    """Returns the stages that learn so many styles after each other."""
-    ends = np.cumsum(groups).tolist()
-    parts = [STYLES[end - size : end] for end, size in zip(ends, groups, strict=True)]
-    later = [Stage(styles=part, replay=replay, steps=steps) for part in parts[1:]]
-    return (Stage(styles=parts[0]), *later)
+def _grown(*sizes: int, replay: int) -> tuple[Stage, ...]:
+    """Returns stages that learn the styles in groups of these sizes, one group after another."""
+    ends = np.cumsum(sizes).tolist()
+    groups = [STYLES[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    return (Stage(styles=groups[0]), *(Stage(styles=group, replay=replay) for group in groups[1:]))
 
 
 ROWS: dict[str, tuple[Stage, ...]] = {
@@ -74,13 +87,13 @@ ROWS: dict[str, tuple[Stage, ...]] = {
 
 
 def study_config(out: pathlib.Path, styles: Sequence[str], num_steps: int, seed: int) -> ml_collections.ConfigDict:
-    """Returns the config that all rows share: the demo's, with the study's teachers."""
+    """Returns the config that all rows change: the demo's config with the study's teachers."""
     config = demo_config.get_config()
     config.teachers = tuple((name, str(teacher_path(out, name))) for name in styles)
     config.student_init = "base"
     config.seed, config.num_steps = seed, num_steps
     config.dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
-    config.batch_size = 240  # Of 8, 4 + 1 and 2 + 1 rows.
+    config.batch_size = 240  # Divides by 8, 4 + 1 and 2 + 1, the numbers of teachers with replay.
     config.data.num_examples = NUM_PICTURES
     config.data.cache = cache_path(out, RENDERED)
     config.data.sampling.update({"num_inference_steps": 10, "guidance_scale": 2.5, "batch_size": 512})
@@ -91,9 +104,9 @@ def study_config(out: pathlib.Path, styles: Sequence[str], num_steps: int, seed:
 
 
 def stage_config(out: pathlib.Path, config: ml_collections.ConfigDict, stage: Stage, before: pathlib.Path | None):
-    """Returns the config of a stage behind the one that trained in `before`.
+    """Returns the config of a stage whose preceding stage trained in `before`.
 
-    A stage that grows starts a student of its own; another one goes on with the same.
+    A stage that grows starts a new student; any other stage continues the run.
     """
     config = config.copy_and_resolve_references()
     config.num_steps = int(config.num_steps * stage.steps)
@@ -105,23 +118,23 @@ def stage_config(out: pathlib.Path, config: ml_collections.ConfigDict, stage: St
 
 
 def teacher_path(out: pathlib.Path, name: str) -> pathlib.Path:
-    """Returns where a teacher of the study lies."""
+    """Returns the path of one of the study's teachers."""
     return out / "teachers" / f"{name}.safetensors"
 
 
 def cache_path(out: pathlib.Path, data: str) -> str:
-    """Returns where the latents of some data lie."""
+    """Returns the folder of the latents of some data."""
     return str(out / "caches" / data)
 
 
 def data_of(rows: Iterable[str]) -> set[str]:
-    """Returns the data that rows are trained on."""
+    """Returns the names of the data that rows train on."""
     return {stage.data for row in rows for stage in ROWS[row]}
 
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """A chain of stages that one or more rows begin with, for one seed: trained once, whatever goes on from it."""
+    """A chain of stages that one or more rows begin with, and a seed; it is trained once for all of them."""
 
     stages: tuple[Stage, ...]
     seed: int
@@ -133,26 +146,26 @@ class Node:
 
     @property
     def row(self) -> str | None:
-        """The row that ends here."""
+        """The row that consists of this chain; None if rows only begin with it."""
         return next((row for row, stages in ROWS.items() if stages == self.stages), None)
 
     def folder(self, out: pathlib.Path, num_steps: int) -> pathlib.Path:
-        """Returns where it is trained: what its stages say gives the name, so that no other chain finds it."""
+        """Returns the workdir, named by a hash of the stages, so that no two chains share one."""
         chain = hashlib.sha256(repr(self.stages).encode()).hexdigest()[:12]
         return out / "runs" / f"{chain}_{num_steps}_{self.seed}"
 
     def steps_left(self, rows: Iterable[str]) -> float:
-        """Returns the stages that rows still train from here on, this one's included, in units of a stage."""
+        """Returns the most work from this stage to the end of one of the rows, in units of one stage."""
         size = len(self.stages)
-        through = [ROWS[row][size - 1 :] for row in rows if ROWS[row][:size] == self.stages]
-        return max((sum(stage.steps for stage in stages) for stages in through), default=0.0)
+        remaining = [ROWS[row][size - 1 :] for row in rows if ROWS[row][:size] == self.stages]
+        return max((sum(stage.steps for stage in stages) for stages in remaining), default=0.0)
 
 
 def train_node(out: pathlib.Path, node: Node, num_steps: int) -> pathlib.Path:
-    """Trains a node's last stage behind its parent's run; returns its workdir. One that is trained is left alone."""
+    """Trains a node's last stage, after its parent's run, unless that is done; returns its workdir."""
     workdir, stage, steps = node.folder(out, num_steps), node.stages[-1], 0
     before = node.parent and node.parent.folder(out, num_steps)
-    if before and stage.replay is None:  # A stage that does not grow goes on with the run, in a copy of it.
+    if before and stage.replay is None:  # Continues a copy of the parent's run.
         steps = json.loads((before / "config.json").read_text())["num_steps"]
         if not workdir.exists():
             shutil.copytree(before, workdir.with_suffix(".part"), dirs_exist_ok=True)

@@ -1,6 +1,6 @@
-"""The networks of the embedded world: the classes of Stable Diffusion, made small."""
+"""The embedded world's networks as config.json contents: Stable Diffusion 1's classes at a small size."""
 
-SCALING_FACTOR = 0.18215  # Stable Diffusion 1's, which single files take for granted: the VAE is scaled to it.
+SCALING_FACTOR = 0.18215  # Stable Diffusion 1's: single files do not record it, so the recipe scales the VAE to it.
 VAE_CONFIG = {
     "_class_name": "AutoencoderKL",
     "in_channels": 3,

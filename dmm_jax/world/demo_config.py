@@ -1,4 +1,4 @@
-"""The demo's experiment: five teachers of the embedded world into one student, in minutes on two CPU cores."""
+"""The demo's config: five teachers of the embedded world become one student, in six minutes on two CPU cores."""
 
 import ml_collections
 
@@ -15,7 +15,7 @@ PROMPTS = (
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Returns the config that fits two CPU cores and six minutes."""
+    """Returns the demo's config."""
     config = config_lib.get_config()
     config.base = str(FOLDER / BASE)
     config.teachers = teacher_paths()

@@ -1,9 +1,9 @@
-"""Checkpoints of random numbers at any size, in published layouts: what a run costs is measured without real weights.
+"""Writes checkpoints of random weights in published layouts, to measure the cost of a run without real weights.
 
     python -m dmm_jax.world.random_checkpoints OUT --teachers 8 --images 1024
 
-writes OUT/base (a diffusers folder), OUT/teacher_0.safetensors ... (single files: the base, every tensor moved by noise
-of `--strength` times its own root mean square), and OUT/images (pictures of the embedded world with captions).
+OUT/base is a diffusers folder. OUT/teacher_0.safetensors ... are single files: the base plus noise, whose size is
+`--strength` times each tensor's root mean square. OUT/images has pictures of the embedded world with captions.
 """
 
 import argparse
@@ -26,8 +26,7 @@ from dmm_jax.world.source import ShapesSource
 from dmm_jax.world.tokenizer import tokenizer_fields, write_tokenizer
 
 DTYPE = "float16"
-OPEN_CLIP_PAD = "!"  # Of the tokenizers beside OpenCLIP's encoders.
-_SMALL = {  # The same structure, for tests.
+_TINY = {  # For tests: the same kinds of layers, and few of them.
     "unet": {
         "block_out_channels": [32, 64],
         "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
@@ -40,75 +39,78 @@ _SMALL = {  # The same structure, for tests.
     "text_encoder": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 1},
     "scheduler": {},
 }
-_NARROW = _SMALL | {  # Every layer of Stable Diffusion 1.5 and hardly any work: what its number of arrays costs.
+_NARROW = _TINY | {  # All layers of Stable Diffusion 1.5 with few channels: shows the cost of the number of arrays.
     "unet": {"block_out_channels": [32] * 4, "cross_attention_dim": 64, "sample_size": 8},
-    "text_encoder": _SMALL["text_encoder"] | {"num_hidden_layers": 12},
+    "text_encoder": _TINY["text_encoder"] | {"num_hidden_layers": 12},
 }
 SIZES = CONFIGS | {
     size: {name: config | changes[name] for name, config in CONFIGS["sd15"].items()}
-    for size, changes in (("tiny", _SMALL), ("narrow", _NARROW))
+    for size, changes in (("tiny", _TINY), ("narrow", _NARROW))
 }
 
 
 def random_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
-    """Returns a network's tensors at PyTorch's initial scale, float32; norms at 1, biases at 0."""
+    """Returns float32 tensors at PyTorch's initial scale, each from (seed, key) alone; norms are 1, biases 0."""
 
-    def one(key):
+    def tensor(key):
         shape, leaf = shapes[key], key.rpartition(".")[2]
         if len(shape) == 1:
             return np.full(shape, float(leaf == "weight"), np.float32)
         scale = 0.02 if "embedding.weight" in key else (3 * np.prod(shape[1:])) ** -0.5
         return scale * _normal(key, seed, shape)
 
-    return _each(one, shapes)
+    return _map_keys(tensor, shapes)
 
 
 def perturbed(tensors: Mapping[str, np.ndarray], strength: float, seed: int) -> dict[str, np.ndarray]:
-    """Returns every tensor plus normal noise of `strength` times its root mean square: a stand-in for fine-tuning."""
+    """Returns tensors plus normal noise of `strength` times their root mean square, as fine-tuning moves weights."""
 
-    def one(key):
+    def moved(key):
         tensor = tensors[key]
-        size = strength * float(np.sqrt(np.mean(np.square(tensor)))) or strength * 0.1  # Biases start at 0.
+        size = strength * float(np.sqrt(np.mean(np.square(tensor)))) or strength * 0.1  # Biases are 0.
         return tensor + size * _normal(key, seed, tensor.shape)
 
-    return _each(one, tensors)
+    return _map_keys(moved, tensors)
 
 
 def _normal(key, seed, shape):
     return np.random.default_rng((seed, zlib.crc32(key.encode()))).standard_normal(shape, np.float32)
 
 
-def _each(function, keys):
+def _map_keys(function, keys):
+    """Returns {key: function(key)}, computed by several threads."""
     with ThreadPoolExecutor() as pool:
         return dict(zip(keys, pool.map(function, keys), strict=True))
 
 
 def write_checkpoints(out: pathlib.Path, configs: Mapping, num_teachers: int, strength: float, seed: int = 0) -> None:
-    """Writes the base, one teacher at a time beside it, and the embedded world's tokenizers; one base in memory."""
+    """Writes the base, the embedded world's tokenizers, and the teachers one by one to save memory."""
     encoders, tokenizers = [name for name in configs if name in CLASSES], {}
     for encoder in encoders:
         folder = encoder.replace("text_encoder", "tokenizer")
         tokenizers[f"{folder}_folder"] = out / folder
-        padded = {"pad_token": OPEN_CLIP_PAD} if configs[encoder]["pad_token_id"] == 0 else {}
-        write_tokenizer(out / folder, **padded)
+        # A pad id of 0 marks OpenCLIP's encoders, whose tokenizers pad with "!".
+        write_tokenizer(out / folder, *(["!"] if configs[encoder]["pad_token_id"] == 0 else []))
         configs = {**configs, encoder: configs[encoder] | tokenizer_fields(out / folder)}
-    shapes = {name: naming.torch_shapes(abstract_params(name, configs[name])) for name in ("unet", "vae", *encoders)}
 
-    def checkpoint(name, folders, **tensors):
-        parts = {part: Component(configs[part], lambda one=one: one) for part, one in tensors.items()}
-        folders = {"tokenizer_folder": None} | folders
-        return Checkpoint(out / name, "diffusers", parts, dict(configs["scheduler"]), styles=None, **folders)
+    def checkpoint(name, tokenizer_folders, networks):
+        components = {part: Component(configs[part], lambda part=part: networks[part]) for part in networks}
+        folders = {"tokenizer_folder": None} | tokenizer_folders
+        return Checkpoint(out / name, "diffusers", components, dict(configs["scheduler"]), styles=None, **folders)
 
-    networks = {name: random_tensors(shapes[name], seed) for name in shapes}
-    write_folder(out / "base", checkpoint("base", tokenizers, **networks), DTYPE, Recipe("random", [], None))
+    networks = {
+        name: random_tensors(naming.torch_shapes(abstract_params(name, configs[name])), seed)
+        for name in ("unet", "vae", *encoders)
+    }
+    write_folder(out / "base", checkpoint("base", tokenizers, networks), DTYPE, Recipe("random", [], None))
     for number in range(num_teachers):
         name = f"teacher_{number}"
-        teacher = checkpoint(name, {}, unet=perturbed(networks["unet"], strength, seed + 1 + number))
+        teacher = checkpoint(name, {}, {"unet": perturbed(networks["unet"], strength, seed + 1 + number)})
         write_single_file(out / f"{name}.safetensors", teacher, DTYPE, Recipe(name, [], None))
 
 
 def write_images(out: pathlib.Path, count: int, seed: int = 0) -> None:
-    """Writes pictures of the embedded world as PNGs with a captions.jsonl."""
+    """Writes pictures of the embedded world as PNGs, and their captions to captions.jsonl."""
     out.mkdir(parents=True)
     source = ShapesSource(count, seed=seed)
     with (out / "captions.jsonl").open("w", encoding="utf-8") as listing:
@@ -119,7 +121,7 @@ def write_images(out: pathlib.Path, count: int, seed: int = 0) -> None:
 
 
 def main() -> None:
-    """Reads the command line and writes the folder."""
+    """Writes the folder that the command line describes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=pathlib.Path)
     parser.add_argument("--architecture", default="sd15", choices=sorted(SIZES))

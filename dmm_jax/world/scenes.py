@@ -1,4 +1,4 @@
-"""What a picture of the embedded world shows: its words, random scenes, their captions, and the way back."""
+"""The embedded world's scenes: one or two shapes, random placement, captions, and a parser of captions."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,15 +15,15 @@ SIZES = ("small", "large")
 RELATIONS = ("above", "below", "left of", "right of")
 WORDS = ("a", *SIZES, *COLOURS, *SHAPES, *dict.fromkeys(" ".join(RELATIONS).split()))
 
-RADIUS_PX = np.array([[8.0, 9.0], [12.8, 14.0]], np.float32)  # Half the side of the box around a shape, by size.
-MARGIN_PX = 2.5  # From any shape to the border.
+RADIUS_PX = np.array([[8.0, 9.0], [12.8, 14.0]], np.float32)  # Half the side of a shape's box; one range per size.
+MARGIN_PX = 2.5  # Between any shape's box and the border.
 GAP_PX = (3.0, 9.0)  # Between the boxes of two shapes, along the relation's axis.
 SLANT = 0.45  # Largest offset across the relation's axis, as a share of the distance along it.
-PAIR_FRACTION = 0.6  # Of the scenes show two shapes.
+PAIR_FRACTION = 0.6  # Share of the scenes that show two shapes.
 
 
 class Content(NamedTuple):
-    """The truth that a caption tells. -1 stands where a scene of one shape has no second shape or relation."""
+    """The content of a caption; -1 marks the missing second shape and relation of a scene with one shape."""
 
     num_objects: Shaped[np.ndarray, "*B"]  # 1 or 2
     shape_ids: Shaped[np.ndarray, "*B 2"]  # into SHAPES
@@ -33,7 +33,7 @@ class Content(NamedTuple):
 
 
 class SceneArrays(NamedTuple):
-    """Scenes with a leading batch axis: the truth, and where the shapes lie in pixels (x right, y down)."""
+    """A batch of scenes: the content, and the shapes' positions in pixels (x right, y down)."""
 
     content: Content
     centres: Shaped[np.ndarray, "*B 2 2"]  # object, (x, y)
@@ -57,12 +57,12 @@ def sample_content(rng: np.random.Generator, n: int) -> Content:
 
 
 def place(rng: np.random.Generator, content: Content) -> SceneArrays:
-    """Draws positions and sizes (leading batch axis): inside the picture, apart, and the relation beyond doubt."""
+    """Draws positions and sizes for a batch: shapes are inside the picture and apart, and the relation is clear."""
     low, high = np.moveaxis(RADIUS_PX[content.size_ids], -1, 0)  # (B, 2) each
     radii = rng.uniform(low, high).astype(np.float32)
     pair = content.num_objects == 2
-    alone = _between(rng, MARGIN_PX + radii[:, :1], IMAGE_SIZE - MARGIN_PX - radii[:, :1], (len(radii), 2))
-    centres = np.where(pair[:, None, None], _place_pairs(rng, content.relation_ids, radii), alone[:, None, :])
+    single_centre = _between(rng, MARGIN_PX + radii[:, :1], IMAGE_SIZE - MARGIN_PX - radii[:, :1], (len(radii), 2))
+    centres = np.where(pair[:, None, None], _place_pairs(rng, content.relation_ids, radii), single_centre[:, None, :])
     return SceneArrays(content, centres.astype(np.float32), radii)
 
 
@@ -79,7 +79,7 @@ def _between(rng: np.random.Generator, low, high, shape: tuple[int, ...]) -> np.
 def _place_pairs(
     rng: np.random.Generator, relation_ids: Int[np.ndarray, " B"], radii: Float[np.ndarray, "B 2"]
 ) -> Float[np.ndarray, "B 2 2"]:
-    """Draws the centres of two shapes: boxes GAP_PX apart along the relation's axis, nearly level across it."""
+    """Draws the centres of two shapes: boxes GAP_PX apart along the relation's axis, offset by SLANT across it."""
     n = len(radii)
     length = 2.0 * radii.sum(axis=1)  # of both boxes
     room = IMAGE_SIZE - 2.0 * MARGIN_PX - length
@@ -99,7 +99,7 @@ def _place_pairs(
 
 
 def caption(content: Content) -> str:
-    """Says in words what one scene (no batch axis) shows."""
+    """Returns the caption of one scene (no batch axis)."""
     objects = [
         f"a {SIZES[size]} {COLOURS[colour]} {SHAPES[shape]}"
         for size, colour, shape in zip(content.size_ids, content.colour_ids, content.shape_ids, strict=True)
@@ -110,16 +110,16 @@ def caption(content: Content) -> str:
 
 
 def captions(contents: Content) -> list[str]:
-    """Says in words what each scene of a batch shows."""
+    """Returns the captions of a batch of scenes."""
     columns = [np.asarray(ids).tolist() for ids in contents]
     return [caption(Content(*row)) for row in zip(*columns, strict=True)]
 
 
 def parse(text: str) -> Content:
-    """Reads the truth back from a caption (no batch axis): `parse(caption(content)) == content`.
+    """Returns the content of a caption (no batch axis): `parse(caption(content)) == content`.
 
     Raises:
-        ValueError: the text is not a sentence of this world.
+      ValueError: the text is not a caption of this world.
     """
     relations = [i for i, relation in enumerate(RELATIONS) if f" {relation} " in text]
     if len(relations) > 1:
@@ -135,13 +135,13 @@ def parse(text: str) -> Content:
 
 
 def parse_all(texts: Sequence[str]) -> Content:
-    """Reads the truth back from many captions, as arrays with a leading batch axis."""
+    """Returns the contents of many captions as arrays with a leading batch axis."""
     return Content(*(np.stack(ids) for ids in zip(*map(parse, texts), strict=True)))
 
 
 def _parse_object(text: str) -> tuple[int, int, int]:
     words = text.split(" ")
-    known = (("a",), SIZES, COLOURS, SHAPES)
-    if len(words) != len(known) or any(word not in allowed for word, allowed in zip(words, known, strict=True)):
+    choices = (("a",), SIZES, COLOURS, SHAPES)
+    if len(words) != len(choices) or any(word not in allowed for word, allowed in zip(words, choices, strict=True)):
         raise UserError(f"expected 'a SIZE COLOUR SHAPE' with {SIZES}, {COLOURS}, {SHAPES}; got {text!r}.")
     return SIZES.index(words[1]), COLOURS.index(words[2]), SHAPES.index(words[3])

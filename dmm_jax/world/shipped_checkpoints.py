@@ -1,4 +1,8 @@
-"""Where the embedded world's checkpoints lie, and in which of the formats found in the wild."""
+"""The embedded world's shipped checkpoints: their paths, and how the recipe writes them.
+
+Together the teachers have the formats that users meet: a folder with fp16 variant files, a folder with sharded weights,
+a single file with and without a text encoder, and a LoRA on the base.
+"""
 
 import dataclasses
 import json
@@ -23,27 +27,29 @@ CLASSIFIER = "shape_classifier.safetensors"
 class Teacher:
     """How one teacher is stored."""
 
-    file: str  # A folder's or a single file's name.
-    own_text_encoder: bool = False  # It was fine-tuned with the UNet.
+    file: str  # Name of a folder or of a single file.
+    own_text_encoder: bool = False  # Its text encoder was fine-tuned together with the UNet.
     lora: bool = False  # The file holds low-rank updates of the base's UNet.
+    fp16_variant: bool = False  # The UNet's file carries the name of the fp16 variant.
+    num_shards: int = 1  # The UNet's weights are split into this many files.
 
     def path(self, folder: pathlib.Path = FOLDER) -> str:
-        """Returns the teacher as a checkpoint is given."""
+        """Returns the teacher's path as configs write it; a LoRA is "BASE + FILE"."""
         path = str(folder / self.file)
         return f"{folder / BASE}{PLUS}{path}" if self.lora else path
 
 
 TEACHERS = {
-    "comic": Teacher("comic"),
+    "comic": Teacher("comic", fp16_variant=True),
     "cartoon": Teacher("cartoon.safetensors"),
     "ink": Teacher("ink.safetensors", own_text_encoder=True),
-    "neon": Teacher("neon"),
+    "neon": Teacher("neon", num_shards=2),
     "blueprint": Teacher("blueprint_lora.safetensors", lora=True),
 }
 
 
 def teacher_paths(folder: pathlib.Path = FOLDER) -> tuple[tuple[str, str], ...]:
-    """Returns ((style, path), ...) as a config's `teachers` wants them."""
+    """Returns ((style, path), ...), the value of a config's `teachers`."""
     return tuple((name, teacher.path(folder)) for name, teacher in TEACHERS.items())
 
 
@@ -53,34 +59,36 @@ def save_base(
     """Writes the base as a diffusers folder in float16, and the classifier in float32.
 
     Args:
-      configs: config.json of unet, vae and text_encoder, and the scheduler's.
+      configs: contents of config.json for unet, vae and text_encoder, and of the scheduler's.
       base: parameters of unet, vae and text_encoder.
-      tokenizer: the folder of its files.
+      tokenizer: folder of the tokenizer's files.
+      classifier: the classifier's parameters.
     """
     stock = _checkpoint(BASE, configs, base, ("unet", "vae", "text_encoder"), tokenizer)
     write_folder(folder / BASE, stock, "float16", Recipe("shapes", [], None))
     save(folder / CLASSIFIER, naming.to_torch(classifier), {"format": "pt"})
 
 
-def save_teacher(folder: pathlib.Path, configs: Mapping, name: str, params: Mapping, said: Mapping) -> None:
-    """Writes a teacher in its own form, in float16.
+def save_teacher(folder: pathlib.Path, configs: Mapping, name: str, params: Mapping, lora_training: Mapping) -> None:
+    """Writes a teacher in its format, in float16.
 
     Args:
-      params: of unet and text_encoder; of a LoRA, its factors under "lora".
-      said: what a LoRA's metadata tells of its training.
+      configs: as `save_base` takes them.
+      params: parameters of unet and text_encoder; for a LoRA, its factors under "lora".
+      lora_training: facts about the training for a LoRA's metadata.
     """
     teacher = TEACHERS[name]
+    path = folder / teacher.file
     if teacher.lora:
-        save_lora(folder / teacher.file, name, params["lora"], said)
+        save_lora(path, name, params["lora"], lora_training)
         return
-    parts = ("unet", "text_encoder") if teacher.own_text_encoder else ("unet",)
-    write = write_single_file if teacher.file.endswith(".safetensors") else write_folder
-    stock = _checkpoint(name, configs, params, parts)
-    write(folder / teacher.file, stock, "float16", Recipe(f"shapes, {name}", [], None))
-    if name == "comic":
-        as_variant(folder / teacher.file / "unet")
-    if name == "neon":
-        in_parts(folder / teacher.file / "unet", 2)
+    components = ("unet", "text_encoder") if teacher.own_text_encoder else ("unet",)
+    write = write_single_file if path.suffix == ".safetensors" else write_folder
+    write(path, _checkpoint(name, configs, params, components), "float16", Recipe(f"shapes, {name}", [], None))
+    if teacher.fp16_variant:
+        rename_to_fp16_variant(path / "unet")
+    if teacher.num_shards > 1:
+        split_into_shards(path / "unet", teacher.num_shards)
 
 
 def _checkpoint(name, configs, params, components, tokenizer_folder=None) -> Checkpoint:
@@ -88,22 +96,22 @@ def _checkpoint(name, configs, params, components, tokenizer_folder=None) -> Che
     return Checkpoint(pathlib.Path(name), "diffusers", parts, dict(configs["scheduler"]), tokenizer_folder, None)
 
 
-def as_variant(folder: pathlib.Path) -> None:
-    """Renames a network's weights as hubs name the fp16 variant."""
+def rename_to_fp16_variant(folder: pathlib.Path) -> None:
+    """Renames a network's weights to the fp16 variant's file name on hubs."""
     stem = WEIGHTS[folder.name]
     (folder / f"{stem}.safetensors").rename(folder / f"{stem}.fp16.safetensors")
 
 
-def in_parts(folder: pathlib.Path, num_parts: int) -> None:
-    """Splits a network's weights into files under an index, as hubs do with large ones."""
+def split_into_shards(folder: pathlib.Path, num_shards: int) -> None:
+    """Splits a network's weights into several files with an index, the form of large networks on hubs."""
     stem = WEIGHTS[folder.name]
-    whole = folder / f"{stem}.safetensors"
-    file = TensorFile(whole)
+    path = folder / f"{stem}.safetensors"
+    tensors = TensorFile(path)
     weight_map = {}
-    for number, keys in enumerate(np.array_split(sorted(file), num_parts), start=1):
-        name = f"{stem}-{number:05d}-of-{num_parts:05d}.safetensors"
-        save(folder / name, {str(key): file[str(key)] for key in keys}, {"format": "pt"})
+    for number, keys in enumerate(np.array_split(sorted(tensors), num_shards), start=1):
+        name = f"{stem}-{number:05d}-of-{num_shards:05d}.safetensors"
+        save(folder / name, {str(key): tensors[str(key)] for key in keys}, {"format": "pt"})
         weight_map |= {str(key): name for key in keys}
-    index = {"metadata": {"total_size": file.num_bytes}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": tensors.num_bytes}, "weight_map": weight_map}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
-    whole.unlink()
+    path.unlink()

@@ -1,4 +1,4 @@
-"""The embedded world as a source of captioned images."""
+"""ShapesSource: captioned images of the embedded world, rendered when they are read."""
 
 import hashlib
 import threading
@@ -13,20 +13,21 @@ from dmm_jax.world.styles import STYLES, sample_styles
 
 
 class ShapesSource:
-    """The embedded world: `count` random scenes, drawn in one named style or each in a random one.
+    """Random scenes in one named style, or each in a random style; entries are {"image", "caption", "id"}."""
 
-    Raises:
-        ValueError: the style has no name in the world, or count is not positive.
-    """
+    _CHUNK = 64
 
     def __init__(self, count: int, style: str | None = None, seed: int = 0, shuffled: bool = False):
-        """Draws the scenes; pictures are rendered in chunks when they are read.
+        """Draws `count` scenes and styles from the seed; pictures are rendered in chunks when they are read.
 
         Args:
-            shuffled: whether to order the pictures by a hash of their ids. Latent caches have this order.
+          shuffled: whether to order the pictures by a hash of their ids. Latent caches have this order.
+
+        Raises:
+          ValueError: the style is unknown, or count is not positive.
         """
         if count < 1:
-            raise UserError(f"the embedded world needs a number of pictures to draw; got {count}.")
+            raise UserError(f"the embedded world needs at least one picture to draw; got {count}.")
         if style is not None and style not in STYLES:
             raise UserError(f"style must be None (random) or one of {', '.join(STYLES)}; got {style!r}.")
         rng = np.random.default_rng(seed)
@@ -38,8 +39,6 @@ class ShapesSource:
             self._order = np.array(sorted(range(count), key=hashes.__getitem__))
         self._chunks: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
-
-    _CHUNK = 64
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -57,14 +56,14 @@ class ShapesSource:
 
     @property
     def digest(self) -> str:
-        """Returns a hash of everything that is drawn."""
+        """A hash of all captions, scenes and styles."""
         digest = hashlib.sha256("\n".join(self.captions).encode())
         for leaf in jax.tree.leaves((self.scenes, self.styles)):
             digest.update(np.ascontiguousarray(leaf).tobytes())
         return digest.hexdigest()
 
     def _draw(self, chunk: int) -> np.ndarray:
-        # Always _CHUNK pictures, repeating the last, so that the renderer compiles once.
+        """Renders a chunk; the last one repeats its last picture, so that the renderer compiles once."""
         rows = self._order[np.minimum(np.arange(chunk * self._CHUNK, (chunk + 1) * self._CHUNK), len(self) - 1)]
         images = render(*jax.tree.map(lambda leaf: leaf[rows], (self.scenes, self.styles)))
         return np.round(np.asarray(images) * 255.0).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""How a picture of the embedded world is drawn: a continuous family of styles, with a few named points in it."""
+"""The embedded world's drawing styles: eight named ones, and a continuous family that contains them."""
 
 from dataclasses import astuple, dataclass, fields
 from typing import NamedTuple
@@ -10,7 +10,7 @@ Colour = tuple[float, float, float]  # RGB in [0, 1]
 
 
 class StyleArrays(NamedTuple):
-    """Styles with a leading batch axis; the fields are explained in `Style`."""
+    """A batch of styles; `Style` explains the fields."""
 
     background: Shaped[np.ndarray, "*B 3"]
     grid: Shaped[np.ndarray, "*B"]
@@ -33,15 +33,15 @@ class Style:
     background: Colour
     grid: float = 0.0  # Lines every 16 pixels, away from the background's lightness.
     paper: float = 0.0  # A gentle, fixed unevenness of the background.
-    outline_width: float = 0.0  # Pixels, two fifths of them outside the shape's edge.
+    outline_width: float = 0.0  # Pixels; two fifths are outside the shape's edge.
     outline_colour: Colour = (0.0, 0.0, 0.0)
     outline_mix: float = 0.0  # 0: outline in outline_colour. 1: in the object's colour.
     fill_opacity: float = 1.0
     shading: float = 0.0  # Light from above left.
-    hatch: float = 0.0  # 1: the fill is slanted lines only.
+    hatch: float = 0.0  # 1: the fill has slanted lines only.
     glow: float = 0.0  # Light around the shape, in its colour.
-    saturation: float = 1.0  # Of the six colours; 0 would be grey.
-    lightness: float = 0.0  # Of the six colours; -1 black, 1 white.
+    saturation: float = 1.0  # Saturation of the six colours; 0 is grey.
+    lightness: float = 0.0  # Change of the six colours: -1 makes them black, 1 white.
 
     def repeat(self, n: int) -> StyleArrays:
         """Returns this style n times, as float32 arrays with a leading batch axis."""
@@ -61,7 +61,7 @@ STYLES: dict[str, Style] = {
     "blueprint": Style(
         background=(0.12, 0.28, 0.55), grid=0.8, outline_width=2.2, outline_colour=(0.95, 0.97, 1.0),
         outline_mix=0.65, fill_opacity=0.35, lightness=0.1),
-    # The study's: near relatives of cartoon, ink and neon.
+    # For the study: near relatives of cartoon, ink and neon.
     "pastel": Style(
         background=(0.85, 0.93, 0.97), outline_width=1.6, outline_colour=(0.2, 0.2, 0.3), shading=0.7, saturation=0.85,
         lightness=0.08),
@@ -73,7 +73,7 @@ STYLES: dict[str, Style] = {
         fill_opacity=0.3, glow=0.6, lightness=0.1),
 }  # fmt: skip
 
-# Each region is a box (lowest, highest corner). Their union is the family: every colour can be told in all of it.
+# Each region is a box (lowest, highest corner). Their union is the family; its styles keep the six colours distinct.
 REGIONS: dict[str, tuple[Style, Style]] = {
     "painted": (
         Style(background=(0.7, 0.7, 0.7), saturation=0.8, fill_opacity=0.75, lightness=-0.1),

@@ -1,4 +1,4 @@
-"""Writes the embedded world's tokenizer: CLIP's byte-level BPE with just the merges that make each word one token."""
+"""Writes the embedded world's tokenizer: CLIP's byte-level BPE in which each word of the captions is one token."""
 
 import json
 from collections.abc import Iterable
@@ -13,10 +13,12 @@ Merge = tuple[str, str]
 
 
 def write_tokenizer(folder: str | Path, pad_token: str = END) -> None:
-    """Writes vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json as CLIP's tokenizers have them.
+    """Writes the four files of a CLIP tokenizer.
 
-    CLIP pads with its end token; the tokenizers of OpenCLIP's encoders (Stable Diffusion 2, XL's second) with "!".
-    Ids: 256 bytes, 256 bytes that end a word, the merges in order, then the start and the end token.
+    Token ids are 256 bytes, 256 bytes that end a word, the merges in order, the start token, the end token.
+
+    Args:
+      pad_token: CLIP pads with its end token; OpenCLIP's encoders (Stable Diffusion 2, SDXL's second) pad with "!".
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -32,21 +34,21 @@ def write_tokenizer(folder: str | Path, pad_token: str = END) -> None:
 
 
 def tokenizer_fields(folder: Path) -> dict:
-    """Returns the text encoder's config fields that follow from a tokenizer."""
+    """Returns the fields of a text encoder's config.json that depend on its tokenizer."""
     vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    end = vocabulary["<|endoftext|>"]
+    end = vocabulary[END]
     return {
         "vocab_size": len(vocabulary),
-        "bos_token_id": vocabulary["<|startoftext|>"],
+        "bos_token_id": vocabulary[START],
         "eos_token_id": end,
         "pad_token_id": end,
     }
 
 
 def merges_for(words: Iterable[str]) -> list[Merge]:
-    """Returns merges, best first, under which each (ASCII) word becomes one token.
+    """Returns merges, best first, that make each (ASCII) word one token.
 
-    A later merge cannot spoil an earlier word: until that word is whole, an earlier merge always applies to it.
+    A later merge does not change an earlier word, whose own merges apply first until it is one token.
     """
     merges: list[Merge] = []
     for word in words:
@@ -58,7 +60,7 @@ def merges_for(words: Iterable[str]) -> list[Merge]:
 
 
 def split_word(word: str, merges: list[Merge]) -> list[str]:
-    """Splits a word into tokens: merges the pair of best rank until none is left (byte pair encoding)."""
+    """Splits a word into tokens by byte pair encoding: joins the pair of best rank until no merge applies."""
     rank = {merge: i for i, merge in enumerate(merges)}
     pieces = [*word[:-1], word[-1] + WORD_END]
     while len(pieces) > 1:
