@@ -8,11 +8,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dmm_jax.config import options as config_lib
-from dmm_jax.runtime.errors import UserError, nearest
-
-
-class UsageError(UserError):
-    """An option that there is not, or a value that it cannot take."""
+from dmm_jax.runtime.errors import UsageError, UserError, nearest
 
 
 def read_config(path: str, overrides: Sequence[str] = ()):

@@ -11,6 +11,10 @@ class UserError(ValueError):
     """
 
 
+class UsageError(UserError):
+    """A command-line option that does not exist, or a value that it cannot take."""
+
+
 def refuse(title: str, problems: Iterable[str | bool | None], error: type[UserError] = UserError) -> None:
     """Raises one error that lists every problem; does nothing if there is none. False and None are skipped."""
     lines = [problem for problem in problems if problem]
@@ -21,3 +25,19 @@ def refuse(title: str, problems: Iterable[str | bool | None], error: type[UserEr
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.0) -> str:
     """Returns the known name that is most like `name`, or "" if none reaches the cutoff (0 to 1)."""
     return next(iter(difflib.get_close_matches(name, list(known), 1, cutoff)), "")
+
+
+def message(error: BaseException) -> str | None:
+    """Returns the message for an error caused by the user or the machine; None for a fault of this package."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, (UserError, OSError, FloatingPointError)):
+        return str(error)
+    first_line = " ".join((str(error).splitlines() or [""])[0].split())[:300]
+    if "Vmem" in str(error):
+        return f"a kernel does not fit the chip's fast memory: {first_line} Avoid it with --config.attention=xla."
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return f"out of memory: {first_line} Compute fewer images at once (batch size), or smaller ones."
+    if type(error).__name__ == "JaxRuntimeError":  # By its name, since importing JAX takes seconds.
+        return f"the device cannot continue: {first_line}"
+    return None

@@ -20,14 +20,13 @@ import jax
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from dmm_jax.runtime.errors import UserError
+from dmm_jax.runtime.errors import UserError, message
 
 JOIN_TIMEOUT_S = 300  # How long processes wait for each other at the start.
 HEARTBEAT_TIMEOUT_S = 30  # A process not heard of for so long is dead, and ends the run.
 POLL_S = 0.5  # How often a process asks before its first step whether another was told to stop.
 LOST = 134  # The exit code of a process that has lost another, by JAX's hand or ours; xpk starts such a run again.
 LAST_WORDS_S = 2  # Without process 0 the others are aborted: where all fail alike, it lets them speak first.
-SAID_PLAINLY = (ValueError, OSError, FloatingPointError, KeyboardInterrupt)  # The rest needs its traceback.
 
 
 class Preempted(Exception):
@@ -121,7 +120,7 @@ def _end(error: BaseException):
     if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in text:
         code = LOST
         text = f"the device or another process is gone (if it was a process, its own log says why): {text}"
-    elif not isinstance(error, SAID_PLAINLY):
+    elif message(error) is None and not isinstance(error, KeyboardInterrupt):
         traceback.print_exception(error)
     print(f"process {jax.process_index()} of {jax.process_count()} failed: {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()

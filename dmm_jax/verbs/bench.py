@@ -33,13 +33,13 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--json", action="store_true", help="print one JSON object a line")
 
 
-def run(args: argparse.Namespace) -> int | None:
+def main(args: argparse.Namespace) -> int | None:
     """Measures what is asked for; with --json each line is printed as soon as it is there."""
     from dmm_jax.bench import jobs
     from dmm_jax.config import arguments
-    from dmm_jax.verbs import experiment
+    from dmm_jax.verbs import options
 
-    config = experiment.read(args.config or jobs.__file__, args.rest)
+    config = options.read_experiment(args.config or jobs.__file__, args.overrides)
     arguments.whole("--num-steps", args.num_steps, 1)
     arguments.whole("--batch-size", args.batch_size, 1)
     if args.against and args.job not in ("train", "sample"):

@@ -1,59 +1,64 @@
-"""`dmm-jax demo`: the whole road on the embedded world, each stretch by the function behind its own verb."""
+"""`dmm-jax demo`: every step on the embedded world, from inspecting checkpoints to sampling the student."""
 
+import argparse
 import contextlib
 import pathlib
 import shutil
 import sys
 import time
 
-from dmm_jax import train
-from dmm_jax.checkpoints.export import export
-from dmm_jax.checkpoints.inspect import inspect, render
-from dmm_jax.config import checks
-from dmm_jax.config.styles import parse_style
-from dmm_jax.data.prepare import prepare_images
-from dmm_jax.evaluation.evaluate import evaluate
-from dmm_jax.gallery.gallery import write_gallery
-from dmm_jax.gallery.sample import sample
-from dmm_jax.pipeline import Pipeline, default_dtype
-from dmm_jax.runtime.storage import check_output
+from dmm_jax.verbs import options
 
 MIX = "comic=0.5,neon=0.5"
 
 
-def demo(workdir: pathlib.Path, config) -> pathlib.Path:
-    """Inspects, merges, evaluates, exports and samples below `workdir`; returns the path of the report's page.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the verb."""
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("demo-run"), help="default: %(default)s")
+    parser.add_argument("--config", default="", help="an experiment file; default: one that fits two CPU cores")
 
-    A demo that was broken off goes on where it stopped.
 
-    Raises:
-      ValueError: the workdir holds something else.
-    """
-    workdir = pathlib.Path(workdir)
+def main(args: argparse.Namespace) -> None:
+    """Inspects, prepares, trains, evaluates, exports and samples in the workdir; resumes a demo that was stopped."""
+    from dmm_jax import train
+    from dmm_jax.checkpoints.export import export
+    from dmm_jax.checkpoints.inspect import inspect, render
+    from dmm_jax.config import checks
+    from dmm_jax.data.prepare import prepare_images
+    from dmm_jax.evaluation.evaluate import evaluate
+    from dmm_jax.runtime.storage import check_output
+    from dmm_jax.world import demo_config
+
+    config = options.read_experiment(args.config or demo_config.__file__, args.overrides)
+    workdir = args.workdir
     if not (workdir / "config.json").is_file() and not (workdir / "cache").is_dir():
         check_output(workdir)
     config.data.cache = str(workdir / "cache")
     checks.check(config)
-    with _stretch("Inspect: one base, five fine-tuned teachers, one of them a LoRA, in the formats found in the wild"):
+    with _step("Inspect: one base and five fine-tuned teachers, one of them a LoRA, in formats found in the wild"):
         print(render(inspect([pathlib.Path(config.base), *(pathlib.Path(path) for _, path in config.teachers)])))
-    with _stretch("Prepare: pictures and captions to latents and token ids"):
+    with _step("Prepare: pictures and captions become latents and token ids"):
         prepare_images(config)
-    with _stretch("Merge: distil the teachers into one student with a style vector each"):
+    with _step("Merge: distil the teachers into one student with one style vector per teacher"):
         train.run(config, workdir)
-    with _stretch("Evaluate: student against teachers, base and merged weights"):
+    with _step("Evaluate: compare the student with its teachers, the base and merged weights"):
         page = evaluate(workdir)
-    with _stretch(f"Export: DMM folder, stock diffusers folder, stock single file (style {MIX})"):
+    with _step(f"Export: DMM folder, stock diffusers folder, stock single file (style {MIX})"):
         shutil.rmtree(workdir / "export", ignore_errors=True)
         for path in export(workdir, workdir / "export", ("dmm", "diffusers", "single-file"), MIX):
             print(path)
-    with _stretch("Sample: every style, and a mix, in one batch"):
+    with _step("Sample: every style, and a mix, in one batch"):
         shutil.rmtree(workdir / "samples" / "gallery", ignore_errors=True)
         print(_sample(config, workdir))
     print(f"\nOpen {page}", file=sys.stderr)
-    return page
 
 
 def _sample(config, workdir: pathlib.Path) -> pathlib.Path:
+    from dmm_jax.config.styles import parse_style
+    from dmm_jax.gallery.gallery import write_gallery
+    from dmm_jax.gallery.sample import sample
+    from dmm_jax.pipeline import Pipeline, default_dtype
+
     prompts, styles = list(config.samples.prompts), [*(name for name, _ in config.teachers), MIX]
     pipeline = Pipeline.from_pretrained(workdir / "export" / "dmm", dtype=default_dtype())
     samples = sample(
@@ -70,8 +75,8 @@ def _sample(config, workdir: pathlib.Path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _stretch(title: str):
+def _step(title: str):
     print(f"\n== {title}", file=sys.stderr, flush=True)
-    started = time.perf_counter()
+    start = time.perf_counter()
     yield
-    print(f"   {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    print(f"   {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)

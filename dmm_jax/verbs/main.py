@@ -1,85 +1,102 @@
-"""The command line: `dmm-jax VERB`. Arguments in, one function called, errors as one line and an exit code."""
+"""The command line `dmm-jax VERB`: finds the verb's file, runs it, and turns errors into a line and an exit code.
+
+A verb is one file with `add_arguments(parser)` and `main(args)`, which returns an exit code, or None for 0. The file is
+imported when the verb is named, and imports the library inside `main`: `--help` and usage errors come at once.
+"""
 
 import argparse
 import contextlib
+import importlib
 import sys
+import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from dmm_jax.config.files import UsageError
-from dmm_jax.runtime.errors import UserError
-from dmm_jax.verbs.verbs import EXIT_ERROR, EXIT_OK, VERBS
+from dmm_jax.runtime.errors import UsageError, message
 
-EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
+VERBS = {  # In the order of --help. The file of `fit-style` is fit_style.py.
+    "demo": "run every step on the embedded world and write report/index.html",
+    "inspect": "show what checkpoints contain and whether they can be merged",
+    "prepare": "turn images and captions into a cache of latents and token ids",
+    "train": "distil the teachers into one student; resumes a run that was stopped",
+    "plan": "compute the memory, work, hours and chip-hours of a run, without its devices",
+    "export": "write a trained student as PyTorch safetensors",
+    "average": "write a weight average of checkpoints as one stock checkpoint; no training",
+    "fit-style": "learn one new style vector from a handful of images; everything else is frozen",
+    "sample": "draw prompts in styles: PNGs, grid.png, index.html",
+    "evaluate": "measure fidelity, the style matrix, FD or FID; writes metrics.json and a report",
+    "bench": "measure images/s and TFLOP/s on random data and compare with the device's peak",
+}
+EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+REPORT = "this is a fault of dmm-jax; please open an issue with your command and the traceback above."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns 0 for success, 1 for an error said on stderr, 2 for wrong usage, 130 for Ctrl-C."""
-    parser = build_parser()
-    args, rest = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
-    if rest and not args.takes_config:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    args.rest = rest
-    with _plainly_said(args.verb):
+    """Runs one verb; returns its exit code: 0 success, 1 an error, 2 wrong usage, 130 Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    verb = next((argument for argument in argv if not argument.startswith("-")), "")
+    parser = build_parser(verb)
+    args, overrides = parser.parse_known_args(argv)
+    if overrides and "config" not in args:
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    args.overrides = overrides  # --config.NAME=VALUE
+    return exit_code(verb, lambda: _module(verb).main(args))
+
+
+def build_parser(verb: str = "") -> argparse.ArgumentParser:
+    """Describes all verbs, and the arguments of the one that is named."""
+    parser = argparse.ArgumentParser(
+        prog="dmm-jax", description="Merge Stable Diffusion checkpoints by distillation, in JAX."
+    )
+    parsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, description in VERBS.items():
+        verb_parser = parsers.add_parser(name, help=description, description=description)
+        if name == verb:
+            _module(name).add_arguments(verb_parser)
+    return parser
+
+
+def _module(verb: str):
+    return importlib.import_module(f"dmm_jax.verbs.{verb.replace('-', '_')}")
+
+
+def exit_code(verb: str, function: Callable[[], int | None]) -> int:
+    """Calls a verb's function and returns the exit code; prints errors and warnings on stderr, one line each.
+
+    A fault of this package prints its traceback, and a line that asks for a report.
+    """
+    with _warnings_in_one_line(verb):
         try:
-            return args.run(args) or EXIT_OK
+            return function() or EXIT_OK
         except KeyboardInterrupt:
-            print(f"dmm-jax {args.verb}: interrupted", file=sys.stderr)
+            print(f"dmm-jax {verb}: interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED
         except Exception as error:
-            if (said := _message(error)) is None:
-                raise  # A fault of ours, which its traceback tells best.
-            print(f"dmm-jax {args.verb}: error: {said}", file=sys.stderr)
+            text = message(error)
+            if text is None:
+                traceback.print_exc()
+            print(f"dmm-jax {verb}: error: {text or REPORT}", file=sys.stderr)
             return EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR
 
 
-def _message(error) -> str | None:
-    """Returns what is said of an error that has its cause in what was given, or on the machine; None of any other."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if isinstance(error, (UserError, OSError, FloatingPointError)):
-        return str(error)
-    first = " ".join((str(error).splitlines() or [""])[0].split())
-    if "Vmem" in str(error):
-        return f"a kernel does not fit the chip's fast memory: {first[:300]} Without it: --config.attention=xla."
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        return f"out of memory: {first[:300]} Compute fewer images at once (batch size), or smaller ones."
-    if type(error).__name__ == "JaxRuntimeError":
-        return f"the device cannot go on: {first[:300]}"
-    return None
-
-
 @contextlib.contextmanager
-def _plainly_said(verb: str) -> Iterator[None]:
-    """Says warnings in one line, without the code that gave them; leaves out a line of Orbax's that means nothing."""
+def _warnings_in_one_line(verb: str) -> Iterator[None]:
+    """Prints user warnings without file and source line; drops a warning of Orbax that has no meaning for the user."""
     from absl import logging as absl_logging
 
-    absl_logging.get_absl_logger().addFilter(_is_worth_saying)
+    absl_logging.get_absl_logger().addFilter(_is_useful)
     with warnings.catch_warnings():
-        other = warnings.showwarning
+        show_others = warnings.showwarning
 
-        def show(message, category, *where, **more):
+        def show(text, category, *place, **options):
             if issubclass(category, UserWarning):
-                print(f"dmm-jax {verb}: warning: {message}", file=sys.stderr, flush=True)
+                print(f"dmm-jax {verb}: warning: {text}", file=sys.stderr, flush=True)
             else:
-                other(message, category, *where, **more)
+                show_others(text, category, *place, **options)
 
         warnings.showwarning = show
         yield
 
 
-def _is_worth_saying(record) -> bool:
+def _is_useful(record) -> bool:
     return "Metadata file does not exist" not in record.getMessage()
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Describes every verb and its arguments."""
-    parser = argparse.ArgumentParser(
-        prog="dmm-jax", description="Merge Stable Diffusion checkpoints by distillation, in JAX."
-    )
-    parsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb in VERBS:
-        described = parsers.add_parser(verb.name, help=verb.about, description=verb.about)
-        described.set_defaults(run=verb.run, takes_config=verb.takes_config)
-        verb.add_arguments(described)
-    return parser

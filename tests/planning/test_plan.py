@@ -21,7 +21,7 @@ from dmm_jax.models.unet_2d_condition import merged_config
 from dmm_jax.planning import changes, collectives, compiler, devices, flops, memory, plan, requirements, text
 from dmm_jax.runtime import sharding
 from dmm_jax.verbs import main as cli
-from dmm_jax.verbs import verbs
+from dmm_jax.verbs import plan as plan_verb
 from tests import worlds
 
 MIB = 2.0**20
@@ -309,7 +309,7 @@ def test_only_what_the_estimate_finds_to_fit_is_compiled(config, by_formula, sma
 
 def test_a_plan_that_does_not_fit_exits_1_and_says_the_change(capsys, config, by_formula, small_device, monkeypatch):
     small_device(held_by(config, "gpu:1x80GB") + 16.1)
-    monkeypatch.setattr(verbs, "read_config", lambda *_: config)
+    monkeypatch.setattr(plan_verb, "read_config", lambda *_: config)
     assert cli.main(["plan", "--config=x.py"]) == 1
     said = capsys.readouterr()
     assert "DOES NOT FIT" in said.out and "It fits with --config.remat=finest" in said.err

@@ -1,0 +1,34 @@
+"""`dmm-jax inspect`: shows what checkpoints contain and whether they can be merged."""
+
+import argparse
+import json
+import pathlib
+import sys
+
+from dmm_jax.verbs import options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the verb."""
+    parser.add_argument(
+        "checkpoints",
+        nargs="+",
+        type=pathlib.Path,
+        metavar="CKPT",
+        help="diffusers folders, .safetensors files, or hf:OWNER/NAME",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--deep", action="store_true", help="read large files completely: finds all damage, and hashes")
+    parser.add_argument("--hash", action="store_true", help="also hash files above 3 GB")
+    options.add_prediction_type(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints the report; returns 1 if the checkpoints cannot be merged, with the reasons on stderr."""
+    from dmm_jax.checkpoints.inspect import inspect, render
+
+    report = inspect(args.checkpoints, args.deep, args.hash, args.prediction_type)
+    print(json.dumps(report, indent=2) if args.json else render(report))
+    for obstacle in report["obstacles"]:
+        print(f"dmm-jax inspect: error: {obstacle}", file=sys.stderr)
+    return 0 if report["mergeable"] else 1

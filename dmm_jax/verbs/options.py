@@ -1,0 +1,49 @@
+"""Options that several verbs share, and the experiment file that `--config` names."""
+
+import argparse
+
+from dmm_jax.config.files import read_config
+from dmm_jax.config.options import DTYPES
+
+_OF_COMMAND_LINE = ("verb", "overrides")  # Arguments that no function of the library takes.
+
+
+def add_prediction_type(parser: argparse.ArgumentParser) -> None:
+    """Adds --prediction-type."""
+    parser.add_argument(
+        "--prediction-type",
+        default="",
+        choices=("epsilon", "v_prediction"),
+        help="for single files whose metadata does not record it",
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """Adds --dtype, in which the networks compute."""
+    parser.add_argument(
+        "--dtype", default="", choices=DTYPES, help="default: bfloat16 on accelerators, float32 on CPUs"
+    )
+
+
+def add_file_dtype(parser: argparse.ArgumentParser) -> None:
+    """Adds --dtype, in which tensors are stored."""
+    parser.add_argument(
+        "--dtype",
+        default="float16",
+        choices=("float32", "float16", "bfloat16"),
+        help="of the tensors in the written files; default: %(default)s",
+    )
+
+
+def keywords(args: argparse.Namespace) -> dict:
+    """Returns the arguments of a verb as keyword arguments, for a function that has parameters of the same names."""
+    return {name: value for name, value in vars(args).items() if name not in _OF_COMMAND_LINE}
+
+
+def read_experiment(path: str, overrides: list[str]):
+    """Reads a config as `read_config` does, and keeps compiled programs in the folder that it names."""
+    from dmm_jax.runtime import compilation
+
+    config = read_config(path, overrides)
+    compilation.keep(config.compilation_cache)
+    return config

@@ -1,0 +1,17 @@
+"""`dmm-jax prepare`: turns images and captions, or prompts alone, into a cache of latents and token ids."""
+
+import argparse
+
+from dmm_jax.verbs import options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the verb."""
+    parser.add_argument("--config", required=True, help="an experiment file, for example configs/sd15.py")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Writes the cache that the experiment names."""
+    from dmm_jax.distill.teacher_samples import prepare_cache
+
+    prepare_cache(options.read_experiment(args.config, args.overrides))

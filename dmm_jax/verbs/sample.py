@@ -1,0 +1,82 @@
+"""`dmm-jax sample`: draws prompts in styles as PNGs, a grid and a page."""
+
+import argparse
+import functools
+import pathlib
+import sys
+
+from dmm_jax.verbs import options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the verb."""
+    parser.add_argument("model", metavar="MODEL", help="a workdir, a diffusers or DMM folder, or a single file")
+    parser.add_argument("--prompts", required=True, type=pathlib.Path, help="a text file, one prompt per line")
+    parser.add_argument(
+        "--style",
+        action="append",
+        default=[],
+        help="NAME, mix, or schedule: photo:600:anime is photo down to timestep 600, then anime; photo:800-400:anime "
+        "fades; repeat for one column each; default: all styles",
+    )
+    parser.add_argument(
+        "--extra-style", action="append", default=[], type=pathlib.Path, metavar="FILE", help="from fit-style; repeat"
+    )
+    parser.add_argument("--out", required=True, type=pathlib.Path, help="a new or empty folder")
+    parser.add_argument(
+        "--base", default=None, help="another checkpoint that provides what a single file lacks (VAE, tokenizer)"
+    )
+    options.add_prediction_type(parser)
+    parser.add_argument("--negative-prompt", default=None, help="default: none, which for SDXL differs from ''")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the first prompt; the next has seed + 1; the same for all styles"
+    )
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance-scale", type=float, default=7.0)
+    parser.add_argument("--solver", default="dpmpp_2m")
+    parser.add_argument("--height", type=int, default=0, help="pixels; default: the model's")
+    parser.add_argument("--width", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=8, help="images computed at once")
+    options.add_dtype(parser)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Draws the pictures, one row per prompt and one column per style, and prints the path of the page."""
+    from tqdm import tqdm
+
+    from dmm_jax.config.styles import parse_style
+    from dmm_jax.data.prompts import read_prompts
+    from dmm_jax.gallery.gallery import write_gallery
+    from dmm_jax.gallery.sample import sample
+    from dmm_jax.pipeline import Pipeline, default_dtype
+    from dmm_jax.runtime import compilation
+    from dmm_jax.runtime.storage import check_output
+
+    check_output(args.out)
+    prompts = read_prompts(args.prompts)
+    compilation.keep()
+    pipeline = Pipeline.from_pretrained(
+        args.model,
+        dtype=args.dtype or default_dtype(),
+        base=args.base,
+        extra_styles=args.extra_style,
+        prediction_type=args.prediction_type,
+    )
+    for line in pipeline.source.loans:
+        print(line, file=sys.stderr, flush=True)
+    samples = sample(
+        pipeline,
+        prompts,
+        [parse_style(text, pipeline.schedule.num_train_timesteps) for text in args.style],
+        negative_prompt=args.negative_prompt,
+        seed=args.seed,
+        height=args.height,
+        width=args.width,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        solver=args.solver,
+        batch_size=args.batch_size,
+        progress=functools.partial(tqdm, disable=None),
+    )
+    labels = args.style or list(pipeline.styles) or [pipeline.name]
+    print(write_gallery(args.out, *samples, row_labels=prompts, column_labels=labels))

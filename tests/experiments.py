@@ -1,0 +1,16 @@
+"""Experiment files for the command line."""
+
+import pathlib
+
+import ml_collections
+
+from dmm_jax.config import options
+
+
+def write_experiment(path: pathlib.Path, config: ml_collections.ConfigDict) -> pathlib.Path:
+    """Writes a file whose `get_config()` returns the config; returns its path."""
+    text = options.to_json(config)
+    path.write_text(
+        f"from dmm_jax.config.options import from_json\n\n\ndef get_config():\n    return from_json({text!r})\n"
+    )
+    return path

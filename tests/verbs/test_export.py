@@ -1,0 +1,85 @@
+"""`dmm-jax export`: what it refuses, and that an export that fails leaves nothing."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dmm_jax.checkpoints.formats import safetensors_io
+from dmm_jax.checkpoints.formats.safetensors_io import TensorFile
+from dmm_jax.verbs import main as cli
+
+
+def test_a_non_empty_output_folder_is_refused(failing, trained, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    error = failing("export", trained, tmp_path, "--format", "dmm")
+    assert "not empty" in error and [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_stock_format_needs_a_known_style(failing, trained, tmp_path):
+    arguments = ["export", trained, tmp_path / "o", "--format"]
+    assert "give --style" in failing(*arguments, "diffusers")
+    assert "did you mean 'left'" in failing(*arguments, "diffusers", "--style", "lift")
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_unknown_format_is_refused_with_the_known_ones(failing, trained, tmp_path):
+    assert "there are: dmm" in failing("export", trained, tmp_path / "o", "--format", "onnx")
+    assert not (tmp_path / "o").exists()
+
+
+def test_verify_needs_a_diffusers_folder_for_a_single_file(failing, trained, tmp_path):
+    assert "add diffusers to --format" in failing(
+        "export", trained, tmp_path / "o", "--format=single-file", "--style=left", "--verify"
+    )
+
+
+def test_a_mix_is_drawn_alike_from_all_three_formats(trained, tmp_path):
+    out, mix = tmp_path / "out", "left=0.5,right=0.5"
+    formats = ["--format", "dmm,diffusers,single-file", "--style", mix, "--dtype", "float32"]
+    assert cli.main(["export", str(trained), str(out), *formats]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "diffusers", "dmm", "model.safetensors"]
+    (tmp_path / "prompts.txt").write_text("a large red circle\n\na small blue star\n")
+
+    def pictures(folder, model, *options):
+        arguments = ["sample", str(out / model), "--prompts", str(tmp_path / "prompts.txt"), "--steps", "2"]
+        assert cli.main([*arguments, "--batch-size", "4", "--out", str(tmp_path / folder), *options]) == 0
+        return sorted((tmp_path / folder).glob("*_seed*.png"))
+
+    from_dmm = pictures("a", "dmm", "--style", "left", "--style", mix)
+    assert len(from_dmm) == 4 and (tmp_path / "a" / "grid.png").is_file()
+    from_file = pictures("b", "model.safetensors", "--base", str(out / "diffusers"))
+    mixed, folded = (np.asarray(Image.open(path), np.int32) for path in (from_dmm[1], from_file[0]))
+    assert np.abs(mixed - folded).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["dmm", "diffusers", "single-file", "style-lora"])
+def test_a_full_disk_leaves_nothing_of_an_export(failing, trained, tmp_path, name, monkeypatch):
+    arguments = ["export", trained, tmp_path / "o", "--format", name, "--style", "left"]
+    written, raw_bytes = [], safetensors_io.raw_bytes
+
+    def full(array):
+        written.append(array)
+        if len(written) > (0 if name == "style-lora" else 100):
+            raise OSError(28, "No space left on device")
+        return raw_bytes(array)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(safetensors_io, "raw_bytes", full)
+        assert "No space left" in failing(*arguments)
+    assert list(tmp_path.iterdir()) == []
+    assert cli.main(list(map(str, arguments))) == 0  # The next one succeeds.
+
+
+def test_a_style_lora_is_small_and_names_its_base(failing, trained, tmp_path):
+    arguments = ["export", trained, tmp_path / "o", "--format", "style-lora"]
+    assert "give --style" in failing(*arguments)
+    arguments += ["--style", "left"]
+    assert "got forge" in failing(*arguments, "--lora-for", "forge")
+    assert "did you mean 'right'" in failing(*arguments, "--lora-base", "rigth")
+    assert not (tmp_path / "o").exists()
+    options = ["--lora-base", "right", "--lora-for", "comfyui,diffusers"]
+    assert cli.main([str(argument) for argument in [*arguments, *options]]) == 0
+    file = TensorFile(tmp_path / "o" / "style_lora.safetensors")
+    metadata_bytes = file.path.stat().st_size - file.num_bytes  # The recipe included.
+    assert metadata_bytes < 4000
+    assert len(file) == 4 and '"style": "right=1.0"' in file.metadata["dmm_jax.lora_base"]

@@ -1,0 +1,17 @@
+"""`dmm-jax inspect`: a report on stdout, and what prevents a merge on stderr."""
+
+import json
+
+from dmm_jax.verbs import main as cli
+
+
+def test_json_reports_that_the_checkpoints_can_be_merged(capsys, tiny):
+    assert cli.main(["inspect", *map(str, tiny[0].values()), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mergeable"] is True
+
+
+def test_what_prevents_a_merge_is_an_error_too(capsys, tmp_path):
+    assert cli.main(["inspect", str(tmp_path / "x.safetensors"), "--json"]) == cli.EXIT_ERROR
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["obstacles"][0] in printed.err
+    assert printed.err.startswith("dmm-jax inspect: error: ")

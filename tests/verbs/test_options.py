@@ -1,0 +1,66 @@
+"""Experiment files, and options set on the command line."""
+
+import pytest
+
+from dmm_jax.config import options as config_lib
+from dmm_jax.config.files import read_config
+from dmm_jax.verbs import main as cli
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["--config.learning_rat=1"], "did you mean --config.learning_rate?"),
+        (["--config.data.cach=x"], "did you mean --config.data.cache?"),
+        (["--config.seed=much"], "seed"),
+        (["--num_steps=3"], "no option --num_steps; did you mean --config.num_steps?"),
+        (["extra"], "unexpected arguments: extra"),
+    ],
+)
+def test_unknown_options_are_wrong_usage(failing, experiment, options, expected):
+    assert expected in failing("train", *experiment(), *options, code=cli.EXIT_USAGE)
+
+
+def test_the_demo_takes_options_of_its_experiment(failing, tmp_path):
+    error = failing("demo", "--workdir", tmp_path / "d", "--config.num_stepz=3", code=cli.EXIT_USAGE)
+    assert "did you mean --config.num_steps?" in error and not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("import nowhere_to_be_found", "cannot be run: ModuleNotFoundError"),
+        ("def get_config():\n    return {'base': ''}", "must return a ConfigDict; got dict"),
+        (
+            "from dmm_jax.config import options as config\ndef get_config():\n"
+            "    c = config.get_config()\n    del c.teachers, c.data.cache\n    return c",
+            "lacks data.cache, teachers",
+        ),
+    ],
+)
+def test_a_broken_experiment_file_is_named(failing, tmp_path, text, expected):
+    (tmp_path / "mine.py").write_text(text)
+    error = failing("plan", f"--config={tmp_path / 'mine.py'}")
+    assert expected in error and "mine.py" in error
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--config.teachers=(('new', 'a/x'), ('newer', 'y.safetensors'))"],
+        ["--config.teachers=[['new', 'a/x'], ['newer', 'y.safetensors']]"],
+        ["--config.teachers=new=a/x", "--config.teachers=newer=y.safetensors"],
+    ],
+)
+def test_teachers_can_be_set_on_the_command_line(experiment, options):
+    path = experiment()[0].removeprefix("--config=")
+    config = read_config(path, options)
+    assert config.teachers == (("new", "a/x"), ("newer", "y.safetensors"))
+    assert config_lib.from_json(config_lib.to_json(config)).teachers == config.teachers
+    assert read_config(path, ["--config.teachers=new=a/x=y"]).teachers == (("new", "a/x=y"),)
+
+
+@pytest.mark.parametrize("value", ["('new', 'a/x')", "new", "(('new',),)", "(('new', 1),)", "=x", "new="])
+def test_teachers_without_name_and_path_are_wrong_usage(failing, experiment, value):
+    error = failing("train", *experiment(), f"--config.teachers={value}", code=cli.EXIT_USAGE)
+    assert "--config.teachers=NAME=PATH once" in error

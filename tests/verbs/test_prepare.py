@@ -1,0 +1,19 @@
+"""`dmm-jax prepare`: impossible options are refused before a picture is drawn."""
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    "option, expected",
+    [
+        ("base=nothing_here", "there is no checkpoint"),
+        ("seed=-1", "seed must not be negative"),
+        ("dtype=foo", "dtype must be one of float32, bfloat16"),
+        ("data.resolution=0", "data.resolution must be at least 1"),
+        ("data.resolution=60", "data.resolution must be a multiple of 8 pixels; got 60. Use 56"),
+    ],
+)
+def test_impossible_options_write_nothing(failing, experiment, tmp_path, option, expected):
+    arguments = [experiment()[0], f"--config.data.cache={tmp_path / 'cache'}", f"--config.{option}"]
+    assert expected in failing("prepare", *arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["experiment.py"]

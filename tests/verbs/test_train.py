@@ -1,0 +1,57 @@
+"""`dmm-jax train`: checkpoints, caches and options that cannot be used are refused before the workdir is made."""
+
+import numpy as np
+import pytest
+
+from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
+from tests import worlds
+
+
+def test_a_missing_checkpoint_is_named(failing, experiment, tmp_path):
+    error = failing("train", *experiment(), f"--config.base={tmp_path / 'nothing_here'}")
+    assert "there is no checkpoint" in error and "nothing_here" in error and not (tmp_path / "work").exists()
+
+
+def test_a_truncated_teacher_is_named(failing, experiment, tiny, tmp_path):
+    (tmp_path / "cut.safetensors").write_bytes(tiny[0]["left"].read_bytes()[:-100])
+    error = failing("train", *experiment(left=tmp_path / "cut.safetensors"))
+    assert "cut.safetensors" in error and "safetensors file" in error and not (tmp_path / "work").exists()
+
+
+def test_nan_weights_are_named_by_their_tensor(failing, experiment, tiny, tmp_path):
+    tensors = {key: np.array(array) for key, array in TensorFile(tiny[0]["left"]).items()}
+    tensors["model.diffusion_model.out.2.weight"].flat[0] = np.nan
+    save(tmp_path / "bad.safetensors", tensors)
+    error = failing("train", *experiment(left=tmp_path / "bad.safetensors"))
+    assert "NaN" in error and "conv_out.weight" in error
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin"])
+def test_pickles_are_refused_with_how_to_convert_them(failing, experiment, tmp_path, suffix):
+    (tmp_path / f"model{suffix}").write_bytes(b"\x80\x04K\x01.")
+    error = failing("train", *experiment(left=tmp_path / f"model{suffix}"))
+    assert "runs code when it is opened" in error and "save_file" in error
+
+
+def test_another_architecture_is_refused_with_both_shapes(failing, experiment, tiny, tmp_path):
+    config = worlds.UNET | {"cross_attention_dim": 32}
+    unet = worlds.naming.to_torch(worlds.random_params(worlds.UNet2DConditionModel, config, 0))
+    base = worlds.open_checkpoint(tiny[0]["base"])
+    parts = {"unet": worlds.Component(config, lambda: unet)}
+    teacher = worlds.Checkpoint(tmp_path, "diffusers", parts, base.scheduler_config, None, None)
+    worlds.write_single_file(tmp_path / "wide.safetensors", teacher, "float32", worlds.Recipe("wide", [], None))
+    error = failing("train", *experiment(left=tmp_path / "wide.safetensors"))
+    assert "cannot be merged" in error and "attn2.to_k" in error and "(64, 64)" in error and "(64, 32)" in error
+
+
+def test_a_cache_of_another_resolution_is_refused(failing, experiment, tmp_path):
+    error = failing("train", *experiment(), "--config.data.resolution=128")
+    assert "resolution: expected 128, the cache has 64" in error and not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    "option, expected", [("solver=foo", "there is no solver 'foo'"), ("num_inference_steps=0", "at least 1")]
+)
+def test_impossible_sample_grids_are_refused(failing, experiment, tmp_path, option, expected):
+    grids = ["--config.samples.every=2", "--config.samples.prompts=a", f"--config.samples.{option}"]
+    assert expected in failing("train", *experiment(), *grids) and not (tmp_path / "work").exists()
