@@ -24,7 +24,7 @@ def text_of(page: str) -> str:
 
 
 def option_names(verb: str) -> set[str]:
-    (verbs,) = [action for action in build_parser()._actions if action.dest == "verb"]
+    (verbs,) = [action for action in build_parser(verb)._actions if action.dest == "verb"]
     return set(verbs.choices[verb]._option_string_actions)
 
 
