@@ -119,7 +119,7 @@ def define_step(config, networks, objective, optimizers, mesh, state, teachers, 
     gradients = define_gradients(config, networks, objective, mesh, distill_step.trained(state))
     norms = clipping.build_norm(mesh, sharding.state_specs(distill_step.trained(state), mesh))
     step = distill_step.build_step(gradients, norms, optimizers, config.ema_decay)
-    places = sharding.placed(mesh, sharding.state_specs(state, mesh))
+    places = sharding.shardings(mesh, sharding.state_specs(state, mesh))
     given = None
     if packing:
         step, places = packing.around(step), packing.places

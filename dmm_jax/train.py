@@ -66,7 +66,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
         mesh = sharding.make_mesh(**config.mesh)
         checks.check_mesh(config, mesh.shape)
         workdir = storage.locate(workdir)
-        storage.check_reached(workdir)
+        storage.check_bucket(workdir)
         styles = config_lib.style_names(config)
 
         # Checkpoints: memory-mapped, nothing is read but headers.
@@ -239,7 +239,7 @@ def build_validator(config, lessons, networks, objective, mesh, specs, source):
         return None
     inputs = validation_inputs(source, lessons, config.seed, len(objective.alphas_cumprod))
     bins = inputs["timesteps"][0] * NUM_TIMESTEP_BINS // len(objective.alphas_cumprod)
-    on_mesh = sharding.put_whole(inputs, mesh, sharding.BATCH)
+    on_mesh = sharding.put_global(inputs, mesh, sharding.BATCH)
     errors = jax.jit(
         distill_step.build_validation(networks, objective, mesh, specs, dtype=jnp.dtype(config.dtype)),
         out_shardings=NamedSharding(mesh, sharding.COPY),

@@ -64,7 +64,7 @@ def random_params(abstract, mesh, dtype=jnp.float32, *, fsdp: bool = False, copi
 
         return jax.tree.map_with_path(one, abstract)
 
-    places = sharding.placed(mesh, sharding.TEACHERS if copies else jax.tree.map(spec, abstract))
+    places = sharding.shardings(mesh, sharding.TEACHERS if copies else jax.tree.map(spec, abstract))
     return jax.jit(make, out_shardings=places)()
 
 

@@ -18,7 +18,7 @@ from dmm_jax.checkpoints.write import DTYPES, FORMATS, Recipe, write
 from dmm_jax.config import options as config_lib
 from dmm_jax.config.styles import parse_style, style_row
 from dmm_jax.runtime.errors import UserError
-from dmm_jax.runtime.storage import check_output, locate, whole_folder
+from dmm_jax.runtime.storage import check_output, locate, staged_folder
 
 IN_FILES = ("single-file", "style-lora")  # Formats that are a file; the others are folders, each with its own card.
 MAX_INHERITED_CHARS = 1_000_000  # Of the recipe of what is exported again.
@@ -69,7 +69,7 @@ def export(
     said = describe(workdir, student, parents, style) | ({"kept": list(keep)} if keep else {}) if recipe else None
     merged_from = merged_from_names(parents, student) if recipe else list(student.styles)
     written = {}
-    with whole_folder(out) as folder:
+    with staged_folder(out) as folder:
         for fmt in dict.fromkeys(formats):
             title = f"{student.name}: {style}" if fmt != "dmm" else student.name
             told = Recipe(title, merged_from, said, license)

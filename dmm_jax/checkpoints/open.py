@@ -18,7 +18,7 @@ from dmm_jax.checkpoints.formats.diffusers_folder import STYLES_KEY, WEIGHTS, op
 from dmm_jax.checkpoints.formats.open_clip import drop_unused_layer, open_clip_key
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, Tensors
 from dmm_jax.models.unet_2d_condition import merged_config
-from dmm_jax.runtime.storage import Location, check_local, check_reached, in_bucket, locate
+from dmm_jax.runtime.storage import Location, check_bucket, check_local, in_bucket, locate
 from dmm_jax.text import vocabulary
 
 __all__ = ["STYLES_KEY", "WEIGHTS", "Checkpoint", "Component", "abstract_params", "open_checkpoint"]
@@ -282,7 +282,7 @@ def _open_in_bucket(path: str | os.PathLike) -> Checkpoint:
     """Opens a run; of any other checkpoint it is said that it must be copied, since its files are memory-mapped."""
     try:
         path = locate(path)
-        check_reached(path)
+        check_bucket(path)
         if not (path / "config.json").is_file():
             check_local(path, "a checkpoint that is no training run")
     except ValueError as error:

@@ -281,7 +281,7 @@ def load(path: str | os.PathLike) -> ml_collections.ConfigDict:
       ValueError: the folder holds no config.json, so no training run wrote it; or one that cannot be read.
     """
     path = storage.locate(path)
-    storage.check_reached(path)
+    storage.check_bucket(path)
     path = path / "config.json"
     if not path.is_file():
         raise UserError(

@@ -28,7 +28,7 @@ def check(workdir: storage.Location, config) -> list[str]:
         if (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
             _check_state(workdir, old, config)
     else:
-        with storage.reaching(workdir):
+        with storage.bucket_errors(workdir):
             strangers = _strangers(workdir, config)
         if strangers:
             raise UserError(
@@ -82,7 +82,7 @@ def write_config(workdir: storage.Location, config) -> None:
     """
     path = workdir / "config.json"
     if processes.is_first():
-        with storage.reaching(workdir):
+        with storage.bucket_errors(workdir):
             workdir.mkdir(parents=True, exist_ok=True)
             part = path if storage.in_bucket(path) else path.with_suffix(".part")  # Objects are written whole.
             part.write_text(config_lib.to_json(config))

@@ -25,7 +25,7 @@ def _norm(grads, specs):
     placed = collections.defaultdict(list)
     specs = jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, P))
     for leaf, spec in zip(jax.tree.leaves(grads), specs, strict=True):
-        placed[tuple(sharding.dims(spec))].append(leaf)
+        placed[tuple(sharding.divided_dims(spec))].append(leaf)
     return jnp.sqrt(sum(jax.lax.psum(_squares(leaves), axes) for axes, leaves in placed.items()))
 
 

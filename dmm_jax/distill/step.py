@@ -181,7 +181,7 @@ def gather(path, param: jax.Array, spec: P, dtype, axes=sharding.AXES) -> jax.Ar
     """Joins a parameter's parts along axes; kernels travel in the compute dtype, tables and vectors in float32."""
     if path[-1].key == "kernel":
         param = param.astype(dtype)
-    dims = sharding.dims(spec)
+    dims = sharding.divided_dims(spec)
     for axis in axes:
         if axis in dims:
             param = jax.lax.all_gather(param, axis, axis=dims[axis], tiled=True)
@@ -190,7 +190,7 @@ def gather(path, param: jax.Array, spec: P, dtype, axes=sharding.AXES) -> jax.Ar
 
 def _summed(grad: jax.Array, spec: P) -> jax.Array:
     """Sums a gradient over all devices; those that hold parts of the parameter are left theirs."""
-    dims = sharding.dims(spec)
+    dims = sharding.divided_dims(spec)
     for axis in reversed(ONCE):
         if axis in dims:
             grad = jax.lax.psum_scatter(grad, axis, scatter_dimension=dims[axis], tiled=True)
@@ -198,7 +198,7 @@ def _summed(grad: jax.Array, spec: P) -> jax.Array:
 
 
 def _on_missing_axes(function, leaf, spec):
-    axes = tuple(axis for axis in sharding.AXES if axis not in sharding.dims(spec))
+    axes = tuple(axis for axis in sharding.AXES if axis not in sharding.divided_dims(spec))
     return function(leaf, axes) if axes else leaf
 
 

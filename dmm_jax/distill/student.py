@@ -65,7 +65,7 @@ def put_trained(params: Mapping, mesh: Mesh):
 
 
 def _put(shape, read, mesh):
-    return sharding.make(shape, jnp.float32, mesh, sharding.parameter_spec(shape, mesh), read)
+    return sharding.make_array(shape, jnp.float32, mesh, sharding.parameter_spec(shape, mesh), read)
 
 
 def _at(tree, keys):
@@ -132,7 +132,7 @@ def make_state(trained: Mapping, optimizers: Mapping, mesh: Mesh, ema_decay: flo
     def init(trained):
         return _fresh(trained, optimizers, ema_decay)
 
-    return jax.jit(init, out_shardings=sharding.placed(mesh, specs))(trained)
+    return jax.jit(init, out_shardings=sharding.shardings(mesh, specs))(trained)
 
 
 def abstract_state(trained: Mapping, optimizers: Mapping, ema_decay: float) -> dict:

@@ -70,7 +70,7 @@ def put_teachers(
     text = jax.tree.map_with_path(lambda path, *leaves: _put_stack(path, leaves, mesh, dtype), *text) if text else None
     numbers = {"encoder": rows, "styles": [(lesson.first_style, lesson.num_styles) for lesson in lessons]}
     numbers = {name: np.asarray(value, np.int32) for name, value in numbers.items()}
-    numbers = sharding.put_whole(numbers, mesh, sharding.TEACHERS)
+    numbers = sharding.put_global(numbers, mesh, sharding.TEACHERS)
     return {"unet": unets, "text": text} | numbers, {"base": put_params(base.text_params(), mesh, dtype)}
 
 
@@ -172,7 +172,7 @@ def put_params(params: Mapping, mesh: Mesh, dtype):
 
     def one(path, leaf):
         kept = layers.stored_dtype(path, dtype)
-        return sharding.make(leaf.shape, kept, mesh, sharding.COPY, lambda index: leaf[index])
+        return sharding.make_array(leaf.shape, kept, mesh, sharding.COPY, lambda index: leaf[index])
 
     return jax.tree.map_with_path(one, params)
 
@@ -184,6 +184,6 @@ def _put_stack(path, leaves, mesh, dtype):
         rows = range(len(leaves))[index[0]]
         return np.stack([np.asarray(leaves[row][index[1:]], layers.stored_dtype(path, dtype)) for row in rows])
 
-    return sharding.make(
+    return sharding.make_array(
         (len(leaves), *leaves[0].shape), layers.stored_dtype(path, dtype), mesh, sharding.TEACHERS, read
     )

@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from dmm_jax.evaluation import report_sections as sections
 from dmm_jax.gallery.page import render
 from dmm_jax.runtime.errors import UserError
-from dmm_jax.runtime.storage import Location, locate, whole_folder
+from dmm_jax.runtime.storage import Location, locate, staged_folder
 
 _NEEDED = (
     "styles", "distance", "n", "matrix", "floor", "base", "average", "weight_merges", "gap_closed",
@@ -73,7 +73,7 @@ def write_report(
       ValueError: the results lack something or their shapes differ.
     """
     check(results)
-    with whole_folder(folder) as part:
+    with staged_folder(folder) as part:
         blocks = [
             sections.summary(results, title),
             sections.samples(part, *Samples(*samples)) if samples else "",

@@ -11,7 +11,7 @@ from dmm_jax.gallery import page
 from dmm_jax.gallery.grid import labelled_grid
 from dmm_jax.gallery.png import Parameters, sampler_name, save_png
 from dmm_jax.runtime.errors import UserError
-from dmm_jax.runtime.storage import check_output, whole_folder
+from dmm_jax.runtime.storage import check_output, staged_folder
 
 _STYLE = """
 main { max-width: none; } td img { border-radius: 6px; min-width: 10rem; width: 100%; max-width: 32rem; }
@@ -45,7 +45,7 @@ def write_gallery(
             f"got {len(images)} pictures and {len(parameters)} parameters."
         )
     files = [f"{index:05d}_seed{picture.seed}.png" for index, picture in enumerate(parameters)]
-    with whole_folder(out) as folder:
+    with staged_folder(out) as folder:
         for file, image, picture in zip(files, images, parameters, strict=True):
             save_png(folder / file, image, picture)
         labelled_grid(images.reshape(shape + images.shape[1:]), row_labels, column_labels).save(folder / "grid.png")

@@ -143,7 +143,7 @@ def foretell(params, mesh_shape: Mapping[str, int], dtype, gradient_accumulation
     """
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name, dims = jax.tree_util.keystr(path, simple=True, separator="."), sharding.dims(leaf.sharding.spec)
+        name, dims = jax.tree_util.keystr(path, simple=True, separator="."), sharding.divided_dims(leaf.sharding.spec)
         travels = np.dtype(dtype) if path[-1].key == "kernel" else np.dtype(np.float32)
         size = math.prod(leaf.sharding.shard_shape(leaf.shape))
         rest = tuple(axis for axis in sharding.AXES if axis not in dims and mesh_shape[axis] > 1)

@@ -122,7 +122,7 @@ class Program:
         encoders, more = rows_of_encoders(config, base, mesh.shape["teacher"])
         trained, fixed = abstract_trained(config, base)
         state = student_lib.abstract_state(trained, student_lib.make_optimizers(config), config.ema_decay)
-        state = sharding.described(state, sharding.state_specs(state, mesh), mesh)
+        state = sharding.abstract_arrays(state, sharding.state_specs(state, mesh), mesh)
         dtype, rows = jnp.dtype(config.dtype), config_lib.num_rows(config)
         described = definitions.teacher_config(config, base)
         teachers, encoders = teachers_lib.abstract_teachers(base, described, rows, encoders, mesh, dtype)
@@ -210,7 +210,7 @@ def abstract_batch(config, base: Checkpoint, mesh) -> dict:
         "input_ids": jax.ShapeDtypeStruct((*leading, tokens), jnp.int32),
         "time_ids": jax.ShapeDtypeStruct((*leading, NUM_TIME_IDS), jnp.int32),
     }
-    return sharding.described(shapes, jax.tree.map(lambda _: sharding.BATCH, shapes), mesh)
+    return sharding.abstract_arrays(shapes, jax.tree.map(lambda _: sharding.BATCH, shapes), mesh)
 
 
 def measure(program: Program, held: dict[str, float], where: devices.Topology, full_effort: bool) -> dict:

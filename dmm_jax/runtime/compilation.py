@@ -14,7 +14,7 @@ MIN_COMPILE_TIME_S = 0.1  # What compiles faster is not kept.
 OFF, PER_USER = "off", ""
 
 
-def keep(folder: str = PER_USER) -> pathlib.Path | None:
+def use_cache(folder: str = PER_USER) -> pathlib.Path | None:
     """Has JAX load the programs that an earlier run compiled, and keep those of this one; returns where, if anywhere.
 
     JAX_COMPILATION_CACHE_DIR and JAX_ENABLE_COMPILATION_CACHE, where they are set, come first.

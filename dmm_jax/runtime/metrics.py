@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from dmm_jax.runtime.errors import UserError
-from dmm_jax.runtime.storage import in_bucket, locate, reaching
+from dmm_jax.runtime.storage import bucket_errors, in_bucket, locate
 
 
 class HostClock:
@@ -96,7 +96,7 @@ class MetricsLog:
         Nothing that a checkpoint rests on is lost where this comes before it.
         """
         if self._file and in_bucket(self.path):
-            with reaching(self.path):
+            with bucket_errors(self.path):
                 self.path.write_text(self._file.getvalue())
 
     def start_clock(self, step: int) -> None:

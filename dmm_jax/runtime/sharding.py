@@ -106,7 +106,7 @@ def parameter_spec(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     return P(*(found if len(found) > 1 else "".join(found) or None for found in names)) if any(names) else COPY
 
 
-def dims(spec: P) -> dict[str, int]:
+def divided_dims(spec: P) -> dict[str, int]:
     """Returns the dimension that each axis of a spec divides."""
     named = ((entry,) if isinstance(entry, str) else entry or () for entry in spec)
     return {axis: dim for dim, entry in enumerate(named) for axis in entry}
@@ -117,7 +117,7 @@ def state_specs(state, mesh: Mesh | AbstractMesh):
     return jax.tree.map(lambda leaf: parameter_spec(leaf.shape, mesh), state)
 
 
-def placed(mesh: Mesh | AbstractMesh, specs):
+def shardings(mesh: Mesh | AbstractMesh, specs):
     """Returns the shardings that put a tree's leaves at `specs`."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, P))
 
@@ -142,7 +142,7 @@ def batch_share(mesh: Mesh, num_teachers: int, per_teacher: int, process_index: 
     return tuple((places[:, None] * size + np.arange(size)).ravel() for places, size in zip(slices, sizes, strict=True))
 
 
-def described(shapes, specs, mesh: Mesh | AbstractMesh):
+def abstract_arrays(shapes, specs, mesh: Mesh | AbstractMesh):
     """Returns a tree of shapes with the shardings that put its leaves at `specs`; nothing is allocated."""
 
     def one(leaf, spec):
@@ -159,9 +159,9 @@ def put(tree, mesh: Mesh, spec: P):
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), tree)
 
 
-def put_whole(tree, mesh: Mesh, spec: P):
+def put_global(tree, mesh: Mesh, spec: P):
     """Hands host arrays that every process holds to the mesh, every leaf at `spec`."""
-    return jax.tree.map(lambda leaf: make(leaf.shape, leaf.dtype, mesh, spec, leaf.__getitem__), tree)
+    return jax.tree.map(lambda leaf: make_array(leaf.shape, leaf.dtype, mesh, spec, leaf.__getitem__), tree)
 
 
 def on_each_device(tree):
@@ -200,7 +200,7 @@ def _own_devices() -> Mesh:
     return Mesh(np.asarray(jax.local_devices()), ("batch",))
 
 
-def make(shape: tuple[int, ...], dtype, mesh: Mesh, spec: P, read) -> jax.Array:
+def make_array(shape: tuple[int, ...], dtype, mesh: Mesh, spec: P, read) -> jax.Array:
     """Builds one array shard by shard: `read(index)` returns the part that a device needs, and nothing else is held."""
     sharding = NamedSharding(mesh, spec)
     return jax.make_array_from_callback(shape, sharding, lambda index: np.asarray(read(index), dtype=dtype))

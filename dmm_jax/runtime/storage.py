@@ -46,7 +46,7 @@ def locate(path: str | os.PathLike) -> Location:
     return epath.Path(path)
 
 
-def check_reached(path: Location) -> None:
+def check_bucket(path: Location) -> None:
     """Asks the store of a path in a bucket for the bucket; does nothing for a folder.
 
     Raises:
@@ -54,12 +54,12 @@ def check_reached(path: Location) -> None:
     """
     if not in_bucket(path):
         return
-    with reaching(path):
+    with bucket_errors(path):
         epath.Path(_bucket(path)).stat()
 
 
 @contextlib.contextmanager
-def reaching(path: Location) -> Iterator[None]:
+def bucket_errors(path: Location) -> Iterator[None]:
     """Says of what goes wrong in the block with a path in a bucket what to do; of a folder's errors nothing is changed.
 
     Raises:
@@ -133,7 +133,7 @@ def check_writable(path: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
+def staged_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields a temporary folder beside `folder`, which takes its place at the end, or is deleted on an error.
 
     A folder that is there already keeps its other files: the new ones are moved in, `index.html` last. Into a bucket

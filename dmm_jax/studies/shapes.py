@@ -56,7 +56,7 @@ def run(out: pathlib.Path, rows: Sequence[str], seeds: Sequence[int], settings: 
     missing = {seed: [row for row in rows if (row, seed) not in measured] for seed in seeds}
     nodes = nodes_of(missing)
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, spawn, initializer=compilation.keep) as pool:
+    with concurrent.futures.ProcessPoolExecutor(jobs, spawn, initializer=compilation.use_cache) as pool:
         caches = pool.submit(prepare, out, data_of(row for rows in missing.values() for row in rows), settings.made)
         pool.submit(draw_teachers, out, settings).result()
         caches.result()

@@ -42,5 +42,5 @@ def main(args: argparse.Namespace) -> None:
     from dmm_jax.evaluation.evaluate import evaluate
     from dmm_jax.runtime import compilation
 
-    compilation.keep()
+    compilation.use_cache()
     print(evaluate(**options.keywords(args)))

@@ -29,5 +29,5 @@ def main(args: argparse.Namespace) -> None:
     from dmm_jax.distill.fit_style import fit_style, report
     from dmm_jax.runtime import compilation
 
-    compilation.keep()
+    compilation.use_cache()
     print(report(fit_style(**options.keywords(args))))

@@ -45,5 +45,5 @@ def read_experiment(path: str, overrides: list[str]):
     from dmm_jax.runtime import compilation
 
     config = read_config(path, overrides)
-    compilation.keep(config.compilation_cache)
+    compilation.use_cache(config.compilation_cache)
     return config

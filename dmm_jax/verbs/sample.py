@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
 
     check_output(args.out)
     prompts = read_prompts(args.prompts)
-    compilation.keep()
+    compilation.use_cache()
     pipeline = Pipeline.from_pretrained(
         args.model,
         dtype=args.dtype or default_dtype(),

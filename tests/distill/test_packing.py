@@ -19,7 +19,7 @@ def tree(mesh=MESH):
     )
     specs = sharding.state_specs(values, mesh)
     return jax.tree.map(
-        jax.device_put, values | {"step": np.int32(7)}, sharding.placed(mesh, specs | {"step": sharding.COPY})
+        jax.device_put, values | {"step": np.int32(7)}, sharding.shardings(mesh, specs | {"step": sharding.COPY})
     )
 
 
@@ -56,8 +56,8 @@ def test_a_packed_step_computes_what_the_step_computes():
 def test_what_is_divided_among_devices_is_not_packed():
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree())
     mesh = sharding.abstract_mesh(fsdp=2, num_devices=2)
-    described = sharding.described(shapes, sharding.state_specs(shapes, mesh), mesh)
-    described["c"]["d"] = sharding.described(shapes["c"]["d"], P("fsdp"), mesh)
+    described = sharding.abstract_arrays(shapes, sharding.state_specs(shapes, mesh), mesh)
+    described["c"]["d"] = sharding.abstract_arrays(shapes["c"]["d"], P("fsdp"), mesh)
     assert [place.spec for place in Packing(described, mesh).places["large"]].count(P("fsdp")) == 1
 
 
@@ -70,7 +70,7 @@ def test_a_tree_without_small_arrays_packs_too():
 def test_kernels_lie_output_channel_first_while_packed_and_as_usual_again_behind(monkeypatch):
     monkeypatch.setattr(packing_lib, "PLATFORMS", ("cpu",))
     kernel = np.random.default_rng(0).standard_normal((3, 3, 5, 7)).astype(np.float32)
-    whole = tree() | {"kernel": jax.device_put(kernel, sharding.placed(MESH, sharding.COPY))}
+    whole = tree() | {"kernel": jax.device_put(kernel, sharding.shardings(MESH, sharding.COPY))}
     packing = Packing(whole, MESH)
 
     def step(state, _):

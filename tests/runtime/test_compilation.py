@@ -23,7 +23,7 @@ def count(event, **_):
         counts[name] += event == f"/jax/compilation_cache/cache_{name}"
 monitoring.register_event_listener(count)
 compilation.MIN_COMPILE_TIME_S = 0.0
-assert compilation.keep() is not None
+assert compilation.use_cache() is not None
 import ml_collections
 config = ml_collections.ConfigDict(__import__("json").loads(pathlib.Path(sys.argv[1]).read_text()))
 config.teachers = tuple(map(tuple, config.teachers))
@@ -65,7 +65,7 @@ def test_the_second_process_compiles_nothing(tiny, tmp_path):
 
 def test_the_folder_is_the_users_alone(unset, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = compilation.keep()
+    folder = compilation.use_cache()
     assert folder == tmp_path / "dmm_jax" / "xla" and folder.stat().st_mode & 0o777 == 0o700
     assert jax.config.jax_compilation_cache_dir == str(folder)
 
@@ -75,21 +75,21 @@ def test_a_folder_that_others_may_write_to_is_refused(unset, tmp_path, monkeypat
     shared.mkdir(parents=True)
     shared.chmod(0o777)
     with pytest.raises(ValueError, match="others may write to it"):
-        compilation.keep(str(shared))
+        compilation.use_cache(str(shared))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert compilation.keep() is None and "not kept" in capsys.readouterr().err
+    assert compilation.use_cache() is None and "not kept" in capsys.readouterr().err
     assert not jax.config.jax_compilation_cache_dir
 
 
 def test_a_bucket_is_refused(unset):
     with pytest.raises(ValueError, match="compilation_cache: gs://bucket/x: what is compiled must lie on a file"):
-        compilation.keep("gs://bucket/x")
+        compilation.use_cache("gs://bucket/x")
 
 
 def test_what_the_environment_says_comes_first(unset, tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-    assert compilation.keep() == pathlib.Path(tmp_path) and not any(tmp_path.iterdir())
+    assert compilation.use_cache() == pathlib.Path(tmp_path) and not any(tmp_path.iterdir())
 
 
 def test_off_keeps_nothing(unset):
-    assert compilation.keep("off") is None and not jax.config.jax_enable_compilation_cache
+    assert compilation.use_cache("off") is None and not jax.config.jax_enable_compilation_cache

@@ -167,7 +167,7 @@ from tests.runtime.test_processes import random_state
 with processes.joined(False, sys.argv[2], 2, int(sys.argv[3])):
     mesh = sharding.make_mesh(2, 1, 4)
     def put(state):
-        return jax.tree.map(lambda leaf: sharding.make(leaf.shape, leaf.dtype, mesh,
+        return jax.tree.map(lambda leaf: sharding.make_array(leaf.shape, leaf.dtype, mesh,
             sharding.parameter_spec(leaf.shape, mesh), leaf.__getitem__), state)
     with StateStore(sys.argv[1]) as store:
         step, state = store.resume(put(random_state(0)))
@@ -208,7 +208,7 @@ from dmm_jax.checkpoints.states import StateStore
 with processes.joined(False, sys.argv[2], 2, int(sys.argv[3])):
     mesh = sharding.make_mesh(1, 1, 8)
     kernel = np.random.default_rng(0).standard_normal((4096, 2048), np.float32)
-    state = {"kernel": sharding.make(kernel.shape, kernel.dtype, mesh, sharding.P("fsdp"), kernel.__getitem__)}
+    state = {"kernel": sharding.make_array(kernel.shape, kernel.dtype, mesh, sharding.P("fsdp"), kernel.__getitem__)}
     with StateStore(sys.argv[1]) as store:
         store.save(1, state)
         if jax.process_index() == 1:

@@ -20,7 +20,7 @@ from dmm_jax.checkpoints.states import StateStore
 from dmm_jax.config import options as config
 from dmm_jax.data.cache import LatentCache
 from dmm_jax.runtime import metrics, storage
-from dmm_jax.runtime.storage import whole_folder
+from dmm_jax.runtime.storage import staged_folder
 from tests import fake_gcs
 
 ROOT = pathlib.Path(dmm_jax.__file__).parent.parent
@@ -97,7 +97,7 @@ def test_a_run_in_a_bucket_is_inspected_and_exported(store, resumed, trained, tm
 
 
 def test_pages_and_sample_grids_go_into_the_bucket(store):
-    with whole_folder("gs://runs/shown/report") as part:
+    with staged_folder("gs://runs/shown/report") as part:
         (part / "index.html").write_text("page")
         (part / "a.png").write_bytes(b"picture")
     assert store.names("shown/") == ["shown/report/a.png", "shown/report/index.html"]
