@@ -95,7 +95,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.sampling.solver = "dpmpp_2m"
     config.data.sampling.batch_size = 16  # Images computed at once.
 
-    # What is written along the way. 0 = never.
+    # Written along the way. With 0, logs, validations and checkpoints are written at the last step only.
     config.log_every = 50  # Steps between lines of metrics.jsonl.
     config.checkpoint_every = 1000
     config.checkpoints_kept = 2  # The last so many; 0 = all.

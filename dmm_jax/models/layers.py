@@ -29,7 +29,7 @@ def _plus_bias(hidden, bias):
     """Adds a bias (C,) in the dtype of `hidden`. Its gradient, a sum over thousands of rows, is summed in float32.
 
     Left to differentiation it would be summed in the dtype of `hidden`: less exact in bfloat16, and slower on GPUs
-    (docs/performance.md, step 8).
+    (docs/log.md, step 8).
     """
     return hidden + jnp.expand_dims(bias.astype(hidden.dtype), range(hidden.ndim - 1))
 

@@ -93,7 +93,7 @@ def parameter_spec(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """Divides an array among all devices, each axis along the first dimension that it divides; vectors are copied.
 
     An axis that divides no dimension holds copies. A dimension divided twice is divided along `fsdp` first. The first,
-    since of sums whose last dimension is divided the TPU's compiler gives every device the whole (docs/performance.md).
+    since of sums whose last dimension is divided the TPU's compiler gives every device the whole (docs/log.md).
     """
     if len(shape) < 2 or math.prod(shape) < SMALLEST_SHARDED:
         return COPY

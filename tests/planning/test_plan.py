@@ -178,7 +178,7 @@ def test_the_roofline_is_the_slower_of_work_and_traffic_and_then_the_collectives
 
 
 def test_no_checkpoint_needs_to_be_there_and_an_h200_holds_what_it_was_measured_to(config):
-    """docs/performance.md: `bench train` takes 60.6 GiB, its teachers without text encoders of their own."""
+    """docs/log.md, step 6: `bench train` takes 60.6 GiB, its teachers without text encoders of their own."""
     planned = plan.plan(read_config(str(ROOT / "configs" / "sd15.py")), "gpu:1xH200")
     unet = 859_520_964 * 4
     assert unet < planned.memory["student"] < unet + 2 * 8 * 1280 * 1280 * 4 + 2**20  # And the style's two layers.
