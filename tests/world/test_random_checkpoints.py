@@ -1,4 +1,4 @@
-"""Random checkpoints have the published layouts, and teachers that differ from their base by the strength asked for."""
+"""Random checkpoints: published layouts, and teachers that differ from the base by the chosen strength."""
 
 import json
 
@@ -19,30 +19,29 @@ def folder(tmp_path_factory):
     return out
 
 
-def test_they_can_be_merged(folder):
+def test_random_checkpoints_can_be_merged(folder):
     report = inspect([folder / "base", folder / "teacher_0.safetensors", folder / "teacher_1.safetensors"])
     assert report["mergeable"], json.dumps(report, indent=1)
 
 
-def test_teachers_differ_from_the_base_by_the_strength_and_from_each_other(folder):
+def test_teachers_differ_from_the_base_by_the_strength(folder):
     names = ("base", "teacher_0.safetensors", "teacher_1.safetensors")
     base, *teachers = (open_checkpoint(folder / name).tensors("unet") for name in names)
     key = "down_blocks.0.resnets.0.conv1.weight"
-    rms = [float(np.sqrt(np.mean(np.square(np.float32(one[key]) - np.float32(base[key]))))) for one in teachers]
-    assert rms == pytest.approx([0.1 * float(np.sqrt(np.mean(np.square(np.float32(base[key])))))] * 2, rel=0.05)
+    weight, *moved = (np.float32(tensors[key]) for tensors in (base, *teachers))
+    rms = [float(np.sqrt(np.mean(np.square(values - weight)))) for values in moved]
+    assert rms == pytest.approx([0.1 * float(np.sqrt(np.mean(np.square(weight))))] * 2, rel=0.05)
     assert not np.array_equal(teachers[0][key], teachers[1][key])
 
 
-def test_numbers_follow_from_the_seed_and_the_key_alone():
+def test_a_tensor_depends_on_seed_and_key_alone():
     shapes = {"a.weight": (4, 3), "b.weight": (4, 3)}
-    first, again = (
-        random_checkpoints.random_tensors(shapes, 1),
-        random_checkpoints.random_tensors({"b.weight": (4, 3)}, 1),
-    )
-    np.testing.assert_array_equal(first["b.weight"], again["b.weight"])
-    assert not np.array_equal(first["a.weight"], first["b.weight"])
+    both = random_checkpoints.random_tensors(shapes, 1)
+    alone = random_checkpoints.random_tensors({"b.weight": (4, 3)}, 1)
+    np.testing.assert_array_equal(both["b.weight"], alone["b.weight"])
+    assert not np.array_equal(both["a.weight"], both["b.weight"])
 
 
-def test_the_pictures_are_a_captioned_folder(folder):
+def test_images_are_a_captioned_folder(folder):
     source = FolderSource(folder / "images")
     assert len(source) == 3 and source[0]["image"].shape == (64, 64, 3) and source[0]["caption"]

@@ -1,4 +1,4 @@
-"""Laws of the embedded world's renderer: pictures agree with the truth in every style."""
+"""The embedded world's renderer: pictures show what their scenes state, in every style."""
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,8 @@ def test_pictures_are_finite_colours_in_unit_range():
 
 def test_a_picture_does_not_depend_on_its_batch():
     styles = sample_styles(np.random.default_rng(2), N)
-    one = jax.tree.map(lambda leaf: leaf[7:8], (SCENES, styles))
-    np.testing.assert_allclose(renderer.render(*one)[0], renderer.render(SCENES, styles)[7], atol=2e-6)
+    alone = jax.tree.map(lambda leaf: leaf[7:8], (SCENES, styles))
+    np.testing.assert_allclose(renderer.render(*alone)[0], renderer.render(SCENES, styles)[7], atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_shapes_cover_their_area(shape, area):
 
 
 @pytest.mark.parametrize("width", [1.5, 3.0])
-def test_outlines_are_as_wide_as_told_and_two_fifths_outside(width):
+def test_two_fifths_of_an_outline_are_outside_the_shape(width):
     style = Style(background=(0.0, 0.0, 0.0), fill_opacity=0.0, outline_width=width, outline_colour=(1.0, 1.0, 1.0))
     line = _render(_only(SHAPES.index("circle")), style)[0, ..., 0]
     outer, inner = 12.0 + 0.4 * width, 12.0 - 0.6 * width
@@ -60,8 +60,8 @@ def test_outlines_are_as_wide_as_told_and_two_fifths_outside(width):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_stay_in_their_box(shape):
-    drawn = np.argwhere(_render(_only(SHAPES.index(shape)), BARE)[0].max(-1) > 0.02) + 0.5
-    assert np.abs(drawn - 32.0).max() < 12.0 + 1.0
+    covered = np.argwhere(_render(_only(SHAPES.index(shape)), BARE)[0].max(-1) > 0.02) + 0.5
+    assert np.abs(covered - 32.0).max() < 12.0 + 1.0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -72,10 +72,10 @@ def test_a_distance_has_slope_one(shape):
     np.testing.assert_allclose(np.linalg.norm(gradient, axis=-1), 1.0, atol=1e-3)
 
 
-def test_drawn_things_never_touch_the_border_or_each_other():
+def test_shapes_touch_neither_the_border_nor_each_other():
     style = STYLES["comic"]
-    drawn = np.abs(_render(SCENES, style) - np.array(style.background, np.float32)).max(-1) > 0.02
-    border = np.concatenate([drawn[:, 0], drawn[:, -1], drawn[:, :, 0], drawn[:, :, -1]])
+    covered = np.abs(_render(SCENES, style) - np.array(style.background, np.float32)).max(-1) > 0.02
+    border = np.concatenate([covered[:, 0], covered[:, -1], covered[:, :, 0], covered[:, :, -1]])
     assert not border.any()
     first = SceneArrays(SCENES.content._replace(num_objects=np.ones(N, np.int32)), SCENES.centres, SCENES.radii)
     second = jax.tree.map(lambda leaf: leaf[:, ::-1] if leaf.ndim > 1 else leaf, first)
@@ -85,32 +85,31 @@ def test_drawn_things_never_touch_the_border_or_each_other():
 
 @pytest.mark.parametrize("name", STYLES)
 def test_hues_are_recognisable(name):
-    """A shape's mean colour, as it departs from the mean over the colours, is likest its own in the palette."""
-    shown = []
+    """A shape's mean colour minus the mean over all colours points in the direction of its own palette colour."""
+    means = []
     for colour_id in range(len(COLOURS)):
         image = _render(_only(SHAPES.index("circle"), 13.0, colour_id), STYLES[name])[0]
         inside = np.hypot(*(np.indices((64, 64)) + 0.5 - 32.0)) < 13.5
-        shown.append(image[inside].mean(axis=0))
-    centred = np.array(shown) - np.mean(shown, axis=0)
+        means.append(image[inside].mean(axis=0))
+    centred = np.array(means) - np.mean(means, axis=0)
     palette = renderer.PALETTE - renderer.PALETTE.mean(axis=0)
-    likeness = (centred / np.linalg.norm(centred, axis=1)[:, None]) @ (
-        palette / np.linalg.norm(palette, axis=1)[:, None]
-    ).T
-    assert (likeness.argmax(axis=1) == np.arange(len(COLOURS))).all()
+    centred, palette = (rows / np.linalg.norm(rows, axis=1)[:, None] for rows in (centred, palette))
+    assert ((centred @ palette.T).argmax(axis=1) == np.arange(len(COLOURS))).all()
 
 
-def test_named_styles_differ_and_the_relatives_are_nearest():
+def test_named_styles_differ_and_relatives_are_nearest():
     images = {name: _render(SCENES, style) for name, style in STYLES.items()}
     distances = {
-        one: {other: np.abs(images[one] - images[other]).mean() for other in STYLES if other != one} for one in STYLES
+        style: {other: np.abs(images[style] - images[other]).mean() for other in STYLES if other != style}
+        for style in STYLES
     }
     assert min(min(row.values()) for row in distances.values()) > 0.01
-    for one, other in [("comic", "cartoon"), ("pastel", "cartoon"), ("sepia", "ink"), ("night", "neon")]:
-        assert min(distances[one], key=distances[one].get) == other
-        assert distances[one]["blueprint"] > 2 * distances[one][other]
+    for style, relative in [("comic", "cartoon"), ("pastel", "cartoon"), ("sepia", "ink"), ("night", "neon")]:
+        assert min(distances[style], key=distances[style].get) == relative
+        assert distances[style]["blueprint"] > 2 * distances[style][relative]
 
 
-def test_each_field_of_a_style_shows():
+def test_each_field_of_a_style_changes_the_picture():
     base = STYLES["blueprint"].repeat(4)
     scenes = jax.tree.map(lambda leaf: leaf[:4], SCENES)
     plain = np.asarray(renderer.render(scenes, base))

@@ -1,4 +1,4 @@
-"""Laws of the embedded world's styles."""
+"""The embedded world's styles and the family that they belong to."""
 
 from dataclasses import fields
 
@@ -14,7 +14,7 @@ def _inside(style: Style, low: Style, high: Style) -> bool:
 
 
 @pytest.mark.parametrize("name", STYLES)
-def test_named_styles_lie_in_the_family(name):
+def test_named_styles_belong_to_the_family(name):
     assert any(_inside(STYLES[name], *box) for box in REGIONS.values())
 
 
@@ -24,7 +24,7 @@ def test_regions_are_boxes(name):
     assert _inside(low, low, high)
 
 
-def test_random_styles_stay_in_the_family_and_reach_all_of_it():
+def test_random_styles_fill_the_family():
     styles = sample_styles(np.random.default_rng(0), 3000)
     assert all(leaf.dtype == np.float32 and len(leaf) == 3000 for leaf in styles)
     rows = [Style(*map(_plain, row)) for row in zip(*styles, strict=True)]

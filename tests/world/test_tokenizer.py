@@ -1,4 +1,4 @@
-"""Laws of the embedded world's tokenizer files."""
+"""The embedded world's tokenizer files, read by transformers."""
 
 import json
 
@@ -21,14 +21,14 @@ def test_every_word_is_one_token():
     assert {word: split_word(word, merges) for word in WORDS} == {word: [word + "</w>"] for word in WORDS}
 
 
-def test_special_tokens_are_the_last_two_ids_of_a_small_vocabulary(folder):
+def test_special_tokens_have_the_last_two_ids(folder):
     vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     assert sorted(vocabulary.values()) == list(range(len(vocabulary)))
     assert len(vocabulary) < 700
     assert (vocabulary[START], vocabulary[END]) == (len(vocabulary) - 2, len(vocabulary) - 1)
 
 
-def test_transformers_reads_the_files_and_gives_one_token_a_word(folder):
+def test_transformers_reads_one_token_per_word(folder):
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
     vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
