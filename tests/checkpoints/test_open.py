@@ -99,7 +99,7 @@ def test_an_index_that_points_elsewhere_is_refused(copy, name):
     weight_map = split(copy / "unet")
     weight_map[min(weight_map)] = name
     (copy / "unet" / UNET_INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(CheckpointError, match="must lie beside it") as caught:
+    with pytest.raises(CheckpointError, match="must be in its folder") as caught:
         open_checkpoint(copy)
     assert str(caught.value).isprintable()
 

@@ -109,7 +109,7 @@ def test_weights_of_a_mix_can_be_all_that_is_learned(student, images, tmp_path):
 
 def test_what_does_not_belong_to_the_model_is_refused(student, fitted, tmp_path):
     model = open_checkpoint(student)
-    with pytest.raises(CheckpointError, match="there is one of this name"):
+    with pytest.raises(CheckpointError, match="this name is taken"):
         with_fitted_styles(model, [fitted[0], fitted[0]])
     row = np.zeros(model.shapes("unet")["model_embedding.weight"][1], np.float32)
     other = write_fitted_style(tmp_path / "a.safetensors", row, {"name": "b", "unet_sha256": "0" * 64})
@@ -118,7 +118,7 @@ def test_what_does_not_belong_to_the_model_is_refused(student, fitted, tmp_path)
     narrow = write_fitted_style(tmp_path / "c.safetensors", row[1:], {"name": "b", "unet_sha256": model.digest("unet")})
     with pytest.raises(CheckpointError, match="must hold one row"):
         with_fitted_styles(model, [narrow])
-    with pytest.raises(CheckpointError, match="no fitted style"):
+    with pytest.raises(CheckpointError, match="not a fitted style"):
         with_fitted_styles(model, [_plain(tmp_path)])
 
 

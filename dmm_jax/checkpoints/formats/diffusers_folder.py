@@ -1,4 +1,4 @@
-"""Reading diffusers and DMM folders: their JSON, and weights in one file, an fp16 variant, or parts under an index."""
+"""diffusers folders, stock or DMM's: reads their JSON and finds their weights (one file, fp16 variant, or parts)."""
 
 import functools
 import json
@@ -18,15 +18,15 @@ WEIGHTS = {
     "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
     "text_encoder_2": "model",
 }  # fmt: skip
-STYLES_KEY = "dmm_jax.config.styles"  # In a file's metadata: the names of the style table's rows, as JSON.
+STYLES_KEY = "dmm_jax.config.styles"  # Metadata of the UNet's file: the names of the style table's rows, as JSON.
 MAX_JSON_BYTES = 50_000_000
 
 
 def open_folder(path: pathlib.Path) -> Checkpoint:
-    """Opens a folder that holds model_index.json: stock diffusers', or DMM's.
+    """Opens a folder with a model_index.json; reads configs and headers only.
 
     Raises:
-      CheckpointError: what is there cannot be read; says which file.
+      CheckpointError: a file cannot be read, or the folder has no UNet that can be merged; names the file.
     """
     index = read_json(path / "model_index.json")
     components, files, metadata = {}, [], {}
@@ -35,18 +35,18 @@ def open_folder(path: pathlib.Path) -> Checkpoint:
         if (folder / "config.json").is_file():
             config = read_json(folder / "config.json")
             try:
-                found = weight_files(folder, WEIGHTS[component])
+                parts = weight_files(folder, WEIGHTS[component])
             except CheckpointError as error:
                 if component != "vae":
                     raise
                 components[component] = Component.unreadable(config, error)  # A teacher's VAE is never used.
                 continue
-            places = {key: Place(file, key) for file in found for key in file}
+            places = {key: Place(file, key) for file in parts for key in file}
             components[component] = Component(config, functools.partial(Tensors, places))
-            metadata |= found[0].metadata if component == "unet" else {}
-            files += [file.path for file in found]
+            metadata |= parts[0].metadata if component == "unet" else {}
+            files += [file.path for file in parts]
     if "unet" not in components:
-        raise CheckpointError(f"{path} holds no unet/config.json: it is no Stable Diffusion checkpoint.")
+        raise CheckpointError(f"{path} holds no unet/config.json: it is not a Stable Diffusion checkpoint.")
     unet = components["unet"].config
     check_plain(unet.get("in_channels", 4), str(path))
     family = architecture(unet)
@@ -67,22 +67,23 @@ def open_folder(path: pathlib.Path) -> Checkpoint:
 
 
 def read_json(path: pathlib.Path) -> dict:
-    """Reads a JSON object of bounded size; raises CheckpointError where there is none."""
+    """Reads a JSON object; raises CheckpointError if the file is missing, too large or not a JSON object."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES} bytes: no config of ours.")
+            raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES} bytes, which is too large for a config.")
         value = json.loads(path.read_text(encoding="utf-8"))
     except CheckpointError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        said = naming.printable(str(error))
-        raise CheckpointError(f"{path} cannot be read as JSON ({said}). Fetch the checkpoint again.") from None
+        reason = naming.printable(str(error))
+        raise CheckpointError(f"{path} cannot be read as JSON ({reason}). Fetch the checkpoint again.") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is no JSON object. Fetch the checkpoint again.")
+        raise CheckpointError(f"{path} is not a JSON object. Fetch the checkpoint again.")
     return value
 
 
-def _style_names(path, config: Mapping, metadata: Mapping) -> tuple[str, ...]:
+def _style_names(path: pathlib.Path, config: Mapping, metadata: Mapping) -> tuple[str, ...]:
+    """Returns the names of a DMM folder's styles: those in the metadata, or else style_0, style_1, ..."""
     number = config.get("num_models")
     if type(number) is not int or number < 1:
         raise CheckpointError(f"{path}: unet/config.json has num_models={number!r}; expected the number of styles.")
@@ -100,10 +101,10 @@ def _style_names(path, config: Mapping, metadata: Mapping) -> tuple[str, ...]:
 
 
 def weight_files(folder: pathlib.Path, stem: str) -> list[TensorFile]:
-    """Finds a network's weights in a diffusers folder: one file, its fp16 variant, or the parts that an index lists.
+    """Opens a network's weights in a diffusers folder: one file, its fp16 variant, or the parts that an index lists.
 
     Raises:
-      CheckpointError: there are none, only pickles, or an index that points outside the folder.
+      CheckpointError: there are no weights, only pickles, or an index that does not match its parts.
     """
     for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
         if (folder / name).is_file():
@@ -125,16 +126,16 @@ def _parts(index: pathlib.Path) -> list[TensorFile]:
     parts = sorted(set(weight_map.values()))
     for part in parts:
         if not is_basename(part):
-            raise CheckpointError(f"{index} points to {naming.printable(part)!r}; parts must lie beside it.")
+            raise CheckpointError(f"{index} points to {naming.printable(part)!r}; parts must be in its folder.")
     files = {part: TensorFile(index.parent / part) for part in parts}
-    held = {(key, part) for part, file in files.items() for key in file}
-    # As pairs, so that a tensor which lies in two parts, or in another one than said, is found as well.
-    wrong = sorted({key for key, _ in held ^ set(weight_map.items())})
-    if wrong:
-        raise CheckpointError(f"{index} and its parts do not list the same tensors: {naming.listed(wrong)}.")
+    # Pairs of key and part: they also show a tensor that is in two parts, or in another part than the index states.
+    pairs = {(key, part) for part, file in files.items() for key in file}
+    misplaced = sorted({key for key, _ in pairs ^ set(weight_map.items())})
+    if misplaced:
+        raise CheckpointError(f"{index} and its parts do not list the same tensors: {naming.listed(misplaced)}.")
     return list(files.values())
 
 
 def is_basename(name: str) -> bool:
-    """Tells whether a name from a file stays in that file's folder, on every system."""
+    """Tells whether a name in an index names a file of the same folder, on every operating system."""
     return name not in ("", ".", "..") and name.isprintable() and not set(name) & set("/\\:")

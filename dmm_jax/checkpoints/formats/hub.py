@@ -1,6 +1,7 @@
-"""Checkpoints of the Hugging Face hub, `hf:OWNER/NAME` or `hf:OWNER/NAME@REVISION`: fetched where that is written only.
+"""Diffusers folders on the Hugging Face hub, `hf:OWNER/NAME` or `hf:OWNER/NAME@REVISION`.
 
-huggingface_hub does it: what lies in its cache is not fetched again, and HF_HUB_OFFLINE=1 keeps it off the network.
+Only text with this prefix makes dmm_jax use the network. huggingface_hub fetches the files into its own cache, once;
+with HF_HUB_OFFLINE=1 it reads the cache only.
 """
 
 import pathlib
@@ -11,34 +12,34 @@ from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.naming import printable
 
 PREFIX = "hf:"
-_TEXT = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
-# Of a diffusers folder: configs, weights (no pickles), tokenizers, and the card, which states the licence.
+_HUB_ID = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
+# The files that are fetched: configs, weights (no pickles), tokenizers, and the model card, which states the licence.
 PATTERNS = (
     "model_index.json", "README.md", "scheduler/*.json", *(f"{name}/*.json" for name in COMPONENTS),
     *(f"{name}/*.safetensors" for name in COMPONENTS), "tokenizer/*.json", "tokenizer/merges.txt",
     "tokenizer_2/*.json", "tokenizer_2/merges.txt",
 )  # fmt: skip
-HALF = "*.fp16.*"  # A second copy of weights that are there, in most repositories; in some the only one.
+HALF = "*.fp16.*"  # In most repositories a second copy of the weights, in some the only one.
 
 
 def is_hub_id(path) -> bool:
-    """Tells whether a path is one of the hub's, by how it begins."""
+    """Tells whether a path has the hub's prefix."""
     return str(path).startswith(PREFIX)
 
 
 def fetched(text) -> tuple[str, pathlib.Path]:
-    """Returns a repository's name and the local folder of its checkpoint, fetched where the cache lacks it.
+    """Returns the name of a repository and the local folder of its files; fetches files that the cache lacks.
 
     Raises:
-      CheckpointError: it is no such text, there is no such repository, or the network is off and the cache empty.
+      CheckpointError: the text is malformed, the repository does not exist, or the network is off and the cache empty.
     """
-    found = _TEXT.fullmatch(str(text))
-    if not found:
+    match = _HUB_ID.fullmatch(str(text))
+    if not match:
         raise CheckpointError(
-            f"{printable(str(text))!r} is no checkpoint of the hub. Write hf:OWNER/NAME or hf:OWNER/NAME@REVISION."
+            f"{printable(str(text))!r} is not a checkpoint on the hub. Write hf:OWNER/NAME or hf:OWNER/NAME@REVISION."
         )
-    repository, revision = found.groups()
-    import huggingface_hub  # When it is needed: it costs a second.
+    repository, revision = match.groups()
+    import huggingface_hub  # Here, since the import takes a second.
 
     def fetch(**options):
         folder = huggingface_hub.snapshot_download(
@@ -51,9 +52,9 @@ def fetched(text) -> tuple[str, pathlib.Path]:
         if not any((folder / "unet").glob("*.safetensors")):
             folder = fetch()
     except (OSError, ValueError) as error:
-        said = printable(str(error), 500)
+        reason = printable(str(error), 500)
         raise CheckpointError(
-            f"{text} cannot be fetched ({said}). Check the name, and that the network is there; or copy the checkpoint "
-            "here yourself and give its path."
+            f"{text} cannot be fetched ({reason}). Check the name and the network; or copy the checkpoint here "
+            "yourself and give its path."
         ) from error
     return repository.partition("/")[2], folder

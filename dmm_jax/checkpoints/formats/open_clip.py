@@ -1,6 +1,6 @@
-"""OpenCLIP's own layout of a text encoder, in which the single files of Stable Diffusion 2 and XL hold it.
+"""OpenCLIP's own layout of a text encoder, as in single files of Stable Diffusion 2 and XL.
 
-Query, key and value lie stacked in one tensor, and the projection is transposed.
+One tensor stacks query, key and value by rows, and the projection is transposed.
 """
 
 import functools
@@ -25,23 +25,23 @@ _LAYER = {
 }  # fmt: skip
 _STACKED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # In this order, by rows, in `in_proj`.
 _BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.")
-OPEN_CLIP_H_LAYERS = 24  # Of which Stable Diffusion 2 uses all but the last.
+OPEN_CLIP_H_LAYERS = 24  # Stable Diffusion 2 uses the first 23.
 
 
 class OpenClipKey(NamedTuple):
-    """Where a text encoder's tensor lies in OpenCLIP's layout: all of a tensor, a third of its rows, or transposed."""
+    """The source of a tensor in OpenCLIP's layout: a tensor's name, perhaps a third of its rows, perhaps transposed."""
 
     name: str
-    third: int | None = None
+    third: int | None = None  # 0, 1 or 2 of a stack; None: all rows.
     transposed: bool = False
 
     def as_dense(self) -> "OpenClipKey":
-        """Where the projection lies in files that hold it as a dense layer: not transposed."""
+        """Returns the source of a projection that is stored as a dense layer's weight, not transposed."""
         return OpenClipKey("text_projection.weight") if self.name == "text_projection" else self
 
 
 def open_clip_key(key: str) -> OpenClipKey:
-    """Returns where a text encoder's tensor lies in OpenCLIP's layout, prefix not included."""
+    """Returns the source of a text encoder's tensor in OpenCLIP's layout, without the prefix."""
     if key in _TOP:
         return OpenClipKey(_TOP[key], transposed=key == "text_projection.weight")
     layer, _, module = key.removeprefix("text_model.encoder.layers.").partition(".")
@@ -53,33 +53,34 @@ def open_clip_key(key: str) -> OpenClipKey:
 
 
 def to_open_clip(tensors: Mapping) -> Tensors:
-    """Returns a text encoder's state dict in OpenCLIP's layout, prefix not included; laid out as it is read."""
+    """Returns a text encoder's state dict in OpenCLIP's layout, without the prefix; converts each tensor when read."""
     parts = {}
     for key in tensors:
-        found = open_clip_key(key)
-        parts.setdefault(found.name, {})[found.third or 0] = (key, found.transposed)
+        source = open_clip_key(key)
+        parts.setdefault(source.name, {})[source.third or 0] = (key, source.transposed)
 
     def read(name):
         keys = [parts[name][third] for third in sorted(parts[name])]
         arrays = [tensors[key].T if transposed else tensors[key] for key, transposed in keys]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
-    def to_come(name):
+    def computed(name):
         key, transposed = parts[name][0]
         rows, *rest = shape_of(tensors, key)
         shape = (*rest[::-1], rows) if transposed else (rows * len(parts[name]), *rest)
         return Computed(shape, dtype_of(tensors, key), functools.partial(read, name))
 
-    return Tensors({name: to_come(name) for name in parts})
+    return Tensors({name: computed(name) for name in parts})
 
 
 def drop_unused_layer(names: Iterable[str]) -> list[str]:
-    """Returns the keys of Stable Diffusion 2's text encoder that condition the UNet: those before the last layer.
+    """Returns the keys of Stable Diffusion 2's text encoder that condition the UNet: the layers before the last one.
 
-    A whole OpenCLIP (with its projection, or with all 24 layers) is cut; a file that was written without them is not.
+    A complete OpenCLIP encoder (with its projection, or with all 24 layers) loses its last layer and the projection. An
+    encoder that was saved without them stays as it is.
     """
     names = list(names)
-    layers = {int(found.group(1)) for found in map(_BLOCK.match, names) if found}
+    layers = {int(match.group(1)) for match in map(_BLOCK.match, names) if match}
     projects = any(name.startswith("text_projection") for name in names)
     if not projects and len(layers) != OPEN_CLIP_H_LAYERS:
         return names

@@ -1,23 +1,23 @@
-"""A style as a file of a few kilobytes: what moves a stock export of the same student from one mix to another.
+"""Style files of a few kilobytes for ComfyUI, diffusers and A1111: they change a stock export from one mix to another.
 
 A style is one vector added to the time embedding, and a stock export holds it in `time_embedding.linear_2.bias`. So two
 exports of one student differ in that bias alone, and
 
-    bias of the style = bias of the base + strength * difference, at strength 1.
+    bias of the style = bias of the base + difference (strength 1).
 
-The difference is taken to a stock export of a stated mix (the base; by default all styles in equal parts), and not to
-the student's own bias: without a style the student was never trained, so there is no such export, and strength 0 would
-not be a usable model. Used on any other checkpoint the file means nothing. Two of these files together add vectors
-after the style MLP, where the paper mixes rows before it (arXiv:2504.12364, 4.5): fold a mix in by `single-file`.
+The base is a stock export of a stated mix, by default of all styles in equal parts. It is not the student's own bias:
+the student was never trained without a style, so strength 0 would not be a usable model. On any other checkpoint the
+file is meaningless. Two style files together add vectors after the style MLP, whereas the paper mixes rows before it
+(arXiv:2504.12364, 4.5); export such a mix as `single-file` instead.
 
-Keys, as the tools' sources read them: ComfyUI takes `.diff_b` alone, A1111 only beside `.diff`, diffusers refuses a
-file without keys of its own.
+Keys that the tools' sources read: ComfyUI reads `.diff_b` alone, A1111 reads it only together with `.diff`, diffusers
+refuses a file without keys of its own form.
 """
 
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -31,44 +31,40 @@ from dmm_jax.runtime.errors import UserError
 
 TOOLS = ("comfyui", "diffusers", "a1111")
 NAME = "style_lora.safetensors"
-LAYER = "lora_unet_time_embedding_linear_2"  # ComfyUI and A1111 know it by this name in every family.
-OURS = "unet.time_embedding.linear_2"  # And diffusers by this.
-BASE_KEY = "dmm_jax.lora_base"  # As JSON: what the file is to be used on.
+KOHYA_LAYER = "lora_unet_time_embedding_linear_2"  # The layer's name for ComfyUI and A1111, in every family.
+DIFFUSERS_LAYER = "unet.time_embedding.linear_2"
+BASE_KEY = "dmm_jax.lora_base"  # Metadata, as JSON: the stock export that the file belongs to.
 
 
 def style_difference(
     student: Checkpoint, weights: Float[np.ndarray, " N"], base: Float[np.ndarray, " N"]
 ) -> Float[np.ndarray, " E"]:
-    """Returns what turns the mix `base`, folded in, into the mix `weights`: a difference of biases, float32."""
-    return _folded_bias(student, weights) - _folded_bias(student, base)
-
-
-def _folded_bias(student, weights):
-    return fold(student, weights).tensors("unet")[BIAS]
+    """Returns the bias of a stock export of the mix `weights` minus that of the mix `base`, float32."""
+    bias, base_bias = (fold(student, mix).tensors("unet")[BIAS] for mix in (weights, base))
+    return bias - base_bias
 
 
 def lora_tensors(difference: Float[np.ndarray, " E"], dtype: str, tools: Sequence[str]) -> dict[str, np.ndarray]:
-    """Returns the tensors of a style file.
+    """Returns the tensors of a style file, all of dtype `dtype`.
 
     Args:
-      difference: of the biases.
-      dtype: of every tensor.
-      tools: that are to read it; "a1111" needs a square matrix of zeros, 3.3 MB in float16 at 1280 channels.
+      difference: of the biases, see `style_difference`.
+      tools: the tools that read the file; "a1111" adds a square matrix of zeros, 3.3 MB in float16 at 1280 channels.
 
     Raises:
-      ValueError: there is no such tool.
+      ValueError: a tool is unknown.
     """
     unknown = sorted(set(tools) - set(TOOLS))
     if unknown or not tools:
         raise UserError(f"--lora-for takes {', '.join(TOOLS)}; got {', '.join(unknown) or 'nothing'}.")
     bias, width = difference.astype(DTYPES[dtype]), len(difference)
-    tensors = {f"{LAYER}.diff_b": bias}
+    tensors = {f"{KOHYA_LAYER}.diff_b": bias}
     if "a1111" in tools:
-        tensors[f"{LAYER}.diff"] = np.zeros((width, width), bias.dtype)
+        tensors[f"{KOHYA_LAYER}.diff"] = np.zeros((width, width), bias.dtype)
     if "diffusers" in tools:
-        tensors[f"{OURS}.lora_A.weight"] = np.zeros((1, width), bias.dtype)
-        tensors[f"{OURS}.lora_B.weight"] = np.zeros((width, 1), bias.dtype)
-        tensors[f"{OURS}.lora_B.bias"] = bias
+        tensors[f"{DIFFUSERS_LAYER}.lora_A.weight"] = np.zeros((1, width), bias.dtype)
+        tensors[f"{DIFFUSERS_LAYER}.lora_B.weight"] = np.zeros((width, 1), bias.dtype)
+        tensors[f"{DIFFUSERS_LAYER}.lora_B.bias"] = bias
     return tensors
 
 
@@ -81,39 +77,34 @@ def write_style_lora(
     tools: Sequence[str],
     recipe: Recipe,
 ) -> pathlib.Path:
-    """Writes a style file and returns its path. It says in its metadata which mix it is to be used on.
+    """Writes a style file and returns its path. Its metadata names the stock export that it belongs to.
 
     Args:
-      out: the file.
       student: a merged checkpoint.
-      weights: of the styles, the mix that strength 1 gives.
-      base: of the styles, the mix that is folded into the checkpoint that the file is used on.
+      weights: the weights of the styles that strength 1 gives.
+      base: the weights of the styles in the stock export that the file is used on.
 
     Raises:
-      ValueError: there is no such tool, or `out` is there.
+      ValueError: a tool is unknown, or `out` exists.
     """
     if out.exists():
-        raise CheckpointError(f"{out} is there; nothing is overwritten. Give another name.")
+        raise CheckpointError(f"{out} exists; nothing is overwritten. Give another name.")
     tensors = lora_tensors(style_difference(student, weights, base), dtype, tools)
     stock = fold(student, base)
-    said = metadata(stock, recipe, "sgm") | {BASE_KEY: json.dumps(_base(stock, student, base, dtype))}
-    said["modelspec.architecture"] = f"{architecture(stock)}/lora"
-    save(out, tensors, said)
+    bias = stock.tensors("unet")[BIAS].astype(DTYPES[dtype])
+    mix = [f"{name}={float(weight)!r}" for name, weight in zip(student.styles, base, strict=True) if weight]
+    stock_export = {  # Its mix as `--style` takes it, and its bias as an export of this dtype stores it.
+        "style": ",".join(mix),
+        "dtype": dtype,
+        "bias": BIAS,
+        "bias_sha256": hashlib.sha256(raw_bytes(bias)).hexdigest(),
+    }
+    file_metadata = metadata(stock, recipe, "sgm") | {BASE_KEY: json.dumps(stock_export)}
+    file_metadata["modelspec.architecture"] = f"{architecture(stock)}/lora"
+    save(out, tensors, file_metadata)
     return out
 
 
-def _base(stock: Checkpoint, student: Checkpoint, base, dtype) -> Mapping:
-    """Returns how to know the right checkpoint: its mix, and the hash of its bias as an export of this dtype has it."""
-    bias = stock.tensors("unet")[BIAS].astype(DTYPES[dtype])
-    mix = mix_text(student.styles, base)
-    return {"style": mix, "dtype": dtype, "bias": BIAS, "bias_sha256": hashlib.sha256(raw_bytes(bias)).hexdigest()}
-
-
-def mix_text(styles: Sequence[str], weights: Float[np.ndarray, " N"]) -> str:
-    """Returns a mix as `--style` takes it."""
-    return ",".join(f"{name}={float(weight)!r}" for name, weight in zip(styles, weights, strict=True) if weight)
-
-
 def equal_parts(styles: Sequence[str]) -> Float[np.ndarray, " N"]:
-    """Returns the mix of all styles in equal parts."""
+    """Returns the weights of all styles in equal parts."""
     return np.full(len(styles), 1 / len(styles), np.float32)

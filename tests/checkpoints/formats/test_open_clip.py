@@ -1,4 +1,4 @@
-"""OpenCLIP's layout: diffusers' converter finds every tensor, all come back bit for bit, and nothing wrong passes."""
+"""OpenCLIP's layout: diffusers' converter finds every tensor, round trips are exact, and damage is refused."""
 
 import numpy as np
 import pytest
@@ -26,8 +26,8 @@ def tensors(component):
     return {key: rng.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
 
 
-def whole_open_clip_h(laid):
-    """Returns the encoder as Stability published it: a layer more than is used, and a projection."""
+def published_open_clip_h(laid):
+    """Returns the encoder as Stability published it: with one unused layer and a projection."""
     layer = {key.replace("blocks.2", "blocks.3"): array for key, array in laid.items() if "blocks.2" in key}
     return laid | layer | {"text_projection": np.ones((128, 128), np.float32), "logit_scale": np.ones((), np.float32)}
 
@@ -47,56 +47,56 @@ def test_diffusers_converter_finds_every_tensor(component):
     laid = open_clip.to_open_clip(expected)
     ldm = {prefix + key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in laid.items()}
     model = type("Model", (), {"config": transformers.CLIPTextConfig(hidden_size=128)})
-    found = utils.convert_open_clip_checkpoint(model, ldm, prefix)
-    assert set(found) == set(expected)
-    assert all(np.array_equal(found[key].numpy(), expected[key]) for key in expected)
+    converted = utils.convert_open_clip_checkpoint(model, ldm, prefix)
+    assert set(converted) == set(expected)
+    assert all(np.array_equal(converted[key].numpy(), expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("component", PREFIXES)
 def test_an_encoder_comes_back_bit_for_bit_with_its_config(component, tmp_path):
     expected = tensors(component)
-    found = open_checkpoint(write(tmp_path, component, open_clip.to_open_clip(expected)))
-    assert set(found.components) == {component}
-    back = naming.to_torch(found.params(component))
+    checkpoint = open_checkpoint(write(tmp_path, component, open_clip.to_open_clip(expected)))
+    assert set(checkpoint.components) == {component}
+    back = naming.to_torch(checkpoint.params(component))
     assert set(back) == set(expected) and all(np.array_equal(back[key], expected[key]) for key in expected)
-    config = found.config(component)
+    config = checkpoint.config(component)
     assert {name: config[name] for name in CONFIG} == CONFIG and config["pad_token_id"] == 0
     assert config["projection_dim"] == (32 if component == "text_encoder_2" else 128)
 
 
-def test_stable_diffusion_2_uses_all_layers_but_the_last_of_a_whole_encoder(tmp_path):
-    cut = dict(open_clip.to_open_clip(tensors("text_encoder")))
-    whole = open_checkpoint(write(tmp_path, "text_encoder", whole_open_clip_h(cut)))
-    assert whole.config("text_encoder")["num_hidden_layers"] == 3
-    back = naming.to_torch(whole.params("text_encoder"))
+def test_stable_diffusion_2_uses_all_layers_except_the_last(tmp_path):
+    laid = dict(open_clip.to_open_clip(tensors("text_encoder")))
+    published = open_checkpoint(write(tmp_path, "text_encoder", published_open_clip_h(laid)))
+    assert published.config("text_encoder")["num_hidden_layers"] == 3
+    back = naming.to_torch(published.params("text_encoder"))
     assert all(np.array_equal(array, back[key]) for key, array in tensors("text_encoder").items())
-    assert {key.rsplit(".", 1)[-1] for key in whole.unused if "resblocks" not in key} == {
+    assert {key.rsplit(".", 1)[-1] for key in published.unused if "resblocks" not in key} == {
         "text_projection",
         "logit_scale",
     }
-    assert len(whole.unused) == 2 + 12
+    assert len(published.unused) == 2 + 12
 
 
-def test_24_layers_are_a_whole_encoder_even_without_the_projection():
+def test_24_layers_are_complete_even_without_the_projection():
     names = [f"transformer.resblocks.{layer}.ln_1.bias" for layer in range(24)]
     assert open_clip.drop_unused_layer(names) == names[:-1]
     assert open_clip.drop_unused_layer(names[:-1]) == names[:-1]
 
 
 @pytest.mark.parametrize("shape", [(385, 128), (256, 128), (384, 127), ()])
-def test_a_stack_that_is_no_three_of_its_layers_is_misshapen(shape, tmp_path):
+def test_a_stack_without_three_equal_parts_is_misshapen(shape, tmp_path):
     laid = dict(open_clip.to_open_clip(tensors("text_encoder"))) | {STACK: np.zeros(shape, np.float32)}
     with pytest.raises(CheckpointError, match="3 misshapen: .*layers.1.self_attn.q_proj.weight"):
         open_checkpoint(write(tmp_path, "text_encoder", laid)).params("text_encoder")
 
 
-def test_a_projection_may_be_a_dense_layers_weight_which_is_not_transposed(tmp_path):
+def test_a_projection_may_be_the_weight_of_a_dense_layer(tmp_path):
     expected = tensors("text_encoder_2")
     laid = dict(open_clip.to_open_clip(expected))
     laid["text_projection.weight"] = np.ascontiguousarray(laid.pop("text_projection").T)
-    found = open_checkpoint(write(tmp_path, "text_encoder_2", laid))
-    assert found.config("text_encoder_2")["projection_dim"] == 32 and found.unused == ()
-    back = naming.to_torch(found.params("text_encoder_2"))
+    checkpoint = open_checkpoint(write(tmp_path, "text_encoder_2", laid))
+    assert checkpoint.config("text_encoder_2")["projection_dim"] == 32 and checkpoint.unused == ()
+    back = naming.to_torch(checkpoint.params("text_encoder_2"))
     assert all(np.array_equal(back[key], expected[key]) for key in expected)
 
 
@@ -108,8 +108,8 @@ def test_missing_and_unexpected_tensors_are_named(tmp_path):
         open_checkpoint(write(tmp_path, "text_encoder_2", laid)).params("text_encoder_2")
 
 
-def second(folder, text):
-    """Returns a tiny Stable Diffusion 2, its UNet all ones."""
+def tiny_sd_2(folder, text):
+    """Returns a tiny Stable Diffusion 2 with a UNet of ones."""
     unet = {"block_out_channels": [64], "down_block_types": ["CrossAttnDownBlock2D"], "cross_attention_dim": 128,
             "up_block_types": ["CrossAttnUpBlock2D"], "layers_per_block": 1, "use_linear_projection": True,
             "attention_head_dim": [1], "sample_size": 8}  # fmt: skip
@@ -120,9 +120,9 @@ def second(folder, text):
     return Checkpoint(folder, "diffusers", parts, schedule, None, None)
 
 
-def test_an_export_holds_no_layer_that_is_not_used(tmp_path):
+def test_an_export_holds_no_unused_layer(tmp_path):
     text, recipe = tensors("text_encoder"), export.Recipe("tiny", [], None)
-    out = export.write_single_file(tmp_path / "out.safetensors", second(tmp_path, text), "float32", recipe)
+    out = export.write_single_file(tmp_path / "out.safetensors", tiny_sd_2(tmp_path, text), "float32", recipe)
     keys = set(TensorFile(out))
     assert {f"cond_stage_model.model.{key}" for key in open_clip.to_open_clip(text)} <= keys and "v_pred" in keys
     back = open_checkpoint(out)
@@ -130,13 +130,13 @@ def test_an_export_holds_no_layer_that_is_not_used(tmp_path):
     assert all(np.array_equal(array, text[key]) for key, array in naming.to_torch(back.params("text_encoder")).items())
 
 
-def test_stable_diffusion_2_turbo_has_its_encoder_under_the_refiners_prefix(tmp_path):
+def test_sd_2_turbo_has_its_encoder_under_the_refiners_prefix(tmp_path):
     text, recipe = tensors("text_encoder"), export.Recipe("tiny", [], None)
-    out = export.write_single_file(tmp_path / "out.safetensors", second(tmp_path, text), "float32", recipe)
-    whole = {key: np.array(array) for key, array in TensorFile(out).items()}
-    laid = {key.removeprefix(single_file.OPEN_CLIP_H): whole.pop(key) for key in list(whole) if "cond_stage" in key}
-    whole |= {single_file.SOLE_OPEN_CLIP + key: array for key, array in whole_open_clip_h(laid).items()}
-    save(tmp_path / "turbo.safetensors", whole)
+    out = export.write_single_file(tmp_path / "out.safetensors", tiny_sd_2(tmp_path, text), "float32", recipe)
+    file = {key: np.array(array) for key, array in TensorFile(out).items()}
+    laid = {key.removeprefix(single_file.OPEN_CLIP_H): file.pop(key) for key in list(file) if "cond_stage" in key}
+    file |= {single_file.SOLE_OPEN_CLIP + key: array for key, array in published_open_clip_h(laid).items()}
+    save(tmp_path / "turbo.safetensors", file)
     turbo = open_checkpoint(tmp_path / "turbo.safetensors")
     assert (turbo.architecture, turbo.unsupported) == ("stable-diffusion-v2", "")
     back = naming.to_torch(turbo.params("text_encoder"))

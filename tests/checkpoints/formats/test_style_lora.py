@@ -1,4 +1,4 @@
-"""A style file is the difference of two stock exports, under the keys that the tools' sources read."""
+"""A style file holds the difference of two stock exports, under the keys that each tool reads."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ def written(student, recipe, out, dtype="float32", tools=("comfyui",)):
     return style_lora.write_style_lora(out / style_lora.NAME, student, WEIGHTS, BASE, dtype, tools, recipe)
 
 
-def test_a_stock_export_of_the_base_mix_plus_the_file_is_the_styles_own_export(student, recipe, tmp_path):
+def test_the_base_mixs_export_plus_the_file_is_the_styles_export(student, recipe, tmp_path):
     paths = {name: tmp_path / f"{name}.safetensors" for name in ("base", "style")}
     for path, weights in zip(paths.values(), (BASE, WEIGHTS), strict=True):
         write.write_single_file(path, write.fold(student, weights), "float32", recipe)
@@ -31,11 +31,11 @@ def test_a_stock_export_of_the_base_mix_plus_the_file_is_the_styles_own_export(s
     assert [key for key in base if not np.array_equal(base[key], style[key])] == [LDM_BIAS]
 
 
-def test_strengths_that_sum_to_1_blend_the_styles_vectors_and_strength_0_is_the_base(student):
-    one, two = np.eye(3, dtype=np.float32)[:2]
-    vectors = [style_lora.style_difference(student, weights, BASE) for weights in (one, two)]
+def test_strengths_of_sum_1_blend_vectors_and_strength_0_is_the_base(student):
+    first, second = np.eye(3, dtype=np.float32)[:2]
+    vectors = [style_lora.style_difference(student, weights, BASE) for weights in (first, second)]
     tensors = naming.to_torch(student.params("unet"))
-    ends = [write.style_vector(tensors, "add_embedding", weights) for weights in (one, two, BASE)]
+    ends = [write.style_vector(tensors, "add_embedding", weights) for weights in (first, second, BASE)]
     blended = 0.25 * vectors[0] + 0.75 * vectors[1] + ends[2]
     np.testing.assert_allclose(blended, 0.25 * ends[0] + 0.75 * ends[1], rtol=1e-5, atol=1e-6)
     assert not style_lora.style_difference(student, BASE, BASE).any()
@@ -64,10 +64,10 @@ def test_the_file_is_below_10_kb_at_the_width_of_stable_diffusion(tmp_path, dtyp
     assert written(student, recipe, tmp_path, dtype).stat().st_size < 10_000
 
 
-def test_the_file_says_what_it_is_and_how_to_know_its_base(student, recipe, tmp_path):
-    said = TensorFile(written(student, recipe, tmp_path, "float16")).metadata
-    assert said["modelspec.architecture"] == "stable-diffusion-v1/lora" and said["format"] == "pt"
-    base = json.loads(said[style_lora.BASE_KEY])
+def test_the_metadata_identifies_the_file_and_its_base(student, recipe, tmp_path):
+    metadata = TensorFile(written(student, recipe, tmp_path, "float16")).metadata
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora" and metadata["format"] == "pt"
+    base = json.loads(metadata[style_lora.BASE_KEY])
     out = write.write_single_file(tmp_path / "base.safetensors", write.fold(student, BASE), "float16", recipe)
     assert base["bias_sha256"] == hashlib.sha256(raw_bytes(TensorFile(out)[LDM_BIAS])).hexdigest()
     mixed = dict(part.split("=") for part in base["style"].split(","))
@@ -75,14 +75,14 @@ def test_the_file_says_what_it_is_and_how_to_know_its_base(student, recipe, tmp_
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
-def test_a1111s_documented_rule_makes_the_styles_export_of_the_base_mixs(student, recipe, tmp_path, strength):
-    """No package has A1111's loader; this is the rule that its extensions-builtin/Lora follows, applied to values."""
+def test_a1111s_documented_rule_gives_the_styles_export(student, recipe, tmp_path, strength):
+    """No package has A1111's loader; this test applies the rule of its extensions-builtin/Lora."""
     paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
     for path, mix in zip(paths, (BASE, WEIGHTS), strict=True):
         write.write_single_file(path, write.fold(student, mix), "float32", recipe)
     base, style = map(TensorFile, paths)
 
-    def used(tools):
+    def applied(tools):
         (tmp_path / style_lora.NAME).unlink(missing_ok=True)
         file = TensorFile(written(student, recipe, tmp_path, tools=tools))
         modules = {}
@@ -91,17 +91,17 @@ def test_a1111s_documented_rule_makes_the_styles_export_of_the_base_mixs(student
         after = {key: np.array(base[key]) for key in (LDM_WEIGHT, LDM_BIAS)}
         for name, parts in modules.items():
             number = name.removeprefix("lora_unet_time_embedding_linear_")
-            if number.isdecimal() and "diff" in parts:  # Without it the module is of no kind that is known.
+            if number.isdecimal() and "diff" in parts:  # A1111 does not recognise a module without it.
                 layer = f"model.diffusion_model.time_embed.{2 * int(number) - 2}"
                 after[f"{layer}.weight"] += strength * parts["diff"]
                 after[f"{layer}.bias"] += strength * parts["diff_b"]
         return after
 
-    wanted = base[LDM_BIAS] + strength * (style[LDM_BIAS] - base[LDM_BIAS])
-    after = used(("a1111",))
-    np.testing.assert_allclose(after[LDM_BIAS], wanted, rtol=0, atol=1e-6)
+    expected = base[LDM_BIAS] + strength * (style[LDM_BIAS] - base[LDM_BIAS])
+    after = applied(("a1111",))
+    np.testing.assert_allclose(after[LDM_BIAS], expected, rtol=0, atol=1e-6)
     assert np.array_equal(after[LDM_WEIGHT], base[LDM_WEIGHT])
-    assert np.array_equal(used(("comfyui",))[LDM_BIAS], base[LDM_BIAS])
+    assert np.array_equal(applied(("comfyui",))[LDM_BIAS], base[LDM_BIAS])
 
 
 def test_nothing_is_overwritten(student, recipe, tmp_path):
@@ -111,7 +111,7 @@ def test_nothing_is_overwritten(student, recipe, tmp_path):
     assert (tmp_path / style_lora.NAME).read_text() == "mine"
 
 
-def test_diffusers_own_loader_makes_the_styles_export_of_the_base_mixs(student, recipe, tmp_path):
+def test_diffusers_own_loader_gives_the_styles_export(student, recipe, tmp_path):
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     pytest.importorskip("peft")
     storage = {
@@ -124,10 +124,10 @@ def test_diffusers_own_loader_makes_the_styles_export_of_the_base_mixs(student, 
         for path in storage.values()
     )
     torch.manual_seed(0)
-    given = torch.randn(2, 4, 8, 8), torch.tensor([7, 800]), torch.randn(2, 77, 64)
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([7, 800]), torch.randn(2, 77, 64)
     with torch.no_grad():
-        before = base.unet(*given).sample
+        before = base.unet(*inputs).sample
         base.load_lora_weights(tmp_path, weight_name=file.name, local_files_only=True)
-        after, wanted = base.unet(*given).sample, style.unet(*given).sample
-    assert (before - wanted).abs().max() > 1e-3 * wanted.abs().max()
-    assert (after - wanted).abs().max() < 1e-5 * wanted.abs().max()
+        after, expected = base.unet(*inputs).sample, style.unet(*inputs).sample
+    assert (before - expected).abs().max() > 1e-3 * expected.abs().max()
+    assert (after - expected).abs().max() < 1e-5 * expected.abs().max()
