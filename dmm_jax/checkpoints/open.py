@@ -17,6 +17,7 @@ from dmm_jax.checkpoints.formats import hub, lora, single_file
 from dmm_jax.checkpoints.formats.diffusers_folder import STYLES_KEY, WEIGHTS, open_folder
 from dmm_jax.checkpoints.formats.open_clip import drop_unused_layer, open_clip_key
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, Tensors
+from dmm_jax.checkpoints.formats.single_file_config import read_config
 from dmm_jax.models.unet_2d_condition import merged_config
 from dmm_jax.runtime.storage import Location, check_bucket, check_local, in_bucket, locate
 from dmm_jax.text import vocabulary
@@ -184,7 +185,7 @@ def _held(component, file) -> dict[str, str]:
         keys = [key for key in keys if _of_text_encoder(prefix, key)]
     if prefix == single_file.OPEN_CLIP_H or prefix == single_file.SOLE_OPEN_CLIP and not _is_refiner(file):
         keys = drop_unused_layer(keys)
-    today = {key: single_file.today(component, key) for key in keys}
+    today = {key: single_file.ldm_key(component, key) for key in keys}
     times = collections.Counter(today.values())
     # A tensor that stands under two names keeps them, so that it is reported, and neither is preferred.
     return {(new if times[new] == 1 else key): prefix + key for key, new in today.items()}
@@ -210,7 +211,7 @@ def _unsupported(file: TensorFile, held: Mapping[str, Mapping[str, str]], used: 
         key for key in file for prefix in prefixes
         if key.startswith(prefix) and _of_text_encoder(prefix, key.removeprefix(prefix))
     }  # fmt: skip
-    lost = single_file.unplaced(key for key in file if key not in used | seen)
+    lost = single_file.conditioning_keys(key for key in file if key not in used | seen)
     if lost:
         problems.append(
             f"it holds {len(lost)} tensors of a text encoder, or of another network, that is known by no such name; "
@@ -236,7 +237,7 @@ def _schedule(file: TensorFile) -> dict:
 def _single_component(path, file: TensorFile, component: str, held: Mapping[str, str]) -> Component:
     prefix, shapes = single_file.prefix_of(component, file), {key: file.shape(name) for key, name in held.items()}
     try:
-        config = single_file.config(component, shapes, prefix, str(path))
+        config = read_config(component, shapes, prefix, str(path))
     except CheckpointError as error:
         if component != "vae":
             raise

@@ -1,10 +1,10 @@
-"""Every key lands where diffusers' own converter looks for it, and the shapes alone tell the configuration."""
+"""diffusers' own converter finds every key, and the shapes alone determine the config."""
 
 import pytest
 
 from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.checkpoints.formats import single_file
+from dmm_jax.checkpoints.formats import single_file, single_file_config
 from dmm_jax.checkpoints.open import abstract_params
 
 CA, DOWN, UP_CA, UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
@@ -109,53 +109,55 @@ def test_diffusers_converter_finds_every_tensor_of_the_vae(name, prefix):
 
 
 @pytest.mark.parametrize("name", UNETS)
-def test_the_unets_shapes_alone_tell_its_config(name):
+def test_the_unets_shapes_determine_its_config(name):
     config = UNETS[name] | COMMON
     shapes = in_single_file("unet", config, shapes_of("unet", config))
-    found = single_file.unet_config(shapes, "X")
-    assert {field: found[field] for field in config} == config
+    inferred = single_file_config.unet_config(shapes, "X")
+    assert {field: inferred[field] for field in config} == config
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_full_size_unets_are_recognised_by_the_rule_for_tiny_ones(name):
+def test_the_same_rules_recognise_full_size_unets(name):
     utils = pytest.importorskip("diffusers.loaders.single_file_utils")
     sizes, num_tensors = PUBLISHED[name]
     config = UNETS[name] | COMMON | sizes
     shapes = shapes_of("unet", config)
     assert len(shapes) == num_tensors
     ldm = in_single_file("unet", config, shapes)
-    found = single_file.unet_config(ldm, "X")
-    assert {field: found[field] for field in config} == config
-    assert shapes_of("unet", found) == shapes
+    inferred = single_file_config.unet_config(ldm, "X")
+    assert {field: inferred[field] for field in config} == config
+    assert shapes_of("unet", inferred) == shapes
     assert utils.convert_ldm_unet_checkpoint({single_file.UNET + key: ldm[key] for key in ldm}, config) == shapes
 
 
 @pytest.mark.parametrize("name", VAES)
-def test_the_vaes_shapes_alone_tell_its_config(name):
+def test_the_vaes_shapes_determine_its_config(name):
     config = vae(VAES[name])
     shapes = in_single_file("vae", config, shapes_of("vae", config))
-    found = single_file.vae_config(shapes, "X")
-    assert {field: found[field] for field in config} == config
+    inferred = single_file_config.vae_config(shapes, "X")
+    assert {field: inferred[field] for field in config} == config
 
 
 @pytest.mark.parametrize("prefix", ["text_model.", ""])
-def test_the_text_encoders_shapes_alone_tell_its_config(prefix):
+def test_the_text_encoders_shapes_determine_its_config(prefix):
     config = {
         "vocab_size": 99, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 11,
         "num_attention_heads": 2, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
     }  # fmt: skip
     shapes = shapes_of("text_encoder", config)
-    found = single_file.text_config({prefix + key.removeprefix("text_model."): shapes[key] for key in shapes}, "X")
-    assert {field: found[field] for field in config} == config
-    assert found["eos_token_id"] == 98  # The last row, as in every CLIP.
+    inferred = single_file_config.text_config(
+        {prefix + key.removeprefix("text_model."): shapes[key] for key in shapes}, "X"
+    )
+    assert {field: inferred[field] for field in config} == config
+    assert inferred["eos_token_id"] == 98  # The last row, as in every CLIP.
 
 
 @pytest.mark.parametrize(
     "name, downsamplers, upsamplers",
     [("SD 1", ["3.0", "6.0", "9.0"], ["2.1", "5.2", "8.2"]), ("SD XL", ["3.0", "6.0"], ["2.2", "5.2"])],
 )
-def test_resampling_lies_behind_the_attention_where_there_is_one(name, downsamplers, upsamplers):
-    # diffusers' converter looks in both slots, ComfyUI and A1111 in the right one alone.
+def test_resampling_comes_after_the_attention(name, downsamplers, upsamplers):
+    # diffusers' converter accepts either slot, ComfyUI and A1111 only the right one.
     config = UNETS[name] | COMMON
     keys = in_single_file("unet", config, shapes_of("unet", config))
     assert [key for key in keys if ".op.weight" in key] == [f"input_blocks.{at}.op.weight" for at in downsamplers]
@@ -170,20 +172,20 @@ def test_dmms_own_keys_keep_their_names_and_sdxls_are_renamed():
     assert single_file.unet_key("add_embedding.linear_2.bias", UNETS["SD XL"]) == "label_emb.0.2.bias"
 
 
-@pytest.mark.parametrize("channels, said", [(9, "inpainting"), (8, "8 input channels"), (7, "7 input channels")])
-def test_models_that_take_more_than_latents_are_refused(channels, said):
+@pytest.mark.parametrize("channels, message", [(9, "inpainting"), (8, "8 input channels"), (7, "7 input channels")])
+def test_models_with_other_inputs_than_latents_are_refused(channels, message):
     shapes = {"input_blocks.0.0.weight": (320, channels, 3, 3)}
-    with pytest.raises(CheckpointError, match=f"file.safetensors.*{said}"):
-        single_file.unet_config(shapes, "file.safetensors")
+    with pytest.raises(CheckpointError, match=f"file.safetensors.*{message}"):
+        single_file_config.unet_config(shapes, "file.safetensors")
 
 
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder", "text_encoder_2"])
-def test_what_is_no_known_network_is_refused_with_what_it_lacks(component):
+def test_unknown_networks_are_refused_with_the_missing_key(component):
     with pytest.raises(CheckpointError, match="X: .*no known architecture"):
-        single_file.config(component, {"weight": (1,)}, single_file.PREFIXES[component][-1], "X")
+        single_file_config.read_config(component, {"weight": (1,)}, single_file.PREFIXES[component][-1], "X")
 
 
-def test_levels_with_different_numbers_of_layers_have_no_place_in_a_single_file():
+def test_levels_with_different_numbers_of_layers_are_refused():
     config = UNETS["SD 1"] | {"layers_per_block": [2, 2, 2, 1]}
     with pytest.raises(CheckpointError, match="as many layers on every level"):
         single_file.unet_key("down_blocks.0.resnets.0.norm1.weight", config)
