@@ -147,7 +147,10 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
         iterator = data_pipeline.iterate(batches, start)
         batch = put_batch(next(iterator)) if start < config.num_steps else None
         if batch is not None:
-            known = {"held": memory.held(state, frozen, encoders, batch), "disk": disk.needed(config, state, batch)}
+            known = {
+                "array_bytes": memory.array_bytes(state, frozen, encoders, batch),
+                "disk": disk.needed(config, state, batch),
+            }
             known["flops"] = flops.of_step(config, base, objective, mesh, state, frozen, encoders, batch)
             state = packing.pack(state)
             step, frozen = distill_step.compile_step(step, state, frozen, encoders, batch)
