@@ -199,7 +199,7 @@ def test_two_devices_share_a_batch_and_draw_the_same(student, trained, tmp_path)
 def test_a_decoded_part_of_xl_images_fits_a_v5e():
     device = compiler.tpu_mesh("v5e:2x2", teacher=1, data=4, fsdp=1).devices.flat[:1]
     placed = NamedSharding(Mesh(device, "device"), PartitionSpec())
-    config = networks.described("sdxl").vae_config
+    config = networks.abstract_checkpoint("sdxl").vae_config
     model = abstract_model(lambda rngs: AutoencoderKL.from_config(config, dtype=jnp.bfloat16, rngs=rngs))
     graph, state = nnx.split(model, nnx.Param)
     decoded, encoded = (pixels // 1024**2 for pixels in (pipeline_lib.PIXELS_DECODED, prepare.PIXELS_ENCODED))

@@ -45,7 +45,7 @@ def measure(config, size: str, num_steps: int) -> list[dict]:
     The first row has the state as a checkpoint holds it, the second has it packed, as in `train`. An array costs the
     same at any size: the size `narrow` has as many arrays as Stable Diffusion 1.5.
     """
-    base, names = bench_networks.described(size), [name for name, _ in config.teachers]
+    base, names = bench_networks.abstract_checkpoint(size), [name for name, _ in config.teachers]
     mesh = bench_networks.make_mesh(config)
     student_config = merged_config(base.unet_config, len(names))
     trained = {"student": bench_networks.random_params(abstract_params("unet", student_config), mesh, fsdp=True)}

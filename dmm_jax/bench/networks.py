@@ -29,7 +29,7 @@ from dmm_jax.world.tokenizer import write_tokenizer
 SAMPLING = {"num_inference_steps": 25, "guidance_scale": 7.0, "solver": "dpmpp_2m_karras"}
 
 
-def described(size: str) -> Checkpoint:
+def abstract_checkpoint(size: str) -> Checkpoint:
     """Returns a checkpoint of a size in `SIZES` that has configs and no tensors."""
     return published.checkpoint(size, SIZES)
 
@@ -126,7 +126,7 @@ def random_batch(config, base: Checkpoint) -> dict[str, np.ndarray]:
 
 def random_pipeline(size: str, config) -> Pipeline:
     """Returns a sampling pipeline with a merged UNet of random weights."""
-    base, mesh = described(size), sharding.make_mesh(data=jax.device_count())
+    base, mesh = abstract_checkpoint(size), sharding.make_mesh(data=jax.device_count())
     names = [name for name, _ in config.teachers]
     student_config = merged_config(base.unet_config, len(names))
     dtype = jnp.dtype(config.dtype)

@@ -63,7 +63,7 @@ def _with_arithmetic(config, dtype, attention):
 
 def _step(config, size):
     """Returns the loss and the student's gradient of one step."""
-    base, mesh = bench_networks.described(size), sharding.make_mesh(**config.mesh)
+    base, mesh = bench_networks.abstract_checkpoint(size), sharding.make_mesh(**config.mesh)
     networks, student_config = definitions.define_networks(config, base)
     objective = bench_networks.define_objective(config, base)
     trained, teachers, encoders = bench_networks.random_networks(config, base, mesh, jnp.dtype(config.dtype))

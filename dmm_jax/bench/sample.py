@@ -18,7 +18,7 @@ def measure(config, size: str, num_steps: int, batch_size: int, profile: str = "
     prompts = ["a large red circle"] * batch_size
     rng = np.random.default_rng(0)
     mixes = [dict(zip(names, rng.dirichlet(np.ones(len(names))).tolist(), strict=True)) for _ in prompts]
-    tflop = batch_size * work.sample_tflop(bench_networks.described(size))
+    tflop = batch_size * work.sample_tflop(bench_networks.abstract_checkpoint(size))
     rows = []
     for job, styles in (("sample", names[0]), ("sample, a mix per image", mixes)):
         draw = partial(pipeline, prompts, styles=styles, **bench_networks.SAMPLING)

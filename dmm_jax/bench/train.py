@@ -24,7 +24,7 @@ from dmm_jax.runtime.metrics import peak_memory
 def measure(config, size: str, num_steps: int, profile: str = "", num_devices: int = 0) -> list[dict]:
     """Times the training step and the transfer of its batch; arguments as in `jobs.bench`."""
     checks.check(config)
-    base, mesh = bench_networks.described(size), bench_networks.make_mesh(config, num_devices)
+    base, mesh = bench_networks.abstract_checkpoint(size), bench_networks.make_mesh(config, num_devices)
     on_host = bench_networks.random_batch(config, base)
     compiled, arguments, compile_s = _compile(config, base, mesh, sharding.put(on_host, mesh, sharding.BATCH))
     loop = StepLoop(compiled, *arguments, on_host, mesh)

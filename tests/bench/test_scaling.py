@@ -122,7 +122,7 @@ def test_a_row_of_two_devices_keeps_the_contract_and_adds_up(monkeypatch):
     row = scaling._measure_in_child(child_config, "tiny", 1, 2, "")
     assert row.get("failed") is None and row.keys() >= CONTRACT
     assert (row["mesh"], row["batch"], row["num_devices"]) == (mesh, 4, 2)
-    base = networks.described("tiny")
+    base = networks.abstract_checkpoint("tiny")
     merged = merged_config(base.unet_config, 2)
     assert row["images_per_s"] == pytest.approx(4 / row["step_s"])
     assert row["tflop_per_s"] == pytest.approx(row["images_per_s"] * work.train_tflop(base, merged))

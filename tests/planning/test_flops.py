@@ -50,4 +50,6 @@ def test_the_unet_of_stable_diffusion_1_takes_0_803_tflop():
     # PyTorch's own counter gives 0.803 for the stock module on 64 x 64 latents. Ours saves work in three convolutions
     # of upsampled maps: 16 products instead of 36, on one more row and column.
     saved = sum(2 * c * c * (36 * n * n - 16 * (n + 1) ** 2) for c, n in ((1280, 8), (1280, 16), (640, 32)))
-    assert work.unet_tflop(networks.described("sd15").unet_config) == pytest.approx(0.803 - saved / 1e12, abs=5e-4)
+    assert work.unet_tflop(networks.abstract_checkpoint("sd15").unet_config) == pytest.approx(
+        0.803 - saved / 1e12, abs=5e-4
+    )
