@@ -1,32 +1,68 @@
-"""What a config describes: its networks, what is minimised, and the jitted step; nothing is computed or allocated."""
+"""A config becomes networks, training state, batches, a compiled step, and a pipeline.
 
-from collections.abc import Callable
+    distillation = dmm_jax.Distillation(config)
+    state = distillation.init()
+    for batch in distillation.batches(stop=100):
+        state, metrics = distillation.step(state, batch)
+    pipeline = distillation.pipeline(state)
+
+`Definition` is the part that allocates nothing: `plan` and `bench` use it with shapes, or with random numbers.
+"""
+
+import copy
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from dmm_jax.checkpoints.abstract import abstract_model
-from dmm_jax.checkpoints.open import CELL
+from dmm_jax.checkpoints.abstract import abstract_model, abstract_params
+from dmm_jax.checkpoints.checkpoint import Checkpoint
+from dmm_jax.checkpoints.compare import check_mergeable
+from dmm_jax.checkpoints.open import CELL, open_checkpoint, open_teacher
+from dmm_jax.checkpoints.states import StateStore
+from dmm_jax.config import checks
 from dmm_jax.config import options as config_lib
+from dmm_jax.data import batches as data_batches
+from dmm_jax.data.batches import Batch
+from dmm_jax.data.cache import LatentCache
+from dmm_jax.diffusion import solvers
 from dmm_jax.diffusion.schedule import NoiseSchedule
-from dmm_jax.distill import clipping
-from dmm_jax.distill import discriminator as discriminator_lib
-from dmm_jax.distill import step as distill_step
-from dmm_jax.distill.packing import Packing
+from dmm_jax.distill import clipping, discriminator, incremental, validation
+from dmm_jax.distill.layout import Packing, compile_step, teacher_formats
+from dmm_jax.distill.objective import Inputs, Networks, Objective
+from dmm_jax.distill.optimizer import make_optimizers
+from dmm_jax.distill.state import TrainState, abstract_state, all_finite, init_state
+from dmm_jax.distill.step import build_gradients, build_step, build_validation
+from dmm_jax.distill.student import put_student, put_trained, style_params
+from dmm_jax.distill.teachers import (
+    Frozen,
+    Teachers,
+    abstract_teachers,
+    described,
+    missing_text_encoders,
+    put_params,
+    put_teachers,
+)
 from dmm_jax.models import layers
-from dmm_jax.models.text_encoders import TextEncoders
+from dmm_jax.models.text_encoders import NUM_TIME_IDS, TextEncoders
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel, merged_config
-from dmm_jax.runtime import sharding
+from dmm_jax.pipeline import Pipeline, cast_params
+from dmm_jax.runtime import processes, sharding
+from dmm_jax.text.tokenizer import Tokenizers
 
 
 def attention_implementation(config, platform: str = "") -> str:
     """Resolves "auto": a fused kernel on TPUs, and on NVIDIA GPUs in bfloat16; XLA's products elsewhere.
 
     Args:
-      platform: "cpu", "gpu" or "tpu", where it is not this process's.
+      platform: "cpu", "gpu" or "tpu"; "" for this process's.
     """
     platform = platform or jax.default_backend()
     if config.attention != "auto":
@@ -36,97 +72,354 @@ def attention_implementation(config, platform: str = "") -> str:
     return "flash" if platform == "tpu" else "xla"
 
 
-def define_networks(config, base, platform: str = "", attention: str = "") -> tuple[distill_step.Networks, dict]:
-    """Returns the graph definitions of a config's networks, and the student's config.
+class Definition:
+    """The networks, the objective and the step that a config describes; nothing is computed or allocated."""
 
-    Args:
-      platform: as in `attention_implementation`.
-      attention: in place of the config's.
-    """
-    dtype = jnp.dtype(config.dtype)
-    attention = attention or attention_implementation(config, platform)
-    unet = {"dtype": dtype, "attention_implementation": attention}
-    student_config = merged_config(base.unet_config, len(config_lib.style_names(config)))
-    discriminator = None
-    if config.adversarial.weight:
-        described = discriminator_lib.define(*discriminator_arguments(config, base), remat=config.remat, **unet)
-        discriminator = nnx.split(described)[0]
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        base: Checkpoint,
+        mesh: Mesh | AbstractMesh,
+        *,
+        tokenizer: Callable | None = None,
+        platform: str = "",
+    ):
+        """Defines a run on a mesh.
 
-    def unet_of(described, **options):
-        return abstract_model(lambda rngs: UNet2DConditionModel.from_config(described, rngs=rngs, **options))
+        Args:
+          config: complete and checked.
+          base: only configs are read.
+          tokenizer: maps prompts to token ids (B, L); None for zeros of the right length.
+          platform: as in `attention_implementation`.
+        """
+        self.config, self.base, self.mesh = config, base, mesh
+        self.styles = tuple(config_lib.style_names(config))
+        self.dtype = jnp.dtype(config.dtype)
+        self.student_config = merged_config(base.unet_config, len(self.styles))
+        kept = len(config_lib.kept_styles(config)) if config.grow.replay else 0
+        # One UNet runs all teachers; it has a style table if one of them is a merged student.
+        self.teacher_config = merged_config(base.unet_config, kept) if kept else base.unet_config
+        self.networks = self._networks(attention_implementation(config, platform))
+        self.objective = self._objective(tokenizer or self._zero_ids)
+        self.optimizers = make_optimizers(config)
 
-    texts = abstract_model(lambda rngs: TextEncoders(base.text_configs, dtype=dtype, rngs=rngs))
-    networks = distill_step.Networks(
-        student=nnx.split(unet_of(student_config, remat=config.remat, **unet))[0],
-        teacher=nnx.split(layers.for_stacks(unet_of(teacher_config(config, base), **unet)))[0],
-        text_encoders=nnx.split(texts)[0],
-        discriminator=discriminator,
-        check_vma=attention != "flash",
-    )
-    return networks, student_config
+    def with_attention(self, attention: str) -> "Definition":
+        """Returns the same definition with another implementation of attention, whatever the config says."""
+        other = copy.copy(self)
+        other.networks = self._networks(attention)
+        return other
+
+    @property
+    def num_tokens(self) -> int:
+        """Token ids of one prompt, over all text encoders."""
+        return sum(config["max_position_embeddings"] for config in self.base.text_configs.values())
+
+    def _zero_ids(self, prompts: Sequence) -> np.ndarray:
+        return np.zeros((len(prompts), self.num_tokens), np.int32)
+
+    def _networks(self, attention: str) -> Networks:
+        options = {"dtype": self.dtype, "attention_implementation": attention}
+
+        def unet(config, **more):
+            return abstract_model(lambda rngs: UNet2DConditionModel.from_config(config, rngs=rngs, **options, **more))
+
+        judge = None
+        if self.config.adversarial.weight:
+            judge = discriminator.define(*self._discriminator_arguments, remat=self.config.remat, **options)
+            judge = nnx.split(judge)[0]
+        texts = abstract_model(lambda rngs: TextEncoders(self.base.text_configs, dtype=self.dtype, rngs=rngs))
+        return Networks(
+            student=nnx.split(unet(self.student_config, remat=self.config.remat))[0],
+            teacher=nnx.split(layers.for_stacks(unet(self.teacher_config)))[0],
+            text_encoders=nnx.split(texts)[0],
+            discriminator=judge,
+            check_vma=attention != "flash",
+        )
+
+    def _objective(self, tokenizer: Callable) -> Objective:
+        config = self.config
+        return Objective(
+            alphas_cumprod=tuple(NoiseSchedule.from_config(self.base.scheduler_config).alphas_cumprod.tolist()),
+            prediction_type=self.base.prediction_type,
+            feature_loss_weight=config.feature_loss_weight,
+            feature_loss=config.feature_loss,
+            adversarial_weight=config.adversarial.weight,
+            prompt_dropout=config.prompt_dropout,
+            empty_ids=tuple(map(tuple, np.unique(tokenizer(["", None]), axis=0).tolist())),
+        )
+
+    @property
+    def _discriminator_arguments(self) -> tuple[dict, int, int]:
+        """The base's UNet config, the number of styles, latent cells per side."""
+        return self.base.unet_config, len(self.styles), self.config.data.resolution // CELL
+
+    def abstract_discriminator(self) -> tuple[dict, dict]:
+        """Returns the shapes of the discriminator's trained parameters, and of its frozen ones."""
+        params = discriminator.abstract_params(discriminator.define(*self._discriminator_arguments))
+        return discriminator.split(params, self.config.adversarial.train_backbone)
+
+    def abstract_state(self) -> TrainState:
+        """Returns the shapes and shardings of the training state."""
+        trained = {"student": abstract_params("unet", self.student_config)}
+        if self.config.adversarial.weight:
+            trained["discriminator"], _ = self.abstract_discriminator()
+        state = abstract_state(trained, self.optimizers, self.config.ema_decay)
+        return sharding.abstract_arrays(state, sharding.state_specs(state, self.mesh), self.mesh)
+
+    def abstract_frozen(self, num_encoders: int) -> tuple[Teachers, Frozen]:
+        """Returns the shapes and shardings of the frozen networks.
+
+        Args:
+          num_encoders: rows of the teachers' own text encoders, over all shards of `teacher`.
+        """
+        rows = config_lib.num_rows(self.config)
+        arguments = self.base, self.teacher_config, rows, num_encoders, self.mesh, self.dtype
+        teachers, frozen = abstract_teachers(*arguments)
+        if self.config.adversarial.weight:
+            _, fixed = self.abstract_discriminator()
+            frozen = frozen._replace(**described(fixed, self.mesh, self.dtype))
+        return teachers, frozen
+
+    def abstract_batch(self) -> Batch:
+        """Returns the shapes and shardings of a batch (N, B/N, ...)."""
+        rows, cells = config_lib.num_rows(self.config), self.config.data.resolution // CELL
+        leading = rows, self.config.batch_size // rows
+        channels = self.base.unet_config.get("in_channels", 4)
+        shapes = Batch(
+            latents=jax.ShapeDtypeStruct((*leading, cells, cells, channels), jnp.float32),
+            input_ids=jax.ShapeDtypeStruct((*leading, self.num_tokens), jnp.int32),
+            time_ids=jax.ShapeDtypeStruct((*leading, NUM_TIME_IDS), jnp.int32),
+        )
+        return sharding.abstract_arrays(shapes, jax.tree.map(lambda _: sharding.BATCH, shapes), self.mesh)
+
+    def gradients(self, trained: Mapping) -> Callable:
+        """Returns `f(trained, teachers, frozen, batch, step) -> (grads, errors)`; see `distill.step.build_gradients`.
+
+        Args:
+          trained: arrays or shapes, by network.
+        """
+        return build_gradients(
+            self.networks,
+            self.objective,
+            self.mesh,
+            sharding.state_specs(trained, self.mesh),
+            dtype=self.dtype,
+            gradient_accumulation=self.config.gradient_accumulation,
+            seed=self.config.seed,
+        )
+
+    def jitted_step(self, state: TrainState, teachers: Teachers, packing: Packing):
+        """Returns the jitted `step(packed state, teachers, frozen, batch) -> (packed state, metrics)`.
+
+        The layout of the teachers is left open for `distill.layout.compile_step`.
+
+        Args:
+          state, teachers: arrays or shapes.
+        """
+        norms = clipping.build_norm(self.mesh, sharding.state_specs(state.trained, self.mesh))
+        step = build_step(self.gradients(state.trained), norms, self.optimizers, self.config.ema_decay)
+        return jax.jit(
+            packing.around(step),
+            donate_argnums=0,
+            in_shardings=(packing.places, teacher_formats(teachers), None, None),
+            out_shardings=(packing.places, NamedSharding(self.mesh, sharding.COPY)),
+        )
 
 
-def teacher_config(config, base) -> dict:
-    """Returns the config of the UNet that runs all teachers': with a style table where an old student is one."""
-    kept = len(config_lib.kept_styles(config))
-    return merged_config(base.unet_config, kept) if kept and config.grow.replay else base.unet_config
+@dataclasses.dataclass(frozen=True)
+class RunState:
+    """The state of a run between two steps, packed for the compiled step; `Distillation.unpack` returns its arrays."""
+
+    arrays: dict
+    step: int = 0
+    samples_seen: int = 0  # Differs from step * batch_size after a resume with another batch size.
 
 
-def discriminator_arguments(config, base) -> tuple[dict, int, int]:
-    """Returns the discriminator's: the base's UNet config, the number of styles, cells of a side of the latents."""
-    return base.unet_config, len(config_lib.style_names(config)), config.data.resolution // CELL
+class Distillation(Definition):
+    """A run of a config on devices: its checkpoints are open, its teachers on the mesh."""
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        *,
+        base: Checkpoint | None = None,
+        teachers: Mapping[str, Checkpoint] | None = None,
+        mesh: Mesh | None = None,
+    ):
+        """Opens and checks everything, then loads the teachers; what can be refused is refused before that.
+
+        Args:
+          base, teachers: open checkpoints to use instead of the paths in the config.
+          mesh: devices to use instead of all of them.
+
+        Raises:
+          UserError: the config, the checkpoints or the latent cache cannot be used; says which, and what to do.
+        """
+        config = incremental.resolved(config)
+        checks.check(config)
+        processes.check_joined()
+        mesh = mesh or sharding.make_mesh(**config.mesh)
+        checks.check_mesh(config, mesh.shape)
+        overrides = {"prediction_type": config.prediction_type}
+        base = base or open_checkpoint(config.base, **overrides)
+        if teachers is None:
+            teachers = {name: open_teacher(path, config.base, **overrides) for name, path in config.teachers}
+        check_mergeable(base, teachers)
+        base.params("unet")  # Reports compare with the base: refuse damaged tensors now, not after the training.
+        self.old_student = incremental.old_student(config, base)
+        self.rows = incremental.batch_rows(teachers, self.old_student, config.grow.replay)
+        if config.samples.every:  # Refuses a solver or a number of steps that cannot run.
+            schedule = NoiseSchedule.from_config(base.scheduler_config)
+            solvers.plan(config.samples.solver, schedule, config.samples.num_inference_steps)
+        self.notes = (*base.loans, *missing_text_encoders(base, teachers))
+        tokenizer = Tokenizers.from_folders(base.tokenizer_folders) if base.tokenizer_folders else None
+        self.cache = _open_cache(config, base, tokenizer) if config.data.cache else None
+        super().__init__(config, base, mesh, tokenizer=tokenizer)
+        self.teachers, self.frozen = put_teachers(base, self.rows, self.teacher_config, mesh, self.dtype)
+        if self.config.adversarial.weight:
+            self._judge, fixed = discriminator.split(
+                discriminator.initial_params(*self._discriminator_arguments, base.params("unet"), config.seed),
+                config.adversarial.train_backbone,
+            )
+            self.frozen = self.frozen._replace(**put_params(fixed, mesh, self.dtype))
+        self._packing = Packing(self.abstract_state(), mesh)
+        self._step: Callable | None = None
+
+    def init(self) -> RunState:
+        """Returns the state at step 0: the base, the mean of the teachers, or the student that grows."""
+        return RunState(self._packing.pack(self._fresh()))
+
+    def _fresh(self) -> TrainState:
+        style = style_params(self.student_config, self.config.style_init, self.config.seed)
+        sources = [row.teacher for row in self.rows] if self.config.student_init == "average" else [self.base]
+        if self.old_student:
+            sources, style = [self.old_student], incremental.grown(style, self.old_student)
+        unets = [source.params("unet") for source in sources]
+        trained = {"student": put_student(unets, style, self.student_config, self.mesh)}
+        if self.config.adversarial.weight:
+            trained["discriminator"] = put_trained(self._judge, self.mesh)
+        return init_state(trained, self.optimizers, self.mesh, self.config.ema_decay)
+
+    def restore(self, workdir: str | os.PathLike) -> RunState:
+        """Returns the state of a workdir's newest sound checkpoint, or the one at step 0 if it has none."""
+        with StateStore(workdir) as store:
+            return self.resume(store)
+
+    def resume(self, store: StateStore) -> RunState:
+        """Returns the newest sound state of a store, or the one at step 0 if it holds none."""
+        step, parts = store.resume(self._fresh().as_dict())
+        seen = step * self.config.batch_size
+        seen = store.notes(step).get("samples_seen", seen) if step else seen
+        return RunState(self._packing.pack(TrainState.from_dict(parts)), step, seen)
+
+    def save(self, workdir: str | os.PathLike, state: RunState) -> None:
+        """Writes a state into a workdir's `checkpoints` and waits until it is complete.
+
+        Raises:
+          FloatingPointError: trained parameters are not finite; nothing is written.
+        """
+        with StateStore(workdir) as store:
+            self.store(store, state)
+
+    def store(self, store: StateStore, state: RunState) -> None:
+        """Starts to save a state; returns before it is written. Raises as `save` does."""
+        whole = self.unpack(state)
+        if not all_finite(whole.trained):
+            raise FloatingPointError(f"step {state.step}: trained parameters are not finite, so the step is not saved.")
+        store.save(state.step, whole.as_dict(), {"samples_seen": state.samples_seen})
+
+    def unpack(self, state: RunState) -> TrainState:
+        """Returns the arrays of a state; they stay valid until the next step takes the state."""
+        return self._packing.unpack(state.arrays)
+
+    def batches(self, start: int = 0, stop: int | None = None, samples_seen: int | None = None) -> Iterator[Batch]:
+        """Yields the batches of steps `start` to `stop` - 1 on the mesh; without `stop`, for ever.
+
+        Batch k is a function of (seed, k) alone, unless the batch size has changed on the way.
+
+        Args:
+          samples_seen: of a run whose batch size has changed; None: start * batch_size.
+
+        Raises:
+          UserError: data.cache is empty.
+        """
+        train, _ = self._sources()
+        num_rows, batch_size = len(self.rows), self.config.batch_size
+        share = sharding.batch_share(self.mesh, num_rows, batch_size // num_rows)
+        offset = 0 if samples_seen is None else samples_seen - start * batch_size
+        dataset = data_batches.batches(train, self.config.seed, num_rows, batch_size, share, offset)
+        examples = data_batches.iterate(dataset, start)
+        steps = range(start, data_batches.MAX_STEPS if stop is None else stop)
+        return (sharding.put(next(examples), self.mesh, sharding.BATCH) for _ in steps)
+
+    def _sources(self):
+        checks.check_training(self.config)
+        return self.cache.split(self.config.validation_size)
+
+    def compile(self, state: RunState, batch: Batch) -> jax.stages.Compiled:
+        """Compiles the step for arrays like these and returns the program; `step` does it when it is first called."""
+        step = self.jitted_step(self.abstract_state(), self.teachers, self._packing)
+        self._step, self.teachers = compile_step(step, state.arrays, self.teachers, self.frozen, batch)
+        return self._step
+
+    def step(self, state: RunState, batch: Batch) -> tuple[RunState, dict[str, jax.Array]]:
+        """Updates the student once; `state` is consumed.
+
+        Returns:
+          The new state, and metrics as arrays that may not be computed yet: "score" and "feature" (N,), one per row of
+          the batch, "grad_norm", "skipped_steps", "skipped_in_a_row"; also "adversarial" and "discriminator" (N,) if
+          there is a discriminator.
+        """
+        if self._step is None:
+            self.compile(state, batch)
+        arrays, metrics = self._step(state.arrays, self.teachers, self.frozen, batch)
+        return RunState(arrays, state.step + 1, state.samples_seen + self.config.batch_size), metrics
+
+    def validate(self, state: RunState) -> dict[str, list[float]]:
+        """Returns the score loss of each row per bin of timesteps, low noise first, on the fixed validation set.
+
+        The student's own parameters are judged, not their average.
+        """
+        errors = self._validation(self.unpack(state).student.params, self.teachers, self.frozen, self._inputs)
+        names, timesteps = [row.name for row in self.rows], self._timesteps
+        return validation.by_bin(np.asarray(errors), names, timesteps, len(self.objective.alphas_cumprod))
+
+    @functools.cached_property
+    def _validation(self) -> Callable:
+        specs = sharding.state_specs(self.abstract_state().student.params, self.mesh)
+        errors = build_validation(self.networks, self.objective, self.mesh, specs, dtype=self.dtype)
+        return jax.jit(errors, out_shardings=NamedSharding(self.mesh, sharding.COPY))
+
+    @functools.cached_property
+    def _inputs(self) -> Inputs:
+        _, source = self._sources()
+        inputs = validation.fixed_inputs(source, self.rows, self.config.seed, len(self.objective.alphas_cumprod))
+        self._timesteps = inputs.timesteps[0]
+        return sharding.put_global(inputs, self.mesh, sharding.BATCH)
+
+    def pipeline(self, state: RunState) -> Pipeline:
+        """Returns a pipeline around the student as it is now: its average, if the run keeps one.
+
+        Every process of a run must call it; each gets a pipeline on its own devices.
+        """
+        whole = self.unpack(state)
+        params = self._whole_unet(whole.student.params if whole.ema is None else whole.ema)
+        return self._empty_pipeline.with_unet(jax.tree.map(lambda leaf: leaf.addressable_data(0), params))
+
+    @functools.cached_property
+    def _whole_unet(self) -> Callable:
+        return jax.jit(
+            lambda params: cast_params(params, self.dtype), out_shardings=NamedSharding(self.mesh, sharding.COPY)
+        )
+
+    @functools.cached_property
+    def _empty_pipeline(self) -> Pipeline:
+        return Pipeline.for_unet(self.base, self.student_config, self.styles, dtype=self.config.dtype)
 
 
-def abstract_discriminator(config, base) -> tuple[dict, dict]:
-    """Returns the shapes of what is trained of the discriminator, and of what is not."""
-    model = discriminator_lib.define(*discriminator_arguments(config, base))
-    return discriminator_lib.split(discriminator_lib.abstract_params(model), config.adversarial.train_backbone)
-
-
-def define_objective(config, base, tokenizer) -> distill_step.Objective:
-    """Gathers what is minimised: the base's noise schedule and the config's weights."""
-    return distill_step.Objective(
-        alphas_cumprod=tuple(NoiseSchedule.from_config(base.scheduler_config).alphas_cumprod.tolist()),
-        prediction_type=base.prediction_type,
-        feature_loss_weight=config.feature_loss_weight,
-        feature_loss=config.feature_loss,
-        adversarial_weight=config.adversarial.weight,
-        prompt_dropout=config.prompt_dropout,
-        empty_ids=tuple(map(tuple, np.unique(tokenizer(["", None]), axis=0).tolist())),
-    )
-
-
-def define_gradients(config, networks, objective, mesh, trained) -> Callable:
-    """Returns `f(trained, teachers, encoders, batch, step) -> (grads, errors)`; `trained` are arrays or shapes."""
-    return distill_step.build_loss_and_grads(
-        networks,
-        objective,
-        mesh,
-        sharding.state_specs(trained, mesh),
-        dtype=jnp.dtype(config.dtype),
-        gradient_accumulation=config.gradient_accumulation,
-        seed=config.seed,
-    )
-
-
-def define_step(config, networks, objective, optimizers, mesh, state, teachers, packing: Packing | None = None):
-    """Returns the jitted `step(state, teachers, encoders, batch) -> (state, metrics)`, its state donated.
-
-    Args:
-      state, teachers: as arrays or as shapes; for `distill_step.compile_step`, since the teachers' layout is left open.
-      packing: of the state, where the step is to take and return it packed.
-    """
-    gradients = define_gradients(config, networks, objective, mesh, distill_step.trained(state))
-    norms = clipping.build_norm(mesh, sharding.state_specs(distill_step.trained(state), mesh))
-    step = distill_step.build_step(gradients, norms, optimizers, config.ema_decay)
-    places = sharding.shardings(mesh, sharding.state_specs(state, mesh))
-    given = None
-    if packing:
-        step, places = packing.around(step), packing.places
-        given = places
-    return jax.jit(
-        step,
-        donate_argnums=0,
-        in_shardings=(given, distill_step.teacher_formats(teachers), None, None),
-        out_shardings=(places, NamedSharding(mesh, sharding.COPY)),
-    )
+def _open_cache(config, base: Checkpoint, tokenizer: Tokenizers) -> LatentCache:
+    """Opens the latent cache of a run and checks that this base made it, and that it is large enough."""
+    cache = LatentCache(config.data.cache)
+    origin = {"vae": base.digest("vae"), "tokenizer": tokenizer.digest, "resolution": config.data.resolution}
+    cache.check(**origin, num_examples=config.validation_size + config.batch_size)
+    return cache

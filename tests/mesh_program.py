@@ -10,18 +10,17 @@ import pathlib
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dmm_jax import distillation as definitions
 from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
 from dmm_jax.config import options as config_lib
-from dmm_jax.distill import discriminator, incremental, student, teachers
-from dmm_jax.distill import step as distill_step
-from dmm_jax.distill.packing import Packing
+from dmm_jax.data.batches import Batch
+from dmm_jax.distill import discriminator
+from dmm_jax.distill.teachers import put_params
+from dmm_jax.distillation import Distillation
 from dmm_jax.models.text_encoders import NUM_TIME_IDS
 from dmm_jax.runtime import sharding
 from dmm_jax.world.architecture import SCHEDULER_CONFIG, TEXT_CONFIG
@@ -56,18 +55,19 @@ def settings(changes: dict):
     config.batch_size, config.data.resolution, config.dtype = NUM_TEACHERS * PER_TEACHER, 64, "float32"
     config.warmup_steps, config.learning_rate, config.adam_eps = 0, 1e-3, 1e-3
     config.max_grad_norm, config.ema_decay, config.style_init = 0.5, 0.5, "paper"
+    config.student_init = "base"
     config.update_from_flattened_dict(changes)
     return config
 
 
-def random_batch() -> dict:
-    """Returns one batch as the pipeline gives it."""
+def random_batch() -> Batch:
+    """Returns one batch as the latent cache gives it."""
     rng, lead = np.random.default_rng(0), (NUM_TEACHERS, PER_TEACHER)
-    return {
-        "latents": rng.standard_normal((*lead, 8, 8, 4), np.float32),
-        "input_ids": rng.integers(0, 64, (*lead, 77), dtype=np.int32),
-        "time_ids": np.zeros((*lead, NUM_TIME_IDS), np.int32),
-    }
+    return Batch(
+        latents=rng.standard_normal((*lead, 8, 8, 4), np.float32),
+        input_ids=rng.integers(0, 64, (*lead, 77), dtype=np.int32),
+        time_ids=np.zeros((*lead, NUM_TIME_IDS), np.int32),
+    )
 
 
 def divided(tree, mesh) -> list[list[str]]:
@@ -81,53 +81,39 @@ def divided(tree, mesh) -> list[list[str]]:
     return [one(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def run(mesh_shape, changes: dict, base: Checkpoint, lessons) -> tuple[dict, dict]:
+def run(mesh_shape, changes: dict, base: Checkpoint, teachers) -> tuple[dict, dict]:
     """Returns what NUM_STEPS steps log and where they lead, by name, and where the arrays live."""
     config, (teacher, data, fsdp) = settings(changes), mesh_shape
-    devices = jax.devices()[: teacher * data * fsdp]
-    mesh = sharding.make_mesh(teacher, data, fsdp, devices=devices)
-    dtype = jnp.dtype(config.dtype)
-    frozen, encoders = teachers.put_teachers(base, lessons, base.unet_config, mesh, dtype)
-    networks, student_config = definitions.define_networks(config, base)
-    style = student.style_params(student_config, config.style_init, 0)
-    start = {"student": student.put_student([base.params("unet")], style, student_config, mesh)}
-    judge = discriminator.initial_params(*definitions.discriminator_arguments(config, base), base.params("unet"), 0)
-    if networks.discriminator:
-        start["discriminator"] = student.put_trained(judge, mesh)
-    backbone = teachers.put_params(discriminator.split(judge, False)[1], mesh, dtype)
-    objective = definitions.define_objective(config, base, lambda texts: np.full((len(texts), 77), 63, np.int32))
-    optimizers = student.make_optimizers(config)
-    state = student.make_state(start, optimizers, mesh, config.ema_decay)
-    before = jax.tree.map(np.asarray, distill_step.trained(state))
-    packing = Packing(state, mesh)
-    step = definitions.define_step(config, networks, objective, optimizers, mesh, state, frozen, packing)
-    held = packing.pack(state)
+    mesh = sharding.make_mesh(teacher, data, fsdp, devices=jax.devices()[: teacher * data * fsdp])
+    distillation = Distillation(config, base=base, teachers=teachers, mesh=mesh)
+    state = distillation.init()
+    before = jax.tree.map(np.asarray, distillation.unpack(state).trained)
     batch = sharding.put(random_batch(), mesh, sharding.BATCH)
-    step, frozen = distill_step.compile_step(step, held, frozen, encoders, batch)
     logged = []
     for _ in range(NUM_STEPS):
-        held, metrics = step(held, frozen, encoders, batch)
+        state, metrics = distillation.step(state, batch)
         logged.append(jax.tree.map(np.asarray, metrics))
-    after = packing.unpack(held)
-    moved = jax.tree.map(lambda new, old: np.asarray(new) - old, distill_step.trained(after), before)
+    after = distillation.unpack(state)
+    networks = {name: getattr(after, name) for name in after.trained}
+    moved = jax.tree.map(lambda new, old: np.asarray(new) - old, after.trained, before)
     trees = {
-        name: {"moved": moved[name]} | {moment: optax.tree.get(part["opt_state"], moment) for moment in ("mu", "nu")}
-        for name, part in _parts(after).items()
+        name: {"moved": moved[name]} | {moment: optax.tree.get(network.opt_state, moment) for moment in ("mu", "nu")}
+        for name, network in networks.items()
     }
-    trees["student"]["average"] = jax.tree.map(lambda new, old: new - old, after["ema"], before["student"])
-    found = {f"{network} {kind}": tree for network, kinds in trees.items() for kind, tree in kinds.items()}
-    found |= {f"logged {name}": [line[name] for line in logged] for name in logged[0]}
-    counters = [leaf for leaf in jax.tree.leaves(after) if leaf.ndim == 0]
+    trees["student"]["average"] = jax.tree.map(lambda new, old: new - old, after.ema, before["student"])
+    results = {f"{network} {kind}": tree for network, kinds in trees.items() for kind, tree in kinds.items()}
+    results |= {f"logged {name}": [line[name] for line in logged] for name in logged[0]}
+    judge = discriminator.define(base.unet_config, NUM_TEACHERS, 8)
+    backbone = jax.tree.map(lambda leaf: np.zeros(leaf.shape), discriminator.abstract_params(judge)["backbone"])
+    leaves = jax.tree.leaves(after)
     places = {
-        "batch": batch, "teachers": frozen, "text": encoders, "backbone": backbone, "counters": counters,
-        "small": held["small"], "logged": metrics, "trained": [leaf for leaf in jax.tree.leaves(after) if leaf.ndim],
+        "batch": batch, "teachers": distillation.teachers, "text": distillation.frozen,
+        "backbone": put_params(backbone, mesh, distillation.dtype),
+        "counters": [leaf for leaf in leaves if leaf.ndim == 0], "small": state.arrays["small"], "logged": metrics,
+        "trained": [leaf for leaf in leaves if leaf.ndim],
     }  # fmt: skip
-    arrays = {f"{name}.{k}": leaf for name, tree in found.items() for k, leaf in enumerate(jax.tree.leaves(tree))}
+    arrays = {f"{name}.{k}": leaf for name, tree in results.items() for k, leaf in enumerate(jax.tree.leaves(tree))}
     return arrays, {name: divided(tree, mesh) for name, tree in places.items()}
-
-
-def _parts(state):
-    return {"student": state} | {name: state[name] for name in ("discriminator",) if name in state}
 
 
 def main(cases: str, out: str) -> None:
@@ -135,9 +121,8 @@ def main(cases: str, out: str) -> None:
     base = checkpoint(0, "unet", "text_encoder")
     own = [("unet", "text_encoder") if k in WITH_ENCODERS else ("unet",) for k in range(NUM_TEACHERS)]
     others = {f"style_{k}": checkpoint(1 + k, *names) for k, names in enumerate(own)}
-    lessons = incremental.lessons(others, None, 0)
     for number, (mesh_shape, changes) in enumerate(json.loads(cases)):
-        found, places = run(mesh_shape, changes, base, lessons)
+        found, places = run(mesh_shape, changes, base, others)
         np.savez(f"{out}/{number}.npz", **found)
         jax.clear_caches()  # Each case has a program of its own.
     pathlib.Path(out, "places.json").write_text(json.dumps(places))  # Of the last.

@@ -1,6 +1,6 @@
-"""The device's time by kernel, and the share of collectives in it, from a trace of a few calls.
+"""Where the device's time goes: the kernels of a few calls, summed by name, and what of them are collectives.
 
-JAX's own profiler records kernels on the streams of GPUs and operations of TPUs; it records neither on a CPU.
+Read from JAX's own profiler: kernels on the streams of GPUs, operations of TPUs. CPUs tell neither.
 """
 
 import collections
@@ -10,68 +10,42 @@ import json
 import pathlib
 import re
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
-
-from dmm_jax.bench import traffic
 
 CALLS = 2
 # Operations that exchange data between devices: NCCL's kernels, XLA's own, and a TPU's, by name.
 COLLECTIVE = re.compile(
     r"nccl|all[-_]?(?:reduce|gather|to[-_]?all)|reduce[-_]?scatter|collective[-_]?(?:permute|broadcast)", re.IGNORECASE
 )
-_ENCLOSING = re.compile(r"(?:while|conditional|call)(?:$|[.\d])")  # A TPU records these around the operations inside.
+_AROUND = re.compile(r"(?:while|conditional|call)(?:$|[.\d])")  # A TPU's line holds these over what runs inside.
 _ASYNC = "Async XLA Ops"
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
-    """One run of a kernel or operation, in microseconds of the trace."""
+class Ran:
+    """One kernel or operation, in microseconds of the trace."""
 
     device: str
     name: str
     start: float
     end: float
-    background: bool  # A TPU's transfer, which runs at the same time as operations.
-
-    @property
-    def is_collective(self) -> bool:
-        """Returns whether the kernel exchanges data between devices."""
-        return bool(COLLECTIVE.search(self.name))
+    background: bool  # On a TPU's line of transfers, which run beside its operations.
 
 
-def report(call: Callable, folder: str | pathlib.Path, program: str = "") -> list[Kernel]:
-    """Traces calls into `folder` and prints their kernels on stderr; does nothing if `folder` is "".
-
-    Args:
-      program: the compiled program's text, if nothing else runs: the traffic of its fusions is printed as well.
-    """
-    if not folder:
-        return []
-    kernels = trace(call, folder)
-    if kernels:
-        print(table(time_by_name(kernels)), file=sys.stderr)
-        if program:
-            print(traffic.table(time_by_name(kernels, str), program), file=sys.stderr)
-    else:
-        print(f"{folder} holds the trace, which has no kernels of a device: a CPU records none.", file=sys.stderr)
-    return kernels
-
-
-def trace(call: Callable, folder: str | pathlib.Path) -> list[Kernel]:
-    """Traces `CALLS` calls into `folder`, which TensorBoard and Perfetto open; returns the devices' kernels."""
+def profile(call: Callable, folder: str | pathlib.Path) -> list[Ran]:
+    """Traces `CALLS` calls into `folder`, which TensorBoard and Perfetto open; returns what ran on the devices."""
     with jax.profiler.trace(str(folder), create_perfetto_trace=True):
         for _ in range(CALLS):
             jax.block_until_ready(call())
     traces = sorted(pathlib.Path(folder).rglob("perfetto_trace.json.gz"), key=lambda path: path.stat().st_mtime)
     with gzip.open(traces[-1], "rt") as file:
-        return list(device_kernels(json.load(file)["traceEvents"]))
+        return list(on_devices(json.load(file)["traceEvents"]))
 
 
-def device_kernels(events: list[dict]) -> Iterator[Kernel]:
-    """Yields the kernels on a GPU's streams and the operations of a TPU in a trace; nothing of a host."""
+def on_devices(events: list[dict]) -> Iterator[Ran]:
+    """Yields what a trace says to have run on a GPU's streams or as a TPU's operations; nothing of a host's."""
     processes = {event["pid"]: event["args"]["name"] for event in events if event.get("name") == "process_name"}
     threads = {
         (event["pid"], event["tid"]): event["args"]["name"] for event in events if event.get("name") == "thread_name"
@@ -83,70 +57,70 @@ def device_kernels(events: list[dict]) -> Iterator[Kernel]:
             event.get("ph") == "X"
             and "device:" in device
             and line.startswith(lines)
-            and not _ENCLOSING.match(event["name"])
+            and not _AROUND.match(event["name"])
         ):
             start = float(event["ts"])
-            yield Kernel(device, event["name"], start, start + event["dur"], line == _ASYNC)
+            yield Ran(device, event["name"], start, start + event["dur"], line == _ASYNC)
 
 
-def without_number(name: str) -> str:
-    """Removes the numbers that tell instances of a kernel apart: `loop_fusion_12` -> `loop_fusion`."""
+def plain(name: str) -> str:
+    """Takes the numbers off a kernel's name that tell one instance from the next: `loop_fusion_12` -> `loop_fusion`."""
     return re.sub(r"([_.]\d+)+$", "", name)
 
 
-def time_by_name(
-    kernels: Iterable[Kernel], rename: Callable[[str], str] = without_number
-) -> dict[str, tuple[float, int]]:
-    """Returns {name: (milliseconds, launches)} per call and device, the longest first.
+def summed(ran: Iterable[Ran], called: Callable[[str], str] = plain) -> dict[str, tuple[float, int]]:
+    """Sums kernels up by name.
 
     Args:
-      rename: maps a kernel's name to the name under which it is summed; `str` keeps every kernel apart.
+      called: what is made of a kernel's name; `str`: each by its own.
+
+    Returns:
+      {name: (milliseconds, launches)} of one device in one call, the mean over both; the longest first.
     """
-    kernels = [kernel for kernel in kernels if not kernel.background]
-    parts = CALLS * len({kernel.device for kernel in kernels})
+    ran = [one for one in ran if not one.background]
+    parts = CALLS * len({one.device for one in ran})
     sums = collections.defaultdict(lambda: [0.0, 0])
-    for kernel in kernels:
-        sums[rename(kernel.name)][0] += (kernel.end - kernel.start) / 1e3
-        sums[rename(kernel.name)][1] += 1
+    for one in ran:
+        sums[called(one.name)][0] += (one.end - one.start) / 1e3
+        sums[called(one.name)][1] += 1
     ordered = sorted(sums.items(), key=lambda item: -item[1][0])
     return {name: (total / parts, round(count / parts)) for name, (total, count) in ordered}
 
 
-def collective_shares(kernels: Iterable[Kernel]) -> dict[str, float]:
-    """Returns the shares of a device's time in which collectives run, and run alone; {} without kernels.
+def collective_shares(ran: Iterable[Ran]) -> dict[str, float]:
+    """Returns which part of a device's time collectives run, and run alone: means over the devices, {} without any.
 
     "collective_share" is their time, waiting for the slowest device included, over the time from the first kernel's
-    start to the last one's end. "exposed_collective_share" counts only the time in which nothing else runs on the
-    device. Both are means over the devices.
+    start to the last one's end; "exposed_collective_share" is the part of it in which nothing else runs there.
     """
     by_device = collections.defaultdict(list)
-    for kernel in kernels:
-        by_device[kernel.device].append(kernel)
+    for one in ran:
+        by_device[one.device].append(one)
     shares = []
-    for on_device in by_device.values():
-        exchanging = [kernel for kernel in on_device if kernel.is_collective]
-        computing = [kernel for kernel in on_device if not (kernel.background or kernel.is_collective)]
+    for there in by_device.values():
+        exchanging = [one for one in there if COLLECTIVE.search(one.name)]
+        computing = [one for one in there if not (one.background or COLLECTIVE.search(one.name))]
         both, busy = _covered(exchanging + computing), _covered(computing)
-        span = max(kernel.end for kernel in on_device) - min(kernel.start for kernel in on_device)
+        span = max(one.end for one in there) - min(one.start for one in there)
         shares.append((_covered(exchanging) / span, (both - busy) / span))
     names = ("collective_share", "exposed_collective_share")
     return {name: statistics.mean(column) for name, column in zip(names, zip(*shares, strict=True), strict=False)}
 
 
-def _covered(kernels: Iterable[Kernel]) -> float:
-    """Returns the time in which at least one kernel runs."""
+def _covered(ran: Iterable[Ran]) -> float:
+    """Returns how long at least one of them runs."""
     total, until = 0.0, float("-inf")
-    for kernel in sorted(kernels, key=lambda kernel: kernel.start):
-        total += max(kernel.end - max(kernel.start, until), 0.0)
-        until = max(until, kernel.end)
+    for one in sorted(ran, key=lambda one: one.start):
+        total += max(one.end - max(one.start, until), 0.0)
+        until = max(until, one.end)
     return total
 
 
-def table(times: dict[str, tuple[float, int]], num_rows: int = 40) -> str:
-    """Returns a table of the longest kernels."""
-    total = sum(time for time, _ in times.values())
-    launches = sum(count for _, count in times.values())
-    lines = [f"{total:10.2f} ms of kernels per call and device, {launches} launches"]
-    for name, (time, count) in list(times.items())[:num_rows]:
+def table(kernels: dict[str, tuple[float, int]], rows: int = 40) -> str:
+    """Lays the longest kernels out for people."""
+    total = sum(time for time, _ in kernels.values())
+    launches = sum(count for _, count in kernels.values())
+    lines = [f"{total:10.2f} ms of kernels a call and device, {launches} launches"]
+    for name, (time, count) in list(kernels.items())[:rows]:
         lines.append(f"{time:10.2f} ms {100 * time / total:5.1f} % {count:6d} x {name[:110]}")
     return "\n".join(lines)

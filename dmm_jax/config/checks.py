@@ -31,6 +31,12 @@ def check(config: ml_collections.ConfigDict) -> None:
     refuse(TITLE, _problems(config))
 
 
+def check_training(config: ml_collections.ConfigDict) -> None:
+    """As `check`, and that there is a latent cache to read."""
+    missing = "data.cache is empty: set the folder of a latent cache that `dmm-jax prepare` has written."
+    refuse(TITLE, [*_problems(config), not config.data.cache and missing])
+
+
 def check_mesh(config: ml_collections.ConfigDict, mesh_shape: Mapping[str, int]) -> None:
     """Raises ValueError when the images do not divide among the devices; names the numbers that would.
 

@@ -1,7 +1,7 @@
 """Training batches from a cache: batch k is a pure function of (seed, k)."""
 
 from collections.abc import Iterator
-from typing import Any, TypedDict
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -11,7 +11,7 @@ from dmm_jax.runtime.errors import UserError
 MAX_STEPS = 2**31
 
 
-class Batch(TypedDict):
+class Batch(NamedTuple):
     """The examples of one step, or this process's share of them."""
 
     latents: np.ndarray  # float32 (N, B/N, h, w, C), scaled; row n is for teacher n.
@@ -73,11 +73,11 @@ class _Gather:
     def __call__(self, step: int) -> Batch:
         first = int(step) * self.batch_size
         examples = [self.stream[first + place] for place in self.places.ravel().tolist()]
-        return {
-            "latents": self._stack(examples, "latents", np.float32),
-            "input_ids": self._stack(examples, "input_ids", np.int32),
-            "time_ids": self._stack(examples, "time_ids", np.int32),
-        }
+        return Batch(
+            latents=self._stack(examples, "latents", np.float32),
+            input_ids=self._stack(examples, "input_ids", np.int32),
+            time_ids=self._stack(examples, "time_ids", np.int32),
+        )
 
     def _stack(self, examples: list, name: str, dtype: type) -> np.ndarray:
         rows = np.stack([example[name] for example in examples]).astype(dtype)

@@ -13,11 +13,12 @@ from tqdm import tqdm
 from dmm_jax.checkpoints.formats.fitted_style import write_fitted_style
 from dmm_jax.config import arguments
 from dmm_jax.config.styles import is_writable, parse_style, style_row, style_text
+from dmm_jax.data.batches import Batch
 from dmm_jax.data.fill_cache import encode_examples
 from dmm_jax.data.prepare import IMAGES_AT_ONCE, build_encoder
 from dmm_jax.data.sources import FolderSource
 from dmm_jax.distill import style_learning as fitting
-from dmm_jax.distill.step import Objective
+from dmm_jax.distill.objective import Inputs, Objective
 from dmm_jax.pipeline import Pipeline, default_dtype
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import check_writable
@@ -64,7 +65,7 @@ def fit_style(
     side = resolution or pipeline.unet.merged().config["sample_size"] * pipeline.vae_scale_factor
     arguments.size("--resolution", side, pipeline.vae_scale_factor)
     data = _encoded(pipeline, FolderSource(images, side), side, dtype, seed)
-    batch_size = min(batch_size, len(data["latents"]))
+    batch_size = min(batch_size, len(data.latents))
     told = {"batch_size": batch_size, "seed": seed}
 
     row, mix, found = _fit(
@@ -82,7 +83,7 @@ def fit_style(
         "name": name,
         "unet_sha256": pipeline.source.digest("unet"),
         "model": pipeline.name,
-        "images": len(data["latents"]),
+        "images": len(data.latents),
         "steps": steps,
         "learning_rate": learning_rate,
         "from": start or "equal parts",
@@ -186,7 +187,7 @@ def _start(pipeline, name, start):
     return np.full(len(pipeline.styles), 1.0 / len(pipeline.styles), np.float32)
 
 
-def _encoded(pipeline, source, side, dtype, seed) -> dict[str, jax.Array]:
+def _encoded(pipeline, source, side, dtype, seed) -> Batch:
     """Returns latents (I, h, w, C), input_ids (I, L) and time_ids (I, 6) of all images, on the device."""
     scaling_factor, encode = build_encoder(pipeline.source, dtype)
     examples = [source[index] for index in range(len(source))]
@@ -195,16 +196,17 @@ def _encoded(pipeline, source, side, dtype, seed) -> dict[str, jax.Array]:
     latents = np.concatenate([encode_examples(part, encode, at_once, seed) for part in parts]) * scaling_factor
     input_ids = pipeline.tokenizers([example["caption"] for example in examples])
     time_ids = np.tile(np.array([side, side, 0, 0, side, side], np.float32), (len(examples), 1))
-    return jax.device_put({"latents": np.float32(latents), "input_ids": np.int32(input_ids), "time_ids": time_ids})
+    return jax.device_put(Batch(np.float32(latents), np.int32(input_ids), time_ids))
 
 
-def held_out_inputs(data, batch_size: int, num_timesteps: int, seed: int) -> dict:
+def held_out_inputs(data, batch_size: int, num_timesteps: int, seed: int) -> Inputs:
     """Returns fixed samples (K, B, ...): every image equally often, evenly spread timesteps, noise of their own."""
-    num_images = len(data["latents"])
+    num_images = len(data.latents)
     num_batches = -(-max(HELD_OUT_DRAWS, num_images) // batch_size)
     places = np.arange(num_batches * batch_size) % num_images
     rng = np.random.default_rng([seed, 1])
     timesteps = rng.permutation((np.arange(len(places)) + 0.5) / len(places) * num_timesteps).astype(np.int32)
-    noise = rng.standard_normal((len(places), *data["latents"].shape[1:]), np.float32)
-    flat = {key: np.asarray(leaf)[places] for key, leaf in data.items()} | {"noise": noise, "timesteps": timesteps}
-    return jax.device_put({key: leaf.reshape(num_batches, batch_size, *leaf.shape[1:]) for key, leaf in flat.items()})
+    noise = rng.standard_normal((len(places), *data.latents.shape[1:]), np.float32)
+    latents, input_ids, time_ids = (np.asarray(leaf)[places] for leaf in data)
+    flat = Inputs(latents, input_ids, time_ids, noise, timesteps, style_ids=np.zeros(len(places), np.int32))
+    return jax.device_put(jax.tree.map(lambda leaf: leaf.reshape(num_batches, batch_size, *leaf.shape[1:]), flat))

@@ -16,7 +16,7 @@ from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
 from dmm_jax.checkpoints.styles import select
 from dmm_jax.checkpoints.write import fold
 from dmm_jax.config import options as config_lib
-from dmm_jax.distill.teachers import Lesson
+from dmm_jax.distill.teachers import BatchRow
 from dmm_jax.models.unet_2d_condition import style_mlp_name
 from dmm_jax.runtime.errors import refuse
 from dmm_jax.runtime.storage import locate
@@ -65,12 +65,12 @@ def one_hot(student: Checkpoint, row: int) -> np.ndarray:
     return np.eye(len(student.styles), dtype=np.float32)[row]
 
 
-def lessons(teachers: Mapping[str, Checkpoint], old: Checkpoint | None, replay: int) -> list[Lesson]:
+def batch_rows(teachers: Mapping[str, Checkpoint], old: Checkpoint | None = None, replay: int = 0) -> list[BatchRow]:
     """Returns the rows of the batch: each new style by its teacher, then the old student's own styles by itself."""
     kept = len(old.styles) if old else 0
-    new = [Lesson(name, teacher, kept + row) for row, (name, teacher) in enumerate(teachers.items())]
+    new = [BatchRow(name, teacher, kept + row) for row, (name, teacher) in enumerate(teachers.items())]
     names = [REPLAY, *(f"{REPLAY} {number}" for number in range(2, replay + 1))][: replay if old else 0]
-    return new + [Lesson(name, old, 0, kept) for name in names]
+    return new + [BatchRow(name, old, 0, kept) for name in names]
 
 
 def grown(style: Mapping, old: Checkpoint) -> dict:

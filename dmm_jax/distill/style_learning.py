@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from dmm_jax.diffusion import prediction
 from dmm_jax.diffusion.schedule import add_noise
-from dmm_jax.distill.step import Objective, draw
+from dmm_jax.distill.objective import Inputs, Objective, draw_inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Frozen:
 
 
 def denoising_errors(
-    frozen: Frozen, objective: Objective, params, row: Float[Array, "1 E"], inputs: dict
+    frozen: Frozen, objective: Objective, params, row: Float[Array, "1 E"], inputs: Inputs
 ) -> Float[Array, " B"]:
     """Returns each sample's mean squared error of the UNet's prediction, in a style (arXiv:2006.11239, eq. 14).
 
@@ -39,16 +39,16 @@ def denoising_errors(
       inputs: leaves (B, ...): latents, noise, timesteps, input_ids, time_ids (which only SDXL is told).
     """
     alphas_cumprod = jnp.asarray(objective.alphas_cumprod, jnp.float32)
-    text = nnx.merge(frozen.text_encoders, params["text_encoders"])(inputs["input_ids"])
-    noisy = add_noise(inputs["latents"], inputs["noise"], inputs["timesteps"], alphas_cumprod)
-    target = inputs["noise"]
+    text = nnx.merge(frozen.text_encoders, params["text_encoders"])(inputs.input_ids)
+    noisy = add_noise(inputs.latents, inputs.noise, inputs.timesteps, alphas_cumprod)
+    target = inputs.noise
     if objective.prediction_type == "v_prediction":
-        alpha_bar = alphas_cumprod[inputs["timesteps"]]
-        target = prediction.velocity(inputs["latents"], inputs["noise"], alpha_bar)
+        alpha_bar = alphas_cumprod[inputs.timesteps]
+        target = prediction.velocity(inputs.latents, inputs.noise, alpha_bar)
     style = jnp.broadcast_to(row, (len(noisy), row.shape[1]))
-    conditions = {"style_embedding": style, "added_cond": text.added_cond(inputs["time_ids"])}
+    conditions = {"style_embedding": style, "added_cond": text.added_cond(inputs.time_ids)}
     unet = nnx.merge(frozen.unet, params["unet"])
-    predicted = unet(noisy, inputs["timesteps"], text.encoder_hidden_states, **conditions).sample
+    predicted = unet(noisy, inputs.timesteps, text.encoder_hidden_states, **conditions).sample
     return jnp.mean(jnp.square(predicted - target), axis=(1, 2, 3))
 
 
@@ -88,10 +88,10 @@ def build_fit_step(
     """
 
     def step(state, params, images):
-        places = sample_places(seed, state["step"], batch_size, len(images["latents"]))
+        places = sample_places(seed, state["step"], batch_size, len(images.latents))
         batch = jax.tree.map(lambda leaf: leaf[places], images)
         key = jax.random.fold_in(jax.random.key(seed + 1), state["step"])
-        inputs = draw(objective, key, jnp.arange(batch_size), jnp.array([0, 1]), batch)
+        inputs = draw_inputs(objective, key, jnp.arange(batch_size), jnp.array([0, 1]), batch)
 
         def loss_of(learned):
             row = row_of(learned, params, mix_only)

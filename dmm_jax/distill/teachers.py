@@ -1,15 +1,13 @@
-"""Teachers on the mesh: their UNets stacked along `teacher`, and beside them text encoders that differ from the base's.
+"""The teachers on the mesh: frozen networks, stacked along a first axis that `teacher` divides.
 
-Dense layers of several teachers are batched products, which read a stack as it lies. A convolution reads one teacher's
-kernel, and would have it copied out of a stack at every step: so each of a device's T teachers has its own, in a tuple
-of T arrays (shards of `teacher`, h, w, I, O).
-
-Checkpoints are memory-mapped and read shard by shard, so the host never holds a second copy of a network.
+A convolution runs network by network, so each device's T teachers keep their convolution kernels apart, in a tuple of T
+arrays (shards of `teacher`, h, w, I, O): one array would be cut up at every step. All other parameters are one array
+(N, ...) each. Checkpoints are memory-mapped and read shard by shard: the host never holds a second copy of a network.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,109 +21,115 @@ from dmm_jax.models import layers
 from dmm_jax.runtime import sharding
 
 
-def lent_by_base(base: Checkpoint, teachers: Mapping[str, Checkpoint]) -> list[str]:
-    """Returns a sentence for each teacher that lacks text encoders and is asked behind the base's."""
-    lines = []
-    for name, teacher in teachers.items():
-        lacks = [encoder for encoder in base.text_encoders if not teacher.has(encoder) or encoder in teacher.borrowed]
-        if lacks:
-            lines.append(f"Teacher {name!r} has no {' and no '.join(lacks)}: the base's is used.")
-    return lines
+class Teachers(NamedTuple):
+    """What the step needs of the frozen teachers; every leaf is divided along `teacher`."""
+
+    unet: Any  # Parameters (N, ...), or a tuple of arrays for a convolution's kernel.
+    text: Any  # Parameters of the teachers' own text encoders (shards of `teacher` x rows, ...), or None.
+    encoder: jax.Array  # int32 (N,), the row of its shard in `text`; -1 for the base's encoders.
+    styles: jax.Array  # int32 (N, 2), the first style of the student that it teaches, and how many.
+
+
+class Frozen(NamedTuple):
+    """What every device holds whole and nothing trains."""
+
+    text_encoders: dict  # Parameters of the base's text encoders, by name.
+    backbone: Any = None  # Parameters of the discriminator's backbone, if only its head is trained.
 
 
 @dataclasses.dataclass(frozen=True)
-class Lesson:
-    """What one row of the batch is taught: by whom, and which styles of the student's."""
+class BatchRow:
+    """One row of the batch: its teacher, and the styles of the student that it teaches."""
 
     name: str
-    teacher: Checkpoint  # Stock; or a merged student, whose first rows are the student's own.
+    teacher: Checkpoint  # A stock checkpoint; or a merged student, whose styles are the student's first ones.
     first_style: int
     num_styles: int = 1
 
 
+def missing_text_encoders(base: Checkpoint, teachers: Mapping[str, Checkpoint]) -> list[str]:
+    """Returns a sentence for each teacher that lacks text encoders and uses the base's."""
+    lines = []
+    for name, teacher in teachers.items():
+        missing = [it for it in base.text_encoders if not teacher.has(it) or it in teacher.borrowed]
+        if missing:
+            lines.append(f"Teacher {name!r} has no {' and no '.join(missing)}: it uses the base's.")
+    return lines
+
+
 def put_teachers(
-    base: Checkpoint, lessons: Sequence[Lesson], unet_config: Mapping, mesh: Mesh, dtype
-) -> tuple[dict, dict]:
-    """Loads what the step needs of the frozen networks.
+    base: Checkpoint, rows: Sequence[BatchRow], unet_config: Mapping, mesh: Mesh, dtype
+) -> tuple[Teachers, Frozen]:
+    """Loads the teachers of all rows, and the base's text encoders, onto the mesh.
 
     Args:
-      unet_config: of the UNet that runs the teachers': the base's; with a style table where one is a merged student.
-
-    Returns:
-      teachers: {"unet": parameters (T, ...), a tuple for a convolution's kernel; "text": of the teachers' own text
-        encoders (shards of `teacher` x rows, ...), or None; "encoder": (T,) int32, which row of its shard, -1 for the
-        base's; "styles": (T, 2) int32, the first style and how many}. A style table that a teacher lacks adds nothing.
-      encoders: {"base": parameters of the base's text encoders}.
+      unet_config: the config of the UNet that runs all teachers: the base's, with a style table if a teacher is a
+        merged student. A teacher without that table gets zeros, which add nothing to the time embedding.
     """
-    teachers = [lesson.teacher for lesson in lessons]
     shapes = abstract_params("unet", unet_config)
-    unets = [_with_table(teacher.params("unet"), shapes) for teacher in teachers]
+
+    def zeros(name):
+        return jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes[name])
+
+    unets = [row.teacher.params("unet") for row in rows]
+    unets = [{name: unet[name] if name in unet else zeros(name) for name in shapes} for unet in unets]
 
     def put(path, leaf, *leaves):
-        return for_each_stack(lambda rows: _put_stack(path, leaves[rows], mesh, dtype), path, leaf, len(leaves), mesh)
+        return for_each_stack(lambda part: _put_stack(path, leaves[part], mesh, dtype), path, leaf, len(leaves), mesh)
 
-    unets = jax.tree.map_with_path(put, shapes, *unets)
-    rows, own = encoder_rows(base, teachers, mesh.shape["teacher"])
-    text = [teacher.text_params(base) for teacher in own]
-    text = jax.tree.map_with_path(lambda path, *leaves: _put_stack(path, leaves, mesh, dtype), *text) if text else None
-    numbers = {"encoder": rows, "styles": [(lesson.first_style, lesson.num_styles) for lesson in lessons]}
-    numbers = {name: np.asarray(value, np.int32) for name, value in numbers.items()}
-    numbers = sharding.put_global(numbers, mesh, sharding.TEACHERS)
-    return {"unet": unets, "text": text} | numbers, {"base": put_params(base.text_params(), mesh, dtype)}
-
-
-def _with_table(params, shapes):
-    """Adds the style table and its MLP that a stock UNet lacks, all zeros: it adds nothing to the time embedding."""
-    return {name: params[name] if name in params else _zeros(shapes[name]) for name in shapes}
-
-
-def _zeros(shapes):
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+    encoder, owners = encoder_rows(base, [row.teacher for row in rows], mesh.shape["teacher"])
+    text = None
+    if owners:
+        params = [owner.text_params(base) for owner in owners]
+        text = jax.tree.map_with_path(lambda path, *leaves: _put_stack(path, leaves, mesh, dtype), *params)
+    numbers = np.array(encoder, np.int32), np.array([(row.first_style, row.num_styles) for row in rows], np.int32)
+    encoder, styles = sharding.put_global(numbers, mesh, sharding.TEACHERS)
+    teachers = Teachers(jax.tree.map_with_path(put, shapes, *unets), text, encoder, styles)
+    return teachers, Frozen(put_params(base.text_params(), mesh, dtype))
 
 
 def abstract_teachers(
     base: Checkpoint, unet_config: Mapping, num_teachers: int, num_encoders: int, mesh, dtype
-) -> tuple[dict, dict]:
+) -> tuple[Teachers, Frozen]:
     """Returns the shapes and shardings of what `put_teachers` loads; nothing is allocated.
 
     Args:
-      unet_config: of the UNet that runs the teachers'.
-      num_encoders: rows of their own text encoders, of all shards.
+      num_encoders: rows of the teachers' own text encoders, over all shards.
     """
 
-    numbers = {
-        name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, sharding.TEACHERS))
-        for name, shape in (("encoder", (num_teachers,)), ("styles", (num_teachers, 2)))
-    }
-
     def describe(path, leaf):
-        def one(rows):
-            number = len(range(num_teachers)[rows])
-            return _described(path, leaf, mesh, dtype, sharding.TEACHERS, (number,))
+        def stack(part):
+            return _described(path, leaf, mesh, dtype, sharding.TEACHERS, (len(range(num_teachers)[part]),))
 
-        return for_each_stack(one, path, leaf, num_teachers, mesh)
+        return for_each_stack(stack, path, leaf, num_teachers, mesh)
 
-    unets = jax.tree.map_with_path(describe, abstract_params("unet", unet_config))
+    def numbers(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, sharding.TEACHERS))
+
     texts = {name: base.abstract(name) for name in base.text_encoders}
-    text = described(texts, mesh, dtype, sharding.TEACHERS, (num_encoders,)) if num_encoders else None
-    return {"unet": unets, "text": text} | numbers, {"base": described(texts, mesh, dtype)}
+    return Teachers(
+        unet=jax.tree.map_with_path(describe, abstract_params("unet", unet_config)),
+        text=described(texts, mesh, dtype, sharding.TEACHERS, (num_encoders,)) if num_encoders else None,
+        encoder=numbers(num_teachers),
+        styles=numbers(num_teachers, 2),
+    ), Frozen(described(texts, mesh, dtype))
 
 
 def for_each_stack(make: Callable[[slice], Any], path, leaf, num_teachers: int, mesh: Mesh | AbstractMesh):
-    """Returns `make(rows)` of the teachers' parameters that lie in one array: of all, or a tuple for a convolution's.
+    """Returns `make(rows)` for each array that holds one parameter of the teachers: one array, or a tuple of them.
 
     Args:
-      path, leaf: of the parameter in one network; the leaf's shape is asked for.
-      make: given which rows of all teachers, in their order, the array is to hold.
+      make: gets the rows, of all teachers in their order, that the array holds.
+      path, leaf: the parameter in one network; only the leaf's shape is read.
     """
     if path[-1].key != "kernel" or len(leaf.shape) != 4 or leaf.shape[:2] == (1, 1):
         return make(slice(None))
-    on_device = num_teachers // mesh.shape["teacher"]
-    return tuple(make(slice(row, None, on_device)) for row in range(on_device))
+    per_device = num_teachers // mesh.shape["teacher"]
+    return tuple(make(slice(row, None, per_device)) for row in range(per_device))
 
 
 def stacked(unets):
-    """Returns one device's part of the teachers' parameters, all as stacks (T, ...); inside shard_map."""
+    """Returns one device's part of the teachers' parameters, each as one array (T, ...); inside shard_map."""
     return jax.tree.map(
         lambda leaf: jnp.concatenate(leaf) if isinstance(leaf, tuple) else leaf,
         unets,
@@ -144,46 +148,45 @@ def _described(path, leaf, mesh, dtype, spec, leading):
 
 
 def encoder_rows(base: Checkpoint, teachers: Sequence[Checkpoint], shards: int) -> tuple[list[int], list[Checkpoint]]:
-    """Finds equal text encoders, by content, among the teachers of each shard.
+    """Finds equal text encoders, by content, among the teachers of each shard of the mesh axis `teacher`.
 
-    A teacher's are the one or two of its family; those that it lacks are the base's.
+    A teacher's encoders are the one or two of its family; it uses the base's for those that it lacks.
 
     Returns:
-      For each teacher the row of its shard that holds its encoders, -1 where they are the base's; and for each row of
-      each shard a checkpoint. All shards have the rows of the one that needs most; those left over hold any.
+      For each teacher the row of its shard that holds its encoders, -1 for the base's. For each row of each shard the
+      checkpoint that owns the encoders: all shards have as many rows as the one that needs most, and unused rows hold
+      any.
     """
-    rows, found = [], []
+    rows, owners_by_shard = [], []
     for shard in np.split(np.arange(len(teachers)), shards):
-        seen, own = {base.text_digest(): -1}, []
+        row_of_digest, owners = {base.text_digest(): -1}, []
         for teacher in (teachers[number] for number in shard):
             digest = teacher.text_digest(base)
-            if digest not in seen:
-                seen[digest] = len(own)
-                own.append(teacher)
-            rows.append(seen[digest])
-        found.append(own)
-    most = max(map(len, found))
-    any_one = [teacher for own in found for teacher in own][:1]
-    return rows, [teacher for own in found for teacher in (own + any_one * most)[:most]]
+            if digest not in row_of_digest:
+                row_of_digest[digest] = len(owners)
+                owners.append(teacher)
+            rows.append(row_of_digest[digest])
+        owners_by_shard.append(owners)
+    num_rows = max(map(len, owners_by_shard))
+    filler = [owner for owners in owners_by_shard for owner in owners][:1]
+    return rows, [owner for owners in owners_by_shard for owner in (owners + filler * num_rows)[:num_rows]]
 
 
 def put_params(params: Mapping, mesh: Mesh, dtype):
-    """Hands one network's host parameters to every device, kernels in `dtype`, the rest in float32."""
+    """Copies one network's host parameters to every device, kernels in `dtype`, the rest in float32."""
 
-    def one(path, leaf):
-        kept = layers.stored_dtype(path, dtype)
-        return sharding.make_array(leaf.shape, kept, mesh, sharding.COPY, lambda index: leaf[index])
+    def put(path, leaf):
+        return sharding.make_array(leaf.shape, layers.stored_dtype(path, dtype), mesh, sharding.COPY, leaf.__getitem__)
 
-    return jax.tree.map_with_path(one, params)
+    return jax.tree.map_with_path(put, params)
 
 
 def _put_stack(path, leaves, mesh, dtype):
-    """Stacks equal parameters along a new first axis, divided along `teacher`; reads only what each device needs."""
+    """Stacks equal parameters along a first axis that `teacher` divides; reads only what each device needs."""
+    dtype = layers.stored_dtype(path, dtype)
 
     def read(index):
         rows = range(len(leaves))[index[0]]
-        return np.stack([np.asarray(leaves[row][index[1:]], layers.stored_dtype(path, dtype)) for row in rows])
+        return np.stack([np.asarray(leaves[row][index[1:]], dtype) for row in rows])
 
-    return sharding.make_array(
-        (len(leaves), *leaves[0].shape), layers.stored_dtype(path, dtype), mesh, sharding.TEACHERS, read
-    )
+    return sharding.make_array((len(leaves), *leaves[0].shape), dtype, mesh, sharding.TEACHERS, read)

@@ -1,37 +1,28 @@
-"""What a run requires of its devices: the figures that `plan` and `train` print, and the roofline of a step."""
+"""What one config takes on some devices: the figures that `plan` and `train` print, and the roofline made of them."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax
-import ml_collections
-from jax.sharding import Mesh
 
+from dmm_jax.data.batches import Batch
+from dmm_jax.distillation import Distillation
 from dmm_jax.planning import collectives as collectives_lib
-from dmm_jax.planning import devices
+from dmm_jax.planning import devices, disk, flops, memory
 
 GIB = devices.GIB
 COMPILED, ESTIMATED = "compiled", "estimated"
 
 
-class StepCost(NamedTuple):
-    """What one step costs each device."""
-
-    memory: dict[str, float]  # Bytes by kind.
-    bytes_accessed: float
-    collectives: list[collectives_lib.Collective]
-
-
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run of one config requires on one topology; bytes and FLOPs are per device and step."""
+    """What one config takes on one topology; bytes and FLOPs are per device and step."""
 
     topology: devices.Topology
     mesh_shape: dict[str, int]
     memory: dict[str, float]  # Bytes by kind.
-    available: float | None  # None: the device does not report its memory.
+    available: float | None  # None: not told by these devices.
     fits: bool
     flops: float
     bytes_accessed: float
@@ -44,7 +35,7 @@ class Plan:
 
     @property
     def parts_s(self) -> dict[str, float]:
-        """Returns the seconds that each part of a step would take alone; {} for a device without known rates."""
+        """Returns the seconds that products, memory traffic and collectives would take by themselves."""
         device = self.topology.device
         if device is None:
             return {}
@@ -54,15 +45,14 @@ class Plan:
             "collectives": 0.0,
             "network": 0.0,
         }
-        for collective in self.collectives:
-            group = self._group(collective)
+        for one in self.collectives:
+            group = self._group(one)
             part = "network" if self.topology.carrier(group) == "network" else "collectives"
-            parts[part] += collective.sent / self.topology.bandwidth(group)
+            parts[part] += one.sent / self.topology.bandwidth(group)
         return parts
 
-    def _group(self, collective: collectives_lib.Collective) -> tuple[int, ...]:
-        sizes = tuple(self.mesh_shape.items())
-        return collectives_lib.widest_group(collective.axes, sizes, self.topology.domain_size)
+    def _group(self, one: collectives_lib.Collective) -> tuple[int, ...]:
+        return collectives_lib.widest_group(one.axes, tuple(self.mesh_shape.items()), self.topology.linked)
 
     @property
     def step_s(self) -> float | None:
@@ -72,15 +62,15 @@ class Plan:
 
     @property
     def exchanged(self) -> list[dict]:
-        """Returns `collectives.summary` with "over": rows over links first, then rows over the network."""
+        """Returns one row per kind and axes of the collectives, the most bytes first, and what carries it."""
         rows = []
-        for carrier in ("links", "network"):
-            carried = [each for each in self.collectives if self.topology.carrier(self._group(each)) == carrier]
-            rows += [row | {"over": carrier} for row in collectives_lib.summary(carried)]
+        for over in ("links", "network"):
+            some = [one for one in self.collectives if self.topology.carrier(self._group(one)) == over]
+            rows += [row | {"over": over} for row in collectives_lib.summary(some)]
         return rows
 
     def to_json(self) -> dict:
-        """Returns the plan as one JSON object; GB are 2^30 bytes. Times are None for a device without known rates."""
+        """Returns the plan as one JSON object; GB are 2^30 bytes. Times are None where the device is not known."""
         step_s = self.step_s
         hours = self.num_steps * step_s / 3600 if step_s else None
         return {
@@ -109,78 +99,67 @@ class Plan:
 
 
 def roofline_assumptions(topology: devices.Topology) -> tuple[str, ...]:
-    """Returns the assumptions of the step time, one phrase each."""
+    """Returns what the step time takes for granted."""
     if topology.device is None:
         return ()
-    network = f"{topology.device.network_bandwidth / 1e9:g} GB/s a device between {topology.domains}"
+    network = f"{topology.device.network_bandwidth / 1e9:g} GB/s a device between {topology.beyond}"
     return (
         f"products at {devices.COMPUTE_SHARE:.0%} of the bf16 peak, memory at {devices.BANDWIDTH_SHARE:.0%} of its "
         f"bandwidth, collectives in a ring along their axis at {topology.device.link_bandwidth / 1e9:g} GB/s"
-        + (f", {network}" if topology.count > topology.domain_size else "")
+        + (f", {network}" if topology.count > topology.linked else "")
         + ", and not overlapped",
         "the input pipeline keeps up; validation, samples and checkpoints take no time",
     )
 
 
-def cost_of_compiled(
+def of_program(
     compiled: jax.stages.Compiled,
-    array_bytes: Mapping[str, float | int],
+    held: Mapping[str, float | int],
     mesh_shape: Mapping[str, int],
     topology: devices.Topology,
-) -> StepCost:
-    """Reads memory, memory traffic and collectives from a compiled step.
+) -> dict:
+    """Reads a compiled step: {"memory": bytes by kind, "bytes_accessed", "collectives"}.
 
     Args:
-      array_bytes: of the step's arguments and gradients, by `memory.array_bytes`.
+      held: what lives from step to step, and the gradients, as `memory.held` counts it.
     """
-    analysis, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    found, cost = compiled.memory_analysis(), compiled.cost_analysis()
     cost = cost[0] if isinstance(cost, list) else cost
-    within_step = analysis.temp_size_in_bytes + max(analysis.output_size_in_bytes - analysis.alias_size_in_bytes, 0)
-    if topology.platform == "tpu":  # Compilers for other platforms do not report the peak.
-        within_step = analysis.peak_memory_in_bytes - analysis.argument_size_in_bytes
-    gradients = array_bytes["gradients"]
-    memory = {
-        **array_bytes,
-        "gradients": min(gradients, within_step),
-        "padding": max(analysis.argument_size_in_bytes - (sum(array_bytes.values()) - gradients), 0),
-        "temporaries": max(within_step - gradients, 0),
-        "generated code": analysis.generated_code_size_in_bytes,
+    given = sum(held.values()) - held["gradients"]
+    within = found.temp_size_in_bytes + max(found.output_size_in_bytes - found.alias_size_in_bytes, 0)
+    if topology.platform == "tpu":  # The others' compilers do not tell the peak.
+        within = found.peak_memory_in_bytes - found.argument_size_in_bytes
+    more = {
+        "gradients": min(held["gradients"], within),
+        "padding": max(found.argument_size_in_bytes - given, 0),
+        "temporaries": max(within - held["gradients"], 0),
+        "generated code": found.generated_code_size_in_bytes,
     }
-    several = math.prod(mesh_shape.values()) > 1
-    return StepCost(
-        {kind: float(size) for kind, size in memory.items()},
-        float(cost.get("bytes accessed", 0.0)),
-        collectives_lib.read(compiled.as_text(), mesh_shape, topology.domain_size) if several else [],
-    )
+    alone = math.prod(mesh_shape.values()) == 1
+    return {
+        "memory": {kind: float(size) for kind, size in {**held, **more}.items()},
+        "bytes_accessed": float(cost.get("bytes accessed", 0.0)),
+        "collectives": [] if alone else collectives_lib.parse(compiled.as_text(), mesh_shape, topology.linked),
+    }
 
 
-def of_run(
-    config: ml_collections.ConfigDict,
-    mesh: Mesh,
-    compiled: jax.stages.Compiled,
-    *,
-    array_bytes: Mapping[str, float | int],
-    flops: float,
-    disk: dict[str, int],
-) -> Plan:
-    """Returns the plan of a run on the devices of this process, read from its compiled step.
-
-    Args:
-      array_bytes: of the step's arguments and gradients, by `memory.array_bytes`.
-    """
-    topology = devices.of_process(mesh.devices.flatten().tolist())
-    cost = cost_of_compiled(compiled, array_bytes, mesh.shape, topology)
+def of_distillation(run: Distillation, compiled: jax.stages.Compiled, batch: Batch) -> Plan:
+    """Returns the plan of a run on this machine's devices, read off its compiled step."""
+    config, mesh = run.config, run.mesh
+    topology = devices.here(mesh.devices.flatten().tolist())
+    arguments = run.abstract_state(), run.teachers, run.frozen, batch
+    found = of_program(compiled, memory.held(*arguments), mesh.shape, topology)
     available = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     return Plan(
         topology=topology,
         mesh_shape=dict(mesh.shape),
         available=available,
-        fits=not available or sum(cost.memory.values()) <= available,
-        flops=flops,
+        fits=not available or sum(found["memory"].values()) <= available,
+        flops=flops.of_step(run, *arguments),
         method=COMPILED,
         batch_size=config.batch_size,
         num_steps=config.num_steps,
-        disk=disk,
+        disk=disk.needed(config, arguments[0], batch),
         assumptions=roofline_assumptions(topology),
-        **cost._asdict(),
+        **found,
     )

@@ -137,9 +137,9 @@ class MetricsLog:
         speed = f"{line['images_per_s']:.1f} images/s"
         self._say(f"step {step}/{num_steps}  loss {line['loss']:.5f}  {speed}  {left} left{skipped}", bar)
 
-    def validation(self, step: int, losses: Mapping[str, Sequence[float]], bar) -> None:
+    def validation(self, step: int, losses: Mapping[str, Sequence[float | None]], bar) -> None:
         """Writes the validation loss of each style, per timestep bin from low noise to high."""
-        mean = float(np.mean(list(losses.values())))
+        mean = float(np.mean([loss for bins in losses.values() for loss in bins if loss is not None]))
         self._write({"step": step, "validation_loss": mean, "validation": dict(losses)})
         self._say(f"step {step}  validation loss {mean:.5f}", bar)
         self.start_clock(step)

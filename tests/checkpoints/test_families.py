@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmm_jax import distillation as definitions
 from dmm_jax import train
 from dmm_jax.checkpoints import write
 from dmm_jax.checkpoints.formats import style_lora
@@ -16,9 +15,10 @@ from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
 from dmm_jax.checkpoints.open import Component, open_checkpoint
 from dmm_jax.config import options as config_lib
 from dmm_jax.data.prepare import prepare_images
-from dmm_jax.distill import incremental, teachers
-from dmm_jax.distill import step as distill_step
-from dmm_jax.distill import student as student_lib
+from dmm_jax.distill.objective import Inputs
+from dmm_jax.distill.step import build_validation
+from dmm_jax.distill.student import put_student, style_params
+from dmm_jax.distillation import Distillation
 from dmm_jax.evaluation import verify
 from dmm_jax.pipeline import Pipeline
 from dmm_jax.runtime import sharding
@@ -186,35 +186,29 @@ def test_teacher_and_student_of_xl_are_told_the_same_sizes_and_prompts(xl):
     base = open_checkpoint(xl[0]["base"])
     config = config_lib.load(xl[1])
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    tokenizers = Tokenizers.from_folders(base.tokenizer_folders)
-    lessons = incremental.lessons({name: open_checkpoint(xl[0][name]) for name in MIX}, None, 0)
-    frozen, encoders = teachers.put_teachers(base, lessons, base.unet_config, mesh, jnp.float32)
-    assert np.asarray(frozen["encoder"]).tolist() == [0, 1]
-    networks, student_config = definitions.define_networks(config, base)
-    style = student_lib.style_params(student_config, "zero", 0)
-    params = student_lib.put_student([base.params("unet")], style, student_config, mesh)
-    objective = definitions.define_objective(config, base, tokenizers)
-    assert len(objective.empty_ids) == 2 and set(objective.empty_ids[0]) == {-1}
+    run = Distillation(config, teachers={name: open_checkpoint(xl[0][name]) for name in MIX}, mesh=mesh)
+    assert np.asarray(run.teachers.encoder).tolist() == [0, 1]
+    assert len(run.objective.empty_ids) == 2 and set(run.objective.empty_ids[0]) == {-1}
+    params = put_student([base.params("unet")], style_params(run.student_config, "zero", 0), run.student_config, mesh)
     specs = sharding.state_specs(params, mesh)
-    errors = jax.jit(distill_step.build_validation(networks, objective, mesh, specs, dtype=jnp.float32))
+    errors = jax.jit(build_validation(run.networks, run.objective, mesh, specs, dtype=jnp.float32))
 
     rng = np.random.default_rng(0)
-    inputs = {
-        "latents": rng.standard_normal((2, 2, 8, 8, 4), np.float32), "timesteps": np.array([[7, 800]] * 2),
-        "noise": rng.standard_normal((2, 2, 8, 8, 4), np.float32),
-        "input_ids": np.array([tokenizers([PROMPTS[0], None])] * 2),
-        "time_ids": rng.integers(0, 99, (2, 2, 6)).astype(np.int32), "style_ids": np.array([[0, 0], [1, 1]]),
-    }  # fmt: skip
-    own = {name: leaf for name, leaf in params.items() if name not in ("model_embedding", "add_embedding2")}
-    same = frozen | {
-        "unet": jax.tree.map(lambda leaf: jnp.repeat(leaf[None], 2, 0), own),
-        "encoder": jnp.array([-1, 0]),
-    }
-    first, second = np.asarray(errors(params, same, encoders, inputs))
+    tokenizers = Tokenizers.from_folders(base.tokenizer_folders)
+    inputs = Inputs(
+        latents=rng.standard_normal((2, 2, 8, 8, 4), np.float32), timesteps=np.array([[7, 800]] * 2),
+        noise=rng.standard_normal((2, 2, 8, 8, 4), np.float32),
+        input_ids=np.array([tokenizers([PROMPTS[0], None])] * 2),
+        time_ids=rng.integers(0, 99, (2, 2, 6)).astype(np.int32), style_ids=np.array([[0, 0], [1, 1]]),
+    )  # fmt: skip
+    unet = {name: leaf for name, leaf in params.items() if name not in ("model_embedding", "add_embedding2")}
+    unets = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], 2, 0), unet)
+    same = run.teachers._replace(unet=unets, encoder=jnp.array([-1, 0]))
+    first, second = np.asarray(errors(params, same, run.frozen, inputs))
     assert first.max() < 1e-9
-    assert second[0] > 1e-5 and second[1] < 1e-9  # Its own encoders read a prompt otherwise, and zeros the same.
-    before = np.asarray(errors(params, frozen, encoders, inputs))
-    after = np.asarray(errors(params, frozen, encoders, inputs | {"time_ids": inputs["time_ids"] + 40}))
+    assert second[0] > 1e-5 and second[1] < 1e-9  # Other encoders change a prompt's states, and leave zeros alone.
+    before = np.asarray(errors(params, run.teachers, run.frozen, inputs))
+    after = np.asarray(errors(params, run.teachers, run.frozen, inputs._replace(time_ids=inputs.time_ids + 40)))
     assert np.abs(before - after).min() > 1e-4
 
 

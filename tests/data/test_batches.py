@@ -23,15 +23,15 @@ class Numbers:
 
 
 def _numbers(batch):
-    np.testing.assert_array_equal(batch["latents"][..., 0, 0, 0], batch["input_ids"][..., 0])
-    np.testing.assert_array_equal(batch["time_ids"][..., 0], batch["input_ids"][..., 0])
-    return batch["input_ids"][..., 0]
+    np.testing.assert_array_equal(batch.latents[..., 0, 0, 0], batch.input_ids[..., 0])
+    np.testing.assert_array_equal(batch.time_ids[..., 0], batch.input_ids[..., 0])
+    return batch.input_ids[..., 0]
 
 
 def test_leaves_have_the_shapes_and_types_of_the_step():
     batch = pipeline.batches(Numbers(20), 0, 3, 12)[5]
-    assert batch["latents"].shape == (3, 4, 2, 2, 4) and batch["latents"].dtype == np.float32
-    assert batch["input_ids"].shape == (3, 4, 7) and batch["input_ids"].dtype == np.int32
+    assert batch.latents.shape == (3, 4, 2, 2, 4) and batch.latents.dtype == np.float32
+    assert batch.input_ids.shape == (3, 4, 7) and batch.input_ids.dtype == np.int32
 
 
 def test_an_epoch_reads_every_example_once_and_epochs_differ():
@@ -102,7 +102,7 @@ def test_batches_of_a_cache_are_its_examples(tmp_path):
     writer.finish()
     train, _ = LatentCache(tmp_path / "cache").split(2)
     batch = next(pipeline.iterate(pipeline.batches(train, 0, 2, 6)))
-    order = batch["input_ids"][..., 0]
+    order = batch.input_ids[..., 0]
     assert sorted(order.ravel()) == list(range(6))
-    np.testing.assert_array_equal(batch["time_ids"][..., :4], order[..., None] + np.zeros((1, 1, 4), int))
-    np.testing.assert_array_equal(batch["latents"], latents.astype(np.float16).astype(np.float32)[order])
+    np.testing.assert_array_equal(batch.time_ids[..., :4], order[..., None] + np.zeros((1, 1, 4), int))
+    np.testing.assert_array_equal(batch.latents, latents.astype(np.float16).astype(np.float32)[order])

@@ -65,11 +65,14 @@ def test_every_style_of_the_old_student_is_replayed(config, grown):
     cut = config.copy_and_resolve_references()
     cut.grow.styles = ("right",)
     old = incremental.old_student(cut, open_checkpoint(config.base))
-    lessons = incremental.lessons({"none": open_checkpoint(config.base)}, old, 2)
-    found = [(lesson.name, lesson.first_style, lesson.num_styles) for lesson in lessons]
-    assert found == [("none", 1, 1), ("replay", 0, 1), ("replay 2", 0, 1)]
+    rows = incremental.batch_rows({"none": open_checkpoint(config.base)}, old, 2)
+    assert [(row.name, row.first_style, row.num_styles) for row in rows] == [
+        ("none", 1, 1),
+        ("replay", 0, 1),
+        ("replay 2", 0, 1),
+    ]
     both = incremental.old_student(config, open_checkpoint(config.base))
-    assert [(one.first_style, one.num_styles) for one in incremental.lessons({}, both, 1)] == [(0, 2)]
+    assert [(row.first_style, row.num_styles) for row in incremental.batch_rows({}, both, 1)] == [(0, 2)]
 
 
 def test_the_teacher_of_an_old_style_is_the_checkpoint_that_it_came_from_over_all_rounds(tiny, config, grown):

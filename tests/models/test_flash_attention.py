@@ -90,7 +90,7 @@ def test_every_networks_heads_and_their_gradients_fit_a_tpus_fast_memory(topolog
         return pull(result)
 
     with jax.default_matmul_precision("default"):  # The kernel takes no other for bfloat16.
-        jax.jit(run).lower(*heads).compile(compiler_options=compiler.LEAST_EFFORT)
+        jax.jit(run).lower(*heads).compile(compiler_options=compiler.EFFORT)
 
 
 @LIBTPU
@@ -107,7 +107,7 @@ def test_the_tpus_compiler_takes_it_and_needs_an_eighth_of_the_memory():
 
         step = jax.shard_map(local, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
         with jax.default_matmul_precision("default"):  # The kernel takes no other for bfloat16.
-            compiled = jax.jit(step).lower(*heads).compile(compiler_options=compiler.LEAST_EFFORT)
+            compiled = jax.jit(step).lower(*heads).compile(compiler_options=compiler.EFFORT)
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporaries("flash") < temporaries("xla") / 8

@@ -470,11 +470,11 @@ def test_a_lora_is_a_teacher_like_any_other(folder, base, tmp_path):
     teachers = {name: open_checkpoint(text) for name, text in named}
     check_mergeable(base, teachers)
     mesh = sharding.make_mesh(teacher=1, data=1, fsdp=1)
-    teacher_lessons = incremental.lessons(teachers, None, 0)
-    frozen, _ = teachers_lib.put_teachers(base, teacher_lessons, base.unet_config, mesh, np.float32)
-    (kernel,) = (leaf for path, leaf in naming.flat(frozen["unet"]) if naming.torch_key(path) == f"{DENSE}.weight")
+    rows = incremental.batch_rows(teachers)
+    stacked, _ = teachers_lib.put_teachers(base, rows, base.unet_config, mesh, np.float32)
+    (kernel,) = (leaf for path, leaf in naming.flat(stacked.unet) if naming.torch_key(path) == f"{DENSE}.weight")
     before = stored(base, "unet", DENSE)
     terms = (0.8 * ALPHA / RANK, *updates["unet", DENSE])
     np.testing.assert_array_equal(kernel[0], before.T)
     assert_close(np.asarray(kernel[1]), expected(before, terms).T)
-    assert np.asarray(frozen["encoder"]).tolist() == [-1, 0] and frozen["text"] is not None
+    assert np.asarray(stacked.encoder).tolist() == [-1, 0] and stacked.text is not None

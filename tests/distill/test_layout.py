@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from dmm_jax.distill import packing as packing_lib
-from dmm_jax.distill.packing import Packing
+from dmm_jax.distill import layout
+from dmm_jax.distill.layout import Packing
 from dmm_jax.runtime import sharding
 
 MESH = sharding.make_mesh(data=1, devices=jax.devices()[:1])
@@ -68,7 +68,7 @@ def test_a_tree_without_small_arrays_packs_too():
 
 
 def test_kernels_lie_output_channel_first_while_packed_and_as_usual_again_behind(monkeypatch):
-    monkeypatch.setattr(packing_lib, "PLATFORMS", ("cpu",))
+    monkeypatch.setattr(layout, "PLATFORMS", ("cpu",))
     kernel = np.random.default_rng(0).standard_normal((3, 3, 5, 7)).astype(np.float32)
     whole = tree() | {"kernel": jax.device_put(kernel, sharding.shardings(MESH, sharding.COPY))}
     packing = Packing(whole, MESH)

@@ -1,0 +1,171 @@
+"""What the student minimises: its distance from the teachers on the same noisy latents (DMM, arXiv:2504.12364, 3.3)."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from dmm_jax.data.batches import Batch
+from dmm_jax.diffusion.prediction import to_x0
+from dmm_jax.diffusion.schedule import add_noise
+from dmm_jax.distill import adversarial, losses
+from dmm_jax.distill.teachers import Frozen, Teachers, stacked
+from dmm_jax.models.text_encoders import TextConditioning
+from dmm_jax.models.unet_2d_condition import UNetOutput
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """The structure (NNX graph definitions) of the networks; their parameters are arguments of the step."""
+
+    student: nnx.GraphDef
+    teacher: nnx.GraphDef
+    text_encoders: nnx.GraphDef  # One encoder, or the two of SDXL.
+    discriminator: nnx.GraphDef | None = None  # None without an adversarial term.
+    check_vma: bool = True  # Whether shard_map checks which values vary over the mesh; not with Pallas kernels.
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The weights of the loss, the noise schedule, and how samples are drawn."""
+
+    alphas_cumprod: tuple[float, ...]
+    prediction_type: str
+    feature_loss_weight: float
+    feature_loss: str
+    adversarial_weight: float
+    prompt_dropout: float
+    empty_ids: tuple[tuple[int, ...], ...]  # Token rows for "no prompt", drawn equally often: "", and SDXL's zeros.
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each error's mean in the student's loss (DMM, arXiv:2504.12364, eq. 13)."""
+        weights = {"score": 1.0, "feature": self.feature_loss_weight, "adversarial": self.adversarial_weight}
+        return {name: weight for name, weight in weights.items() if weight}
+
+
+class Inputs(NamedTuple):
+    """What the networks read: a batch with noise, timesteps and styles; leaves (T, b, ...) for the T teachers here."""
+
+    latents: Array  # float32 (T, b, h, w, C), clean and scaled
+    input_ids: Array  # int32 (T, b, L), prompts partly replaced by the empty one
+    time_ids: Array | None  # (T, b, 6), for SDXL
+    noise: Array  # float32 (T, b, h, w, C)
+    timesteps: Array  # int32 (T, b)
+    style_ids: Array  # int32 (T, b), rows of the student's style table
+    renoising: adversarial.Renoising | None = None  # With an adversarial term.
+
+
+def draw_inputs(
+    objective: Objective, step_key: jax.Array, sample_ids: jax.Array, styles: jax.Array, batch: Batch
+) -> Inputs:
+    """Draws noise, uniform timesteps, dropped prompts and styles for the samples (B,) of one teacher.
+
+    Each number follows from the key of its own sample. ONE drop mask serves student and teacher: with two, guidance of
+    the student would be ruined (a fault of the released code).
+
+    Args:
+      styles: (2,) the teacher's first style, and how many styles it teaches: each sample gets one of them.
+    """
+    num_timesteps = len(objective.alphas_cumprod)
+
+    def draw(sample_id):
+        keys = jax.random.split(jax.random.fold_in(step_key, sample_id), 5)
+        noise_key, timestep_key, drop_key, style_key, renoising_key = keys
+        noise = jax.random.normal(noise_key, batch.latents.shape[1:])
+        timestep = jax.random.randint(timestep_key, (), 0, num_timesteps)
+        style_id = styles[0] + jax.random.randint(style_key, (), 0, styles[1])
+        renoising = None
+        if objective.adversarial_weight:
+            renoising = adversarial.draw(renoising_key, noise.shape, num_timesteps)
+        return noise, timestep, jax.random.uniform(drop_key), style_id, renoising
+
+    noise, timesteps, uniform, style_ids, renoising = jax.vmap(draw)(sample_ids)
+    empty = jnp.asarray(objective.empty_ids)  # (R, L)
+    row = jnp.floor(uniform / max(objective.prompt_dropout, 1e-9) * len(empty))  # Past the last row: keep the prompt.
+    empty = empty[jnp.clip(row, 0, len(empty) - 1).astype(jnp.int32)]
+    input_ids = jnp.where((uniform < objective.prompt_dropout)[:, None], empty, batch.input_ids)
+    return Inputs(batch.latents, input_ids, batch.time_ids, noise, timesteps, style_ids, renoising)
+
+
+def sample_errors(
+    networks: Networks, objective: Objective, trained: dict, teachers: Teachers, frozen: Frozen, inputs: Inputs
+) -> dict[str, jax.Array]:
+    """Returns the errors of every sample, each (T, b), for the teachers on this device.
+
+    Args:
+      trained: {"student": its whole parameters}, and the parameters of a "discriminator" that are trained.
+
+    Returns:
+      {"score", "feature"}; with a discriminator also "adversarial" (the student's term) and "discriminator" (its own).
+    """
+    rows = inputs.timesteps.shape
+    samples = jax.tree.map(_merge_rows, inputs)
+    alphas_cumprod = jnp.asarray(objective.alphas_cumprod, jnp.float32)
+    noisy = add_noise(samples.latents, samples.noise, samples.timesteps, alphas_cumprod)
+    text = encode_prompts(networks, frozen.text_encoders, samples.input_ids)
+    target = predict_teachers(networks, objective, teachers, inputs, noisy, text)
+
+    student = nnx.merge(networks.student, trained["student"])
+    style = student.style_embedding(jax.nn.one_hot(samples.style_ids, student.num_models))
+    added_cond = text.added_cond(samples.time_ids)
+    output = student(noisy, samples.timesteps, text.encoder_hidden_states, style_embedding=style, added_cond=added_cond)
+    errors = {"score": losses.score_error(output.sample, target.sample)}
+    errors["feature"] = jnp.zeros_like(errors["score"])
+    if objective.feature_loss_weight:
+        errors["feature"] = losses.feature_error(output.features, target.features, objective.feature_loss)
+    if objective.adversarial_weight:
+        alpha_bar = alphas_cumprod[samples.timesteps]
+        clean = [to_x0(it.sample, noisy, alpha_bar, objective.prediction_type) for it in (output, target)]
+        params = {"backbone": frozen.backbone} | trained["discriminator"]
+        judge = adversarial.judge(networks.discriminator, samples.renoising, alphas_cumprod, text, added_cond)
+        errors |= adversarial.errors(judge, params, *clean, samples.style_ids, student.num_models)
+    return jax.tree.map(lambda error: error.reshape(rows), errors)
+
+
+def predict_teachers(
+    networks: Networks, objective: Objective, teachers: Teachers, inputs: Inputs, noisy: jax.Array, text
+) -> UNetOutput:
+    """Returns each teacher's prediction for its own row of the noisy latents (B, h, w, C); no gradient passes.
+
+    All teachers run as one batch of networks: what has no parameters runs once for all images, dense layers are batched
+    products, and convolutions run network by network (`layers.for_stacks`). Eight teachers one after the other would be
+    thousands of small kernels more. The `vmap` is safe inside shard_map, where every array is one device's own; under
+    plain jit on several devices the partitioner gets it wrong.
+
+    Args:
+      text: the base's conditioning of all prompts; a teacher with its own text encoders encodes its prompts itself.
+    """
+
+    def split_rows(leaf):
+        return leaf.reshape(inputs.timesteps.shape + leaf.shape[1:])
+
+    def encode(encoder, input_ids, base_text):
+        params = jax.tree.map(lambda leaf: leaf[encoder], teachers.text)
+        return jax.lax.cond(encoder < 0, lambda: base_text, lambda: encode_prompts(networks, params, input_ids))
+
+    def predict(unet, noisy, timesteps, style_ids, time_ids, text):
+        model = nnx.merge(networks.teacher, unet)
+        style = model.style_embedding(jax.nn.one_hot(style_ids, model.num_models)) if model.num_models else None
+        states, added_cond = text.encoder_hidden_states, text.added_cond(time_ids)
+        output = model(noisy, timesteps, states, style_embedding=style, added_cond=added_cond)
+        return output._replace(features=output.features if objective.feature_loss_weight else ())
+
+    text = jax.tree.map(split_rows, text)
+    if teachers.text is not None:
+        text = jax.lax.map(lambda row: encode(*row), (teachers.encoder, inputs.input_ids, text))
+    conditions = inputs.timesteps, inputs.style_ids, inputs.time_ids, text
+    output = jax.vmap(predict)(stacked(teachers.unet), split_rows(noisy), *conditions)
+    return jax.lax.stop_gradient(jax.tree.map(_merge_rows, output))
+
+
+def encode_prompts(networks: Networks, text_encoders, input_ids) -> TextConditioning:
+    """Runs the text encoders of one checkpoint on token ids (B, L); no gradient passes."""
+    return jax.lax.stop_gradient(nnx.merge(networks.text_encoders, text_encoders)(input_ids))
+
+
+def _merge_rows(leaf):
+    return leaf.reshape((-1,) + leaf.shape[2:])  # (T, b, ...) -> (T b, ...)

@@ -1,0 +1,56 @@
+"""The fixed validation set: the same images, prompts, noise and timesteps for every teacher, at every step of a run."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dmm_jax.distill.objective import Inputs
+from dmm_jax.distill.teachers import BatchRow
+
+NUM_TIMESTEP_BINS = 4  # 0-249, 250-499, 500-749, 750-999.
+
+
+def fixed_inputs(source, rows: Sequence[BatchRow], seed: int, num_timesteps: int) -> Inputs:
+    """Returns host inputs (N, V, ...) with evenly spread timesteps.
+
+    If a row has several styles, the images take turns through them.
+
+    Args:
+      source: V examples of a latent cache.
+    """
+    examples = [source[k] for k in range(len(source))]
+
+    def every_row(leaf):
+        return np.repeat(leaf[None], len(rows), 0)
+
+    def stacked(name, dtype):
+        return every_row(np.stack([example[name] for example in examples]).astype(dtype))
+
+    latents = stacked("latents", np.float32)
+    turns = np.arange(len(examples))
+    timesteps = ((turns + 0.5) * num_timesteps / len(examples)).astype(np.int32)
+    return Inputs(
+        latents=latents,
+        input_ids=stacked("input_ids", np.int32),
+        time_ids=stacked("time_ids", np.int32),
+        noise=every_row(np.random.default_rng(seed).standard_normal(latents.shape[1:], np.float32)),
+        timesteps=every_row(timesteps),
+        style_ids=np.stack([row.first_style + turns % row.num_styles for row in rows]).astype(np.int32),
+    )
+
+
+def by_bin(
+    errors: np.ndarray, names: Sequence[str], timesteps: np.ndarray, num_timesteps: int
+) -> dict[str, list[float | None]]:
+    """Returns each row's mean error per bin of timesteps, from low noise to high; None for a bin without an image.
+
+    Args:
+      errors: (N, V).
+      timesteps: (V,).
+    """
+    bins = timesteps * NUM_TIMESTEP_BINS // num_timesteps
+    members = [bins == number for number in range(NUM_TIMESTEP_BINS)]
+    return {
+        name: [float(np.mean(row[member])) if member.any() else None for member in members]
+        for name, row in zip(names, errors, strict=True)
+    }
