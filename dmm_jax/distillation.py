@@ -23,9 +23,10 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from dmm_jax.checkpoints.abstract import abstract_model, abstract_params
+from dmm_jax.checkpoints.architecture import CELL
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.compare import check_mergeable
-from dmm_jax.checkpoints.open import CELL, open_checkpoint, open_teacher
+from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
 from dmm_jax.checkpoints.states import StateStore
 from dmm_jax.config import checks
 from dmm_jax.config import options as config_lib
@@ -271,7 +272,7 @@ class Distillation(Definition):
         if config.samples.every:  # Refuses a solver or a number of steps that cannot run.
             schedule = NoiseSchedule.from_config(base.scheduler_config)
             solvers.plan(config.samples.solver, schedule, config.samples.num_inference_steps)
-        self.notes = (*base.loans, *missing_text_encoders(base, teachers))
+        self.notes = (*base.fallbacks, *missing_text_encoders(base, teachers))
         tokenizer = Tokenizers.from_folders(base.tokenizer_folders) if base.tokenizer_folders else None
         self.cache = _open_cache(config, base, tokenizer) if config.data.cache else None
         super().__init__(config, base, mesh, tokenizer=tokenizer)

@@ -18,10 +18,11 @@ from flax import nnx
 from jaxtyping import Float
 
 from dmm_jax.checkpoints.abstract import abstract_model
-from dmm_jax.checkpoints.compare import whole_obstacles
+from dmm_jax.checkpoints.checkpoint import Checkpoint
+from dmm_jax.checkpoints.compare import standalone_problems
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats.fitted_style import with_fitted_styles
-from dmm_jax.checkpoints.open import Checkpoint, open_checkpoint
+from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.config import arguments
 from dmm_jax.config.options import DTYPES
 from dmm_jax.config.styles import Style, is_schedule, style_rows
@@ -128,7 +129,7 @@ class Pipeline:
           CheckpointError: the base is incomplete, its text encoders do not fit its UNet, or its prediction type is
             unknown.
         """
-        problems = whole_obstacles(str(base.path), base)
+        problems = standalone_problems(base, str(base.path))
         if len(base.tokenizer_folders) > len(base.text_encoders):
             problems.append(
                 f"{base.path} has {len(base.text_encoders)} text encoder and {len(base.tokenizer_folders)} tokenizers: "

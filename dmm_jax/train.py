@@ -12,7 +12,7 @@ import jax
 import ml_collections
 from tqdm import tqdm
 
-from dmm_jax.checkpoints import parents
+from dmm_jax.checkpoints import provenance
 from dmm_jax.checkpoints.states import StateStore
 from dmm_jax.config import checks, workdirs
 from dmm_jax.distill import incremental
@@ -60,10 +60,10 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
         distillation = Distillation(config)
         for line in distillation.notes:
             say(line)
-        store = StateStore(workdir, kept=config.checkpoints_kept, kept_every=config.checkpoints_kept_every)
+        store = StateStore(workdir, keep_last=config.checkpoints_kept, keep_every=config.checkpoints_kept_every)
         state = distillation.resume(stack.enter_context(store))
         workdirs.write_config(workdir, config)  # Everything that can be refused has been read.
-        stack.enter_context(parents.being_kept(workdir, config))
+        stack.enter_context(provenance.record_parents(workdir, config))
         _say_resumed(state, config)
         options = {"tensorboard": config.tensorboard, "writes": processes.is_first()}
         names = [row.name for row in distillation.rows]

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of Stable Diffusion 2 and XL, made and saved by stock diffusers: random weights, real classes."""
+"""Tiny checkpoints of Stable Diffusion 2 and XL with random weights, made and saved by stock diffusers."""
 
 import dataclasses
 import json
@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from dmm_jax.checkpoints import naming
-from dmm_jax.checkpoints.open import Checkpoint, Component, abstract_params, open_checkpoint
-from dmm_jax.checkpoints.write import Recipe, write_single_file
+from dmm_jax.checkpoints.abstract import abstract_params
+from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
+from dmm_jax.checkpoints.modelspec import Recipe
+from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.write import write_single_file
 from dmm_jax.config import options as config_lib
 from dmm_jax.models.unet_2d_condition import merged_config
 from dmm_jax.world import tokenizer
@@ -50,7 +53,7 @@ RECIPE = Recipe("tiny", [], None)
 
 
 def stock(family: str, seed: int):
-    """Returns diffusers' pipeline of a family, random weights, tokenizers left out."""
+    """Returns diffusers' pipeline of a family, with random weights and without tokenizers."""
     torch = pytest.importorskip("torch")
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
     torch.manual_seed(seed)
@@ -70,7 +73,7 @@ def stock(family: str, seed: int):
 
 
 def write_stock(folder: pathlib.Path, family: str, seed: int) -> pathlib.Path:
-    """Saves a stock pipeline, with the embedded world's tokenizers beside it."""
+    """Saves a stock pipeline with the embedded world's tokenizers; returns the folder."""
     stock(family, seed).save_pretrained(folder)
     for name, pad in PADS[family].items():
         tokenizer.write_tokenizer(folder / name, pad)
@@ -81,21 +84,23 @@ def write_stock(folder: pathlib.Path, family: str, seed: int) -> pathlib.Path:
 
 
 def write_world(folder: pathlib.Path, family: str) -> dict[str, pathlib.Path]:
-    """Writes a base and two teachers: a folder, and a single file."""
+    """Writes a base and two teachers: `left` as a folder, `right` as a single file; returns {name: path}."""
     names = ("base", "left", "right")
-    base, left, right = (write_stock(folder / name, family, seed) for seed, name in enumerate(names))
-    file = write_single_file(folder / "right.safetensors", open_checkpoint(right), "float32", RECIPE)
-    return {"base": base, "left": left, "right": file}
+    paths = {name: write_stock(folder / name, family, seed) for seed, name in enumerate(names)}
+    file = write_single_file(folder / "right.safetensors", open_checkpoint(paths["right"]), "float32", RECIPE)
+    return paths | {"right": file}
 
 
 def random_student(base: Checkpoint, names: Sequence[str] = STYLES) -> Checkpoint:
-    """Returns a checkpoint under random styles."""
+    """Returns a merged checkpoint: a base with random styles."""
     config = merged_config(base.unet_config, len(names))
     rng = np.random.default_rng(0)
     shapes = naming.torch_shapes(abstract_params("unet", config))
-    own = dict(base.tensors("unet"))
-    fresh = {key: rng.normal(0, 0.1, shape).astype(np.float32) for key, shape in shapes.items() if key not in own}
-    components = {**base.components, "unet": Component(config, lambda: fresh | own)}
+    tensors = dict(base.tensors("unet"))
+    for key, shape in shapes.items():
+        if key not in tensors:
+            tensors[key] = rng.normal(0, 0.1, shape).astype(np.float32)
+    components = {**base.components, "unet": Component(config, lambda: tensors)}
     return dataclasses.replace(base, components=components, styles=tuple(names))
 
 
@@ -113,8 +118,8 @@ def tiny_config(paths, cache: pathlib.Path):
     return config
 
 
-def error(ours, theirs) -> float:
-    """Returns the greatest difference over the greatest value; of a tensor's four axes the channels are first."""
-    theirs = theirs.detach()
-    theirs = (theirs.movedim(1, -1) if theirs.ndim == 4 else theirs).numpy()
-    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+def error(array, tensor) -> float:
+    """Returns the largest difference over the largest value; a four-dimensional torch tensor has its channels first."""
+    tensor = tensor.detach()
+    expected = (tensor.movedim(1, -1) if tensor.ndim == 4 else tensor).numpy()
+    return float(np.abs(np.asarray(array) - expected).max() / np.abs(expected).max())

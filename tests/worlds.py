@@ -6,8 +6,10 @@ import numpy as np
 from flax import nnx
 
 from dmm_jax.checkpoints import naming
-from dmm_jax.checkpoints.open import Checkpoint, Component, open_checkpoint
-from dmm_jax.checkpoints.write import Recipe, write_folder, write_single_file
+from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
+from dmm_jax.checkpoints.modelspec import Recipe
+from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.write import write_folder, write_single_file
 from dmm_jax.config import options as config_lib
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.clip_text import CLIPTextModel
@@ -15,7 +17,7 @@ from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
 from dmm_jax.world.architecture import SCHEDULER_CONFIG, TEXT_CONFIG, VAE_CONFIG
 from dmm_jax.world.tokenizer import tokenizer_fields, write_tokenizer
 
-# Two channels in a group of a norm: with one, the norms would take away whatever timestep and style have added.
+# Each group of a norm has two channels: with one, the norms would remove everything that timestep and style add.
 UNET = {
     "_class_name": "UNet2DConditionModel", "sample_size": 8, "down_block_types": ["CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D"], "block_out_channels": [64], "layers_per_block": 1,
@@ -35,7 +37,7 @@ NAMES = ("left", "right")
 
 
 def random_params(model, config, seed: int) -> dict:
-    """Returns parameters of PyTorch's initial scale."""
+    """Returns random parameters of PyTorch's initial scale."""
     return nnx.to_pure_dict(nnx.state(model.from_config(config, rngs=nnx.Rngs(seed)), nnx.Param))
 
 
@@ -47,7 +49,9 @@ def write_world(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
     def checkpoint(tokenizer, **params):
         configs = {"unet": UNET, "vae": VAE, "text_encoder": text}
-        parts = {name: Component(configs[name], lambda one=one: naming.to_torch(one)) for name, one in params.items()}
+        parts = {
+            name: Component(configs[name], lambda tree=tree: naming.to_torch(tree)) for name, tree in params.items()
+        }
         return Checkpoint(folder, "diffusers", parts, dict(SCHEDULER_CONFIG), tokenizer, None)
 
     unets = [random_params(UNet2DConditionModel, UNET, seed) for seed in range(3)]

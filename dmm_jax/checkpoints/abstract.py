@@ -1,4 +1,4 @@
-"""Networks without numbers: the structure and the shapes that a config asks for, in a second even at full size."""
+"""Builds networks without values: the structure and the shapes that a config asks for, in a second at full size."""
 
 import functools
 import json
@@ -15,10 +15,10 @@ COMPONENTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, **CLASSES}
 
 
 class OneKey(nnx.Rngs):
-    """Hands out one key for ever. Where only shapes are asked for that is enough, and it is ten times as fast.
+    """Random streams that always return the same key. For shapes this is enough, and it is ten times as fast.
 
-    `nnx.Rngs` counts its keys. Under a trace each count makes JAX compose an error message that walks all that was
-    traced before, so a UNet takes quadratic time: 11 s for Stable Diffusion 1.5.
+    `nnx.Rngs` counts its keys. Under a trace, each count makes JAX compose an error message, for which it walks through
+    everything traced before. So the time for a UNet is quadratic: 11 s for Stable Diffusion 1.5.
     """
 
     def params(self) -> jax.Array:
@@ -27,15 +27,15 @@ class OneKey(nnx.Rngs):
 
 
 def abstract_model(build: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
-    """Returns what `build(rngs)` would build, with shapes and dtypes in place of arrays."""
+    """Returns the network of `build(rngs)` with ShapeDtypeStructs instead of arrays."""
     return nnx.eval_shape(lambda: build(OneKey(0)))
 
 
 def abstract_params(component: str, config: Mapping) -> dict:
-    """Returns the shapes of a network's parameters, from its config; nothing is allocated.
+    """Returns a network's parameters as nested ShapeDtypeStructs, from its config; allocates nothing.
 
     Raises:
-      ValueError: fields or values of the config that our port does not compute.
+      ValueError: the config has fields or values that our networks do not compute.
     """
     return _abstract_params(component, json.dumps(dict(config), sort_keys=True))
 

@@ -1,4 +1,4 @@
-"""Which Stable Diffusion a UNet is, and what the files of its family leave unsaid: the schedule, the latents' scale."""
+"""The families of Stable Diffusion: how a UNet shows its family, and the defaults that single files do not state."""
 
 from collections.abc import Mapping
 
@@ -6,16 +6,17 @@ from dmm_jax.checkpoints.errors import CheckpointError
 
 SD1, SD2, SDXL = "stable-diffusion-v1", "stable-diffusion-v2", "stable-diffusion-xl-v1-base"  # ModelSpec's names.
 MERGED = ("model_merge", "model_merge_xl")  # The `addition_embed_type` of a UNet with a style table.
-UNKNOWN = "unknown"  # A prediction type that no tensor tells; whoever needs it raises.
+UNKNOWN = "unknown"  # A prediction type that neither tensors nor metadata show.
 NO_REFINER = (
-    "it is the refiner of Stable Diffusion XL, which finishes what another model began and cannot be merged with "
-    "others. Use the base model."
+    "it is the refiner of Stable Diffusion XL, which finishes another model's images and cannot be merged with "
+    "other models. Use the base model."
 )
 NO_EDM = (
-    "it was trained on EDM's noise levels (as CosXL and Playground v2.5 were), not on betas: what it predicts is "
-    "neither the noise nor the velocity at a timestep, and would be misread. Use a model of the usual schedule."
+    "it was trained on EDM's noise levels (as CosXL and Playground v2.5 were), not on betas: it predicts neither the "
+    "noise nor the velocity at a timestep. Use a model of the usual schedule."
 )
 INPAINTING_CHANNELS = 9
+CELL = 8  # Pixels along the side of a latent cell, in every VAE of these models.
 _BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _PNDM = {"_class_name": "PNDMScheduler", "set_alpha_to_one": False, "skip_prk_steps": True, "clip_sample": False}
 _SCHEDULERS = {
@@ -31,7 +32,7 @@ _VAE_SCALES = {SD1: 0.18215, SD2: 0.18215, SDXL: 0.13025}
 
 
 def architecture(unet_config: Mapping) -> str:
-    """Returns the family of a UNet, by its structure; a tiny one of the same structure is of the same family."""
+    """Returns the family of a UNet, from its structure and not its size, by ModelSpec's name."""
     if unet_config.get("addition_embed_type") in ("text_time", "model_merge_xl"):
         return SDXL
     return SD2 if unet_config.get("use_linear_projection") else SD1
@@ -43,12 +44,12 @@ def scheduler_config(family: str) -> dict:
 
 
 def text_encoders(family: str) -> tuple[str, ...]:
-    """Returns the names of a family's text encoders, in the order in which their states are joined."""
+    """Returns the names of a family's text encoders, in the order in which their hidden states are joined."""
     return _TEXT_ENCODERS[family]
 
 
 def components(family: str) -> tuple[str, ...]:
-    """Returns the names of the networks that a whole checkpoint of a family holds."""
+    """Returns the names of the networks that a complete checkpoint of a family holds."""
     return ("unet", "vae", *text_encoders(family))
 
 

@@ -1,20 +1,28 @@
-"""`dmm-jax average`: a weight average of checkpoints, without training, as one stock checkpoint."""
+"""Averages checkpoints in weight space, without training, and writes the result as one stock checkpoint."""
 
-import math
 import pathlib
-import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from dmm_jax.checkpoints import licenses, provenance
+from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.compare import check_mergeable
-from dmm_jax.checkpoints.merge import METHODS, Method, merged
-from dmm_jax.checkpoints.open import Checkpoint, open_checkpoint, open_teacher
-from dmm_jax.checkpoints.write import DTYPES, Recipe, write_folder, write_single_file
+from dmm_jax.checkpoints.merge_methods import METHODS, Method, merge_networks, parse_method
+from dmm_jax.checkpoints.modelspec import Recipe
+from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
+from dmm_jax.checkpoints.write import DTYPES, write_folder, write_single_file
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import check_output
 
 SINGLE_FILE = ".safetensors"
-COMPONENTS = ("unet", "text_encoder")  # What can be merged. A VAE is kept whole: the latents are the base's.
+COMPONENTS = ("unet", "text_encoder")  # What can be merged. The VAE is always the base's: it defines the latents.
+
+
+class Average(NamedTuple):
+    """A written average."""
+
+    path: pathlib.Path
+    notes: list[str]  # One line per network: whether it is merged or the base's.
 
 
 def average(
@@ -29,118 +37,89 @@ def average(
     dtype: str = "float16",
     components: str = ",".join(COMPONENTS),
     prediction_type: str = "",
-) -> pathlib.Path:
-    """Writes the merged checkpoint and returns its path: a single file where it ends in .safetensors, else a folder.
+) -> Average:
+    """Writes a weight average of checkpoints as one stock checkpoint; returns its path and a note per network.
 
-    On stderr it says which network is merged and which is the base's.
+    The checkpoints are read one tensor at a time. The same teachers in any order, under any names and in any file
+    format give the same bits.
 
     Args:
-      out: a new file, or a new or empty diffusers folder.
-      base: the checkpoint that the teachers come from; what is not merged is the base's.
-      teachers: checkpoints that are merged.
-      method: one of METHODS; what it does not take must be None, and None means its own default.
-      components: what is merged, of COMPONENTS with commas between them; "text_encoder" is all that there are.
-      prediction_type: of single files that do not say it; see `open_checkpoint`.
+      out: the output: a new single file if the name ends in .safetensors, otherwise a new or empty diffusers folder.
+      base: the checkpoint that the teachers were fine-tuned from; it provides every network that is not merged.
+      teachers: the checkpoints to merge.
+      method: "average" (weighted mean), "task_arithmetic", "ties" or "dare"; see `merge_methods`.
+      weights: one per teacher; None for equal weights.
+      scale: the factor of the merged difference to the base; None for the method's default.
+      density: the share of each difference that is kept, for ties and dare; None for the method's default.
+      seed: determines which entries dare drops; None for 0.
+      dtype: the dtype of the written tensors: float32, float16 or bfloat16.
+      components: the networks to merge, separated by commas: unet, text_encoder (which means all text encoders).
+      prediction_type: for single files that do not state it; see `open_checkpoint`.
 
     Raises:
-      ValueError: the output is taken, a number is out of range or the method takes no such option.
-      CheckpointError: a checkpoint is damaged or does not fit the base; all obstacles are named. Nothing is written.
+      UserError: the output exists, a number is out of range, or the method does not take an option.
+      CheckpointError: a checkpoint is damaged or does not fit the base; lists all problems. Nothing is written.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
-    how = parse_method(method, len(teachers), weights, scale=scale, density=density, seed=seed)
+    parsed = parse_method(method, len(teachers), weights, scale=scale, density=density, seed=seed)
     out = _check_output(pathlib.Path(out))
     opened = [open_teacher(path, base, prediction_type=prediction_type) for path in teachers]
-    ancestor = open_checkpoint(base, prediction_type=prediction_type)
-    check_mergeable(ancestor, {str(number): one for number, one in enumerate(opened, start=1)})
-    names = [one.name for one in opened]
-    networks = networks_of(ancestor, components.split(","))
-    for line in sources(ancestor, opened, networks, method):
-        print(line, file=sys.stderr)
-    license = licenses.together(one.license for one in (ancestor, *opened))
-    recipe = Recipe(f"{method} of {', '.join(names)}", names, describe(ancestor, opened, how, networks), license)
+    opened_base = open_checkpoint(base, prediction_type=prediction_type)
+    check_mergeable(opened_base, {str(number): teacher for number, teacher in enumerate(opened, start=1)})
+    names = [teacher.name for teacher in opened]
+    networks = networks_of(opened_base, components.split(","))
+    license = licenses.together(checkpoint.license for checkpoint in (opened_base, *opened))
+    recipe = Recipe(f"{method} of {', '.join(names)}", names, describe(opened_base, opened, parsed, networks), license)
     write = write_single_file if out.suffix == SINGLE_FILE else write_folder
-    return write(out, merged(ancestor, opened, how, networks), dtype, recipe)
+    path = write(out, merge_networks(opened_base, opened, parsed, networks), dtype, recipe)
+    return Average(path, _notes(opened_base, opened, networks, method))
 
 
 def networks_of(base: Checkpoint, components: Sequence[str] = COMPONENTS) -> tuple[str, ...]:
-    """Returns the base's networks that `components` names; by default those of which a report's baselines are merged.
+    """Returns the base's networks that `components` names, such as ("unet", "text_encoder", "text_encoder_2").
 
     Raises:
-      ValueError: there is no such component.
+      UserError: a component is unknown.
     """
     unknown = [name for name in components if name not in COMPONENTS]
     if unknown or not components:
         raise UserError(f"--components takes {', '.join(COMPONENTS)}; got {', '.join(unknown) or 'nothing'}.")
     unet = ("unet",) if "unet" in components else ()
-    texts = base.text_encoders if "text_encoder" in components else ()
-    return unet + tuple(name for name in texts if base.has(name))
+    text_encoders = base.text_encoders if "text_encoder" in components else ()
+    return unet + tuple(name for name in text_encoders if base.has(name))
 
 
-def sources(base: Checkpoint, teachers: Sequence[Checkpoint], networks: Sequence[str], method: str) -> list[str]:
-    """Returns a line on each network of the result: whose it is."""
+def _notes(base: Checkpoint, teachers: Sequence[Checkpoint], networks: Sequence[str], method: str) -> list[str]:
     lines = []
     for network in networks:
-        lacking = [one.name for one in teachers if not one.has(network)]
-        of = ", ".join(f"{one.name} (the base's: it has none)" if one.name in lacking else one.name for one in teachers)
-        lines.append(f"{network}: {method} of {of}")
-    kept = [name for name in base.components if name not in networks]
-    return [*lines, f"{', '.join([*kept, 'tokenizer'])}: the base's, {base.name}"]
-
-
-def parse_method(name: str, num_teachers: int, weights: Sequence[float] | None = None, **options) -> Method:
-    """Returns a method with its weights and options, defaults filled in.
-
-    Args:
-      weights: of the teachers; None for equal ones.
-      options: scale, density and seed; None where they are not given.
-
-    Raises:
-      ValueError: there is no such method, it does not take an option, or a number is out of range.
-    """
-    if name not in METHODS:
-        raise UserError(f"there is no method {name!r}; there are: {', '.join(METHODS)}.")
-    given = {option: value for option, value in options.items() if value is not None}
-    unused = sorted(set(given) - set(METHODS[name]))
-    if unused:
-        takes = ", ".join(METHODS[name]) or "weights alone"
-        raise UserError(f"{name} does not take {', '.join(unused)}; it takes {takes}. Leave it out.")
-    method = Method(name, _weights(name, num_teachers, weights), **{**METHODS[name], **given})
-    if not math.isfinite(method.scale):
-        raise UserError(f"scale must be finite; got {method.scale}.")
-    if not 0 < method.density <= 1:
-        raise UserError(
-            f"density must be above 0 and at most 1, the share of each difference that stays; got {method.density}."
-        )
-    return method
-
-
-def _weights(name, num_teachers, weights) -> tuple[float, ...]:
-    weights = (1.0,) * num_teachers if weights is None else tuple(map(float, weights))
-    if not num_teachers or len(weights) != num_teachers:
-        raise UserError(f"one weight a teacher, please: {num_teachers} teachers, {len(weights)} weights.")
-    if not all(map(math.isfinite, weights)):
-        raise UserError(f"weights must be finite; got {weights}.")
-    if name in ("average", "ties") and (min(weights) < 0 or not sum(weights)):
-        raise UserError(f"{name} takes a mean: weights must not be negative, nor all 0; got {weights}.")
-    return weights
+        names = [
+            teacher.name if teacher.has(network) else f"{teacher.name} (the base's: it has none)"
+            for teacher in teachers
+        ]
+        lines.append(f"{network}: {method} of {', '.join(names)}")
+    from_base = [name for name in base.components if name not in networks]
+    return [*lines, f"{', '.join([*from_base, 'tokenizer'])}: the base's, {base.name}"]
 
 
 def _check_output(out: pathlib.Path) -> pathlib.Path:
     if out.suffix != SINGLE_FILE:
         return check_output(out)
     if out.exists():
-        raise UserError(f"{out} is there; nothing is overwritten. Give another name.")
+        raise UserError(f"{out} exists; nothing is overwritten. Give another name.")
     if not out.absolute().parent.is_dir():
         raise UserError(f"there is no folder {out.parent} to write {out.name} in. Make it first.")
     return out
 
 
 def describe(base: Checkpoint, teachers: Sequence[Checkpoint], method: Method, networks: Sequence[str]) -> dict:
-    """Returns the recipe: the method, what was merged, and of each parent its name, its files' hashes, its weight."""
+    """Returns the recipe: the method, the merged networks, and each parent's name, files' hashes and weight."""
     options = {option: getattr(method, option) for option in METHODS[method.name]}
     weighted = [
-        provenance.record(one) | {"weight": weight} for one, weight in zip(teachers, method.weights, strict=True)
+        provenance.record(teacher) | {"weight": weight}
+        for teacher, weight in zip(teachers, method.weights, strict=True)
     ]
-    said = {"method": method.name, **options, "networks": list(networks)}
-    return said | {"base": provenance.record(base), "teachers": weighted}
+    return {
+        "method": method.name, **options, "networks": list(networks), "base": provenance.record(base),
+        "teachers": weighted,
+    }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What an opened checkpoint is: its networks' configs, and tensors that nobody reads before they are asked for."""
+"""An opened checkpoint: the configs of its networks, and tensors that are read only when somebody asks for them."""
 
 import dataclasses
 import functools
@@ -6,7 +6,7 @@ import hashlib
 import pathlib
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,12 +17,9 @@ from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, dtype_of, raw
 from dmm_jax.runtime.storage import Location
 from dmm_jax.text import vocabulary
 
-if TYPE_CHECKING:
-    from dmm_jax.checkpoints.formats.lora import Lora
-
 
 class Place(NamedTuple):
-    """Where a tensor lies: all of one in a file, or a third of its rows (OpenCLIP stacks q, k and v), or transposed."""
+    """The place of a tensor: a tensor of a file, a third of its rows (OpenCLIP stacks q, k, v), or its transpose."""
 
     file: TensorFile
     name: str
@@ -31,19 +28,19 @@ class Place(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The tensor's shape, found without reading it."""
+        """The tensor's shape, from the file's header."""
         shape = self.file.shape(self.name)
-        if self.third is not None and shape and shape[0] % 3 == 0:  # Else it is misshapen, and is to be told as it is.
+        if self.third is not None and shape and shape[0] % 3 == 0:  # A misshapen stack keeps its shape, to be reported.
             shape = (shape[0] // 3, *shape[1:])
         return shape[::-1] if self.transposed else shape
 
     @property
     def dtype(self) -> np.dtype:
-        """The tensor's dtype, found without reading it."""
+        """The tensor's dtype, from the file's header."""
         return self.file.dtype(self.name)
 
     def read(self) -> np.ndarray:
-        """Returns the tensor: a view of the memory-mapped file."""
+        """Returns the tensor as a view of the memory-mapped file."""
         array = self.file[self.name]
         if self.third is not None:
             rows = len(array) // 3
@@ -51,12 +48,12 @@ class Place(NamedTuple):
         return array.T if self.transposed else array
 
 
-class Mended(Mapping):
-    """A state dict of whose spare tensors, which condition nothing, values that are not finite read as 0."""
+class ZeroedTensors(Mapping):
+    """A state dict in which NaN and infinity read as 0 in tensors that condition nothing; the rest is unchanged."""
 
-    def __init__(self, tensors: Mapping, spare: tuple[str, ...], where: str):
-        """Takes a state dict and how the spare keys begin; `where` says in warnings what it is."""
-        self._tensors, self._spare, self._where = tensors, spare, where
+    def __init__(self, tensors: Mapping, unused_prefixes: tuple[str, ...], name: str):
+        """Takes a state dict, the prefixes of the keys that condition nothing, and the network's name for warnings."""
+        self._tensors, self._unused_prefixes, self._name = tensors, unused_prefixes, name
         self.computed = getattr(tensors, "computed", ())
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -69,9 +66,9 @@ class Mended(Mapping):
 
     def __getitem__(self, key: str) -> np.ndarray:
         array = self._tensors[key]
-        if not is_spare(key, self._spare) or naming.is_finite(array):
+        if not is_unused(key, self._unused_prefixes) or naming.is_finite(array):
             return array
-        warnings.warn(f"{self._where}: NaN or infinity in {key}, which conditions nothing, reads as 0.", stacklevel=2)
+        warnings.warn(f"{self._name}: NaN or infinity in {key}, which conditions nothing, reads as 0.", stacklevel=2)
         return np.where(np.isfinite(array), array, np.zeros((), array.dtype))
 
     def __iter__(self):
@@ -81,9 +78,9 @@ class Mended(Mapping):
         return len(self._tensors)
 
 
-def is_spare(key: str, spare: tuple[str, ...]) -> bool:
-    """Tells whether a tensor is one of those that `Checkpoint.spare` describes."""
-    return key.removeprefix("text_model.").startswith(spare) if spare else False
+def is_unused(key: str, unused_prefixes: tuple[str, ...]) -> bool:
+    """Tells whether a key begins with one of `Checkpoint.unused_prefixes`."""
+    return key.removeprefix("text_model.").startswith(unused_prefixes) if unused_prefixes else False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +88,7 @@ class Component:
     """One network of a checkpoint: its config.json and its tensors under diffusers' keys."""
 
     config: dict
-    load: Callable[[], Mapping]  # The tensors; only a workdir's need to be read at once.
+    load: Callable[[], Mapping]  # Returns the tensors. Only a training run reads them all at once.
 
     @classmethod
     def unreadable(cls, config: dict, error: Exception) -> "Component":
@@ -104,47 +101,64 @@ class Component:
 
     @functools.cached_property
     def tensors(self) -> Mapping:
-        """The tensors."""
+        """The state dict."""
         return self.load()
 
 
-def abstract(component: str, config: Mapping, path: Location) -> dict:
-    """Returns the parameters that a config asks for, as shapes; raises CheckpointError where none can be built."""
+class FoldedLora(NamedTuple):
+    """The facts about a LoRA file that is folded into a checkpoint."""
+
+    path: pathlib.Path
+    weight: float
+    ranks: Sequence[int]  # The distinct ranks of its layers, ascending.
+    networks: Mapping[str, int]  # {network: number of layers that the file changes}
+
+
+def build_abstract(component: str, config: Mapping, path: Location) -> dict:
+    """Returns the shapes of a network's parameters, as nested ShapeDtypeStructs.
+
+    Raises:
+      CheckpointError: no network can be built from this config; names `path`.
+    """
     try:
         return abstract_params(component, config)
     except (ValueError, TypeError, ArithmeticError) as error:
-        said = naming.printable(str(error), 500)
-        raise CheckpointError(f"{component} of {path} cannot be built from its config: {said}") from error
+        reason = naming.printable(str(error), 500)
+        raise CheckpointError(f"{component} of {path} cannot be built from its config: {reason}") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What `open_checkpoint` found."""
+    """An opened checkpoint, as `open_checkpoint` returns it. Its files are memory-mapped; no weights are read yet."""
 
     path: Location
-    kind: str  # "diffusers", "dmm", "single-file" or "workdir".
+    kind: str  # "diffusers", "dmm", "single-file", "workdir" (a training run) or "published" (no tensors).
     components: Mapping[str, Component]
     scheduler_config: dict
     tokenizer_folder: pathlib.Path | None
     styles: tuple[str, ...] | None  # Names of the style table's rows; None for a stock checkpoint.
     unused: Sequence[str] = ()  # Keys of the file that belong to none of the networks.
-    unsupported: str = ""  # Why nothing but `inspect` can use this checkpoint.
-    files: Sequence[pathlib.Path] = ()  # That hold the tensors.
-    tokenizer_2_folder: pathlib.Path | None = None  # Of the second text encoder.
-    license: str = ""  # That it states; "" where it states none.
-    borrowed: Sequence[str] = ()  # Networks that it lacks and its base lent.
-    loras: Sequence["Lora"] = ()  # Folded into its tensors; `path` is then the whole text, and
-    root: pathlib.Path | None = None  # the path of what they are folded into.
-    called: str = ""  # Its name, where its path does not tell it.
-    stated: Collection[str] = ()  # Fields of `scheduler_config` that it says itself, not its family.
+    unsupported: str = ""  # Why nothing but `inspect` can use this checkpoint; "" if it can be used.
+    files: Sequence[pathlib.Path] = ()  # The files that hold the tensors.
+    tokenizer_2_folder: pathlib.Path | None = None  # The tokenizer of the second text encoder.
+    license: str = ""  # The licence that it states; "" if it states none.
+    from_base: Sequence[str] = ()  # Networks that this checkpoint lacks and takes from its base.
+    loras: Sequence[FoldedLora] = ()  # The LoRAs that are folded in; `path` is then the text that the user wrote.
+    unfolded_path: pathlib.Path | None = None  # With LoRAs, the path of the checkpoint that they are folded into.
+    hub_name: str = ""  # The name of its repository, if it was fetched from a hub.
+    explicit_fields: Collection[str] = ()  # Fields of `scheduler_config` that its files state; the rest are defaults.
+
+    @property
+    def root(self) -> Location:
+        """The file or folder itself, without the LoRAs that are folded in."""
+        return self.unfolded_path or self.path
 
     @property
     def name(self) -> str:
-        """The file's or folder's name, without its ending."""
-        path = (self.root or self.path).absolute()
-        folded = (f"{lora.path.stem}*{lora.weight:g}" for lora in self.loras)
-        own = self.called or (path.stem if self.kind == "single-file" else path.name)
-        return " + ".join([own, *folded])
+        """The name of the file (without its suffix), folder or repository, with the LoRAs that are folded in."""
+        path = self.root.absolute()
+        name = self.hub_name or (path.stem if self.kind == "single-file" else path.name)
+        return " + ".join([name, *(f"{lora.path.stem}*{lora.weight:g}" for lora in self.loras)])
 
     @property
     def architecture(self) -> str:
@@ -153,30 +167,30 @@ class Checkpoint:
 
     @property
     def prediction_type(self) -> str:
-        """What the UNet predicts: "epsilon", "v_prediction", or "unknown" where a single file does not say it."""
+        """What the UNet predicts: "epsilon", "v_prediction", or "unknown" if a single file does not state it."""
         return self.scheduler_config.get("prediction_type", "epsilon")
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
-        """The names of the text encoders that this family has, whether they are there or not."""
+        """The names of the text encoders of this family, whether this checkpoint holds them or not."""
         return architecture.text_encoders(self.architecture)
 
     @property
     def tokenizer_folders(self) -> tuple[pathlib.Path, ...]:
-        """The folders of the tokenizers, one per text encoder; those that are there."""
+        """The folders of the tokenizers, in the order of the text encoders; missing ones are left out."""
         folders = (self.tokenizer_folder, self.tokenizer_2_folder)
         return tuple(folder for folder in folders if folder is not None)
 
     @property
-    def loans(self) -> list[str]:
-        """A sentence for each thing that it uses and does not hold: its base's networks, CLIP's own tokenizer."""
-        lines = [f"{self.path} holds no {name}: the base's is used." for name in self.borrowed]
+    def fallbacks(self) -> list[str]:
+        """One sentence for each part that this checkpoint lacks and takes from its base or from this package."""
+        lines = [f"{self.path} holds no {name}: the base's is used." for name in self.from_base]
         if any(folder.parent == vocabulary.BUNDLED for folder in self.tokenizer_folders):
             lines.append(f"{self.path} holds no tokenizer: CLIP's own is used, which comes with dmm_jax.")
         return lines
 
     def has(self, component: str) -> bool:
-        """Tells whether a network is there."""
+        """Tells whether the checkpoint holds a network."""
         return component in self.components
 
     def _component(self, component) -> Component:
@@ -200,53 +214,54 @@ class Checkpoint:
         return {name: self.config(name) for name in self.text_encoders}
 
     def tensors(self, component: str) -> Mapping:
-        """Returns a network's tensors under diffusers' keys, as they are stored; where nobody uses them, finite."""
-        tensors, spare = self._component(component).tensors, self.spare(component)
-        return Mended(tensors, spare, f"{component} of {self.path}") if spare else tensors
+        """Returns a network's state dict under diffusers' keys, as stored; unused tensors are made finite."""
+        tensors, unused = self._component(component).tensors, self.unused_prefixes(component)
+        return ZeroedTensors(tensors, unused, f"{component} of {self.path}") if unused else tensors
 
-    def spare(self, component: str) -> tuple[str, ...]:
-        """Returns how the keys begin, `text_model.` left out, of what a network has and its family does not use."""
+    def unused_prefixes(self, component: str) -> tuple[str, ...]:
+        """Returns the prefixes of the keys, without `text_model.`, that a network holds and its family never uses."""
         if component != "text_encoder" or not self.has("unet") or self.architecture != architecture.SDXL:
             return ()
         layers = self.config(component).get("num_hidden_layers")  # XL is conditioned on the state before the last.
         return (f"encoder.layers.{layers - 1}.", "final_layer_norm.") if type(layers) is int else ()
 
     def abstract(self, component: str) -> dict:
-        """Returns the parameters that a network's config asks for, as shapes.
+        """Returns the shapes of a network's parameters, from its config.
 
         Raises:
-          CheckpointError: the config asks for what our port does not compute, or makes no sense.
+          CheckpointError: the config asks for something that our networks do not compute, or makes no sense.
         """
-        return abstract(component, self.config(component), self.path)
+        return build_abstract(component, self.config(component), self.path)
 
     def shapes(self, component: str) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes that a network's config asks for, by key."""
+        """Returns the shapes of a network's state dict by key, from its config."""
         return naming.torch_shapes(self.abstract(component))
 
     def params(self, component: str, dtype=None) -> dict:
         """Returns a network's parameters as host arrays: views of the file, unless `dtype` asks for another.
 
         Raises:
-          CheckpointError: keys are missing, unexpected or misshapen, or a tensor holds NaN or infinity; all are named.
+          CheckpointError: keys are missing, unexpected or misshapen, or a tensor holds NaN or infinity; names them all.
         """
-        where = f"{component} of {self.path}"
-        return naming.from_torch(self.abstract(component), self.tensors(component), dtype, where)
+        return naming.from_torch(
+            self.abstract(component), self.tensors(component), dtype, f"{component} of {self.path}"
+        )
 
     def text_params(self, base: "Checkpoint | None" = None) -> dict:
-        """Returns the text encoders' parameters by name; those that are not there are `base`'s."""
-        return {name: self.lent(name, base).params(name) for name in self.text_encoders}
+        """Returns the text encoders' parameters by name; `base` provides those that are missing."""
+        return {name: self.provider(name, base).params(name) for name in self.text_encoders}
 
     def text_digest(self, base: "Checkpoint | None" = None) -> str:
-        """Returns a hash of the text encoders' contents; of those that are not there, of `base`'s."""
-        return " ".join(self.lent(name, base).digest(name) for name in self.text_encoders)
+        """Returns a hash of the text encoders' contents; `base` provides those that are missing."""
+        return " ".join(self.provider(name, base).digest(name) for name in self.text_encoders)
 
-    def lent(self, component: str, base: "Checkpoint | None") -> "Checkpoint":
-        """Returns the checkpoint that a network comes from: this one, or `base` where it is not here."""
+    def provider(self, component: str, base: "Checkpoint | None") -> "Checkpoint":
+        """Returns the checkpoint that provides a network: this one, or `base` if this one does not hold it."""
         return self if self.has(component) or base is None else base
 
-    @functools.cache  # noqa: B019  (one entry a network; a checkpoint lives as long as the program)
+    @functools.cache  # noqa: B019  (one entry per network; a checkpoint lives as long as the program)
     def digest(self, component: str) -> str:
-        """Returns the SHA-256 of a network's contents: keys, dtypes and values, wherever in the file they lie."""
+        """Returns the SHA-256 of a network's contents: keys, dtypes and values, whatever the file format."""
         tensors = self._component(component).tensors
         names, digest = naming.spellings(tensors), hashlib.sha256()
         for key in sorted(names):

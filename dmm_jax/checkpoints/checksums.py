@@ -1,4 +1,4 @@
-"""One number per array, which tells whether its bits are those it had: the same on every mesh, device and host."""
+"""Computes one checksum per array, from all its bits: the same number on every mesh, device and host."""
 
 import collections
 import functools
@@ -12,14 +12,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-WORDS_AT_ONCE = 2**20  # On the host: what the caches hold.
+WORDS_AT_ONCE = 2**20  # On the host: as many as fit in its caches.
 
 
 def of_tree(tree) -> dict[str, list]:
-    """Returns {path: [dtype, shape, checksum]} of a tree of arrays of numpy, or of arrays on a mesh, or on a device.
+    """Returns {path: [dtype, shape, checksum]} of a tree of arrays: numpy's, JAX's on one device, or on a mesh.
 
-    Every device sums its own part of what lies on a mesh, and no program communicates: it would have to wait for its
-    turn among those that the processes have dispatched. The sums are added up on the hosts.
+    Each device of a mesh sums its own part of an array, without communication: a program that communicates would wait
+    for its turn among the programs that the processes have dispatched. The hosts add up the sums.
     """
     leaves, groups = paths(tree), collections.defaultdict(list)
     for path, leaf in leaves.items():
@@ -28,24 +28,24 @@ def of_tree(tree) -> dict[str, list]:
     for (shape, _, place), names in groups.items():
         same = [leaves[name] for name in names]
         if isinstance(place, NamedSharding):
-            parts |= dict(zip(names, _ours(_on_mesh(place, shape)(same), same[0]), strict=True))
+            parts |= dict(zip(names, _local_sums(_on_mesh(place, shape)(same), same[0]), strict=True))
         elif place is not None:
-            parts |= dict(zip(names, [[one] for one in jax.device_get(_on_device(same))], strict=True))
+            parts |= dict(zip(names, [[total] for total in jax.device_get(_on_device(same))], strict=True))
         else:
             parts |= {name: [of_host(leaf)] for name, leaf in zip(names, same, strict=True)}
     sums = np.array([sum(map(int, parts[path])) % 2**32 for path in leaves], np.uint32)
     if jax.process_count() > 1 and any(isinstance(place, NamedSharding) for *_, place in groups):
         sums = multihost_utils.process_allgather(sums).astype(np.uint64).sum(0) % 2**32
-    return {path: [*kind(leaf), int(one)] for (path, leaf), one in zip(leaves.items(), sums, strict=True)}
+    return {path: [*kind(leaf), int(total)] for (path, leaf), total in zip(leaves.items(), sums, strict=True)}
 
 
 def paths(tree) -> dict[str, Any]:
-    """Returns the leaves of a tree by their path, written out."""
+    """Returns the leaves of a tree by their path, such as "['params']['bias']"."""
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def kind(leaf) -> tuple[str, list[int]]:
-    """Returns dtype and shape of an array or of its description, as JSON holds them."""
+    """Returns the dtype and shape of an array or ShapeDtypeStruct, ready for JSON."""
     return np.dtype(leaf.dtype).name, list(leaf.shape)
 
 
@@ -61,16 +61,16 @@ def of_host(leaf: np.ndarray) -> int:
     return total % 2**32
 
 
-def _ours(summed, leaf) -> np.ndarray:
-    """Returns the sums of the parts that this process counts, (leaves, parts): of copies one counts."""
+def _local_sums(summed, leaf) -> np.ndarray:
+    """Returns the sums (leaves, parts) on this process's devices; of a part's copies, one counts."""
     counted = {shard.device for shard in leaf.addressable_shards if shard.replica_id == 0}
-    ours = [shard.data for shard in summed.addressable_shards if shard.device in counted]
-    return np.concatenate([np.zeros((0, summed.shape[1]), np.uint32), *jax.device_get(ours)]).T
+    sums = [shard.data for shard in summed.addressable_shards if shard.device in counted]
+    return np.concatenate([np.zeros((0, summed.shape[1]), np.uint32), *jax.device_get(sums)]).T
 
 
 @functools.cache
 def _on_mesh(place, shape):
-    """Returns the program that sums arrays of one shape and place: (devices, arrays)."""
+    """Returns the compiled function that sums arrays of one shape and sharding: (devices, arrays)."""
 
     def local(leaves):
         starts = []
@@ -91,7 +91,7 @@ def _on_device(leaves):
 
 
 def _sum(part, starts, shape):
-    """Sums the part of an array of `shape` that begins at `starts`."""
+    """Returns the sum of the part of an array of `shape` that begins at `starts`, uint32."""
     words = part if part.dtype == bool else jax.lax.bitcast_convert_type(part, f"uint{8 * part.dtype.itemsize}")
     places = jnp.zeros(part.shape, jnp.uint32)
     for axis, (start, size) in enumerate(zip(starts, shape, strict=True)):
@@ -100,7 +100,7 @@ def _sum(part, starts, shape):
 
 
 def _mixed(words, places):
-    """Hashes each word with its place (MurmurHash3's last round), so that their sum tells swapped words, too."""
+    """Returns a hash of each word and its place (MurmurHash3's last round), so that swapped words change the sum."""
     words = words ^ (places * np.uint32(0x9E3779B9))
     words = (words ^ (words >> 16)) * np.uint32(0x85EBCA6B)
     words = (words ^ (words >> 13)) * np.uint32(0xC2B2AE35)

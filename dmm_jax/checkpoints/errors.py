@@ -1,7 +1,7 @@
-"""The one error of this package: a checkpoint that cannot be used, and why."""
+"""The error for a checkpoint that cannot be used."""
 
 from dmm_jax.runtime.errors import UserError
 
 
 class CheckpointError(UserError):
-    """A checkpoint is damaged, incomplete, or of another kind than asked for; the message says what to do."""
+    """A checkpoint is missing, damaged, incomplete or of the wrong kind; the message says what to do."""

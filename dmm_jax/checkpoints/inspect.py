@@ -1,11 +1,10 @@
-"""What checkpoints hold, in which state they are, and whether they can be merged: the report behind `dmm-jax inspect`.
+"""Inspects checkpoints: their contents, their damage, and whether they can be merged.
 
-A small checkpoint is read whole. Of a large one, headers and pieces of every tensor are read, unless all is asked for:
-then every tensor is read once or twice and none is kept, so that a checkpoint may be larger than memory.
+A small checkpoint is read completely. Of a large one, the headers and three pieces of every tensor are read, unless
+`deep` asks for everything. No tensor stays in memory, so a checkpoint may be larger than memory.
 """
 
 import collections
-import hashlib
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -14,105 +13,123 @@ import numpy as np
 
 from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.architecture import SD1, SD2, SDXL, architecture
-from dmm_jax.checkpoints.checkpoint import Checkpoint, is_spare
-from dmm_jax.checkpoints.compare import COMPARED, Obstacle, base_obstacles, teacher_obstacles
+from dmm_jax.checkpoints.checkpoint import Checkpoint, is_unused
+from dmm_jax.checkpoints.compare import COMPARED, Problem, base_problems, teacher_problems
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats import single_file
 from dmm_jax.checkpoints.formats.safetensors_io import dtype_of, shape_of
-from dmm_jax.checkpoints.inspect_text import render
 from dmm_jax.checkpoints.naming import listed, printable
 from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
+from dmm_jax.checkpoints.provenance import SHORT_HASH, relative_name, sha256
 
-__all__ = ["inspect", "render"]
-# The published sizes: words for ModelSpec's name, block_out_channels, cross_attention_dim.
+# The published sizes: {name: (ModelSpec's name of the family, block_out_channels, cross_attention_dim)}.
 FULL_SIZES = {
     "Stable Diffusion 1": (SD1, [320, 640, 1280, 1280], 768),
     "Stable Diffusion 2": (SD2, [320, 640, 1280, 1280], 1024),
     "Stable Diffusion XL": (SDXL, [320, 640, 1280], 2048),
 }
-WHOLE_BYTES = 2**28  # Checkpoints up to this size are read whole.
-HASHED_BYTES = 3 * 10**9  # Files up to this size are hashed unasked: a second or two for each gigabyte.
-PIECE_BYTES = 2**15  # Of larger ones, so much at the start, in the middle and at the end of every tensor.
-SHORT_HASH = 10  # Hexadecimal digits of a file's SHA-256 by which hubs call it ("AutoV2").
-MEANINGS = {  # Of "config" and "unreadable", the error says it.
+COMPLETE_BYTES = 2**28  # Checkpoints up to this size are read completely.
+HASHED_BYTES = 3 * 10**9  # Files up to this size are always hashed: a second or two per gigabyte.
+PIECE_BYTES = 2**15  # The size of each of the three pieces (start, middle, end) that are read of a tensor otherwise.
+MEANINGS = {  # For "config" and "unreadable", the error itself is the meaning.
     "missing": "the network cannot be built without them",
     "unexpected": "they have no place in this architecture, and no tensor is dropped in silence",
     "misshapen": "they do not fit the architecture",
     "not finite": "they hold NaN or infinity, which every image would inherit",
-    "spare": "they hold NaN or infinity, but lie behind the layer that is used; they read as 0",
+    "spare": "they hold NaN or infinity, but come after the layer that is used; they read as 0",
     "position_ids": "merging has damaged this buffer; positions are 0 to 76 here whatever it says",
 }
 HARMLESS = ("position_ids", "spare")
-NEVER_USED = "a teacher's VAE is never used"
 
 
 def inspect(paths: Sequence[pathlib.Path], deep: bool = False, hashes: bool = False, prediction_type: str = "") -> dict:
-    """Returns the report on checkpoints, fit for JSON; the first path is the base of a merge, the others its teachers.
+    """Returns a report on checkpoints that `json.dumps` accepts. It raises nothing for a damaged or missing checkpoint.
+
+    The first path is the base of a merge, the rest are its teachers. `inspect_text.render` returns the report as text.
 
     Args:
-      deep: read all of every checkpoint; else of those above `WHOLE_BYTES` only pieces.
-      hashes: hash all files; else those up to `HASHED_BYTES`.
-      prediction_type: of what does not say it; see `open_checkpoint`.
+      paths: at least one checkpoint, each as `open_checkpoint` takes it.
+      deep: read every checkpoint completely; without it, of those above `COMPLETE_BYTES` only pieces.
+      hashes: hash all files; without it, only those up to `HASHED_BYTES`.
+      prediction_type: "epsilon" or "v_prediction", for checkpoints that do not state it; see `open_checkpoint`.
 
     Returns:
-      checkpoints: what was found in each; "error" says why one could not be opened, "read" is "all" or "sample".
-      mergeable: whether nothing stands in the way of a merge; of a single path, whether it is sound.
-      obstacles: a sentence for each thing that does.
-      details: for each sentence its path, component and tensors, all of them.
+      A dictionary with these keys:
+      checkpoints: one dictionary per path: "path", "name", "kind", "architecture", "prediction_type", "license",
+        "styles", "tokenizer", "files" (name, bytes, sha256), "hash" (the AutoV2 hash of a single file), "components"
+        (parameters, tensors, dtypes, digest), "damage" (component, kind, tensors, matters, meaning), "loras",
+        "loans" (sentences about the parts that come from elsewhere), "ema_tensors", "unused_tensors", "unsupported",
+        "read" ("all" or "sample"), and "error", which is not empty if the checkpoint cannot be opened.
+      mergeable: whether nothing prevents a merge; for a single path, whether the checkpoint is sound.
+      obstacles: one sentence for each problem.
+      details: for each sentence its "path", "component" and "tensors".
     """
     base, *teachers = map(pathlib.Path, paths)
-    told = {"prediction_type": prediction_type, "allow_unsupported": True}
-    found = [_opened(base, open_checkpoint, **told), *(_opened(path, open_teacher, base, **told) for path in teachers)]
-    reports = [_report(*one, deep, hashes, is_teacher=number > 0) for number, one in enumerate(found)]
-    for report, (_, checkpoint, _) in zip(reports, found, strict=True):
-        report["loans"] = _loans(checkpoint, found[0][1])
-    obstacles = [(report["path"], line) for report in reports for line in _own_obstacles(report)]
-    obstacles += _obstacles_between([checkpoint for _, checkpoint, _ in found], reports)
-    details = [{"path": path, "component": line.component, "tensors": list(line.tensors)} for path, line in obstacles]
-    sentences = [str(line) for _, line in obstacles]
-    return {"checkpoints": reports, "mergeable": not obstacles, "obstacles": sentences, "details": details}
+    options = {"prediction_type": prediction_type, "allow_unsupported": True}
+    opened = [_try_to_open(open_checkpoint, base, **options)]
+    opened += [_try_to_open(open_teacher, path, base, **options) for path in teachers]
+    checkpoints = [checkpoint for checkpoint, _ in opened]
+    reports = [
+        _report(path, *pair, deep, hashes, is_teacher=number > 0)
+        for number, (path, pair) in enumerate(zip((base, *teachers), opened, strict=True))
+    ]
+    for report, checkpoint in zip(reports, checkpoints, strict=True):
+        report["loans"] = _fallbacks(checkpoint, checkpoints[0])
+    problems = [(report["path"], problem) for report in reports for problem in _own_problems(report)]
+    problems += _merge_problems(checkpoints, reports)
+    return {
+        "checkpoints": reports,
+        "mergeable": not problems,
+        "obstacles": [str(problem) for _, problem in problems],
+        "details": [
+            {"path": path, "component": problem.component, "tensors": list(problem.tensors)}
+            for path, problem in problems
+        ],
+    }
 
 
-def _opened(path, opener, *base, **told):
+def _try_to_open(opener, *paths, **options) -> tuple[Checkpoint | None, str]:
+    """Returns an opened checkpoint and "", or None and the error."""
     try:
-        return path, opener(path, *base, **told), ""
+        return opener(*paths, **options), ""
     except (ValueError, OSError) as error:
-        return path, None, str(error)
+        return None, str(error)
 
 
-def _own_obstacles(report) -> list[Obstacle]:
-    path, lines = report["path"], [Obstacle(report["error"])] if report["error"] else []
+def _own_problems(report) -> list[Problem]:
+    """Returns what prevents any use of one checkpoint: it cannot be opened, is not supported, or is damaged."""
+    path, problems = report["path"], [Problem(report["error"])] if report["error"] else []
     if report["unsupported"]:
-        lines.append(Obstacle(f"{path} cannot be used: {report['unsupported']}"))
+        problems.append(Problem(f"{path} cannot be used: {report['unsupported']}"))
     for damage in report["damage"]:
         if damage["matters"]:
-            of = f": {listed(damage['tensors'])}" if damage["tensors"] else ""
-            text = f"{path}, {damage['component']}, {damage['kind']}{of} ({damage['meaning']})."
-            lines.append(Obstacle(text, damage["component"], damage["tensors"]))
-    return lines
+            tensors = f": {listed(damage['tensors'])}" if damage["tensors"] else ""
+            text = f"{path}, {damage['component']}, {damage['kind']}{tensors} ({damage['meaning']})."
+            problems.append(Problem(text, damage["component"], damage["tensors"]))
+    return problems
 
 
-def _obstacles_between(checkpoints: Sequence[Checkpoint | None], reports) -> list[tuple[str, Obstacle]]:
+def _merge_problems(checkpoints: Sequence[Checkpoint | None], reports) -> list[tuple[str, Problem]]:
+    """Returns (path, problem) pairs from the comparison of the base with its teachers."""
     if len(checkpoints) < 2 or checkpoints[0] is None:
         return []
     base, *teachers = checkpoints
-    lines = [(str(base.path), line) for line in base_obstacles(base, f"{base.path} (the first path, so the base)")]
-    buildable = [not any(map(_keeps_from_comparing, report["damage"])) for report in reports]
-    for teacher, good in zip(teachers, buildable[1:], strict=True):
-        if teacher is not None and good and buildable[0]:
-            lines += [(str(teacher.path), line) for line in teacher_obstacles(base, str(teacher.path), teacher)]
-    return [(path, line if isinstance(line, Obstacle) else Obstacle(line)) for path, line in lines]
-
-
-def _keeps_from_comparing(damage):
-    return damage["kind"] in ("config", "unreadable") and damage["component"] in COMPARED
+    problems = [(base.path, text) for text in base_problems(base, f"{base.path} (the first path, so the base)")]
+    comparable = [
+        not any(damage["kind"] in ("config", "unreadable") and damage["component"] in COMPARED for damage in damages)
+        for damages in (report["damage"] for report in reports)
+    ]
+    for teacher, teacher_is_comparable in zip(teachers, comparable[1:], strict=True):
+        if teacher is not None and teacher_is_comparable and comparable[0]:
+            problems += [(teacher.path, text) for text in teacher_problems(base, str(teacher.path), teacher)]
+    return [(str(path), text if isinstance(text, Problem) else Problem(text)) for path, text in problems]
 
 
 def _report(path: pathlib.Path, checkpoint: Checkpoint | None, error: str, deep, hashes, is_teacher) -> dict:
+    """Returns the report on one checkpoint, its "loans" still empty."""
     path = checkpoint.path if checkpoint else path
-    root, name = path, path.absolute().name
-    if checkpoint is not None and checkpoint.loras:
-        root, name = checkpoint.root, checkpoint.name
+    has_loras = checkpoint is not None and bool(checkpoint.loras)
+    root, name = (checkpoint.root, checkpoint.name) if has_loras else (path, path.absolute().name)
     report = {
         "path": str(path), "name": name, "error": error, "kind": None, "architecture": None,
         "prediction_type": None, "license": None, "styles": None, "tokenizer": False, "files": [], "hash": None,
@@ -120,17 +137,25 @@ def _report(path: pathlib.Path, checkpoint: Checkpoint | None, error: str, deep,
         "read": "all", "loans": [],
     }  # fmt: skip
     files = [root] if root.is_file() else checkpoint.files if checkpoint else []
-    whole = deep or sum(file.stat().st_size for file in files) <= WHOLE_BYTES
-    report["read"] = "all" if whole else "sample"
-    report["files"] = [_file(file, root, deep or hashes or file.stat().st_size <= HASHED_BYTES) for file in files]
+    read_all = deep or sum(file.stat().st_size for file in files) <= COMPLETE_BYTES
+    report["read"] = "all" if read_all else "sample"
+    report["files"] = [
+        _file(file, root, hashed=deep or hashes or file.stat().st_size <= HASHED_BYTES) for file in files
+    ]
     if path.is_file() and report["files"][0]["sha256"]:
         report["hash"] = report["files"][0]["sha256"][:SHORT_HASH]
     if checkpoint is None:
         return report
     ema = [key for key in checkpoint.unused if key.startswith(single_file.EMA)]
     for component in checkpoint.components:
-        report["components"][component], damage = _component(checkpoint, component, whole)
-        report["damage"] += [_unused(found) for found in damage] if is_teacher and component == "vae" else damage
+        report["components"][component], damages = _component(checkpoint, component, read_all)
+        if is_teacher and component == "vae":
+            unused = {"matters": False}
+            damages = [
+                damage | unused | {"meaning": f"{damage['meaning']}; a teacher's VAE is never used"}
+                for damage in damages
+            ]
+        report["damage"] += damages
     return report | {
         "kind": checkpoint.kind,
         "architecture": family(checkpoint.unet_config) if checkpoint.has("unet") else None,
@@ -145,25 +170,20 @@ def _report(path: pathlib.Path, checkpoint: Checkpoint | None, error: str, deep,
     }
 
 
-def _unused(damage):
-    return damage | {"matters": False, "meaning": f"{damage['meaning']}; {NEVER_USED}"}
-
-
-def _loans(checkpoint, base) -> list[str]:
-    """Returns a sentence for each thing that a checkpoint takes from elsewhere; a teacher from the base."""
+def _fallbacks(checkpoint, base) -> list[str]:
+    """Returns one sentence for each part that a checkpoint takes from elsewhere; a teacher takes them from the base."""
     if checkpoint is None or checkpoint is base:
-        return checkpoint.loans if checkpoint else []
+        return checkpoint.fallbacks if checkpoint else []
     names = base.text_encoders if base and base.has("unet") else ()
     return [
         f"{checkpoint.path} holds no {name}: the base's is used."
         for name in names
-        if not checkpoint.has(name) or name in checkpoint.borrowed
+        if not checkpoint.has(name) or name in checkpoint.from_base
     ]
 
 
 def _lora(lora) -> dict:
-    """Returns what a LoRA file is and what it changes."""
-    file = _file(lora.path, lora.path, whole=True)
+    file = _file(lora.path, lora.path, hashed=True)
     return file | {
         "hash": file["sha256"][:SHORT_HASH], "weight": lora.weight, "ranks": lora.ranks, "networks": lora.networks,
     }  # fmt: skip
@@ -173,68 +193,63 @@ def family(unet_config: Mapping) -> str:
     """Returns a UNet's architecture in words: a family at its published size, or the widths of its levels."""
     widths, text_width = unet_config.get("block_out_channels"), unet_config.get("cross_attention_dim")
     size = (architecture(unet_config), widths, text_width)
-    published = [words for words, theirs in FULL_SIZES.items() if theirs == size]
-    return published[0] if published else f"UNet of block_out_channels {printable(str(widths))}"
+    names = [name for name, published in FULL_SIZES.items() if published == size]
+    return names[0] if names else f"UNet of block_out_channels {printable(str(widths))}"
 
 
-def _file(file: pathlib.Path, path: pathlib.Path, whole: bool) -> dict:
-    name = file.name if file == path else file.relative_to(path).as_posix()
-    return {"file": name, "bytes": file.stat().st_size, "sha256": _sha256(file) if whole else None}
+def _file(file: pathlib.Path, root: pathlib.Path, hashed: bool) -> dict:
+    digest = sha256(file) if hashed else None
+    return {"file": relative_name(file, root), "bytes": file.stat().st_size, "sha256": digest}
 
 
-def _sha256(file):
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _component(checkpoint, component, whole) -> tuple[dict, list[dict]]:
-    """Returns what a network holds, and its damage."""
+def _component(checkpoint, component, read_all) -> tuple[dict, list[dict]]:
+    """Returns the contents of a network, and its damage."""
     try:
         tensors = checkpoint.components[component].tensors
     except (ValueError, OSError) as error:
         return {}, [_damage(component, "unreadable", [], str(error))]
     keys = naming.spellings(tensors).values()
-    held = {
+    contents = {
         "parameters": sum(math.prod(shape_of(tensors, key)) for key in keys),
         "tensors": len(keys),
         "dtypes": dict(collections.Counter(str(dtype_of(tensors, key)) for key in keys).most_common()),
-        "digest": checkpoint.digest(component) if whole else None,
+        "digest": checkpoint.digest(component) if read_all else None,
     }
-    return held, _damages(checkpoint, component, tensors, whole)
+    return contents, _damages(checkpoint, component, tensors, read_all)
 
 
-def _damages(checkpoint, component, tensors, whole):
-    infinite = [key for key in naming.spellings(tensors).values() if not _is_finite(tensors[key], whole)]
-    spare = [key for key in infinite if is_spare(key, checkpoint.spare(component))]
-    found = {"not finite": [key for key in infinite if key not in spare], "spare": spare}
-    found["position_ids"] = [key for key in tensors if _last(key) == naming.POSITION_IDS and not _counts(tensors[key])]
+def _damages(checkpoint, component, tensors, read_all) -> list[dict]:
+    infinite = [key for key in naming.spellings(tensors).values() if not _is_finite(tensors[key], read_all)]
+    unused = [key for key in infinite if is_unused(key, checkpoint.unused_prefixes(component))]
+    positions = [key for key in tensors if key.rsplit(".", 1)[-1] == naming.POSITION_IDS]
+    keys_by_kind = {
+        "not finite": [key for key in infinite if key not in unused],
+        "spare": unused,
+        "position_ids": [key for key in positions if not _is_range(tensors[key])],
+    }
     damages = []
     try:
-        found = naming.differences(checkpoint.shapes(component), tensors) | found
+        keys_by_kind = naming.differences(checkpoint.shapes(component), tensors) | keys_by_kind
     except CheckpointError as error:
         damages.append(_damage(component, "config", [], str(error)))
-    return damages + [_damage(component, kind, keys, MEANINGS[kind]) for kind, keys in found.items() if keys]
+    return damages + [_damage(component, kind, keys, MEANINGS[kind]) for kind, keys in keys_by_kind.items() if keys]
 
 
-def _is_finite(array: np.ndarray, whole: bool) -> bool:
+def _is_finite(array: np.ndarray, read_all: bool) -> bool:
     length = PIECE_BYTES // array.itemsize
-    if whole or array.size <= 3 * length:
+    if read_all or array.size <= 3 * length:
         return naming.is_finite(array)
     values, middle = array.reshape(-1), array.size // 2
     return all(map(naming.is_finite, (values[:length], values[middle : middle + length], values[-length:])))
 
 
-def _last(key):
-    return key.rsplit(".", 1)[-1]
-
-
-def _counts(array: np.ndarray) -> bool:
-    """Tells whether a buffer of positions is what it was made as: whole numbers, 0, 1, 2 and so on."""
+def _is_range(array: np.ndarray) -> bool:
+    """Tells whether a buffer holds the integers 0, 1, 2 and so on."""
     return array.dtype.kind in "iu" and np.array_equal(array.reshape(-1), np.arange(array.size))
 
 
-def _damage(component, kind, tensors, meaning):
-    shown = [printable(key, 300) for key in tensors]
+def _damage(component, kind, keys, meaning) -> dict:
+    shown = [printable(key, 300) for key in keys]
     return {
         "component": component, "kind": kind, "tensors": shown, "matters": kind not in HARMLESS, "meaning": meaning,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The model card of an export: what hubs read, whom the styles come from, what was measured, how to use it."""
+"""Makes the model card of an export: a head for hubs, the origin of each style, measurements, and how to use it."""
 
 import json
 import re
@@ -9,8 +9,8 @@ from dmm_jax.checkpoints.architecture import SDXL
 from dmm_jax.runtime.storage import Location
 
 NAME, GRID = "README.md", "grid.png"
-HUB_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # How hubs write the licences that they know.
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # What hubs take as the name of a model; anything else they refuse.
+HUB_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # The form of the licence names that hubs know.
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # The form of the model names that hubs accept.
 SPECIAL = re.compile(r"([\\`*_{}\[\]()<>#+!|~$&-])")
 USE = {
     "dmm": """```python
@@ -29,15 +29,16 @@ image = pipe("a prompt", num_inference_steps=25, guidance_scale=7.0).images[0]
     "style-lora": "`style_lora.safetensors` is used at strength 1 on the stock export of the mix that its metadata "
     "names (`dmm_jax.lora_base`), and on nothing else.",
 }
-# Where a reader finds how the UNet was trained, or does not.
+# {scheduler field or value: what it says about the UNet}
 SCHEDULES = {
     "v_prediction": "predicts the velocity (v-prediction)",
     "rescale_betas_zero_snr": "was trained down to a signal-to-noise ratio of zero",
 }
-TOLD_BY_FOLDERS = (
-    "`scheduler/scheduler_config.json` says so, and diffusers and dmm_jax obey it. ComfyUI and A1111 must be told."
+SCHEDULE_IN_FOLDERS = (
+    "`scheduler/scheduler_config.json` says so, and diffusers and dmm_jax obey it. "
+    "In ComfyUI and A1111, set it by hand."
 )
-TOLD_BY_FILES = """The file says so by empty tensors, which ComfyUI and A1111 read. diffusers does not; tell it:
+SCHEDULE_IN_FILES = """The file says so by empty tensors, which ComfyUI and A1111 read. For diffusers, set it:
 
 ```python
 pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, OPTIONS)
@@ -51,49 +52,51 @@ def card(
     family: str,
     parents: Mapping[str, Mapping],
     license: str,
-    measured: Mapping | None,
+    metrics: Mapping | None,
     has_grid: bool,
     schedule: Mapping,
 ) -> str:
     """Returns the text of a card, Markdown under a YAML head.
 
     Args:
-      formats: of what the card lies beside: "dmm" or "diffusers" in a folder; "single-file", "style-lora".
-      styles: of the merged model, in row order.
+      formats: the formats in the card's folder: "dmm" or "diffusers" alone; or "single-file", "style-lora" or both.
+      styles: the names of the merged model's styles, in row order.
       family: its architecture, by ModelSpec's name.
-      parents: `provenance.record` by "base" and style; empty where they are not to be told.
-      license: of all parents together.
-      measured: `evaluate`'s metrics.json, if it was run.
-      has_grid: whether grid.png lies beside it.
+      parents: `provenance.record` by "base" and style; empty if the card is not to name them.
+      license: the licences of all parents together.
+      metrics: the metrics.json that `evaluate` wrote, or None.
+      has_grid: whether the card's folder holds grid.png.
       schedule: the scheduler's config.
     """
     merged = f"{len(styles)} checkpoints distilled into one UNet (DMM, arXiv:2504.12364) with dmm_jax"
-    all_of_them = formats == ["dmm"]
-    what = f"{merged}; styles are selected and mixed per image." if all_of_them else f"One style or mix of {merged}."
-    parts = [_head(license, family, parents), f"# {_plain(title)}", what]
+    has_all_styles = formats == ["dmm"]
+    about = (
+        f"{merged}; styles are selected and mixed per image." if has_all_styles else f"One style or mix of {merged}."
+    )
+    parts = [_head(license, family, parents), f"# {_escaped(title)}", about]
     if has_grid:
         parts.append(f"![Samples of every style]({GRID})")
     parts += ["## Styles", _table(_style_rows(styles, parents))]
-    parts.append(f"Licences that the parents state: {_plain(license or licenses.UNKNOWN)}.")
-    if measured:
-        parts += ["## Measured", _table(_measured_rows(measured)), _recipe(measured)]
+    parts.append(f"Licences that the parents state: {_escaped(license or licenses.UNKNOWN)}.")
+    if metrics:
+        parts += ["## Measured", _table(_metric_rows(metrics)), _metric_notes(metrics)]
     parts += ["## Use", *(USE[fmt].replace("{styles}", json.dumps(styles[0])) for fmt in formats)]
     parts += _schedule(schedule, "single-file" in formats)
     return "\n\n".join(parts) + "\n"
 
 
 def _head(license, family, parents):
-    """Returns the YAML that hubs read; JSON's strings are YAML's."""
-    known = HUB_LICENSE.fullmatch(license) and license != licenses.UNKNOWN
-    lines = [f"license: {license}" if known else "license: other"]
-    if not known:
+    """Returns the YAML that hubs read. JSON's strings are valid in YAML."""
+    is_known = HUB_LICENSE.fullmatch(license) and license != licenses.UNKNOWN
+    lines = [f"license: {license}" if is_known else "license: other"]
+    if not is_known:
         lines.append(f"license_name: {json.dumps(license or licenses.UNKNOWN)}")
     tags = ["stable-diffusion-xl" if family == SDXL else "stable-diffusion", "text-to-image", "merge", "dmm"]
     lines += ["library_name: diffusers", "pipeline_tag: text-to-image", f"tags: {json.dumps(tags)}"]
-    named = [parent.get("hub", parent["file"]) for parent in parents.values()]
-    named = [name for name in dict.fromkeys(named) if HUB_NAME.fullmatch(name)]
-    if named:
-        lines += [f"base_model: {json.dumps(named)}", "base_model_relation: merge"]
+    names = dict.fromkeys(parent.get("hub", parent["file"]) for parent in parents.values())
+    names = [name for name in names if HUB_NAME.fullmatch(name)]
+    if names:
+        lines += [f"base_model: {json.dumps(names)}", "base_model_relation: merge"]
     return "\n".join(["---", *lines, "---"])
 
 
@@ -106,7 +109,7 @@ def _style_rows(styles, parents):
 
 
 def _hashes(parent):
-    """Returns what hubs find a parent's files by: the first ten digits of each one's SHA-256."""
+    """Returns the AutoV2 hashes by which hubs find a parent's files."""
     files = [file["autov2"] for file in parent.get("files", ())]
     loras = [f"{lora['autov2']} * {lora['weight']:g}" for lora in parent.get("loras", ())]
     return " + ".join([" ".join(files), *loras])
@@ -117,50 +120,47 @@ def _schedule(config, in_a_file) -> list[str]:
     options |= {"rescale_betas_zero_snr": True} if config.get("rescale_betas_zero_snr") else {}
     if not options:
         return []
-    said = " and ".join(text for name, text in SCHEDULES.items() if name in (*options, *options.values()))
-    told = TOLD_BY_FILES.replace("OPTIONS", ", ".join(f"{name}={value!r}" for name, value in options.items()))
-    return [
-        f"This UNet {said}: with other settings its pictures are noise. " + (told if in_a_file else TOLD_BY_FOLDERS)
-    ]
+    facts = " and ".join(text for name, text in SCHEDULES.items() if name in (*options, *options.values()))
+    arguments = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    where = SCHEDULE_IN_FILES.replace("OPTIONS", arguments) if in_a_file else SCHEDULE_IN_FOLDERS
+    return [f"This UNet {facts}: with other settings its pictures are noise. {where}"]
 
 
-def _measured_rows(measured):
-    columns = {"student": [row[k] for k, row in enumerate(measured["matrix"])]}
-    columns |= {name: measured[name] for name in ("floor", "base", *measured.get("weight_merges", ()))}
+def _metric_rows(metrics):
+    columns = {"student": [row[k] for k, row in enumerate(metrics["matrix"])]}
+    columns |= {name: metrics[name] for name in ("floor", "base", *metrics.get("weight_merges", ()))}
     yield ("style", *columns)
-    for number, style in enumerate(measured["styles"]):
+    for number, style in enumerate(metrics["styles"]):
         yield (style, *(f"{values[number]:.2f}" for values in columns.values()))
 
 
-def _recipe(measured):
-    said = {name: measured["settings"][name] for name in ("num_inference_steps", "guidance_scale", "solver")}
-    options = ", ".join(f"{name} {value}" for name, value in said.items())
-    return _plain(
-        f"{measured['distance']} to the style's own teacher over {measured['n']} pictures a style ({options}); the "
-        "floor is the teacher against itself with other noise."
+def _metric_notes(metrics):
+    settings = (f"{name} {metrics['settings'][name]}" for name in ("num_inference_steps", "guidance_scale", "solver"))
+    return _escaped(
+        f"{metrics['distance']} to the style's own teacher over {metrics['n']} pictures per style "
+        f"({', '.join(settings)}); the floor is the teacher compared with itself under other noise."
     )
 
 
 def _table(rows) -> str:
-    head, *others = ([_plain(cell) for cell in row] for row in rows)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *others))
+    head, *body = ([_escaped(cell) for cell in row] for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
 
 
-def _plain(text: str) -> str:
-    """Returns text that Markdown shows as it is, on one line."""
+def _escaped(text: str) -> str:
+    """Returns text that Markdown shows unchanged, on one line."""
     return SPECIAL.sub(r"\\\1", " ".join(str(text).split()))
 
 
 def grid_of(workdir: Location) -> Location | None:
-    """Returns the last sample grid that `train` drew into a workdir, or None."""
-    drawn = sorted((workdir / "samples").glob("step_*.png"))
-    return drawn[-1] if drawn else None
+    """Returns the path of the newest sample grid in a workdir, or None."""
+    return max((workdir / "samples").glob("step_*.png"), default=None)
 
 
-def measured_of(workdir: Location, styles: Sequence[str]) -> dict | None:
-    """Returns the metrics.json that `evaluate` wrote into a workdir for these styles, or None."""
+def metrics_of(workdir: Location, styles: Sequence[str]) -> dict | None:
+    """Returns the metrics.json in a workdir, if `evaluate` has written it for these styles, else None."""
     path = workdir / "report" / "metrics.json"
     if not path.is_file():
         return None
-    measured = json.loads(path.read_text(encoding="utf-8"))
-    return measured if list(measured["styles"]) == list(styles) else None
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    return metrics if list(metrics["styles"]) == list(styles) else None

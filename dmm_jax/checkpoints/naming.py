@@ -1,7 +1,7 @@
-"""THE naming rule between our parameters and PyTorch's state dicts: the path, joined by dots, is the key.
+"""The naming rule between our parameters and PyTorch's state dicts: the path, joined by dots, is the key.
 
-`kernel` becomes `weight` with output and input axes first; `scale` and `embedding` become `weight`; the others stay.
-One loop over the model's own parameters drives both directions. Only two spellings in the wild differ: old VAEs name
+`kernel` becomes `weight` with output and input axes first; `scale` and `embedding` become `weight`; other leaves keep
+their names. One loop over the model's own parameters drives both directions. Two other spellings exist: old VAEs name
 their attention `query, key, value, proj_attn`, and a text encoder's keys may lack the prefix `text_model.`.
 """
 
@@ -20,9 +20,9 @@ LEAVES = {
     "kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias",
     "running_mean": "running_mean", "running_var": "running_var", "class_embedding": "class_embedding",
 }  # fmt: skip
-POSITION_IDS = "position_ids"  # A buffer of old text encoders, often damaged by merging; always 0 to 76.
-IGNORED = (POSITION_IDS, "num_batches_tracked")  # The second tells how long a batch norm was trained.
-MOST_LISTED = 20
+POSITION_IDS = "position_ids"  # A buffer of old text encoders, 0 to 76, which merging often damages.
+IGNORED = (POSITION_IDS, "num_batches_tracked")  # The second counts the training steps of a batch norm.
+MAX_LISTED = 20
 
 Path = tuple[str | int, ...]
 
@@ -74,9 +74,9 @@ def from_torch(
     Args:
       abstract: the network's parameters, or their shapes.
       tensors: key to array, as a dict or a `TensorFile`; read one at a time.
-      dtype: of the result; None keeps each tensor's own.
-      where: says in errors what is being read.
-      check_finite: also look at every value.
+      dtype: the dtype of the result; None keeps each tensor's own.
+      where: the name of the state dict in errors.
+      check_finite: also check every value.
 
     Raises:
       CheckpointError: names every missing, unexpected and misshapen key at once, or every tensor with NaN or infinity.
@@ -90,7 +90,7 @@ def from_torch(
         read = functools.partial(_read, tensors, names[key], path, shapes[key], dtype)
         stored = np.asarray(tensors[names[key]]).reshape(shapes[key])
         array = _in_our_layout(path, stored, dtype)
-        # As it is stored where nothing is converted: looking through it in our order would copy it first.
+        # Without a conversion the stored array is checked: checking it in our layout would copy it first.
         if check_finite and not is_finite(stored if dtype is None else array):
             infinite.append(names[key])
         _insert(params, path, ComputedArray(read, array.shape, array.dtype) if names[key] in computed else array)
@@ -109,10 +109,10 @@ def _in_our_layout(path, stored, dtype):
 
 
 class ComputedArray:
-    """A host array that is computed each time it is read, and not kept: as light as a view of a file."""
+    """A host array that is computed each time it is read, and takes no memory in between."""
 
     def __init__(self, read: Callable[[], np.ndarray], shape: tuple[int, ...], dtype: np.dtype):
-        """Takes how to compute it, and what comes out."""
+        """Takes the function that computes the array, and its shape and dtype."""
         self._read, self.shape, self.dtype = read, shape, dtype
         self.ndim, self.size = len(shape), math.prod(shape)
 
@@ -124,12 +124,12 @@ class ComputedArray:
 
 
 def checked(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping, where: str) -> Tensors:
-    """Returns a network's state dict under today's keys, of which each tensor is checked when it is read.
+    """Returns a network's state dict under today's keys; each tensor is checked for NaN and infinity when it is read.
 
     Args:
       shapes: {key: shape} of the network.
       tensors: key to array, as a dict or a `TensorFile`.
-      where: says in errors what is being read.
+      where: the name of the state dict in errors.
 
     Raises:
       CheckpointError: names every missing, unexpected and misshapen key at once; on reading, a tensor with NaN or
@@ -157,20 +157,20 @@ def _not_finite(where, keys):
 
 
 def differences(expected: Mapping, tensors: Mapping) -> dict[str, list[str]]:
-    """Returns the keys that are missing, unexpected and misshapen, as they are to be shown.
+    """Returns {"missing", "unexpected", "misshapen": keys as messages show them}.
 
     Args:
       expected: {key: shape} of the network.
       tensors: a state dict; only shapes are read.
     """
     names = spellings(tensors)
-    found = {key: shape_of(tensors, names[key]) for key in expected if key in names}
+    shapes = {key: shape_of(tensors, names[key]) for key in expected if key in names}
     return {
-        "missing": [key for key in expected if key not in found],
+        "missing": [key for key in expected if key not in shapes],
         "unexpected": sorted(original for key, original in names.items() if key not in expected),
         "misshapen": [
             f"{key} (expected {expected[key]}, found {shape})"
-            for key, shape in found.items()
+            for key, shape in shapes.items()
             if not _same_shape(key, expected[key], shape)
         ],
     }
@@ -184,27 +184,27 @@ def report_differences(expected: Mapping, tensors: Mapping, where: str) -> None:
         raise CheckpointError(f"{where} does not fit the architecture:\n" + "\n".join(lines))
 
 
-def _same_shape(key, expected, found):
+def _same_shape(key, expected, shape) -> bool:
     # Old VAEs hold the attention's dense layers as 1x1 convolutions: the same numbers.
-    as_conv = key.rpartition(".")[0].endswith(tuple(OLD_ATTENTION.values())) and tuple(found) == (*expected, 1, 1)
-    return tuple(expected) == tuple(found) or as_conv
+    is_conv = key.rpartition(".")[0].endswith(tuple(OLD_ATTENTION.values())) and tuple(shape) == (*expected, 1, 1)
+    return tuple(expected) == tuple(shape) or is_conv
 
 
 def listed(keys: list[str]) -> str:
     """Joins keys for a message, the first twenty of them, control characters made visible."""
-    shown = ", ".join(printable(key) for key in keys[:MOST_LISTED])
-    return shown + (f" and {len(keys) - MOST_LISTED} more" if len(keys) > MOST_LISTED else "")
+    shown = ", ".join(printable(key) for key in keys[:MAX_LISTED])
+    return shown + (f" and {len(keys) - MAX_LISTED} more" if len(keys) > MAX_LISTED else "")
 
 
 def printable(text: str, length: int = 200) -> str:
-    """Returns text from a file fit for a terminal: no control characters, no more than `length` of it."""
+    """Returns text from a file that is safe for a terminal: at most `length` characters, none of them control ones."""
     return "".join(symbol if symbol.isprintable() else "?" for symbol in text[:length])
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Tells whether every value is finite in float32; works block by block, so that no second copy is made.
+    """Tells whether every value is finite in float32. It works block by block, without a copy of the array.
 
-    It looks at the bits: all of the exponent's are set in infinity and in NaN, and in nothing else.
+    It checks the bits of the exponent: all are set in infinity and in NaN, and in no other value.
     """
     if not jnp.issubdtype(array.dtype, jnp.floating):
         return True
@@ -217,7 +217,7 @@ def is_finite(array: np.ndarray) -> bool:
         return all((block & exponent).max() != exponent for block in bits)
 
 
-# Of the VAE's attention; the UNet's lies deeper, below `transformer_blocks`.
+# {old spelling: today's} in a VAE's attention. The UNet's attention is below `transformer_blocks`, so no key matches.
 OLD_ATTENTION = {
     f".mid_block.attentions.0.{old}": f".mid_block.attentions.0.{new}"
     for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items()
@@ -225,9 +225,9 @@ OLD_ATTENTION = {
 
 
 def spellings(tensors: Mapping) -> dict[str, str]:
-    """Maps each key as today's classes write it to the spelling in the file; leaves out buffers that are no parameters.
+    """Returns {key in today's spelling: its spelling in the file}, without buffers that are not parameters.
 
-    A tensor that stands in both spellings keeps them both, so that the old one is reported and not dropped.
+    A tensor that has both spellings keeps both, so that the old one is reported and not dropped.
     """
     keys = {key: None for key in tensors if key.rsplit(".", 1)[-1] not in IGNORED}
     bare_text = any(key.startswith("embeddings.token_embedding") for key in keys)

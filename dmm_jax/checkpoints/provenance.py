@@ -1,48 +1,156 @@
-"""Where a checkpoint comes from, as others can look it up: names, and the SHA-256 of the files that were read."""
+"""Records where a model comes from: names, licences and SHA-256 of checkpoints' files, and a run's parents.json.
 
+A run records its parents when it reads them. So an export needs none of them and names the files as they were then.
+"""
+
+import contextlib
 import hashlib
+import json
 import pathlib
 import re
+import threading
+from collections.abc import Iterator, Mapping
 
 from dmm_jax.checkpoints import licenses
 from dmm_jax.checkpoints.checkpoint import Checkpoint
-from dmm_jax.runtime.storage import Location
+from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.config import options as config_lib
+from dmm_jax.runtime import processes
+from dmm_jax.runtime.storage import Location, locate
 
-SHORT_HASH = 10  # Hexadecimal digits of a file's SHA-256 by which hubs call it ("AutoV2").
+SHORT_HASH = 10  # Hexadecimal digits of a file's SHA-256 that hubs show ("AutoV2").
 HUB_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")  # The folder of huggingface.co's ORGANISATION/NAME on a disk.
+PARENTS_FILE = "parents.json"
+BASE = "base"
 
 
 def record(checkpoint: Checkpoint, hashed: bool = True) -> dict:
-    """Returns what a recipe says of a parent, fit for JSON.
+    """Returns the entry of a parent in a recipe, ready for JSON.
 
     Args:
-      hashed: whether the files are read whole, for their hashes.
+      hashed: whether to read the files completely, for their hashes.
 
     Returns:
-      file: the checkpoint's name. license: that it states, or "unknown". files: those of its UNet, by name, with their
-      SHA-256 and its first ten digits. loras: the same of those that are folded in, with their weight. hub: its name
-      on the hub that its folder is a copy of, where the path tells it.
+      file: the checkpoint's name. license: the licence that it states, or "unknown". files: the files of its UNet, by
+      name, with their SHA-256 and its first ten digits. loras: the same for the LoRAs that are folded in, with their
+      weights. hub: its name on the hub, if its path shows that it is a copy from there.
     """
-    root, base = checkpoint.root or checkpoint.path, {}
-    hub = HUB_CACHE.search(str(root))
+    entry = {"file": checkpoint.name, "license": checkpoint.license or licenses.UNKNOWN}
+    hub = HUB_CACHE.search(str(checkpoint.root))
     if hub:
-        base["hub"] = f"{hub[1]}/{hub[2]}"
+        entry["hub"] = f"{hub[1]}/{hub[2]}"
     if hashed:
-        base["files"] = [file_hashes(path, root) for path in unet_files(checkpoint)]
+        entry["files"] = [file_hashes(path, checkpoint.root) for path in unet_files(checkpoint)]
         if checkpoint.loras:
-            base["loras"] = [file_hashes(lora.path) | {"weight": lora.weight} for lora in checkpoint.loras]
-    return {"file": checkpoint.name, "license": checkpoint.license or licenses.UNKNOWN, **base}
+            entry["loras"] = [file_hashes(lora.path, lora.path) | {"weight": lora.weight} for lora in checkpoint.loras]
+    return entry
 
 
 def unet_files(checkpoint: Checkpoint) -> list[pathlib.Path]:
-    """Returns the files that hold a checkpoint's UNet, without those of LoRAs; none of a workdir."""
-    root = checkpoint.root or checkpoint.path
+    """Returns the files that hold a checkpoint's UNet, without those of LoRAs; an empty list for a workdir."""
+    root = checkpoint.root
     return [file for file in checkpoint.files if file == root or file.parent == root / "unet"]
 
 
-def file_hashes(path: pathlib.Path, root: Location | None = None) -> dict[str, str]:
-    """Returns a file's name (below `root`, if that is its folder), its SHA-256 and what hubs call it by."""
+def file_hashes(path: pathlib.Path, root: Location) -> dict[str, str]:
+    """Returns a file's name in its checkpoint, its SHA-256 and the short form that hubs show."""
+    digest = sha256(path)
+    return {"file": relative_name(path, root), "sha256": digest, "autov2": digest[:SHORT_HASH]}
+
+
+def relative_name(path: pathlib.Path, root: Location) -> str:
+    """Returns the name of a file in its checkpoint: relative to `root`, or the file's own if it is `root`."""
+    return path.name if path == root else path.relative_to(root).as_posix()
+
+
+def sha256(path: pathlib.Path) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    name = path.name if root in (None, path) else path.relative_to(root).as_posix()
-    return {"file": name, "sha256": digest, "autov2": digest[:SHORT_HASH]}
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def record_parents(workdir: Location, config) -> Iterator[None]:
+    """Writes parents.json in a thread, which hashes the parents' files while the block runs; waits for it at the end.
+
+    If the block fails, the thread is not waited for. An error in the thread is printed and does not stop the run: an
+    export then opens the parents itself.
+    """
+    if not processes.is_first():
+        yield
+        return
+
+    def write():
+        try:
+            parents = parents_of_config(config)
+            (workdir / PARENTS_FILE).write_text(json.dumps(parents, indent=2, sort_keys=True) + "\n")
+        except Exception as error:  # The file system's, or any that the client of a bucket raises.
+            processes.say(f"{workdir / PARENTS_FILE} was not written: {error}")
+
+    thread = threading.Thread(target=write, name=PARENTS_FILE, daemon=True)
+    thread.start()
+    yield
+    thread.join()
+
+
+def parents_of_workdir(workdir: Location, hashed: bool = True) -> dict[str, dict]:
+    """Returns the `record` of each of a run's parents, by "base" and style, with the licences that its config states.
+
+    Args:
+      hashed: whether the files' hashes are needed. Without them, a parent that is missing has an unknown licence.
+
+    Raises:
+      CheckpointError: the run has no complete parents.json, and a parent cannot be opened.
+    """
+    config = config_lib.load(workdir)
+    stated = config_lib.licenses(config)
+    parents = _read_parents(workdir, config) or parents_of_config(config, hashed)
+    return {name: parent | {"license": stated.get(name) or parent["license"]} for name, parent in parents.items()}
+
+
+def _read_parents(workdir, config) -> dict | None:
+    """Returns the contents of parents.json, or None if it is missing, cut off, or about other styles."""
+    try:
+        parents = json.loads((workdir / PARENTS_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(parents, dict) or set(parents) != {BASE, *config_lib.style_names(config)}:
+        return None
+    return parents if all("file" in parent and "license" in parent for parent in parents.values()) else None
+
+
+def parents_of_config(config, hashed: bool = True) -> dict[str, dict]:
+    """Returns the `record` of each parent: the base, and each style's teacher in row order. Opens the checkpoints.
+
+    For the older styles of a grown student it returns the records of the older run, or of the DMM folder that it is.
+
+    Raises:
+      CheckpointError: hashes are asked for, and a parent cannot be opened.
+    """
+    parents = {BASE: _record_of_path(BASE, config.base, config, hashed)}
+    if config.grow.student:
+        path, old_names = locate(config.grow.student), config_lib.kept_styles(config)
+        if (path / "config.json").is_file():
+            older = parents_of_workdir(path, hashed)
+        else:
+            older = dict.fromkeys(old_names.values(), _record_of_path("grow.student", path, config, hashed))
+        parents |= {name: older[old_name] for name, old_name in old_names.items()}
+    return parents | {name: _record_of_path(name, path, config, hashed) for name, path in config.teachers}
+
+
+def _record_of_path(name, path, config, hashed) -> dict:
+    try:
+        return record(open_checkpoint(path, prediction_type=config.prediction_type), hashed)
+    except (CheckpointError, OSError) as error:
+        if not hashed:
+            return {"file": pathlib.Path(path).name, "license": licenses.UNKNOWN}
+        raise CheckpointError(
+            f"the recipe names every parent with its hash, and {name} cannot be read: {error} Put it back, or leave "
+            "the recipe out: --no-recipe."
+        ) from error
+
+
+def parent_names(parents: Mapping[str, Mapping]) -> list[str]:
+    """Returns the names of the parents' checkpoints, each once."""
+    return list(dict.fromkeys(parent["file"] for parent in parents.values()))

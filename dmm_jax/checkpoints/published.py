@@ -1,7 +1,4 @@
-"""The configurations that Stable Diffusion's networks were published with, for work that has no file to read them from.
-
-What a checkpoint's own files say always comes first.
-"""
+"""The configs that Stable Diffusion's networks were published with, for planning and benchmarks without checkpoints."""
 
 import pathlib
 from collections.abc import Mapping
@@ -49,7 +46,7 @@ _SDXL_UNET = _SD15_UNET | {
     "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
 }  # fmt: skip
 
-# {name: {component: config.json}}, with the schedule beside the networks.
+# {name: {component or "scheduler": config}}.
 CONFIGS = {
     "sd15": {"unet": _SD15_UNET, "vae": _VAE, "text_encoder": _CLIP_L, "scheduler": scheduler_config(SD1)},
     "sd21": {
@@ -69,14 +66,13 @@ CONFIGS = {
 
 
 def checkpoint(name: str, configs: Mapping[str, Mapping] = CONFIGS) -> Checkpoint:
-    """Returns a checkpoint of published configurations without tensors, for what needs shapes alone.
+    """Returns a checkpoint of published configs without tensors, for callers that need shapes alone.
 
     Raises:
-      ValueError: there is no such name.
+      UserError: the name is unknown.
     """
     if name not in configs:
         raise UserError(f"there is no published architecture {name!r}; there are {', '.join(configs)}.")
-    parts = dict(configs[name])
-    scheduler = dict(parts.pop("scheduler"))
-    components = {part: Component(dict(config), dict) for part, config in parts.items()}
+    components = {part: Component(dict(config), dict) for part, config in configs[name].items() if part != "scheduler"}
+    scheduler = dict(configs[name]["scheduler"])
     return Checkpoint(pathlib.Path(name), "published", components, scheduler, None, None)

@@ -1,9 +1,8 @@
-"""Training states on disk: Orbax, written asynchronously, named by step; the only file that knows its interface."""
+"""Saves and restores training states with Orbax: asynchronously, named by step. No other file calls Orbax."""
 
 import contextlib
 import json
 import os
-import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,23 +16,24 @@ from jax.experimental import multihost_utils
 from dmm_jax.checkpoints import checksums
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.runtime.errors import UserError
+from dmm_jax.runtime.processes import say
 from dmm_jax.runtime.storage import in_bucket, locate
 
-STATE, RECORD = "state", "record"  # What a step holds: the arrays; what they are, their checksums, and the notes.
+STATE, RECORD = "state", "record"  # The items of a step: its arrays; their dtypes, shapes, checksums, and the notes.
 
 
 class Damaged(Exception):
-    """What is stored of a step is not what was saved."""
+    """The stored files of a step differ from what was saved."""
 
 
 class StateStore:
-    """The `checkpoints` folder of a workdir; a context manager, so that no save is left unfinished."""
+    """The `checkpoints` folder of a workdir. It is a context manager, which finishes every save before it returns."""
 
-    def __init__(self, workdir: str | os.PathLike, *, kept: int = 0, kept_every: int = 0):
-        """Opens or makes the folder; `kept` of the last saves are kept (0: all), and every `kept_every`-th step."""
+    def __init__(self, workdir: str | os.PathLike, *, keep_last: int = 0, keep_every: int = 0):
+        """Opens or makes the folder; the newest `keep_last` saves stay (0: all), and every `keep_every`-th step."""
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=kept or None,
-            keep_period=kept_every or None,
+            max_to_keep=keep_last or None,
+            keep_period=keep_every or None,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
         )
@@ -59,12 +59,12 @@ class StateStore:
         return self._manager.latest_step()
 
     def save(self, step: int, state, notes: Mapping[str, Any] | None = None) -> None:
-        """Starts to save `state` unless `step` is there already; returns before it is written.
+        """Starts to save `state` unless `step` is saved already; returns before it is written.
 
-        Its checksums are computed on the devices, which read it once for them, and saved beside it.
+        The checksums are computed on the devices, which read the state once for them, and saved with it.
 
         Args:
-          notes: more about the step, as JSON holds it.
+          notes: further facts about the step, ready for JSON.
         """
         if step != self.latest_step:
             record = {"leaves": checksums.of_tree(state), "notes": dict(notes or {})}
@@ -72,9 +72,9 @@ class StateStore:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def resume(self, state) -> tuple[int, Any]:
-        """Returns step and state of the newest checkpoint that is as it was saved; 0 and `state` where there is none.
+        """Returns step and state of the newest sound checkpoint; 0 and `state` if nothing is saved.
 
-        Damaged ones are named on stderr and moved aside, so that their steps can be saved again.
+        It names damaged checkpoints on stderr and moves them aside, so that their steps can be saved again.
 
         Raises:
           CheckpointError: all are damaged, or the newest sound one does not fit `state`.
@@ -89,23 +89,23 @@ class StateStore:
         return 0, state
 
     def notes(self, step: int) -> dict[str, Any]:
-        """Returns what was noted of a step that can be read."""
+        """Returns the notes that were saved with a sound step."""
         record = _record(self._folder(step))
         return record["notes"] if record else {}
 
-    def _move_aside(self, step, damage, others):
+    def _move_aside(self, step, damage, earlier_steps):
         folder = self._folder(step)
-        if not others:
+        if not earlier_steps:
             raise CheckpointError(
                 f"{folder} is damaged ({damage}) and there is no other checkpoint. "
-                f"Move {folder.parent} away to start anew."
+                f"Move {folder.parent} away to start again from step 0."
             )
+        say(f"{folder} is damaged ({damage}): going back to step {earlier_steps[-1]}.")
         if jax.process_index() == 0:
-            print(f"{folder} is damaged ({damage}): going back to step {others[-1]}.", file=sys.stderr, flush=True)
             aside = folder.with_name(f"damaged_{step}")
             aside.rmtree(missing_ok=True)
             folder.rename(aside)
-        with _agreed():  # Wait until it is done.
+        with _agreed():  # All processes wait here until the folder is renamed.
             pass
         self._manager.reload()
 
@@ -127,7 +127,7 @@ class StateStore:
             raise CheckpointError(f"{self._folder(step)} is damaged ({damage}).") from damage
 
     def _read(self, step, abstract):
-        """Returns a state and compares its checksums; all processes of a run return, or raise, alike."""
+        """Returns a state whose checksums are right; all processes of a run return together, or raise together."""
         folder = self._folder(step)
         with _agreed():
             record = _record(folder)
@@ -137,14 +137,14 @@ class StateStore:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), abstract
         )
         try:
-            with _agreed(), _told_as_damage():
-                # The manager's own reading ends in a barrier, where all would wait for a process that has failed.
+            with _agreed(), _errors_as_damage():
+                # The manager's own restore ends in a barrier, where all would wait for a process that has failed.
                 state = ocp.StandardCheckpointHandler().restore(folder / STATE, args=ocp.args.StandardRestore(shapes))
         except Damaged as damage:
             if record:
                 raise
             raise CheckpointError(
-                f"{folder} cannot be restored, and holds no checksums that would tell whether it is damaged or does "
+                f"{folder} cannot be restored, and holds no checksums that would show whether it is damaged or does "
                 f"not fit the config: {damage}. Use the config that it was saved with, or move it away."
             ) from damage
         if record:
@@ -162,10 +162,10 @@ def _crc(record) -> int:
 
 
 def _record(folder: epath.Path) -> dict | None:
-    """Reads what was saved beside a state: {"leaves": {path: [dtype, shape, checksum]}, "notes"}; None of old steps.
+    """Returns the record of a step: {"leaves": {path: [dtype, shape, checksum]}, "notes"}; None if it has none.
 
     Raises:
-      Damaged: it was saved, and cannot be read or is not what was saved.
+      Damaged: the record was saved, and is unreadable or changed.
     """
     try:
         if not (folder / RECORD).exists():
@@ -174,43 +174,44 @@ def _record(folder: epath.Path) -> dict | None:
                 return None
         record = json.loads((folder / RECORD / "metadata").read_text())
         if record.pop("crc32") != _crc(record):
-            raise UserError("its checksum is not the one of what it holds")
+            raise UserError("its checksum does not match its contents")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise Damaged(f"{RECORD}: {_first_line(error)}") from error
     return record
 
 
 def _check_fits(folder, leaves, abstract) -> None:
-    """Raises CheckpointError that names what differs between what was saved and what is wanted."""
-    wanted = {path: list(checksums.kind(leaf)) for path, leaf in checksums.paths(abstract).items()}
+    """Raises CheckpointError if the saved arrays do not have the paths, dtypes and shapes of `abstract`."""
+    expected = {path: list(checksums.kind(leaf)) for path, leaf in checksums.paths(abstract).items()}
     saved = {path: leaf[:2] for path, leaf in leaves.items()}
-    differing = sorted(path for path in wanted.keys() | saved.keys() if wanted.get(path) != saved.get(path))
+    differing = sorted(path for path in expected.keys() | saved.keys() if expected.get(path) != saved.get(path))
     if differing:
         path = differing[0]
         raise CheckpointError(
             f"{folder} cannot be restored: it does not fit the config in {len(differing)} arrays. {path} was saved as "
-            f"{_told(saved.get(path))}; expected {_told(wanted.get(path))}. Use the config that it was saved with, or "
-            "another --workdir."
+            f"{_dtype_and_shape(saved.get(path))}; expected {_dtype_and_shape(expected.get(path))}. "
+            "Use the config that it was saved with, or another --workdir."
         )
 
 
-def _told(leaf) -> str:
+def _dtype_and_shape(leaf) -> str:
     return f"{leaf[0]}{leaf[1]}" if leaf else "nothing"
 
 
 def _compare(state, leaves) -> None:
-    found = checksums.of_tree(state)
-    differing = [path for path, leaf in found.items() if leaf != leaves.get(path)]
+    """Raises Damaged if the checksums of a state are not those of its record."""
+    differing = [path for path, leaf in checksums.of_tree(state).items() if leaf != leaves.get(path)]
     if differing:
         others = f" and {len(differing) - 1} other arrays" if len(differing) > 1 else ""
         raise Damaged(f"{differing[0]}{others}: the values are not those that were saved")
 
 
 @contextlib.contextmanager
-def _told_as_damage() -> Iterator[None]:
+def _errors_as_damage() -> Iterator[None]:
+    """Raises Damaged for any error of the block."""
     try:
         yield
-    except Exception as error:  # TensorStore's and Orbax's have no common class.
+    except Exception as error:  # The errors of TensorStore and Orbax have no common class.
         raise Damaged(_first_line(error)) from error
 
 
@@ -220,23 +221,23 @@ def _first_line(error) -> str:
 
 @contextlib.contextmanager
 def _agreed() -> Iterator[None]:
-    """Lets all processes raise Damaged when the block does so in one of them."""
+    """Raises Damaged in all processes if the block does so in one of them."""
     damage = None
     try:
         yield
     except Damaged as error:
         damage = error
-    found = damage is not None
+    any_damage = damage is not None
     if jax.process_count() > 1:
-        found = multihost_utils.process_allgather(np.asarray(found)).any()
-    if found:
+        any_damage = multihost_utils.process_allgather(np.asarray(any_damage)).any()
+    if any_damage:
         raise damage or Damaged("another process cannot read its part")
 
 
 def restore_student(workdir: str | os.PathLike, abstract) -> dict:
-    """Reads the newest student of a run, its average where one is kept, as float32 host arrays; moments stay on disk.
+    """Returns the newest student of a run as float32 host arrays: its moving average, if the run keeps one.
 
-    A damaged one is named on stderr, and the one before it read.
+    It names damaged checkpoints on stderr and reads the one before. The optimiser's moments are not read.
 
     Raises:
       CheckpointError: the run has saved nothing yet, or all is damaged.
@@ -253,19 +254,19 @@ def restore_student(workdir: str | os.PathLike, abstract) -> dict:
         except Damaged as damage:
             if not steps:
                 raise CheckpointError(f"{path} is damaged ({damage}) and there is no other checkpoint.") from damage
-            print(f"{path} is damaged ({damage}): reading step {steps[-1]}.", file=sys.stderr, flush=True)
+            say(f"{path} is damaged ({damage}): reading step {steps[-1]}.")
 
 
 def _student(folder, abstract) -> dict:
     record, reader = _record(folder), ocp.PyTreeCheckpointHandler()
-    with _told_as_damage():
+    with _errors_as_damage():
         saved = reader.metadata(folder / STATE)
         name = "ema" if "ema" in getattr(saved, "tree", saved) else "params"
         item = {name: jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract)}
         arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-        found = reader.restore(
+        restored = reader.restore(
             folder / STATE, args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
         )
     if record:
-        _compare(found, record["leaves"])
-    return found[name]
+        _compare(restored, record["leaves"])
+    return restored[name]

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dmm_jax.checkpoints.open import CELL, Checkpoint, open_checkpoint
+from dmm_jax.checkpoints.architecture import CELL
+from dmm_jax.checkpoints.checkpoint import Checkpoint
+from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.config import arguments, checks
 from dmm_jax.data.cache import LatentCache
 from dmm_jax.data.fill_cache import check_place, encode_images

@@ -10,11 +10,10 @@ import ml_collections
 import numpy as np
 
 from dmm_jax.checkpoints.checkpoint import Checkpoint
-from dmm_jax.checkpoints.compare import teacher_obstacles
+from dmm_jax.checkpoints.compare import teacher_problems
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
-from dmm_jax.checkpoints.styles import select
-from dmm_jax.checkpoints.write import fold
+from dmm_jax.checkpoints.styles import fold_style, select_styles
 from dmm_jax.config import options as config_lib
 from dmm_jax.distill.teachers import BatchRow
 from dmm_jax.models.unet_2d_condition import style_mlp_name
@@ -51,8 +50,8 @@ def old_student(config, base: Checkpoint) -> Checkpoint | None:
     """
     if not config.grow.student:
         return None
-    student = select(open_checkpoint(config.grow.student), config_lib.kept_styles(config))
-    problems = teacher_obstacles(base, f"grow.student ({student.path})", fold(student, one_hot(student, 0)))
+    student = select_styles(open_checkpoint(config.grow.student), config_lib.kept_styles(config))
+    problems = teacher_problems(base, f"grow.student ({student.path})", fold_style(student, one_hot(student, 0)))
     for component in ("vae", *base.text_encoders):
         if student.has(component) and student.digest(component) != base.digest(component):
             problems.append(f"grow.student ({student.path}) was trained with another {component} than the base's.")
@@ -97,4 +96,4 @@ def origins(config) -> dict[str, Checkpoint]:
 
 
 def _folded(student: Checkpoint) -> dict[str, Checkpoint]:
-    return {name: fold(student, one_hot(student, row)) for row, name in enumerate(student.styles)}
+    return {name: fold_style(student, one_hot(student, row)) for row, name in enumerate(student.styles)}

@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from dmm_jax.checkpoints.architecture import CELL
+from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.compare import check_mergeable
-from dmm_jax.checkpoints.open import CELL, Checkpoint, open_checkpoint
+from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.config import arguments
 from dmm_jax.config import options as config_lib
 from dmm_jax.data import prepare

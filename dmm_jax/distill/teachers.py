@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dmm_jax.checkpoints.abstract import abstract_params
-from dmm_jax.checkpoints.open import Checkpoint
+from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.models import layers
 from dmm_jax.runtime import sharding
 
@@ -51,7 +51,7 @@ def missing_text_encoders(base: Checkpoint, teachers: Mapping[str, Checkpoint]) 
     """Returns a sentence for each teacher that lacks text encoders and uses the base's."""
     lines = []
     for name, teacher in teachers.items():
-        missing = [it for it in base.text_encoders if not teacher.has(it) or it in teacher.borrowed]
+        missing = [it for it in base.text_encoders if not teacher.has(it) or it in teacher.from_base]
         if missing:
             lines.append(f"Teacher {name!r} has no {' and no '.join(missing)}: it uses the base's.")
     return lines

@@ -3,9 +3,9 @@
 import functools
 from collections.abc import Sequence
 
-from dmm_jax.checkpoints.average import networks_of, parse_method
+from dmm_jax.checkpoints.average import networks_of
 from dmm_jax.checkpoints.checkpoint import Checkpoint
-from dmm_jax.checkpoints.merge import METHODS, merged
+from dmm_jax.checkpoints.merge_methods import METHODS, merge_networks, parse_method
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.config import options as config_lib
 from dmm_jax.distill.incremental import origins
@@ -44,7 +44,7 @@ class Models:
     def merged(self, method: str) -> Pipeline:
         """One network of the teachers' weights, text encoders included: what merging was before distillation."""
         teachers = list(self._teachers.values())
-        found = merged(self._base, teachers, parse_method(method, len(teachers)), networks_of(self._base))
+        found = merge_networks(self._base, teachers, parse_method(method, len(teachers)), networks_of(self._base))
         return self._stock.with_unet(found.params("unet")).with_text_encoders(found.text_params())
 
     def digests(self) -> dict[str, dict[str, str]]:

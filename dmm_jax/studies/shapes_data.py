@@ -11,7 +11,8 @@ import numpy as np
 
 from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
-from dmm_jax.checkpoints.write import Recipe, write_single_file
+from dmm_jax.checkpoints.modelspec import Recipe
+from dmm_jax.checkpoints.write import write_single_file
 from dmm_jax.data.cache import LatentCache, partial_folder
 from dmm_jax.data.cache_writer import CacheWriter
 from dmm_jax.distill.teacher_samples import prepare_cache

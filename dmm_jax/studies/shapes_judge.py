@@ -8,8 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from safetensors.numpy import load_file, save_file
 
-from dmm_jax.checkpoints.average import parse_method
-from dmm_jax.checkpoints.merge import METHODS, merged
+from dmm_jax.checkpoints.merge_methods import METHODS, merge_networks, parse_method
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.evaluation.evaluate import OTHER_SEED, TEACHER_SEED
 from dmm_jax.evaluation.frechet import Statistics, frechet_distance
@@ -55,7 +54,7 @@ class Judge:
         teachers = [open_checkpoint(teacher_path(self.out, name)) for name in STYLES]
         unets = {"base": self.base.params("unet")}
         for method in METHODS:
-            unets[method] = merged(self.base, teachers, parse_method(method, len(teachers))).params("unet")
+            unets[method] = merge_networks(self.base, teachers, parse_method(method, len(teachers))).params("unet")
         features = {name: self._sample(self.stock.with_unet(unet), None, first_seed) for name, unet in unets.items()}
         distances = {name: self._distances(dict.fromkeys(STYLES, values)) for name, values in features.items()}
         floor = {name: self._sample(self._teacher(name), None, first_seed) for name in STYLES}

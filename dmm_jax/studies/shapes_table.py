@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dmm_jax.checkpoints.merge import METHODS
+from dmm_jax.checkpoints.merge_methods import METHODS
 from dmm_jax.evaluation import figures
 from dmm_jax.studies.shapes_rows import ROWS
 

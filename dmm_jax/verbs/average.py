@@ -24,7 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Writes the average and prints its path."""
+    """Writes the average; prints its path, and on stderr how each network was made."""
     from dmm_jax.checkpoints.average import average
+    from dmm_jax.runtime.processes import say
 
-    print(average(**options.keywords(args)))
+    result = average(**options.keywords(args))
+    for note in result.notes:
+        say(note)
+    print(result.path)

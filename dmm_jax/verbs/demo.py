@@ -22,7 +22,8 @@ def main(args: argparse.Namespace) -> None:
     """Inspects, prepares, trains, evaluates, exports and samples in the workdir; resumes a demo that was stopped."""
     from dmm_jax import train
     from dmm_jax.checkpoints.export import export
-    from dmm_jax.checkpoints.inspect import inspect, render
+    from dmm_jax.checkpoints.inspect import inspect
+    from dmm_jax.checkpoints.inspect_text import render
     from dmm_jax.config import checks
     from dmm_jax.data.prepare import prepare_images
     from dmm_jax.evaluation.evaluate import evaluate

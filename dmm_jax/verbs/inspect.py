@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Prints the report; returns 1 if the checkpoints cannot be merged, with the reasons on stderr."""
-    from dmm_jax.checkpoints.inspect import inspect, render
+    from dmm_jax.checkpoints.inspect import inspect
+    from dmm_jax.checkpoints.inspect_text import render
 
     report = inspect(args.checkpoints, args.deep, args.hash, args.prediction_type)
     print(json.dumps(report, indent=2) if args.json else render(report))

@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
         extra_styles=args.extra_style,
         prediction_type=args.prediction_type,
     )
-    for line in pipeline.source.loans:
+    for line in pipeline.source.fallbacks:
         print(line, file=sys.stderr, flush=True)
     samples = sample(
         pipeline,

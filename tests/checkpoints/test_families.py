@@ -1,4 +1,4 @@
-"""Stable Diffusion 2 and XL on the whole road: opened, trained, sampled, exported, drawn from by stock diffusers."""
+"""Stable Diffusion 2 and XL from end to end: opened, trained, sampled, exported, sampled by stock diffusers."""
 
 import dataclasses
 import json
@@ -10,9 +10,11 @@ import pytest
 
 from dmm_jax import train
 from dmm_jax.checkpoints import write
+from dmm_jax.checkpoints.checkpoint import Component
 from dmm_jax.checkpoints.formats import style_lora
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
-from dmm_jax.checkpoints.open import Component, open_checkpoint
+from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.styles import fold_style
 from dmm_jax.config import options as config_lib
 from dmm_jax.data.prepare import prepare_images
 from dmm_jax.distill.objective import Inputs
@@ -32,9 +34,9 @@ diffusers = pytest.importorskip("diffusers")
 MIX = {"left": 0.7, "right": 0.3}
 PROMPTS, NEGATIVE = ["a large red circle", "a small blue star"], "green"
 STEPS, GUIDANCE = 4, 3.0
-SOLVERS = {"sd2": "ddim", "sdxl": "euler"}  # Of the stock checkpoints' own schedulers.
+SOLVERS = {"sd2": "ddim", "sdxl": "euler"}  # Those of the stock checkpoints' schedulers.
 SIZES = {"original_size": (48, 96), "crops_coords_top_left": (4, 8), "target_size": (64, 32)}
-TOLERANCE = 1e-5  # Of the maximum.
+TOLERANCE = 1e-5  # Relative to the maximum.
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,9 @@ def student(request, tmp_path_factory):
 def exports(student, tmp_path_factory):
     """Every format in float32."""
     out, weights = tmp_path_factory.mktemp("exports"), np.array(list(MIX.values()), np.float32)
-    return {fmt: write.write(out, fmt, student[2], weights, "float32", families.RECIPE) for fmt in write.CHECKPOINTS}
+    return {
+        fmt: write.write_format(out, fmt, student[2], weights, "float32", families.RECIPE) for fmt in write.CHECKPOINTS
+    }
 
 
 def opened_by_diffusers(family, exports, fmt):
@@ -91,42 +95,43 @@ def draw(pipeline, family, **options):
 
 
 @pytest.mark.parametrize("fmt", ["diffusers", "single-file"])
-def test_diffusers_predicts_and_draws_from_an_export_what_we_do_from_the_student(student, exports, fmt):
+def test_diffusers_and_we_predict_and_sample_the_same(student, exports, fmt):
     family = student[0]
-    theirs, ours = opened_by_diffusers(family, exports, fmt), Pipeline.from_pretrained(exports["dmm"])
+    their_pipeline, our_pipeline = opened_by_diffusers(family, exports, fmt), Pipeline.from_pretrained(exports["dmm"])
     stock = Pipeline.from_pretrained(exports[fmt], base=exports["diffusers"])
 
     text, timesteps = stock.encode_prompts(PROMPTS), np.array([7, 800])
     ids = np.array([[64, 64, 0, 0, 64, 64], [48, 96, 4, 8, 64, 32]], np.float32)
     added = text.added_cond(jnp.asarray(ids))
-    given = None if added is None else {name: torch.from_numpy(np.array(leaf)) for name, leaf in added.items()}
+    their_added = None if added is None else {name: torch.from_numpy(np.array(leaf)) for name, leaf in added.items()}
     with torch.no_grad():
         states = torch.from_numpy(np.array(text.encoder_hidden_states))
         inputs = (channels_first(noise()), torch.from_numpy(timesteps), states)
-        expected = theirs.unet(*inputs, added_cond_kwargs=given).sample
+        expected = their_pipeline.unet(*inputs, added_cond_kwargs=their_added).sample
     inputs = (jnp.asarray(noise()), jnp.asarray(timesteps), text.encoder_hidden_states)
-    found = stock.unet(*inputs, added_cond=added).sample
-    assert families.error(found, expected) < TOLERANCE
+    sample = stock.unet(*inputs, added_cond=added).sample
+    assert families.error(sample, expected) < TOLERANCE
 
     sizes = SIZES if family == "sdxl" else {}
     for negative in (None, NEGATIVE):
         options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "height": 64, "width": 64, **sizes}
         negatives = None if negative is None else [negative] * 2
-        images = theirs(
+        latents = their_pipeline(
             PROMPTS, negative_prompt=negatives, latents=channels_first(noise()), output_type="latent", **options
         ).images
-        assert families.error(draw(ours, family, styles=MIX, negative_prompts=negative, **sizes), images) < TOLERANCE
+        our_latents = draw(our_pipeline, family, styles=MIX, negative_prompts=negative, **sizes)
+        assert families.error(our_latents, latents) < TOLERANCE
 
 
-def test_verify_agrees_and_a_style_file_makes_the_style_of_the_base_mix_in_diffusers(student, tmp_path):
-    """Of Stable Diffusion 2 on a schedule of zero terminal SNR, which is where samplers part."""
+def test_a_style_lora_turns_the_base_mix_into_the_style_in_diffusers(student, tmp_path):
+    """Stable Diffusion 2 has a schedule of zero terminal SNR here, on which samplers tend to differ."""
     family, source, weights = student[0], student[2], np.array(list(MIX.values()), np.float32)
     if family == "sd2":
         zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         source = dataclasses.replace(source, scheduler_config=source.scheduler_config | zero)
     equal = style_lora.equal_parts(source.styles)
     storage = {
-        name: write.write_folder(tmp_path / name, write.fold(source, mix), "float32", families.RECIPE)
+        name: write.write_folder(tmp_path / name, fold_style(source, mix), "float32", families.RECIPE)
         for name, mix in (("base", equal), ("style", weights))
     }
     verify.verify({"diffusers": storage["style"]})
@@ -137,15 +142,15 @@ def test_verify_agrees_and_a_style_file_makes_the_style_of_the_base_mix_in_diffu
     before = base.unet.time_embedding.linear_2.bias.detach().clone()
     base.load_lora_weights(tmp_path, weight_name=path.name, local_files_only=True)
     base.fuse_lora()
-    after, wanted = (pipe.unet.time_embedding.linear_2 for pipe in (base, style))
+    after, expected = (pipe.unet.time_embedding.linear_2 for pipe in (base, style))
     after = getattr(after, "base_layer", after).bias
-    assert (before - wanted.bias).abs().max() > 1e-2 and (after - wanted.bias).abs().max() < 1e-6
+    assert (before - expected.bias).abs().max() > 1e-2 and (after - expected.bias).abs().max() < 1e-6
 
 
 def test_an_export_comes_back_bit_for_bit(student, exports):
     weights = np.array(list(MIX.values()), np.float32)
     for fmt, path in exports.items():
-        source = student[2] if fmt == "dmm" else write.fold(student[2], weights)
+        source = student[2] if fmt == "dmm" else fold_style(student[2], weights)
         back = open_checkpoint(path)
         assert back.kind == fmt and set(back.components) == set(source.components)
         assert back.architecture == source.architecture and back.prediction_type == source.prediction_type
@@ -155,8 +160,8 @@ def test_an_export_comes_back_bit_for_bit(student, exports):
             assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
 
 
-def test_a_dmm_folder_of_xl_names_the_style_mlp_beside_xls_own(xl, tmp_path):
-    out = write.write(tmp_path, "dmm", open_checkpoint(xl[1]), None, "float16", families.RECIPE)
+def test_a_dmm_folder_of_xl_holds_the_style_mlp_and_xls_own(xl, tmp_path):
+    out = write.write_format(tmp_path, "dmm", open_checkpoint(xl[1]), None, "float16", families.RECIPE)
     config, index = (json.loads((out / name).read_text()) for name in ("unet/config.json", "model_index.json"))
     assert config["addition_embed_type"] == "model_merge_xl" and config["num_models"] == 2
     assert index["unet"] == ["modeling.dmm_unet", "DMMUNet2DConditionModel"]
@@ -173,7 +178,7 @@ def test_an_xl_run_learns_and_validates(xl):
 
 
 def test_the_discriminator_of_xl_starts_near_chance_and_moves(xl):
-    """Of 2 N classes, behind a backbone that is told sizes and pooled prompts as the other networks are."""
+    """It has 2 N classes, and its backbone takes sizes and pooled prompts like the other networks."""
     lines = [line for line in read(xl[1] / "metrics.jsonl") if "score" in line]
     for name in ("adversarial", "discriminator"):
         errors = np.array([[line[name][style] for style in families.STYLES] for line in lines])
@@ -181,8 +186,8 @@ def test_the_discriminator_of_xl_starts_near_chance_and_moves(xl):
         assert (np.ptp(errors, axis=0) > 0).all()
 
 
-def test_teacher_and_student_of_xl_are_told_the_same_sizes_and_prompts(xl):
-    """A student that is its teacher has no error, whatever it is told; another encoder or other sizes show."""
+def test_teacher_and_student_of_xl_get_equal_sizes_and_prompts(xl):
+    """A student that equals its teacher has no error for any inputs; other encoders or sizes change the error."""
     base = open_checkpoint(xl[0]["base"])
     config = config_lib.load(xl[1])
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
@@ -212,26 +217,26 @@ def test_teacher_and_student_of_xl_are_told_the_same_sizes_and_prompts(xl):
     assert np.abs(before - after).min() > 1e-4
 
 
-def test_what_xl_is_told_of_the_picture_is_seen_in_it(xl):
+def test_the_sizes_that_xl_takes_change_its_picture(xl):
     base = Pipeline.from_pretrained(xl[0]["base"])
-    plain, told = draw(base, "sdxl"), draw(base, "sdxl", original_size=(256, 256))
-    assert np.abs(plain - told).max() > 100 * TOLERANCE * np.abs(plain).max()
+    plain, sized = draw(base, "sdxl"), draw(base, "sdxl", original_size=(256, 256))
+    assert np.abs(plain - sized).max() > 100 * TOLERANCE * np.abs(plain).max()
     assert np.array_equal(plain, draw(base, "sdxl", original_size=(64, 64), target_size=(64, 64)))
 
 
-def test_no_negative_prompt_is_not_the_empty_one_for_xl_alone(student, exports):
+def test_no_negative_prompt_differs_from_an_empty_one_for_xl_alone(student, exports):
     stock = Pipeline.from_pretrained(exports["diffusers"])
     same = np.array_equal(draw(stock, student[0]), draw(stock, student[0], negative_prompts=""))
     assert same == (student[0] == "sd2")
 
 
-def test_a_single_file_of_xl_is_drawn_with_its_own_scale(xl):
+def test_a_single_file_of_xl_has_xls_scale(xl):
     file = open_checkpoint(xl[0]["right"])
     assert file.vae_config["scaling_factor"] == 0.13025 and not file.unused
     assert file.scheduler_config["timestep_spacing"] == "leading"
 
 
-def test_encoders_that_do_not_fit_the_unet_are_told(xl, tmp_path):
+def test_text_encoders_that_do_not_fit_the_unet_are_refused(xl, tmp_path):
     def keep(name):
         return not name.startswith("conditioner.embedders.1.")
 
@@ -240,7 +245,7 @@ def test_encoders_that_do_not_fit_the_unet_are_told(xl, tmp_path):
     half = open_checkpoint(tmp_path / "half.safetensors")
     with pytest.raises(ValueError, match="holds no text_encoder_2, tokenizer, tokenizer_2; give a diffusers folder"):
         Pipeline.from_pretrained(half.path)
-    assert Pipeline.from_pretrained(half.path, base=xl[0]["base"]).source.borrowed == ("text_encoder_2",)
+    assert Pipeline.from_pretrained(half.path, base=xl[0]["base"]).source.from_base == ("text_encoder_2",)
     base = open_checkpoint(xl[0]["base"])
     narrow = Component(base.unet_config | {"cross_attention_dim": 64}, base.components["unet"].load)
     odd = dataclasses.replace(base, components={**base.components, "unet": narrow})

@@ -1,4 +1,4 @@
-"""Exported folders carry a card and the licences of all parents; neither says more than it is told to."""
+"""Exported folders hold a card and the licences of all parents, and state nothing that the user leaves out."""
 
 import json
 import pathlib
@@ -7,11 +7,11 @@ import shutil
 import pytest
 import yaml
 
-from dmm_jax.checkpoints import licenses, model_card
-from dmm_jax.checkpoints import parents as parents_lib
+from dmm_jax.checkpoints import licenses, model_card, provenance
 from dmm_jax.checkpoints.export import export
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
-from dmm_jax.checkpoints.inspect import inspect, render
+from dmm_jax.checkpoints.inspect import inspect
+from dmm_jax.checkpoints.inspect_text import render
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.config import checks
 from dmm_jax.config import options as config_lib
@@ -20,7 +20,7 @@ from dmm_jax.verbs import main as cli
 FILE = {"file": "x.safetensors", "sha256": 64 * "a", "autov2": 10 * "a"}
 PARENTS = {name: {"file": name, "files": [FILE], "license": "openrail"} for name in ("base", "anime")}
 PARENTS["anime"]["loras"] = [FILE | {"autov2": 10 * "b", "weight": 0.5}]
-MEASURED = {
+METRICS = {
     "styles": ["anime"], "matrix": [[2.0]], "floor": [1.0], "base": [9.0], "average": [5.0], "n": 50,
     "weight_merges": ["average"], "distance": "FID",
     "settings": {"num_inference_steps": 5, "guidance_scale": 2.0, "solver": "ddim"},
@@ -33,11 +33,11 @@ def head(text):
 
 
 def card(
-    title="one", styles=("anime",), parents=PARENTS, license="openrail", measured=None, has_grid=False, schedule=None,
+    title="one", styles=("anime",), parents=PARENTS, license="openrail", metrics=None, has_grid=False, schedule=None,
     formats=("dmm",),
 ):  # fmt: skip
     family, schedule = "stable-diffusion-v1", schedule or {"prediction_type": "epsilon"}
-    return model_card.card(list(formats), title, styles, family, parents, license, measured, has_grid, schedule)
+    return model_card.card(list(formats), title, styles, family, parents, license, metrics, has_grid, schedule)
 
 
 @pytest.mark.parametrize(
@@ -49,29 +49,29 @@ def card(
     ],
 )
 def test_the_head_is_yaml_that_hubs_read(license, read):
-    said = head(card(license=license))
-    assert said | read == said and "merge" in said["tags"]
-    assert (said["pipeline_tag"], said["library_name"]) == ("text-to-image", "diffusers")
+    fields = head(card(license=license))
+    assert fields | read == fields and "merge" in fields["tags"]
+    assert (fields["pipeline_tag"], fields["library_name"]) == ("text-to-image", "diffusers")
 
 
 def test_the_card_lists_parents_measures_and_the_grid():
-    text = card(measured=MEASURED, has_grid=True)
+    text = card(metrics=METRICS, has_grid=True)
     assert "| anime | anime | aaaaaaaaaa \\+ bbbbbbbbbb \\* 0.5 | openrail |" in text and "(grid.png)" in text
     assert "AutoV2" in text
-    assert "| anime | 2.00 | 1.00 | 9.00 | 5.00 |" in text and "50 pictures a style" in text
+    assert "| anime | 2.00 | 1.00 | 9.00 | 5.00 |" in text and "50 pictures per style" in text
     assert 10 * "a" not in card(parents={}) and "| anime |" in card(parents={})
 
 
-def test_hubs_learn_what_was_merged_where_they_can_take_the_name():
+def test_the_head_lists_parents_whose_names_hubs_accept():
     hub = {"file": "0123", "license": "x", "hub": "some-one/tiny"}
     odd = {"file": "a b + c*0.5", "license": "x"}
-    said = head(card(parents=PARENTS | {"base": hub, "odd": odd}))
-    assert said["base_model"] == ["some-one/tiny", "anime"] and said["base_model_relation"] == "merge"
+    fields = head(card(parents=PARENTS | {"base": hub, "odd": odd}))
+    assert fields["base_model"] == ["some-one/tiny", "anime"] and fields["base_model_relation"] == "merge"
     assert not {"base_model", "base_model_relation"} & set(head(card(parents={})))
 
 
 @pytest.mark.parametrize("zero", [False, True])
-def test_a_card_says_how_a_velocity_model_is_drawn_from(zero):
+def test_a_card_says_how_to_sample_from_a_velocity_model(zero):
     schedule = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": zero}
     in_folder, in_file = card(schedule=schedule), card(schedule=schedule, formats=["single-file", "style-lora"])
     assert "v-prediction" in in_folder and ("signal-to-noise ratio of zero" in in_folder) == zero
@@ -91,7 +91,7 @@ def test_names_do_not_break_out_of_the_card():
 
 @pytest.fixture(scope="module")
 def copied(trained, tmp_path_factory):
-    """A copy of the tiny run that was told two licences."""
+    """A copy of the tiny run whose config states two licences."""
     copy = shutil.copytree(trained, tmp_path_factory.mktemp("copied") / "run")
     config = json.loads((copy / "config.json").read_text())
     config["licenses"] = ["base=openrail", "left=faipl-1.0-sd"]
@@ -109,23 +109,25 @@ def test_an_export_names_the_licences_of_all_parents(copied, tmp_path):
     assert head(text)["license_name"] == together and "faipl\\-1.0\\-sd" in text
     report = inspect([out / "dmm"])
     assert report["checkpoints"][0]["license"] == together and f"licence: {together}" in render(report)
-    again = export(out / "dmm", tmp_path / "again", ["dmm"])[0]
-    assert open_checkpoint(again).license == together
+    second = export(out / "dmm", tmp_path / "second", ["dmm"])[0]
+    assert open_checkpoint(second).license == together
 
 
-def test_without_the_recipe_nothing_tells_of_the_parents(copied, tmp_path):
+def test_no_recipe_leaves_every_trace_of_the_parents_out(copied, tmp_path):
     out = tmp_path / "out"
     arguments = ["export", str(copied), str(out), "--format", "dmm,diffusers,single-file", "--style", "left"]
     assert cli.main([*arguments, "--no-recipe"]) == 0
     config = config_lib.load(copied)
-    parents = [open_checkpoint(path) for path in (config.base, *(path for _, path in config.teachers))]
-    secrets = {word for one in parents for word in (one.digest("unet"), one.digest("unet")[:10], str(one.path))}
-    told = parents_lib.of_workdir(copied)
-    secrets |= {file[kind] for one in told.values() for file in one["files"] for kind in ("sha256", "autov2")}
+    secrets = set()
+    for path in (config.base, *(path for _, path in config.teachers)):
+        digest = open_checkpoint(path).digest("unet")
+        secrets |= {digest, digest[:10], path}
+    for record in provenance.parents_of_workdir(copied).values():
+        secrets |= {file[kind] for file in record["files"] for kind in ("sha256", "autov2")}
     files = [path for path in pathlib.Path(out).rglob("*") if path.is_file()]
-    said = [path.read_text() for path in files if path.suffix in (".json", ".md", ".txt")]
-    said += [json.dumps(TensorFile(path).metadata) for path in files if path.suffix == ".safetensors"]
-    assert len(said) > 10 and not any(secret in text for text in said for secret in secrets)
+    texts = [path.read_text() for path in files if path.suffix in (".json", ".md", ".txt")]
+    texts += [json.dumps(TensorFile(path).metadata) for path in files if path.suffix == ".safetensors"]
+    assert len(texts) > 10 and not any(secret in text for text in texts for secret in secrets)
 
 
 def test_the_licence_is_the_files_then_the_cards(tmp_path):
@@ -145,7 +147,7 @@ def test_a_lora_adds_its_licence(tmp_path):
     assert licenses.together(["a; b", lora, "", "a"]) == "a; b; unknown"
 
 
-def test_licences_of_strangers_are_refused(tiny):
+def test_licences_of_unknown_parents_are_refused(tiny):
     config = tiny[1].copy_and_resolve_references()
     config.licenses = ("nobody=mit",)
     with pytest.raises(ValueError, match="licenses has 'nobody'.*base, left, right"):

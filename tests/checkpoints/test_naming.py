@@ -1,4 +1,4 @@
-"""Path and key are one: every tensor of the networks goes over and comes back, bit for bit, or is named."""
+"""The path is the key: every tensor converts to PyTorch and back, bit for bit, or an error names it."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 from dmm_jax.checkpoints import naming
+from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.checkpoints.open import abstract_params
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.clip_text import CLIPTextModel
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
@@ -43,7 +43,7 @@ def random_tensors(shapes, dtype=np.float32):
     return {key: rng.standard_normal(shape).astype(dtype) for key, shape in shapes.items()}
 
 
-def test_the_path_is_the_key_and_output_and_input_axes_come_first(toy):
+def test_the_path_is_the_key_and_kernels_put_output_axes_first(toy):
     assert naming.torch_shapes(toy) == SHAPES
     assert {key: array.shape for key, array in naming.to_torch(toy).items()} == SHAPES
     kernel = toy["net"][1]["kernel"]
@@ -72,11 +72,11 @@ def test_all_missing_unexpected_and_misshapen_keys_are_listed_at_once(toy):
     tensors |= {"norm.weight": np.zeros(5), "extra.weight": np.zeros(1), "lora.alpha": np.zeros(())}
     with pytest.raises(CheckpointError) as caught:
         naming.from_torch(toy, tensors, where="unet of X")
-    said = str(caught.value)
-    assert said.startswith("unet of X")
-    assert "2 missing: net.0.bias, table.weight" in said
-    assert "2 unexpected: extra.weight, lora.alpha" in said
-    assert "1 misshapen: norm.weight (expected (4,), found (5,))" in said
+    message = str(caught.value)
+    assert message.startswith("unet of X")
+    assert "2 missing: net.0.bias, table.weight" in message
+    assert "2 unexpected: extra.weight, lora.alpha" in message
+    assert "1 misshapen: norm.weight (expected (4,), found (5,))" in message
 
 
 def test_long_lists_are_capped_and_hostile_names_made_printable(toy):
@@ -98,14 +98,14 @@ def test_every_tensor_with_nan_or_infinity_is_named(toy, value, dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
-def test_a_value_beyond_the_first_block_is_looked_at_too(dtype):
+def test_values_beyond_the_first_block_are_checked(dtype):
     array = np.zeros((1 << 18) + 1, dtype)
     assert naming.is_finite(array)
     array[-1] = np.nan
     assert not naming.is_finite(array)
 
 
-def test_a_float64_beyond_float32_is_not_finite_and_the_largest_of_each_dtype_is():
+def test_the_largest_value_of_each_dtype_is_finite():
     assert not naming.is_finite(np.array([1e300]))
     for dtype in (np.float16, ml_dtypes.bfloat16, np.float32):
         assert naming.is_finite(np.array([ml_dtypes.finfo(dtype).max, ml_dtypes.finfo(dtype).tiny], dtype))
@@ -123,30 +123,33 @@ def config_of(stock, component):
 
 @pytest.mark.parametrize("component", NETWORKS)
 def test_each_network_of_diffusers_goes_over_and_back_bit_for_bit(stock, component):
-    theirs = state_dict(getattr(stock, component))
+    stock_tensors = state_dict(getattr(stock, component))
     abstract = abstract_params(component, config_of(stock, component))
-    back = naming.to_torch(naming.from_torch(abstract, theirs))
-    names = naming.spellings(theirs)
+    back = naming.to_torch(naming.from_torch(abstract, stock_tensors))
+    names = naming.spellings(stock_tensors)
     assert set(back) == set(names)
     for key, original in names.items():
-        assert back[key].shape == theirs[original].shape and back[key].tobytes() == theirs[original].tobytes()
+        assert (
+            back[key].shape == stock_tensors[original].shape
+            and back[key].tobytes() == stock_tensors[original].tobytes()
+        )
 
 
 def test_both_spellings_of_the_vaes_attention_are_read(stock):
-    theirs = state_dict(stock.vae)
+    stock_tensors = state_dict(stock.vae)
     old = {}
-    for key, array in theirs.items():
+    for key, array in stock_tensors.items():
         for new, name in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
             if f"attentions.0.{new}." in key:
                 array = array[:, :, None, None] if array.ndim == 2 else array  # As the oldest files hold them.
                 key = key.replace(f".{new}.", f".{name}.")
         old[key] = array
-    assert len(set(old) - set(theirs)) == 16
+    assert len(set(old) - set(stock_tensors)) == 16
     abstract = abstract_params("vae", dict(stock.vae.config))
-    assert_equal(naming.from_torch(abstract, old), naming.from_torch(abstract, theirs))
+    assert_equal(naming.from_torch(abstract, old), naming.from_torch(abstract, stock_tensors))
 
 
-def test_text_encoders_are_read_with_and_without_their_prefix_and_position_ids(stock):
+def test_the_prefix_and_position_ids_of_text_encoders_are_optional(stock):
     bare = {key.removeprefix("text_model."): array for key, array in state_dict(stock.text_encoder).items()}
     prefixed = {f"text_model.{key}": array for key, array in bare.items()}
     damaged = prefixed | {"text_model.embeddings.position_ids": np.full((1, 77), np.nan, np.float16)}
@@ -163,7 +166,7 @@ def test_a_tensor_in_two_spellings_is_reported_and_not_dropped(stock):
         naming.from_torch(abstract_params("vae", dict(stock.vae.config)), tensors)
 
 
-def test_only_the_vaes_attention_may_be_a_convolution_in_disguise(stock):
+def test_only_the_vaes_attention_may_be_stored_as_a_convolution(stock):
     config = dict(stock.unet.config) | {"use_linear_projection": True}
     with pytest.raises(CheckpointError, match="misshapen: .*proj_in.weight"):
         naming.from_torch(abstract_params("unet", config), state_dict(stock.unet))

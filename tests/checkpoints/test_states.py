@@ -1,4 +1,4 @@
-"""States on disk: what is kept, what is passed over when damaged, and that no kill loses a finished save."""
+"""States on disk: saves are kept as configured, damaged ones are skipped, and no kill loses a finished save."""
 
 import multiprocessing
 import os
@@ -16,21 +16,21 @@ import pytest
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.states import StateStore, restore_student
 
-# Where one read fails, Orbax leaves its other reads alone.
+# After a failed read, Orbax does not wait for its other reads.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-KILLS = int(os.environ.get("DMM_JAX_KILLS", "5"))  # How many times the kill test kills.
+KILLS = int(os.environ.get("DMM_JAX_KILLS", "5"))  # Number of kills in the kill test.
 
 
 def state_of(step: int, size: int = 2000):
-    """Returns a state of random numbers that follow from the step: they do not compress, so they fill data files."""
+    """Returns a state of random numbers seeded by the step; random numbers do not compress, so they fill data files."""
     rng = np.random.default_rng(step)
     params = {name: {"kernel": jnp.asarray(rng.standard_normal((size, 8), np.float32))} for name in "abc"}
     return {"step": jnp.int32(step), "params": params}
 
 
 def assert_is_of(step, state, size=2000):
-    for found, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(state_of(step, size)), strict=True):
-        assert np.array_equal(found, wanted)
+    for leaf, expected in zip(jax.tree.leaves(state), jax.tree.leaves(state_of(step, size)), strict=True):
+        assert np.array_equal(leaf, expected)
 
 
 def saved(folder, steps, **options):
@@ -41,18 +41,18 @@ def saved(folder, steps, **options):
 
 
 @pytest.mark.parametrize(
-    "options, kept",
+    "options, steps",
     [
         ({}, [2, 4, 6, 8, 10]),
-        ({"kept": 2}, [8, 10]),
-        ({"kept": 1, "kept_every": 4}, [4, 8, 10]),
-        ({"kept": 2, "kept_every": 6}, [6, 8, 10]),
+        ({"keep_last": 2}, [8, 10]),
+        ({"keep_last": 1, "keep_every": 4}, [4, 8, 10]),
+        ({"keep_last": 2, "keep_every": 6}, [6, 8, 10]),
     ],
 )
-def test_the_last_ones_and_every_so_many_th_are_kept(tmp_path, options, kept):
+def test_the_newest_and_every_nth_step_are_kept(tmp_path, options, steps):
     saved(tmp_path, (2, 4, 6, 8, 10), **options)
     with StateStore(tmp_path) as store:
-        assert store.steps == kept and store.latest_step == 10
+        assert store.steps == steps and store.latest_step == 10
 
 
 def test_a_step_is_saved_once(tmp_path):
@@ -61,7 +61,7 @@ def test_a_step_is_saved_once(tmp_path):
         assert store.steps == [2]
 
 
-def test_nothing_saved_leaves_the_state_as_it_is(tmp_path):
+def test_without_a_save_the_state_is_unchanged(tmp_path):
     with StateStore(tmp_path) as store:
         fresh = state_of(0)
         assert store.resume(fresh) == (0, fresh)
@@ -78,7 +78,7 @@ def truncate(path):
 
 
 def zero(path):
-    """As after a power cut, where the file's length was written and its data were not."""
+    """Leaves what a power cut can leave: the file's length is written, its data are not."""
     path.write_bytes(bytes(path.stat().st_size))
 
 
@@ -97,9 +97,7 @@ def two_steps(tmp_path_factory):
 
 
 @pytest.mark.parametrize("damage", [delete, truncate, zero, flip])
-def test_whatever_file_is_damaged_the_newest_state_that_is_whole_is_used_and_the_other_named(
-    two_steps, damage, tmp_path, capsys
-):
+def test_damage_of_any_file_makes_resume_go_back_to_a_sound_state(two_steps, damage, tmp_path, capsys):
     original, files = two_steps
     went_back = []
     for number, name in enumerate(files):
@@ -109,13 +107,13 @@ def test_whatever_file_is_damaged_the_newest_state_that_is_whole_is_used_and_the
         with StateStore(folder) as store:
             step, state = store.resume(state_of(0))
             assert_is_of(step, state)
-            said = capsys.readouterr().err
+            stderr = capsys.readouterr().err
             if step == 2:
                 went_back.append(name)
-                assert str(folder / "checkpoints" / "4") in said and "going back to step 2" in said
+                assert str(folder / "checkpoints" / "4") in stderr and "going back to step 2" in stderr
                 store.save(4, state_of(4))  # Its place is free again.
             else:
-                assert step == 4 and not said
+                assert step == 4 and not stderr
         with StateStore(folder) as store:
             assert store.steps == [2, 4]
     parents = {str(name.parent) for name in went_back}
@@ -127,29 +125,31 @@ def largest(folder):
 
 
 @pytest.mark.parametrize("damage", [delete, flip])
-def test_readers_of_the_student_pass_over_a_damaged_state_and_leave_it_alone(tmp_path, capsys, damage):
+def test_restore_student_skips_a_damaged_state_and_leaves_it(tmp_path, capsys, damage):
     folder = saved(tmp_path, (2, 4))
     damage(largest(folder / "4" / "state"))
-    found = restore_student(tmp_path, state_of(0)["params"])
-    assert_is_of(2, {"step": 2, "params": found})
+    params = restore_student(tmp_path, state_of(0)["params"])
+    assert_is_of(2, {"step": 2, "params": params})
     assert f"{folder / '4'} is damaged" in capsys.readouterr().err and (folder / "4").is_dir()
     damage(largest(folder / "2" / "state"))
     with pytest.raises(CheckpointError, match="2 is damaged .* no other checkpoint"):
         restore_student(tmp_path, state_of(0)["params"])
 
 
-def test_a_state_that_does_not_fit_the_config_is_refused_and_stays_where_it_is(tmp_path):
+def test_a_state_that_does_not_fit_the_config_is_refused_and_kept(tmp_path):
     folder = saved(tmp_path, (2, 4))
     with StateStore(tmp_path) as store:
-        told = r"does not fit the config in 3 arrays. \['params'\]\['a'\]\['kernel'\] was saved as float32\[2000, 8\]"
-        with pytest.raises(CheckpointError, match=told + r"; expected float32\[1000, 8\]"):
+        message = (
+            r"does not fit the config in 3 arrays. \['params'\]\['a'\]\['kernel'\] was saved as float32\[2000, 8\]"
+        )
+        with pytest.raises(CheckpointError, match=message + r"; expected float32\[1000, 8\]"):
             store.resume(state_of(0, 1000))
         with pytest.raises(CheckpointError, match=r"\['ema'\] was saved as nothing; expected float32\[1\]"):
             store.resume(state_of(0) | {"ema": jnp.zeros(1)})
     assert (folder / "4").is_dir()
 
 
-def test_a_state_that_was_saved_without_checksums_is_read(tmp_path):
+def test_a_state_without_checksums_is_read(tmp_path):
     with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
         manager.save(2, args=ocp.args.Composite(state=ocp.args.StandardSave(state_of(2))))
     with StateStore(tmp_path) as store:
@@ -168,42 +168,42 @@ def test_notes_come_back(tmp_path):
         assert store.notes(2) == {"samples_seen": 7}
 
 
-def test_when_all_are_damaged_nothing_is_trained_over_them(tmp_path):
+def test_if_all_states_are_damaged_resume_refuses_and_keeps_them(tmp_path):
     folder = saved(tmp_path, (2,))
     delete(largest(folder / "2" / "state"))
-    with StateStore(tmp_path) as store, pytest.raises(CheckpointError, match="no other checkpoint.*start anew"):
+    with StateStore(tmp_path) as store, pytest.raises(CheckpointError, match="no other checkpoint.*start again"):
         store.resume(state_of(0))
     assert (folder / "2").is_dir()
 
 
 def save_for_ever(folder, report):
-    """Saves a state at every step; tells which folders are there, since a save ends with the folder's name."""
-    with StateStore(folder, kept=2) as store:
+    """Saves a state at every step and reports the newest finished save: a save ends when its folder gets its name."""
+    with StateStore(folder, keep_last=2) as store:
         step, _ = store.resume(state_of(0, 20_000))
         while True:
             step += 1
             store.save(step, state_of(step, 20_000))
-            there = [int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()]
-            report.send(max(there, default=0))
+            steps = [int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()]
+            report.send(max(steps, default=0))
 
 
 def test_kill_9_at_any_moment_loses_no_finished_save(tmp_path):
-    """Every other kill comes while the child saves; the next one may come while it starts and clears up after that."""
+    """Every second kill comes while the child saves; the next may come while a new child starts and cleans up."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dmm_jax.checkpoints.states"])
     rng = random.Random(0)
     finished, broken_off, starting_s = 0, 0, []
     for kill in range(KILLS):
-        mine, its = context.Pipe(duplex=False)
-        child = context.Process(target=save_for_ever, args=(tmp_path, its), daemon=True)
+        reader, writer = context.Pipe(duplex=False)
+        child = context.Process(target=save_for_ever, args=(tmp_path, writer), daemon=True)
         started = time.monotonic()
         child.start()
-        its.close()
+        writer.close()
         if kill % 2 == 0:
             before = finished
             while finished == before:  # At least one more save, however slow the machine is.
-                assert mine.poll(60)
-                finished = max(finished, mine.recv())
+                assert reader.poll(60)
+                finished = max(finished, reader.recv())
             starting_s.append(time.monotonic() - started)
             time.sleep(rng.uniform(0.0, 0.5))
         else:
@@ -211,8 +211,8 @@ def test_kill_9_at_any_moment_loses_no_finished_save(tmp_path):
         os.kill(child.pid, signal.SIGKILL)
         child.join()
         try:
-            while mine.poll():
-                finished = max(finished, mine.recv())
+            while reader.poll():
+                finished = max(finished, reader.recv())
         except EOFError:
             pass
         broken_off += any(path.name.endswith("tmp") for path in (tmp_path / "checkpoints").iterdir())

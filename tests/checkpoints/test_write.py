@@ -1,4 +1,4 @@
-"""Exports are what others open unchanged: the same pictures there, the same bits when they come back."""
+"""Stock diffusers opens our exports and predicts the same; our own exports open with the same bits."""
 
 import collections
 import dataclasses
@@ -16,17 +16,20 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dmm_jax.checkpoints import modelspec, naming, published
-from dmm_jax.checkpoints import write as export
-from dmm_jax.checkpoints.abstract import abstract_model
+from dmm_jax.checkpoints import modelspec, naming, published, write
+from dmm_jax.checkpoints.abstract import abstract_model, abstract_params
+from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats.safetensors_io import Computed, TensorFile, Tensors
-from dmm_jax.checkpoints.open import Checkpoint, Component, abstract_params, open_checkpoint
+from dmm_jax.checkpoints.modelspec import Recipe
+from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.styles import fold_style, style_vector
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel, merged_config
+from dmm_jax.runtime.errors import UserError
 
 WEIGHTS = np.array([0.7, 0.5, -0.2], np.float32)
 COMPONENTS = ("unet", "vae", "text_encoder")
-TOLERANCE = 1e-5  # Of the output's maximum.
+TOLERANCE = 1e-5  # Relative to the output's maximum.
 SD15 = {"cross_attention_dim": 768}  # The rest are class defaults.
 
 
@@ -65,23 +68,23 @@ def their_prediction(unet):
     return sample.numpy().transpose(0, 2, 3, 1)
 
 
-def assert_same_prediction(theirs, ours):
-    assert np.abs(theirs - ours).max() <= TOLERANCE * np.abs(ours).max()
+def assert_same_prediction(prediction, expected):
+    assert np.abs(prediction - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
 @pytest.fixture(scope="module")
 def stock_folder(student, tmp_path_factory):
     out = tmp_path_factory.mktemp("diffusers")
-    return export.write(out, "diffusers", student, WEIGHTS, "float32", export.Recipe("tiny", [], None))
+    return write.write_format(out, "diffusers", student, WEIGHTS, "float32", Recipe("tiny", [], None))
 
 
 @pytest.fixture(scope="module")
 def stock_file(student, tmp_path_factory):
     out = tmp_path_factory.mktemp("single")
-    return export.write(out, "single-file", student, WEIGHTS, "float32", export.Recipe("tiny", [], None))
+    return write.write_format(out, "single-file", student, WEIGHTS, "float32", Recipe("tiny", [], None))
 
 
-def test_stock_diffusers_opens_the_folder_and_predicts_what_our_mix_predicts(student, stock_folder):
+def test_diffusers_predicts_the_same_from_the_folder(student, stock_folder):
     diffusers = pytest.importorskip("diffusers")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(stock_folder, safety_checker=None, local_files_only=True)
     assert type(pipe.unet) is diffusers.UNet2DConditionModel and type(pipe.scheduler) is diffusers.PNDMScheduler
@@ -89,35 +92,35 @@ def test_stock_diffusers_opens_the_folder_and_predicts_what_our_mix_predicts(stu
     assert pipe.tokenizer("a red circle").input_ids[0] == 579
 
 
-def test_stock_diffusers_opens_the_single_file_and_predicts_what_our_mix_predicts(student, folder, stock, stock_file):
+def test_diffusers_predicts_the_same_from_the_single_file(student, folder, stock, stock_file):
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     pipe = diffusers.StableDiffusionPipeline.from_single_file(
         str(stock_file), config=str(folder), local_files_only=True, safety_checker=None
     )
     assert_same_prediction(their_prediction(pipe.unet), our_prediction(student, WEIGHTS))
     for name in ("vae", "text_encoder"):
-        theirs, original = getattr(pipe, name).state_dict(), getattr(stock, name).state_dict()
-        assert set(theirs) == set(original)
-        assert all(torch.equal(theirs[key].float(), original[key].float()) for key in original)
+        opened, original = getattr(pipe, name).state_dict(), getattr(stock, name).state_dict()
+        assert set(opened) == set(original)
+        assert all(torch.equal(opened[key].float(), original[key].float()) for key in original)
 
 
-def test_the_style_matters_and_a_stock_export_cannot_take_one(student, stock_folder):
+def test_the_style_changes_the_prediction_and_is_folded_in(student, stock_folder):
     styled, bare = our_prediction(student, WEIGHTS), our_prediction(student, np.zeros(3, np.float32))
     assert np.abs(styled - bare).max() > 100 * TOLERANCE * np.abs(styled).max()
     assert open_checkpoint(stock_folder).styles is None
 
 
-def test_the_folded_vector_is_what_the_network_adds(student):
+def test_the_folded_vector_is_the_one_that_the_network_adds(student):
     graph, params = network(student)
     unet = nnx.merge(graph, jax.tree.map(jnp.asarray, params))
     expected = unet.add_embedding(unet.style_embedding(jnp.asarray(WEIGHTS[None])))[0]
-    vector = export.style_vector(naming.to_torch(params), "add_embedding", WEIGHTS)
+    vector = style_vector(naming.to_torch(params), "add_embedding", WEIGHTS)
     assert vector.dtype == np.float32
     np.testing.assert_allclose(vector, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_folding_changes_one_bias_and_drops_the_style_table(student):
-    stock = export.fold(student, WEIGHTS)
+    stock = fold_style(student, WEIGHTS)
     before, after = naming.to_torch(student.params("unet")), naming.to_torch(stock.params("unet"))
     changed = {key for key in after if not np.array_equal(before[key], after[key])}
     assert changed == {"time_embedding.linear_2.bias"}
@@ -125,20 +128,20 @@ def test_folding_changes_one_bias_and_drops_the_style_table(student):
     assert stock.styles is None and "num_models" not in stock.unet_config
 
 
-@pytest.mark.parametrize("dtype", export.DTYPES)
-@pytest.mark.parametrize("fmt", export.CHECKPOINTS)
+@pytest.mark.parametrize("dtype", write.DTYPES)
+@pytest.mark.parametrize("fmt", write.CHECKPOINTS)
 def test_an_export_comes_back_bit_for_bit(student, recipe, tmp_path, fmt, dtype):
-    source = student if fmt == "dmm" else export.fold(student, WEIGHTS)
-    back = open_checkpoint(export.write(tmp_path, fmt, student, WEIGHTS, dtype, recipe))
+    source = student if fmt == "dmm" else fold_style(student, WEIGHTS)
+    back = open_checkpoint(write.write_format(tmp_path, fmt, student, WEIGHTS, dtype, recipe))
     assert back.kind == fmt and back.styles == (student.styles if fmt == "dmm" else None)
     for component in COMPONENTS:
-        cast = jax.tree.map(lambda leaf: np.asarray(leaf).astype(export.DTYPES[dtype]), source.params(component))
+        cast = jax.tree.map(lambda leaf: np.asarray(leaf).astype(write.DTYPES[dtype]), source.params(component))
         assert_equal(back.params(component), cast)
         assert_equal(back.abstract(component), source.abstract(component))
 
 
 def test_a_dmm_folder_has_exactly_the_contracts_keys_and_files(student, recipe, tmp_path):
-    out = export.write(tmp_path, "dmm", student, None, "float16", recipe)
+    out = write.write_format(tmp_path, "dmm", student, None, "float16", recipe)
     weights = "diffusion_pytorch_model.safetensors"
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert files == {
@@ -156,12 +159,12 @@ def test_a_dmm_folder_has_exactly_the_contracts_keys_and_files(student, recipe, 
         "image_encoder": [None, None], "requires_safety_checker": False,
     }  # fmt: skip
     config = json.loads((out / "unet" / "config.json").read_text())
-    said = {"_class_name": "DMMUNet2DConditionModel", "addition_embed_type": "model_merge", "num_models": 3}
-    assert config | said == config and config["num_attention_heads"] is None
+    expected = {"_class_name": "DMMUNet2DConditionModel", "addition_embed_type": "model_merge", "num_models": 3}
+    assert config | expected == config and config["num_attention_heads"] is None
     assert set(TensorFile(out / "unet" / weights)) == set(student.shapes("unet"))
 
 
-def test_the_dmm_keys_of_stable_diffusion_are_those_of_the_original_class():
+def test_dmm_keys_are_those_of_the_original_class():
     path = pathlib.Path(__file__).parents[1] / "data" / "dmm_unet_state_dict_keys.txt"
     expected = dict(line.split("\t") for line in path.read_text().splitlines())
     shapes = naming.torch_shapes(abstract_params("unet", merged_config(SD15, 8)))
@@ -170,55 +173,55 @@ def test_the_dmm_keys_of_stable_diffusion_are_those_of_the_original_class():
 
 
 def test_text_encoders_are_written_with_their_prefix(student, recipe, tmp_path):
-    out = export.write(tmp_path, "diffusers", student, WEIGHTS, "float16", recipe)
+    out = write.write_format(tmp_path, "diffusers", student, WEIGHTS, "float16", recipe)
     assert all(key.startswith("text_model.") for key in TensorFile(out / "text_encoder" / "model.safetensors"))
 
 
-@pytest.mark.parametrize("fmt", export.CHECKPOINTS)
-def test_a_file_says_what_it_is_in_modelspec(student, recipe, tmp_path, fmt):
-    out = export.write(tmp_path, fmt, student, WEIGHTS, "float16", recipe)
+@pytest.mark.parametrize("fmt", write.CHECKPOINTS)
+def test_the_metadata_of_a_file_follow_modelspec(student, recipe, tmp_path, fmt):
+    out = write.write_format(tmp_path, fmt, student, WEIGHTS, "float16", recipe)
     path = out if fmt == "single-file" else out / "unet" / "diffusion_pytorch_model.safetensors"
-    said, raw = TensorFile(path).metadata, path.read_bytes()
-    assert said["format"] == "pt"
-    assert said["modelspec.sai_model_spec"] == "1.0.1"
-    assert said["modelspec.architecture"] == "stable-diffusion-v1" + ("/dmm" if fmt == "dmm" else "")
-    assert said["modelspec.implementation"] == ("sgm" if fmt == "single-file" else "diffusers")
-    assert said["modelspec.title"] == "tiny" and said["modelspec.merged_from"] == "a, b"
-    assert said["modelspec.resolution"] == "64x64" and said["modelspec.prediction_type"] == "epsilon"
-    behind = raw[8 + struct.unpack("<Q", raw[:8])[0] :]
-    assert said["modelspec.hash_sha256"] == "0x" + hashlib.sha256(behind).hexdigest()
-    assert json.loads(said["dmm_jax.recipe"]) == recipe.details
-    assert ("dmm_jax.config.styles" in said) == (fmt == "dmm")
+    metadata, raw = TensorFile(path).metadata, path.read_bytes()
+    assert metadata["format"] == "pt"
+    assert metadata["modelspec.sai_model_spec"] == "1.0.1"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1" + ("/dmm" if fmt == "dmm" else "")
+    assert metadata["modelspec.implementation"] == ("sgm" if fmt == "single-file" else "diffusers")
+    assert metadata["modelspec.title"] == "tiny" and metadata["modelspec.merged_from"] == "a, b"
+    assert metadata["modelspec.resolution"] == "64x64" and metadata["modelspec.prediction_type"] == "epsilon"
+    data = raw[8 + struct.unpack("<Q", raw[:8])[0] :]
+    assert metadata["modelspec.hash_sha256"] == "0x" + hashlib.sha256(data).hexdigest()
+    assert json.loads(metadata["dmm_jax.recipe"]) == recipe.details
+    assert ("dmm_jax.config.styles" in metadata) == (fmt == "dmm")
 
 
 @pytest.mark.parametrize(
-    "name, predicted, called",
+    "name, prediction_type, expected",
     [
         ("sd15", "epsilon", "stable-diffusion-v1"), ("sdxl", "v_prediction", "stable-diffusion-xl-v1-base"),
         ("sd21", "epsilon", "stable-diffusion-v2-512"), ("sd21", "v_prediction", "stable-diffusion-v2-768-v"),
         ("sd21", "unknown", "stable-diffusion-v2"),
     ],
 )  # fmt: skip
-def test_modelspecs_fields_that_must_be_there_are_and_tell_stable_diffusion_2_by_what_it_predicts(
-    name, predicted, called, recipe
-):
+def test_modelspecs_required_fields_include_the_prediction_of_sd2(name, prediction_type, expected, recipe):
     source = published.checkpoint(name)
-    source = dataclasses.replace(source, scheduler_config=source.scheduler_config | {"prediction_type": predicted})
-    said = modelspec.metadata(source, dataclasses.replace(recipe, merged_from=["a, b", "c"]), "sgm")
-    must = ("sai_model_spec", "architecture", "implementation", "title", "resolution")
-    assert all(said[f"modelspec.{field}"] for field in must) and said["modelspec.architecture"] == called
-    assert said["modelspec.merged_from"].split(", ") == ["a  b", "c"]
+    source = dataclasses.replace(
+        source, scheduler_config=source.scheduler_config | {"prediction_type": prediction_type}
+    )
+    metadata = modelspec.metadata(source, dataclasses.replace(recipe, merged_from=["a, b", "c"]), "sgm")
+    required = ("sai_model_spec", "architecture", "implementation", "title", "resolution")
+    assert all(metadata[f"modelspec.{field}"] for field in required) and metadata["modelspec.architecture"] == expected
+    assert metadata["modelspec.merged_from"].split(", ") == ["a  b", "c"]
 
 
 def test_the_recipe_can_be_left_out(student, recipe, tmp_path):
-    secretive = dataclasses.replace(recipe, details=None)
-    out = export.write(tmp_path, "single-file", student, WEIGHTS, "float16", secretive)
+    without_details = dataclasses.replace(recipe, details=None)
+    out = write.write_format(tmp_path, "single-file", student, WEIGHTS, "float16", without_details)
     assert "dmm_jax.recipe" not in TensorFile(out).metadata
 
 
 def test_v_prediction_and_zero_snr_travel_as_empty_tensors(student, recipe, tmp_path):
     schedule = student.scheduler_config | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    out = export.write(
+    out = write.write_format(
         tmp_path, "single-file", dataclasses.replace(student, scheduler_config=schedule), WEIGHTS, "float16", recipe
     )
     file = TensorFile(out)
@@ -229,87 +232,87 @@ def test_v_prediction_and_zero_snr_travel_as_empty_tensors(student, recipe, tmp_
 
 
 def replaced(student, component, **tensors) -> Checkpoint:
-    found = student.components[component]
+    original = student.components[component]
     changed = {key.replace("__", "."): value for key, value in tensors.items()}
-    new = Component(found.config, lambda: {**found.tensors, **changed})
+    new = Component(original.config, lambda: {**original.tensors, **changed})
     return dataclasses.replace(student, components={**student.components, component: new})
 
 
-@pytest.mark.parametrize("fmt", export.CHECKPOINTS)
+@pytest.mark.parametrize("fmt", write.CHECKPOINTS)
 def test_a_value_too_large_for_float16_is_named_and_nothing_is_left(student, recipe, tmp_path, fmt):
     large = replaced(student, "vae", decoder__conv_out__bias=np.full(3, 1e5, np.float32))
     with pytest.raises(CheckpointError, match="float16's 65504 in decoder.conv_out.bias"):
-        export.write(tmp_path, fmt, large, WEIGHTS, "float16", recipe)
+        write.write_format(tmp_path, fmt, large, WEIGHTS, "float16", recipe)
     assert not os.listdir(tmp_path)
-    export.write(tmp_path, fmt, large, WEIGHTS, "bfloat16", recipe)
+    write.write_format(tmp_path, fmt, large, WEIGHTS, "bfloat16", recipe)
 
 
-@pytest.mark.parametrize("fmt", export.CHECKPOINTS)
+@pytest.mark.parametrize("fmt", write.CHECKPOINTS)
 def test_a_damaged_student_is_not_exported_and_nothing_is_left(student, recipe, tmp_path, fmt):
     damaged = replaced(student, "unet", conv_out__bias=np.full(4, np.nan, np.float32))
     with pytest.raises(CheckpointError, match="NaN or infinity in conv_out.bias"):
-        export.write(tmp_path, fmt, damaged, WEIGHTS, "float16", recipe)
+        write.write_format(tmp_path, fmt, damaged, WEIGHTS, "float16", recipe)
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("fmt", export.CHECKPOINTS)
+@pytest.mark.parametrize("fmt", write.CHECKPOINTS)
 def test_nothing_is_overwritten(student, recipe, tmp_path, fmt):
-    out = export.write(tmp_path, fmt, student, WEIGHTS, "float16", recipe)
+    out = write.write_format(tmp_path, fmt, student, WEIGHTS, "float16", recipe)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    with pytest.raises(CheckpointError, match=f"{out.name} is there"):
-        export.write(tmp_path, fmt, student, WEIGHTS, "float16", recipe)
+    with pytest.raises(UserError, match=f"{out.name} .*; nothing is overwritten"):
+        write.write_format(tmp_path, fmt, student, WEIGHTS, "float16", recipe)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_what_has_no_styles_or_another_number_cannot_be_folded(student, folder):
+def test_folding_needs_as_many_weights_as_there_are_styles(student, folder):
     with pytest.raises(CheckpointError, match="no styles to fold in"):
-        export.fold(open_checkpoint(folder), WEIGHTS)
+        fold_style(open_checkpoint(folder), WEIGHTS)
     with pytest.raises(CheckpointError, match="3 styles; got 2 weights"):
-        export.fold(student, WEIGHTS[:2])
+        fold_style(student, WEIGHTS[:2])
 
 
-def test_what_is_not_supported_is_not_exported(student, recipe, tmp_path):
-    for write, name in ((export.write_folder, "x"), (export.write_single_file, "x.safetensors")):
+def test_an_unsupported_checkpoint_is_not_exported(student, recipe, tmp_path):
+    for writer, name in ((write.write_folder, "x"), (write.write_single_file, "x.safetensors")):
         with pytest.raises(CheckpointError, match="cannot be exported: because"):
-            write(tmp_path / name, dataclasses.replace(student, unsupported="because"), "float16", recipe)
+            writer(tmp_path / name, dataclasses.replace(student, unsupported="because"), "float16", recipe)
 
 
 @pytest.mark.parametrize("fmt", ["dmm", "diffusers"])
-def test_networks_beyond_the_shard_size_are_parts_under_an_index_that_come_back_bit_for_bit(
-    student, recipe, tmp_path, fmt
-):
+def test_parts_under_an_index_come_back_bit_for_bit(student, recipe, tmp_path, fmt):
     limit = 100_000
-    out = export.write(tmp_path / "parts", fmt, student, WEIGHTS, "float16", recipe, limit)
-    whole = open_checkpoint(export.write(tmp_path / "whole", fmt, student, WEIGHTS, "float16", recipe))
+    out = write.write_format(tmp_path / "parts", fmt, student, WEIGHTS, "float16", recipe, limit)
+    complete = open_checkpoint(write.write_format(tmp_path / "complete", fmt, student, WEIGHTS, "float16", recipe))
     for network in COMPONENTS:
         files = [TensorFile(path) for path in sorted((out / network).glob("*.safetensors"))]
         assert len(files) > 1 and all(file.num_bytes <= limit or len(file) == 1 for file in files)
         (index,) = (out / network).glob("*.safetensors.index.json")
         assert json.loads(index.read_text())["metadata"]["total_size"] == sum(file.num_bytes for file in files)
-        assert open_checkpoint(out).digest(network) == whole.digest(network)
-    assert open_checkpoint(out).styles == whole.styles
+        assert open_checkpoint(out).digest(network) == complete.digest(network)
+    assert open_checkpoint(out).styles == complete.styles
 
 
 def test_diffusers_opens_parts_under_an_index(student, stock, recipe, tmp_path):
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
-    out = export.write(tmp_path, "diffusers", student, WEIGHTS, "float32", recipe, 100_000)
+    out = write.write_format(tmp_path, "diffusers", student, WEIGHTS, "float32", recipe, 100_000)
     assert all(len(list((out / network).glob("*-of-*.safetensors"))) > 1 for network in COMPONENTS)
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(out, safety_checker=None, local_files_only=True)
     for name in ("vae", "text_encoder"):
-        theirs, original = getattr(pipe, name).state_dict(), getattr(stock, name).state_dict()
-        assert set(theirs) == set(original) and all(torch.equal(theirs[key], original[key]) for key in original)
+        opened, original = getattr(pipe, name).state_dict(), getattr(stock, name).state_dict()
+        assert set(opened) == set(original) and all(torch.equal(opened[key], original[key]) for key in original)
     assert_same_prediction(their_prediction(pipe.unet), our_prediction(student, WEIGHTS))
 
 
-def test_a_schedule_of_zero_snr_is_written_for_a_scheduler_that_obeys_it(student, recipe, tmp_path):
+def test_zero_snr_is_written_for_a_scheduler_class_that_obeys_it(student, recipe, tmp_path):
     schedule = student.scheduler_config | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    assert schedule["_class_name"] == "PNDMScheduler"  # Which does not.
+    assert schedule["_class_name"] == "PNDMScheduler"  # This class ignores the flag.
     source = dataclasses.replace(student, scheduler_config=schedule)
-    written = open_checkpoint(export.write(tmp_path, "diffusers", source, WEIGHTS, "float16", recipe)).scheduler_config
+    written = open_checkpoint(
+        write.write_format(tmp_path, "diffusers", source, WEIGHTS, "float16", recipe)
+    ).scheduler_config
     assert written["_class_name"] == "DDIMScheduler" and written["prediction_type"] == "v_prediction"
 
 
-@pytest.mark.parametrize("fmt", export.CHECKPOINTS)
+@pytest.mark.parametrize("fmt", write.CHECKPOINTS)
 def test_every_tensor_is_read_once(student, recipe, tmp_path, fmt):
     reads = collections.Counter()
 
@@ -329,13 +332,14 @@ def test_every_tensor_is_read_once(student, recipe, tmp_path, fmt):
         name: Component(part.config, functools.partial(counted, name)) for name, part in student.components.items()
     }
     weights = None if fmt == "dmm" else WEIGHTS
-    export.write(tmp_path, fmt, dataclasses.replace(student, components=parts), weights, "float16", recipe)
-    again = [key for key, count in reads.items() if count > 1]
-    assert len(reads) > 100 and again in ([], [("unet", "add_embedding.linear_1.bias")])  # The run-time type checks'.
+    write.write_format(tmp_path, fmt, dataclasses.replace(student, components=parts), weights, "float16", recipe)
+    repeated = [key for key, count in reads.items() if count > 1]
+    # The run-time type checks of the tests read this bias a second time.
+    assert len(reads) > 100 and repeated in ([], [("unet", "add_embedding.linear_1.bias")])
 
 
 def test_bfloat16_rounds_once(student, recipe, tmp_path):
-    bias = naming.to_torch(export.fold(student, WEIGHTS).params("unet"))["time_embedding.linear_2.bias"]
-    out = export.write(tmp_path, "single-file", student, WEIGHTS, "bfloat16", recipe)
+    bias = naming.to_torch(fold_style(student, WEIGHTS).params("unet"))["time_embedding.linear_2.bias"]
+    out = write.write_format(tmp_path, "single-file", student, WEIGHTS, "bfloat16", recipe)
     stored = TensorFile(out)["model.diffusion_model.time_embed.2.bias"]
     np.testing.assert_array_equal(stored, bias.astype(ml_dtypes.bfloat16))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dmm_jax.checkpoints.merge import METHODS
+from dmm_jax.checkpoints.merge_methods import METHODS
 from dmm_jax.config import checks
 from dmm_jax.config import options as config_lib
 

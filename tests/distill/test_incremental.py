@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dmm_jax import train
-from dmm_jax.checkpoints import parents, provenance
+from dmm_jax.checkpoints import provenance
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.export import export
 from dmm_jax.checkpoints.open import open_checkpoint
@@ -86,7 +86,10 @@ def test_the_teacher_of_an_old_style_is_the_checkpoint_that_it_came_from_over_al
 
 
 def test_the_recipe_holds_the_hashes_of_all_parents_over_all_rounds(tiny, grown):
-    found, paths = parents.of_workdir(grown), {"base": "base", "right": "right", "links": "left", "none": "base"}
+    found, paths = (
+        provenance.parents_of_workdir(grown),
+        {"base": "base", "right": "right", "links": "left", "none": "base"},
+    )
     told = {name: provenance.record(open_checkpoint(tiny[0][path])) for name, path in paths.items()}
     assert found == told and all(one["files"] for one in found.values())
 

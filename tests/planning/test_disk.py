@@ -32,7 +32,7 @@ def test_all_that_are_kept_are_counted_and_the_one_being_written(config, steps):
 
 def test_it_is_what_is_left_on_disk_and_one_more(tmp_path):
     config = config_of(9, 1, 2, 3)
-    with StateStore(tmp_path, kept=config.checkpoints_kept, kept_every=config.checkpoints_kept_every) as store:
+    with StateStore(tmp_path, keep_last=config.checkpoints_kept, keep_every=config.checkpoints_kept_every) as store:
         for step in range(1, config.num_steps + 1):
             store.save(step, {"step": jnp.int32(step)})
     left = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())

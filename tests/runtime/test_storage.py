@@ -137,7 +137,7 @@ def test_a_damaged_newest_state_in_a_bucket_is_named_and_the_one_before_it_used(
 
 
 def test_the_last_ones_and_every_so_many_th_are_kept_in_a_bucket(store):
-    with StateStore("gs://runs/kept", kept=1, kept_every=2) as states:
+    with StateStore("gs://runs/kept", keep_last=1, keep_every=2) as states:
         for step in (1, 2, 3):
             states.save(step, state_of(step))
     assert {name.split("/")[2] for name in store.names("kept/checkpoints/")} == {"2", "3"}

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from dmm_jax.checkpoints.merge import METHODS
+from dmm_jax.checkpoints.merge_methods import METHODS
 from dmm_jax.studies import shapes_table
 
 

@@ -62,7 +62,7 @@ def open_folder(path: pathlib.Path) -> Checkpoint:
         styles=_style_names(path, unet, metadata) if merged else None,
         files=tuple(files),
         license=licenses.stated(metadata, path),
-        stated=frozenset(read_json(scheduler) if scheduler.is_file() else ()),
+        explicit_fields=frozenset(read_json(scheduler) if scheduler.is_file() else ()),
     )
 
 

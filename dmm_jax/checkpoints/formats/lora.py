@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from dmm_jax.checkpoints import licenses, naming
-from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
+from dmm_jax.checkpoints.checkpoint import Checkpoint, Component, FoldedLora
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats.lora_keys import KOHYA, PEFT, layer_names, other_kinds, split_role
 from dmm_jax.checkpoints.formats.low_rank import Folded, Update
@@ -114,10 +114,10 @@ def with_loras(base: Checkpoint, path: pathlib.Path, files: Sequence[tuple[pathl
         base,
         path=path,
         components=components,
-        loras=tuple(loras),
+        loras=tuple(FoldedLora(lora.path, lora.weight, lora.ranks, lora.networks) for lora in loras),
         license=licenses.together([base.license, *(licenses.stated(file.metadata) for file, _ in opened)]),
-        root=base.path,
-        borrowed=tuple(name for name in base.borrowed if name not in folded),
+        unfolded_path=base.path,
+        from_base=tuple(name for name in base.from_base if name not in folded),
     )
 
 

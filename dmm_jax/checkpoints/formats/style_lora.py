@@ -26,7 +26,8 @@ from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats.safetensors_io import raw_bytes, save
 from dmm_jax.checkpoints.modelspec import Recipe, architecture, metadata
-from dmm_jax.checkpoints.write import BIAS, DTYPES, fold
+from dmm_jax.checkpoints.styles import BIAS, fold_style
+from dmm_jax.checkpoints.write import DTYPES
 from dmm_jax.runtime.errors import UserError
 
 TOOLS = ("comfyui", "diffusers", "a1111")
@@ -40,7 +41,7 @@ def style_difference(
     student: Checkpoint, weights: Float[np.ndarray, " N"], base: Float[np.ndarray, " N"]
 ) -> Float[np.ndarray, " E"]:
     """Returns the bias of a stock export of the mix `weights` minus that of the mix `base`, float32."""
-    bias, base_bias = (fold(student, mix).tensors("unet")[BIAS] for mix in (weights, base))
+    bias, base_bias = (fold_style(student, mix).tensors("unet")[BIAS] for mix in (weights, base))
     return bias - base_bias
 
 
@@ -90,7 +91,7 @@ def write_style_lora(
     if out.exists():
         raise CheckpointError(f"{out} exists; nothing is overwritten. Give another name.")
     tensors = lora_tensors(style_difference(student, weights, base), dtype, tools)
-    stock = fold(student, base)
+    stock = fold_style(student, base)
     bias = stock.tensors("unet")[BIAS].astype(DTYPES[dtype])
     mix = [f"{name}={float(weight)!r}" for name, weight in zip(student.styles, base, strict=True) if weight]
     stock_export = {  # Its mix as `--style` takes it, and its bias as an export of this dtype stores it.

@@ -17,7 +17,8 @@ from dmm_jax.checkpoints.compare import check_mergeable
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats import lora, low_rank
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
-from dmm_jax.checkpoints.inspect import inspect, render
+from dmm_jax.checkpoints.inspect import inspect
+from dmm_jax.checkpoints.inspect_text import render
 from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
 from dmm_jax.config import options as config_lib
 from dmm_jax.distill import incremental

@@ -5,11 +5,12 @@ import pytest
 
 from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints import write as export
+from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats import open_clip, single_file
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
-from dmm_jax.checkpoints.open import abstract_params, open_checkpoint
+from dmm_jax.checkpoints.open import open_checkpoint
 
 CONFIG = {
     "vocab_size": 50, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2,

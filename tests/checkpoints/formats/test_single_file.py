@@ -3,9 +3,9 @@
 import pytest
 
 from dmm_jax.checkpoints import naming
+from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats import single_file, single_file_config
-from dmm_jax.checkpoints.open import abstract_params
 
 CA, DOWN, UP_CA, UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
 COMMON = {"in_channels": 4, "out_channels": 4, "norm_num_groups": 32}

@@ -10,6 +10,7 @@ from dmm_jax.checkpoints import naming, write
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats import style_lora
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, raw_bytes
+from dmm_jax.checkpoints.styles import fold_style, style_vector
 
 WEIGHTS, BASE = np.array([0.7, 0.5, -0.2], np.float32), np.full(3, 1 / 3, np.float32)
 LDM_BIAS, LDM_WEIGHT = (f"model.diffusion_model.time_embed.2.{leaf}" for leaf in ("bias", "weight"))
@@ -23,7 +24,7 @@ def written(student, recipe, out, dtype="float32", tools=("comfyui",)):
 def test_the_base_mixs_export_plus_the_file_is_the_styles_export(student, recipe, tmp_path):
     paths = {name: tmp_path / f"{name}.safetensors" for name in ("base", "style")}
     for path, weights in zip(paths.values(), (BASE, WEIGHTS), strict=True):
-        write.write_single_file(path, write.fold(student, weights), "float32", recipe)
+        write.write_single_file(path, fold_style(student, weights), "float32", recipe)
     base, style = (TensorFile(path) for path in paths.values())
     difference = TensorFile(written(student, recipe, tmp_path))[DIFF]
     assert np.abs(difference).max() > 1e-2
@@ -35,7 +36,7 @@ def test_strengths_of_sum_1_blend_vectors_and_strength_0_is_the_base(student):
     first, second = np.eye(3, dtype=np.float32)[:2]
     vectors = [style_lora.style_difference(student, weights, BASE) for weights in (first, second)]
     tensors = naming.to_torch(student.params("unet"))
-    ends = [write.style_vector(tensors, "add_embedding", weights) for weights in (first, second, BASE)]
+    ends = [style_vector(tensors, "add_embedding", weights) for weights in (first, second, BASE)]
     blended = 0.25 * vectors[0] + 0.75 * vectors[1] + ends[2]
     np.testing.assert_allclose(blended, 0.25 * ends[0] + 0.75 * ends[1], rtol=1e-5, atol=1e-6)
     assert not style_lora.style_difference(student, BASE, BASE).any()
@@ -68,7 +69,7 @@ def test_the_metadata_identifies_the_file_and_its_base(student, recipe, tmp_path
     metadata = TensorFile(written(student, recipe, tmp_path, "float16")).metadata
     assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora" and metadata["format"] == "pt"
     base = json.loads(metadata[style_lora.BASE_KEY])
-    out = write.write_single_file(tmp_path / "base.safetensors", write.fold(student, BASE), "float16", recipe)
+    out = write.write_single_file(tmp_path / "base.safetensors", fold_style(student, BASE), "float16", recipe)
     assert base["bias_sha256"] == hashlib.sha256(raw_bytes(TensorFile(out)[LDM_BIAS])).hexdigest()
     mixed = dict(part.split("=") for part in base["style"].split(","))
     assert tuple(mixed) == student.styles and [np.float32(weight) for weight in mixed.values()] == BASE.tolist()
@@ -79,7 +80,7 @@ def test_a1111s_documented_rule_gives_the_styles_export(student, recipe, tmp_pat
     """No package has A1111's loader; this test applies the rule of its extensions-builtin/Lora."""
     paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
     for path, mix in zip(paths, (BASE, WEIGHTS), strict=True):
-        write.write_single_file(path, write.fold(student, mix), "float32", recipe)
+        write.write_single_file(path, fold_style(student, mix), "float32", recipe)
     base, style = map(TensorFile, paths)
 
     def applied(tools):
@@ -115,7 +116,7 @@ def test_diffusers_own_loader_gives_the_styles_export(student, recipe, tmp_path)
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     pytest.importorskip("peft")
     storage = {
-        name: write.write_folder(tmp_path / name, write.fold(student, weights), "float32", recipe)
+        name: write.write_folder(tmp_path / name, fold_style(student, weights), "float32", recipe)
         for name, weights in (("base", BASE), ("style", WEIGHTS))
     }
     file = written(student, recipe, tmp_path, tools=("diffusers",))

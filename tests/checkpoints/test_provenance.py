@@ -1,4 +1,4 @@
-"""A run tells once what its student comes from, by the hashes that hubs know; an export needs no parent after that."""
+"""A run records its parents by the hashes that hubs show; afterwards an export opens none of its teachers."""
 
 import collections
 import hashlib
@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from dmm_jax.checkpoints import export, parents, provenance
+from dmm_jax.checkpoints import export, provenance
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
 from dmm_jax.checkpoints.modelspec import MERGED_FROM, RECIPE_KEY
@@ -34,11 +34,12 @@ def moved(tiny, trained, tmp_path):
     return workdir, gone
 
 
-def test_a_run_keeps_its_parents_names_and_the_hashes_of_the_files_that_hubs_hold(tiny, trained):
-    found = json.loads((trained / parents.NAME).read_text())
-    assert set(found) == {"base", "left", "right"}
-    (left,), (base,) = found["left"]["files"], found["base"]["files"]
-    assert left == {"file": "left.safetensors", "sha256": sha256(tiny[0]["left"]), "autov2": left["sha256"][:10]}
+def test_a_run_records_the_names_and_hashes_of_its_parents(tiny, trained):
+    parents = json.loads((trained / provenance.PARENTS_FILE).read_text())
+    assert set(parents) == {"base", "left", "right"}
+    (teacher,), (base,) = parents["left"]["files"], parents["base"]["files"]
+    digest = sha256(tiny[0]["left"])
+    assert teacher == {"file": "left.safetensors", "sha256": digest, "autov2": digest[:10]}
     assert base["file"] == "unet/diffusion_pytorch_model.safetensors"
     assert base["sha256"] == sha256(tiny[0]["base"] / base["file"])
 
@@ -55,22 +56,21 @@ def test_an_export_opens_no_teacher_and_reads_no_tensor_twice(moved, tmp_path, m
     monkeypatch.setattr(TensorFile, "__getitem__", counted)
     (out,) = export.export(workdir, tmp_path / "out", **OPTIONS)
     assert max(reads.values()) == 1 and {path.parent.name for path, _ in reads} == {"vae", "text_encoder"}
-    said = TensorFile(out).metadata
-    told = json.loads((workdir / parents.NAME).read_text())
-    assert json.loads(said[RECIPE_KEY])["parents"] == told and said[MERGED_FROM] == "base, left, right"
+    metadata = TensorFile(out).metadata
+    parents = json.loads((workdir / provenance.PARENTS_FILE).read_text())
+    assert json.loads(metadata[RECIPE_KEY])["parents"] == parents and metadata[MERGED_FROM] == "base, left, right"
 
 
-def test_a_style_that_is_left_out_was_a_teacher_all_the_same(trained, tmp_path):
+def test_the_recipe_names_teachers_whose_styles_are_left_out(trained, tmp_path):
     (folder,) = export.export(trained, tmp_path / "out", ["dmm"], keep=["left=right"])
-    said = TensorFile(folder / "unet" / "diffusion_pytorch_model.safetensors").metadata
-    assert said[MERGED_FROM] == "base, left, right" and set(json.loads(said[RECIPE_KEY])["parents"]) == set(
-        said[MERGED_FROM].split(", ")
-    )
+    metadata = TensorFile(folder / "unet" / "diffusion_pytorch_model.safetensors").metadata
+    assert metadata[MERGED_FROM] == "base, left, right"
+    assert set(json.loads(metadata[RECIPE_KEY])["parents"]) == {"base", "left", "right"}
     card = (folder / "README.md").read_text()
     assert "| left | right | " in card and "| right |" not in card.replace("| left | right |", "")
 
 
-def test_a_dmm_folder_is_read_once_and_passes_on_what_it_was_told(trained, tmp_path, monkeypatch):
+def test_a_dmm_folder_is_read_once_and_passes_its_recipe_on(trained, tmp_path, monkeypatch):
     (folder,) = export.export(trained, tmp_path / "one", ["dmm"])
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     reads, read = collections.Counter(), TensorFile.__getitem__
@@ -83,24 +83,24 @@ def test_a_dmm_folder_is_read_once_and_passes_on_what_it_was_told(trained, tmp_p
     (out,) = export.export(folder, tmp_path / "two", **OPTIONS)
     twice = [key for key, count in reads.items() if count > 1]
     assert set(reads) >= set(TensorFile(weights)) and twice in ([], ["add_embedding.linear_1.bias"])
-    said, before = TensorFile(out).metadata, TensorFile(weights).metadata
-    recipe = json.loads(said[RECIPE_KEY])
+    metadata, before = TensorFile(out).metadata, TensorFile(weights).metadata
+    recipe = json.loads(metadata[RECIPE_KEY])
     assert recipe["from"]["files"][0]["sha256"] == sha256(weights)
-    assert recipe["recipe"] == json.loads(before[RECIPE_KEY]) and said[MERGED_FROM] == before[MERGED_FROM]
+    assert recipe["recipe"] == json.loads(before[RECIPE_KEY]) and metadata[MERGED_FROM] == before[MERGED_FROM]
 
 
-@pytest.mark.parametrize("kept", ["", '{"base": {"fi'])
-def test_a_run_that_kept_nothing_whole_is_told_by_its_parents(moved, tmp_path, kept):
+@pytest.mark.parametrize("text", ["", '{"base": {"fi'])
+def test_without_a_sound_parents_file_the_parents_are_opened(moved, tmp_path, text):
     workdir, gone = moved
-    expected = parents.of_workdir(workdir)
-    (workdir / parents.NAME).write_text(kept)
-    assert parents.of_workdir(workdir) == expected == parents.of_run(config_lib.load(workdir))
+    expected = provenance.parents_of_workdir(workdir)
+    (workdir / provenance.PARENTS_FILE).write_text(text)
+    assert provenance.parents_of_workdir(workdir) == expected == provenance.parents_of_config(config_lib.load(workdir))
     gone.unlink()
     with pytest.raises(CheckpointError, match=r"left cannot be read: there is no checkpoint .*--no-recipe"):
         export.export(workdir, tmp_path / "out", **OPTIONS)
     (out,) = export.export(workdir, tmp_path / "out", recipe=False, **OPTIONS)
-    said = TensorFile(out).metadata
-    assert RECIPE_KEY not in said and said["modelspec.license"] == "unknown"
+    metadata = TensorFile(out).metadata
+    assert RECIPE_KEY not in metadata and metadata["modelspec.license"] == "unknown"
 
 
 def test_loras_are_parents_too(tiny, tmp_path):
@@ -110,20 +110,20 @@ def test_loras_are_parents_too(tiny, tmp_path):
     factor = open_checkpoint(base).tensors("unet")[key]
     layer = f"unet.{key.removesuffix('.weight')}"
     save(lora, {f"{layer}.lora_A.weight": factor[:1, :into], f"{layer}.lora_B.weight": factor[:out, :1]})
-    found = provenance.record(open_checkpoint(f"{base} + {lora}*0.8"))
-    assert found["files"] == provenance.record(open_checkpoint(base))["files"]
+    record = provenance.record(open_checkpoint(f"{base} + {lora}*0.8"))
+    assert record["files"] == provenance.record(open_checkpoint(base))["files"]
     digest = sha256(lora)
-    assert found["loras"] == [{"file": "ink.safetensors", "sha256": digest, "autov2": digest[:10], "weight": 0.8}]
+    assert record["loras"] == [{"file": "ink.safetensors", "sha256": digest, "autov2": digest[:10], "weight": 0.8}]
 
 
-def test_the_hubs_own_name_is_read_off_its_cache(tiny, tmp_path):
+def test_the_path_in_the_hubs_cache_shows_the_hubs_name(tiny, tmp_path):
     folder = tmp_path / "hub" / "models--some-one--tiny.v2" / "snapshots" / "0123abcd"
     shutil.copytree(tiny[0]["base"], folder)
     assert provenance.record(open_checkpoint(folder), hashed=False)["hub"] == "some-one/tiny.v2"
     assert "hub" not in provenance.record(open_checkpoint(tiny[0]["base"]), hashed=False)
 
 
-def test_what_goes_wrong_is_said_and_stops_no_run(tiny, tmp_path, capsys):
-    with parents.being_kept(tmp_path / "nowhere", tiny[1]):
+def test_an_error_while_recording_is_printed_and_stops_no_run(tiny, tmp_path, capsys):
+    with provenance.record_parents(tmp_path / "nowhere", tiny[1]):
         pass
     assert "parents.json was not written" in capsys.readouterr().err
