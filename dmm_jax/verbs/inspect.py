@@ -30,6 +30,6 @@ def main(args: argparse.Namespace) -> int:
 
     report = inspect(args.checkpoints, args.deep, args.hash, args.prediction_type)
     print(json.dumps(report, indent=2) if args.json else render(report))
-    for obstacle in report["obstacles"]:
-        print(f"dmm-jax inspect: error: {obstacle}", file=sys.stderr)
+    for problem in report["obstacles"]:
+        print(f"dmm-jax inspect: error: {problem}", file=sys.stderr)
     return 0 if report["mergeable"] else 1
