@@ -15,7 +15,7 @@ from typing import Any, TypedDict
 import numpy as np
 from array_record.python import array_record_data_source
 
-from dmm_jax.runtime.errors import UserError
+from dmm_jax.runtime.errors import UserError, refuse
 from dmm_jax.runtime.storage import check_local
 
 FORMAT = "dmm_jax latent cache 2"
@@ -65,7 +65,7 @@ class CachedExample(TypedDict):
 
 
 def write_header(folder: pathlib.Path, header: CacheHeader, **extra: Any) -> None:
-    """Writes cache.json with the fields `extra` besides; atomic, so that a reader never sees half a file."""
+    """Writes cache.json, with `extra` fields; atomic, so that a reader never sees half a file."""
     text = json.dumps({"format": FORMAT, **dataclasses.asdict(header), **extra}, indent=2)
     temporary = folder / "cache.json.tmp"
     temporary.write_text(text, encoding="utf-8")
@@ -140,13 +140,12 @@ class LatentCache:
         Raises:
             ValueError: lists every difference.
         """
-        problems = self.header.differences(**expected)
-        if len(self) < num_examples:
-            problems.append(f"count: expected at least {num_examples}, the cache has {len(self)}")
-        if problems:
-            raise UserError(
-                f"{self.folder} does not fit this run:\n  " + "\n  ".join(problems) + "\nRun `dmm-jax prepare` for it."
-            )
+        too_few = len(self) < num_examples
+        problems = [
+            *self.header.differences(**expected),
+            too_few and f"count: expected at least {num_examples}, the cache has {len(self)}",
+        ]
+        refuse(f"{self.folder} does not fit this run; prepare another cache, `dmm-jax prepare`", problems)
 
     def split(self, num_held_out: int) -> tuple["CacheSlice", "CacheSlice"]:
         """Returns two sources: the examples to train on, and the last `num_held_out` examples."""

@@ -20,7 +20,7 @@ from dmm_jax.data.cache import (
     read_header,
     write_header,
 )
-from dmm_jax.runtime.errors import UserError
+from dmm_jax.runtime.errors import UserError, refuse
 from dmm_jax.runtime.storage import check_local
 
 
@@ -51,9 +51,8 @@ class CacheWriter:
     def _resume(self, header: CacheHeader) -> None:
         written, extra = read_header(self.partial)
         recipe = dataclasses.replace(written, count=0, dropped=0, shards=())
-        if problems := recipe.differences(**dataclasses.asdict(header)):
-            listed = "\n  ".join(problems)
-            raise UserError(f"{self.partial} has another recipe:\n  {listed}\nDelete it to start again.")
+        problems = recipe.differences(**dataclasses.asdict(header))
+        refuse(f"{self.partial} has another recipe; delete it to start again", problems)
         self.header, self.next_index = written, int(extra["next_index"])
 
     def add(

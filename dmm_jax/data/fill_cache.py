@@ -16,7 +16,7 @@ from dmm_jax.data.cache_writer import CacheWriter
 from dmm_jax.data.images import UnreadableImage, crop_of, fit_square
 from dmm_jax.data.prompts import Draws
 from dmm_jax.data.sources import Example, ImageSource
-from dmm_jax.runtime.errors import UserError
+from dmm_jax.runtime.errors import UserError, refuse
 from dmm_jax.runtime.storage import check_local, check_writable
 
 Records = tuple[np.ndarray, np.ndarray, np.ndarray, Sequence[int], int]  # The arguments of `CacheWriter.add`.
@@ -147,9 +147,8 @@ def _fill(
     out = check_place(out)
     if out.exists():
         cache = LatentCache(out)
-        if problems := cache.header.differences(**recipe):
-            listed = "\n  ".join(problems)
-            raise UserError(f"{out} is a cache of another recipe:\n  {listed}\nDelete it, or set another data.cache.")
+        problems = cache.header.differences(**recipe)
+        refuse(f"{out} is a cache of another recipe; delete it, or set another data.cache", problems)
         return cache
     writer = CacheWriter(out, CacheHeader(**recipe, **record_shape()), shard_size)
     hidden = not sys.stderr.isatty() if progress is None else not progress

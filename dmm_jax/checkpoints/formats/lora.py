@@ -15,6 +15,7 @@ from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats.lora_keys import KOHYA, PEFT, layer_names, other_kinds, split_role
 from dmm_jax.checkpoints.formats.low_rank import Folded, Update
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile
+from dmm_jax.runtime.errors import refuse
 
 PLUS, TIMES = " + ", "*"
 PEFT_CONFIG = "adapter_config.json"
@@ -100,14 +101,9 @@ def with_loras(base: Checkpoint, path: pathlib.Path, files: Sequence[tuple[pathl
         _refuse_other_kinds(file)
         updates, problems = _match(file, layers, shapes)
         loras.append(Lora(file.path, weight, updates))
-        lines += [
-            f"  {file.path}, {len(keys)} {kind}: {naming.listed(keys)}" for kind, keys in problems.items() if keys
-        ]
-    if lines:
-        raise CheckpointError(
-            f"LoRA files do not fit {base.path}:\n" + "\n".join(lines) + "\nUse LoRAs that were trained on this "
-            "model's family, on a base that holds the networks that they change."
-        )
+        lines += [f"{file.path}, {len(keys)} {kind}: {naming.listed(keys)}" for kind, keys in problems.items() if keys]
+    advice = "use LoRAs that were trained on its family, and a base that holds the networks that they change"
+    refuse(f"LoRA files do not fit {base.path}; {advice}", lines, CheckpointError)
     components = {name: _folded(name, part, loras, shapes) for name, part in base.components.items()}
     folded = [name for name, part in components.items() if part is not base.components[name]]
     return dataclasses.replace(
