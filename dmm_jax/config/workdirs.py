@@ -64,14 +64,14 @@ def _check_state(workdir, old, new):
 
 
 def _strangers(workdir, config) -> list[str]:
-    """Names what is there, but for empty folders and a latent cache that the config keeps there."""
+    """Returns the names of a folder's files and folders, except empty folders and the config's own latent cache."""
     if not workdir.exists():
         return []
     if not workdir.is_dir():
         raise UserError(f"{workdir} is a file; a run is kept in a folder. Give another --workdir.")
-    own = {os.path.abspath(f"{config.data.cache}{end}") for end in ("", ".images")}
-    there = [path for path in workdir.iterdir() if not path.is_dir() or any(path.iterdir())]
-    return sorted(path.name for path in there if os.path.abspath(path) not in own)
+    cache = os.path.abspath(config.data.cache)
+    entries = [path for path in workdir.iterdir() if not path.is_dir() or any(path.iterdir())]
+    return sorted(path.name for path in entries if os.path.abspath(path) != cache)
 
 
 def write_config(workdir: storage.Location, config) -> None:

@@ -75,7 +75,7 @@ def test_a_resume_that_fails_leaves_the_config_as_it_was(tiny, trained, monkeypa
 def test_a_folder_of_other_things_is_refused_but_an_empty_one_and_the_runs_own_cache_are_not(tiny, tmp_path):
     config = copied(tiny[1])
     config.data.cache = str(tmp_path / "cache")
-    for name in ("cache", "cache.images", "checkpoints"):
+    for name in ("cache", "checkpoints"):
         (tmp_path / name).mkdir()
     (tmp_path / "cache" / "cache.json").write_text("{}")
     assert workdirs.check(tmp_path, config) == []
