@@ -21,10 +21,9 @@ FLOORS = (
 )
 FORBIDDEN = {"torch", "tensorflow", "diffusers", "pickle"}
 WITH_TORCH = {  # What the [torch] extra is for: no other module imports these.
-    "dmm_jax.evaluation.verify",
+    "dmm_jax.evaluation.verify_export",
     "dmm_jax.bench.peer",
-    "dmm_jax.evaluation.convert_inception",
-    "dmm_jax.evaluation.convert_lpips",
+    "dmm_jax.evaluation.convert_weights",
 }
 
 

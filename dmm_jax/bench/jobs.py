@@ -38,9 +38,9 @@ from dmm_jax.distill.layout import Packing, compile_step
 from dmm_jax.distill.optimizer import make_optimizers
 from dmm_jax.distill.state import init_state
 from dmm_jax.distillation import Definition
-from dmm_jax.evaluation import networks
-from dmm_jax.evaluation.evaluate import measure
-from dmm_jax.evaluation.inception import Inception
+from dmm_jax.evaluation import feature_networks
+from dmm_jax.evaluation.published_weights import Weights
+from dmm_jax.evaluation.samples import measure
 from dmm_jax.models.inception_v3 import InceptionV3
 from dmm_jax.models.unet_2d_condition import merged_config
 from dmm_jax.planning import collectives, memory
@@ -252,7 +252,7 @@ def bench_fid(num_pictures: int = NUM_PICTURES, side: int = PICTURE_SIZE) -> dic
     """Times the FID of two sets of pictures, from pixels in memory to the distance, compilation included."""
     graph, state = nnx.split(abstract_model(lambda rngs: InceptionV3(rngs=rngs)), nnx.Param)
     params = bench_networks.random_params(nnx.to_pure_dict(state), sharding.make_mesh(data=jax.device_count()))
-    network = networks.of_inception(Inception(graph, params, "random", published=False), "inception")
+    network = feature_networks.from_inception(Weights(graph, params, "random", published=False), "inception")
     noise = np.random.default_rng(0).integers(0, 256, (PICTURES_AT_ONCE, side, side, 3), np.uint8)
 
     def pictures(first):
@@ -261,7 +261,7 @@ def bench_fid(num_pictures: int = NUM_PICTURES, side: int = PICTURE_SIZE) -> dic
     started = time.perf_counter()
     samples = [measure(network, pictures(first), num_pictures) for first in (0, 128)]
     measured = time.perf_counter()
-    network.between(*(sample.kept for sample in samples))
+    network.distance(*(sample.summary for sample in samples))
     parts = {"features_s": measured - started, "distance_s": time.perf_counter() - measured}
     seconds = sum(parts.values())
     about = {"job": f"FID of 2 x {num_pictures} pictures of {side} px", "device": jax.devices()[0].device_kind}

@@ -1,13 +1,43 @@
-"""How near each picture of the student is to its teacher's from the same prompt and the same noise."""
+"""Distances between each picture of the student and its teacher's picture from the same prompt and noise."""
 
 import numpy as np
 from jaxtyping import Float, Shaped, UInt8
 
+from dmm_jax.evaluation import lpips
+from dmm_jax.evaluation.published_weights import Weights
+from dmm_jax.evaluation.samples import Pictures
 from dmm_jax.runtime.errors import UserError
 
 
+def paired_fidelity(
+    teacher: Pictures, student: Pictures, rounded: Pictures, again: Pictures, perceptual: Weights | None = None
+) -> dict[str, float]:
+    """Returns each measure between teacher and student, its floor, and its value for unrelated pictures.
+
+    Args:
+      student: from the teacher's prompts and noise.
+      rounded: the teacher's from the same noise in another precision. Rounding alone causes this difference, so it is
+        the floor.
+      again: the teacher's from other noise: unrelated pictures of the same prompts.
+      perceptual: LPIPS, which adds its distance.
+    """
+    measures = {
+        "latent MSE": lambda a, b: latent_mse(a.latents, b.latents).mean(),
+        "PSNR (dB)": lambda a, b: np.median(psnr(a.images, b.images)),  # A pair of equal pictures has an infinite PSNR.
+    }
+    if perceptual is not None:
+        name = lpips.distance_name(perceptual)
+        measures[name] = lambda a, b: lpips.distances(perceptual, a.images, b.images).mean()
+    values = {}
+    for name, measure in measures.items():
+        values[name] = float(measure(teacher, student))
+        values[f"{name}, floor"] = float(measure(teacher, rounded))
+        values[f"{name}, other noise"] = float(measure(teacher, again))
+    return values
+
+
 def latent_mse(a: Float[np.ndarray, "n h w C"], b: Float[np.ndarray, "..."]) -> Float[np.ndarray, " n"]:
-    """Returns the mean squared error of each pair of scaled latents; 0 if they are the same.
+    """Returns the mean squared error of each pair of scaled latents.
 
     Raises:
       ValueError: the shapes differ.
@@ -16,7 +46,7 @@ def latent_mse(a: Float[np.ndarray, "n h w C"], b: Float[np.ndarray, "..."]) -> 
 
 
 def psnr(a: UInt8[np.ndarray, "n H W 3"], b: UInt8[np.ndarray, "..."]) -> Float[np.ndarray, " n"]:
-    """Returns the peak signal-to-noise ratio of each pair of pictures, in dB (peak 255); infinite if they are the same.
+    """Returns the peak signal-to-noise ratio of each pair of pictures in dB (peak 255); infinite if they are equal.
 
     Raises:
       ValueError: the shapes differ.

@@ -1,28 +1,24 @@
-"""The report's figures as PNGs, drawn with matplotlib's Agg: each once for light pages and once for dark ones."""
+"""Figures as PNGs, each once for light and once for dark pages, drawn with matplotlib's Agg backend."""
 
 import dataclasses
 import io
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import UInt8
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from PIL import Image
 
-DIFFERENCE_GAIN = 4  # What the difference of two pictures is multiplied by before it is shown.
-_TILE_PX = 192  # Pictures in strips are brought near this side: by whole factors up, smoothly down.
 _DPI = 200
 MERGES = {"average": "weight average", "task_arithmetic": "task arithmetic", "ties": "TIES", "dare": "DARE"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Theme:
-    """Colours of one appearance; `steps` run from a small distance to a large one."""
+    """Colours of a light or dark page; `steps` run from a small distance to a large one."""
 
     name: str
     ink: str
@@ -49,13 +45,13 @@ _LINES = {
 
 
 def render(draw: Callable[[Theme], Figure]) -> dict[str, bytes]:
-    """Returns the PNG of `draw(theme)` for "light" and "dark", on a transparent ground."""
-    with rc_context({"text.parse_math": False}):  # A style may be called "$x$".
+    """Returns the PNG of `draw(theme)` for "light" and "dark", with a transparent background."""
+    with rc_context({"text.parse_math": False}):  # A style's name may be "$x$".
         return {theme.name: _png(draw(theme)) for theme in (LIGHT, DARK)}
 
 
 def matrix(results: Mapping, theme: Theme) -> Figure:
-    """Draws the style matrix as a heat map: above it base and weight merges, below it the floor, all on one scale."""
+    """Draws base, weight merges, the style matrix and the floor as heat maps on one scale, in this order."""
     names = [_label(name) for name in results["styles"]]
     merges = results["weight_merges"]
     above = np.asarray([results["base"], *(results[method] for method in merges)], float)
@@ -71,8 +67,8 @@ def matrix(results: Mapping, theme: Theme) -> Figure:
     norm = _norm(np.concatenate([values.ravel() for _, values in blocks]))
     for ax, (rows, values) in zip(axes, blocks, strict=True):
         _heat(ax, rows, values, norm, theme, fontsize=9 if width > 0.6 else 6.5)
-    turned = {"rotation": 40, "ha": "left"} if max(map(len, names)) * 0.09 > width else {}
-    axes[0].set_xticks(range(num), names, **turned)
+    rotation = {"rotation": 40, "ha": "left"} if max(map(len, names)) * 0.09 > width else {}
+    axes[0].set_xticks(range(num), names, **rotation)
     for place in range(num):
         axes[1].add_patch(Rectangle((place - 0.5, place - 0.5), 1, 1, fill=False, lw=1.8, ec=theme.ink, clip_on=False))
     return figure
@@ -89,25 +85,25 @@ def _heat(ax, rows, values, norm, theme, fontsize):
     for (row, column), value in np.ndenumerate(values):
         red, green, blue, _ = colours(norm(value)) if np.isfinite(value) else (0.5, 0.5, 0.5, 1)
         ink = "#ffffff" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.45 else "#1c1b19"
-        ax.text(column, row, number(value), ha="center", va="center", fontsize=fontsize, color=ink)
+        ax.text(column, row, format_number(value), ha="center", va="center", fontsize=fontsize, color=ink)
 
 
 def distances(results: Mapping, theme: Theme) -> Figure:
-    """Draws, for each style, where base, weight merges, student and floor stand; small is near the teacher."""
+    """Draws each style's distances of base, weight merges, student and floor to the teacher."""
     rows = {name: results[name] for name in ("base", *results["weight_merges"])}
     rows |= {"student": np.diagonal(np.asarray(results["matrix"], float)), "floor": results["floor"]}
-    return _places(results["styles"], rows, theme, f"{results['distance']} to the teacher", bar="floor")
+    return _dot_plot(results["styles"], rows, theme, f"{results['distance']} to the teacher", bar="floor")
 
 
 def clip_scores(results: Mapping, theme: Theme) -> Figure:
-    """Draws, for each style, how well the pictures of base, weight merges, student and teacher fit their prompts."""
+    """Draws each style's CLIPScores of base, weight merges, student and teacher."""
     scores = results["clip_score"]
     rows = {name: scores[name] for name in ("base", *results["weight_merges"], "student")}
-    return _places(results["styles"], rows | {"floor": scores["teacher"]}, theme, scores["name"], bar="teacher")
+    return _dot_plot(results["styles"], rows | {"floor": scores["teacher"]}, theme, scores["name"], bar="teacher")
 
 
-def _places(styles, rows, theme, title, bar):
-    """Draws a line a style, with a mark for each of `rows`; that of the last, `bar`, is upright."""
+def _dot_plot(styles, rows, theme, title, bar):
+    """Draws one line per style with one mark per row of values; an upright bar marks the last row, `bar`."""
     names, values = [_label(name) for name in styles], np.asarray(list(rows.values()), float)
     figure = _figure(11.0, 0.9 + 0.42 * len(names))
     ax = figure.subplots()
@@ -131,7 +127,7 @@ def _places(styles, rows, theme, title, bar):
 
 
 def runs(rows: Mapping[str, Sequence[float]], floor: float, title: str, theme: Theme) -> Figure:
-    """Draws a line a row with a mark for each of its values, beside an upright line for the floor."""
+    """Draws one line per row with a mark for each of its values, and an upright line for the floor."""
     figure = _figure(8.0, 0.6 + 0.3 * len(rows))
     ax = figure.subplots()
     for place, values in enumerate(rows.values()):
@@ -148,8 +144,9 @@ def runs(rows: Mapping[str, Sequence[float]], floor: float, title: str, theme: T
 
 
 def losses(lines: Sequence[Mapping], styles: Sequence[str], theme: Theme) -> Figure:
-    """Draws the training and, where there is one, the validation loss of each style against the step."""
-    panels = [(title, key) for title, key in (("training", "score"), ("validation", "validation")) if _any(lines, key)]
+    """Draws each style's training loss, and its validation loss if the log has it, over the steps."""
+    keys = {"training": "score", "validation": "validation"}
+    panels = [(title, key) for title, key in keys.items() if any(line.get(key) for line in lines)]
     figure = _figure(11.6, 3.3)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (title, key) in zip(axes, panels, strict=True):
@@ -170,7 +167,7 @@ def losses(lines: Sequence[Mapping], styles: Sequence[str], theme: Theme) -> Fig
 
 
 def scaling(lines: Mapping[str, Sequence[tuple[int, float]]], theme: Theme) -> Figure:
-    """Draws images/s over the number of devices, a line a layout; dotted, the first point times the devices."""
+    """Draws images/s over the number of devices, one line per layout; a dotted line shows linear scaling."""
     figure = _figure(7.2, 4.2)
     ax = figure.subplots()
     for colour, (layout, points) in zip(_LINES[theme.name], lines.items(), strict=False):
@@ -189,7 +186,7 @@ def scaling(lines: Mapping[str, Sequence[tuple[int, float]]], theme: Theme) -> F
 
 
 def _curve(ax, points, **style):
-    """Draws a line; a long one faintly, with its running mean over it."""
+    """Draws a line; a long one is faint, under its running mean."""
     if not points:
         return
     steps, values = np.asarray(points, float).T
@@ -201,31 +198,8 @@ def _curve(ax, points, **style):
     ax.plot(steps, values, lw=1.6, **style, marker="o" if len(points) < 30 else None, ms=3)
 
 
-def triple(teacher: UInt8[np.ndarray, "H W 3"], student: UInt8[np.ndarray, "H W 3"]) -> Image.Image:
-    """Returns teacher, student and their amplified absolute difference side by side, with clear gaps."""
-    difference = np.abs(teacher.astype(np.int16) - student.astype(np.int16)) * DIFFERENCE_GAIN
-    tiles = [tile(one) for one in (teacher, student, difference.clip(0, 255).astype(np.uint8))]
-    width, height = tiles[0].size
-    gap = max(width // 32, 1)
-    strip = Image.new("RGBA", (3 * width + 2 * gap, height))
-    for place, one in enumerate(tiles):
-        strip.paste(one, (place * (width + gap), 0))
-    return strip
-
-
-def tile(image: UInt8[np.ndarray, "H W 3"]) -> Image.Image:
-    """Returns the picture near _TILE_PX: small ones enlarged by a whole factor, large ones at most twice that size."""
-    picture = Image.fromarray(image)
-    side = max(picture.size)
-    factor = max(_TILE_PX // side, 1)
-    if factor > 1:
-        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    picture.thumbnail((2 * _TILE_PX, 2 * _TILE_PX), Image.Resampling.LANCZOS)
-    return picture
-
-
-def number(value: float) -> str:
-    """Returns a distance as people read it: three digits, no exponent where it can be helped."""
+def format_number(value: float) -> str:
+    """Returns a number with three digits, without an exponent unless it is tiny."""
     if not np.isfinite(value):
         return "–"
     if value == 0:
@@ -248,19 +222,15 @@ def _png(figure):
 
 
 def _norm(values):
-    """Returns a logarithmic scale where the values span more than a factor of eight, else a linear one from zero."""
+    """Returns a logarithmic scale if the values span more than a factor of eight, else a linear one from zero."""
     values = values[np.isfinite(values)]
     low, high = (values.min(), values.max()) if values.size else (0.0, 1.0)
     return LogNorm(low, high) if low > 0 and high / low > 8 else Normalize(min(low, 0.0), max(high, 1e-12))
 
 
-def _any(lines, key):
-    return any(line.get(key) for line in lines)
-
-
 def _label(name):
     short = name if len(name) <= 20 else name[:19] + "…"
-    return "\u200b" + short if short.startswith("_") else short  # Matplotlib leaves labels with a leading _ out.
+    return "\u200b" + short if short.startswith("_") else short  # Matplotlib omits labels with a leading _.
 
 
 def _plain_ticks(axis):

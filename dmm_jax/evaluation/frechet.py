@@ -10,22 +10,22 @@ from dmm_jax.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Statistics:
-    """Count, mean and scatter of the features seen so far; never a sum of squares, which cancels far from zero."""
+    """Count, mean and scatter of features; a sum of squares would cancel far from zero."""
 
     count: int
     mean: Float[np.ndarray, " D"]
-    scatter: Float[np.ndarray, "D D"]  # The sum of the outer products of what lies off the mean.
+    scatter: Float[np.ndarray, "D D"]  # The sum of the outer products of the deviations from the mean.
 
     @classmethod
     def empty(cls, num_features: int) -> "Statistics":
-        """Returns the statistics of nothing yet."""
+        """Returns the statistics of no features."""
         return cls(0, np.zeros(num_features), np.zeros((num_features, num_features)))
 
     def update(self, features: Float[np.ndarray, "n D"]) -> "Statistics":
-        """Returns the statistics with n more features in them.
+        """Returns the statistics of these and n more features.
 
         Raises:
-          ValueError: the features are of another width, or one is not finite.
+          ValueError: the features have another width, or one is not finite.
         """
         if features.shape[1] != len(self.mean):
             raise UserError(f"expected features of width {len(self.mean)}; got {features.shape[1]}.")
@@ -36,11 +36,11 @@ class Statistics:
         if len(bad):
             raise UserError(f"{len(bad)} of {len(features)} features are not finite, the first in row {bad[0]}.")
         mean = features.mean(axis=0)
-        off = features - mean
-        return self.merge(Statistics(len(features), mean, off.T @ off))
+        deviations = features - mean
+        return self.merge(Statistics(len(features), mean, deviations.T @ deviations))
 
     def merge(self, other: "Statistics") -> "Statistics":
-        """Returns the statistics of both sets together (Chan, Golub and LeVeque 1979)."""
+        """Returns the statistics of the union of both sets (Chan, Golub and LeVeque 1979)."""
         count = self.count + other.count
         if not count:
             return self
@@ -54,7 +54,7 @@ class Statistics:
         """The unbiased covariance (ddof 1).
 
         Raises:
-          ValueError: fewer than two features were seen.
+          ValueError: there are fewer than two features.
         """
         if self.count < 2:
             raise UserError(f"a covariance needs at least 2 features; got {self.count}.")
@@ -75,7 +75,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     eigenvalues = np.linalg.eigvalsh(root @ b.covariance @ root)
     cross = np.sqrt(np.maximum(eigenvalues, 0.0)).sum()
     distance = np.sum((a.mean - b.mean) ** 2) + np.trace(a.covariance) + np.trace(b.covariance) - 2.0 * cross
-    return float(max(distance, 0.0))  # Rounding alone takes it below zero.
+    return float(max(distance, 0.0))  # Rounding can make it negative.
 
 
 def _square_root(covariance: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D D"]:

@@ -1,4 +1,4 @@
-"""Which prompts an evaluation draws, and how many of them the student was trained on: held-out ones tell more."""
+"""The prompts of an evaluation, and how many of them the student was trained on; held-out prompts show more."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,55 +11,56 @@ from dmm_jax.runtime.errors import UserError
 from dmm_jax.world import scenes
 from dmm_jax.world.source import ShapesSource
 
-PROMPT_SEED = 20_000  # Of the embedded world's captions, and of the order of all that were trained on.
+PROMPT_SEED = 20_000  # For new captions of the embedded world and for the order of the training prompts.
 
 
 class Prompts(NamedTuple):
-    """A prompt for every picture of a model, and what a report says of them."""
+    """One prompt per picture of a model, and their description for the report."""
 
     lines: list[str]
-    facts: dict[str, str]
+    settings: dict[str, str]
 
 
-def choose(config, count: int, file: str = "") -> Prompts:
-    """Returns prompts for `count` pictures; where there are fewer they come again.
+def choose_prompts(config, count: int, file: str = "") -> Prompts:
+    """Returns `count` prompts; a shorter list starts again from its beginning.
 
-    Those of `file` or else of `config.evaluation.prompts`, in their order; else those that the run was trained on,
-    shuffled; of the embedded world new ones.
+    The source is `file`, else `config.evaluation.prompts`, both in their order; else the run's own data: new captions
+    of the embedded world, or the training prompts in random order.
 
     Raises:
-      ValueError: the file cannot be used, or what the run was trained on is not there.
+      ValueError: the file cannot be used, or the training prompts are missing.
     """
-    given = file or config.evaluation.prompts
-    rng = np.random.default_rng(PROMPT_SEED)
-    if given:
-        lines, where = read_prompts(given), str(given)
+    file, rng = file or config.evaluation.prompts, np.random.default_rng(PROMPT_SEED)
+    if file:
+        lines, source = read_prompts(file), str(file)
     elif config.data.source == SHAPES_WORLD:
-        lines, where = scenes.sample_scenes(rng, count)[1], f"the embedded world's captions, seed {PROMPT_SEED}"
+        lines, source = scenes.sample_scenes(rng, count)[1], f"the embedded world's captions, seed {PROMPT_SEED}"
     else:
         try:
-            lines = _trained_on(config)
+            lines = _training_prompts(config)
         except (ValueError, OSError) as error:
-            raise UserError(f"{error} Or give other prompts: --prompts FILE, a text file with one a line.") from error
+            raise UserError(
+                f"{error} Or give other prompts: --prompts FILE, a text file with one prompt per line."
+            ) from error
         lines = [lines[k] for k in rng.permutation(len(lines))]
-        where = f"{config.data.prompts if config.data.source == TEACHERS else config.data.source}, seed {PROMPT_SEED}"
+        source = f"{config.data.prompts if config.data.source == TEACHERS else config.data.source}, seed {PROMPT_SEED}"
     used = lines[:count]
-    again = f", again and again for {count} pictures" if len(used) < count else ""
-    facts = {"prompts": f"{len(used)} of {where}{again}", "prompts trained on": _overlap(config, used)}
-    return Prompts([used[k % len(used)] for k in range(count)], facts)
+    repeats = f", again and again for {count} pictures" if len(used) < count else ""
+    settings = {"prompts": f"{len(used)} of {source}{repeats}", "prompts trained on": _overlap(config, used)}
+    return Prompts([used[k % len(used)] for k in range(count)], settings)
 
 
-def _overlap(config, used: Sequence[str]) -> str:
-    """Says how many of the prompts the run's own data holds."""
+def _overlap(config, prompts: Sequence[str]) -> str:
+    """Returns how many of the prompts are in the run's training data, as text."""
     try:
-        trained = set(_trained_on(config))
+        trained = set(_training_prompts(config))
     except (ValueError, OSError):
-        return "unknown: the run's own prompts are not there any more"
-    return f"{sum(line in trained for line in used)} of {len(used)}"
+        return "unknown: the run's own prompts are missing"
+    return f"{sum(prompt in trained for prompt in prompts)} of {len(prompts)}"
 
 
-def _trained_on(config) -> list[str]:
-    """Returns the prompts of the run's data.
+def _training_prompts(config) -> list[str]:
+    """Returns the prompts of the run's training data.
 
     Raises:
       ValueError: its file or folder cannot be read.

@@ -1,6 +1,6 @@
-"""The two ways in which published FIDs bring pictures to Inception's 299 x 299: TensorFlow 1's, and clean-fid's.
+"""Two resizes to Inception's 299 x 299, as published FIDs use them: TensorFlow 1's and clean-fid's.
 
-They differ by whole units of the distance, so a number says which one it was (arXiv:2104.11222).
+Their FIDs differ by whole units (arXiv:2104.11222), so a number must name its resize.
 """
 
 import numpy as np
@@ -11,26 +11,26 @@ from PIL import Image
 def resize_tf1(images: Float[Array, "B H W C"], size: int) -> Float[Array, "B size size C"]:
     """Resizes as `tf.image.resize_bilinear` of TensorFlow 1 and torch-fidelity do: no half pixel, no antialiasing.
 
-    Output row r reads from row r H / size. `jax.image.resize` counts half pixels instead, which changes a value by 3 of
-    255 in the mean.
+    Output row r reads input row r H / size. `jax.image.resize` would shift by half a pixel, which changes a value by 3
+    of 255 on average.
     """
-    top, bottom, down = _neighbours(images.shape[1], size)
-    left, right, across = _neighbours(images.shape[2], size)
+    first_row, second_row, row_weight = _neighbours(images.shape[1], size)
+    first_column, second_column, column_weight = _neighbours(images.shape[2], size)
 
-    def rows(index):
-        found = images[:, index]
-        before = found[:, :, left]
-        return before + (found[:, :, right] - before) * across[None, None, :, None]  # (B, size, size, C)
+    def interpolate_columns(rows):
+        chosen = images[:, rows]
+        first, second = chosen[:, :, first_column], chosen[:, :, second_column]
+        return first + (second - first) * column_weight[None, None, :, None]  # (B, size, size, C)
 
-    above = rows(top)
-    return above + (rows(bottom) - above) * down[None, :, None, None]
+    above = interpolate_columns(first_row)
+    return above + (interpolate_columns(second_row) - above) * row_weight[None, :, None, None]
 
 
 def _neighbours(length: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the pixel before each output, the one after, and the way between them, in float32 as the others have."""
-    place = np.arange(size, dtype=np.float32) * np.float32(length / size)
-    before = place.astype(np.int32)
-    return before, np.minimum(before + 1, length - 1), place - before.astype(np.float32)
+    """Returns the two input pixels that each output lies between, and the second one's weight, in float32."""
+    position = np.arange(size, dtype=np.float32) * np.float32(length / size)
+    first = position.astype(np.int32)
+    return first, np.minimum(first + 1, length - 1), position - first.astype(np.float32)
 
 
 def resize_clean(images: UInt8[np.ndarray, "B H W 3"], size: int) -> Float[np.ndarray, "B size size 3"]:

@@ -1,89 +1,88 @@
-"""Every style of the student against every teacher, with what to hold it against: the numbers of metrics.json."""
+"""The style matrix: distances between every style of the student and every teacher, with reference distances."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
 
-from dmm_jax.evaluation.frechet import Statistics, frechet_distance
-from dmm_jax.evaluation.kid import Features
+from dmm_jax.evaluation.feature_networks import Summary
+from dmm_jax.evaluation.frechet import frechet_distance
 from dmm_jax.runtime.errors import UserError
-
-Kept = Statistics | Features  # Of a model's pictures.
 
 
 def style_matrix(
     names: Sequence[str],
-    student: Sequence[Kept],
-    teacher: Sequence[Kept],
-    teacher_again: Sequence[Kept],
-    base: Kept | Sequence[Kept],
-    merged: Mapping[str, Kept | Sequence[Kept]],
-    distance: str = "FD (shapes)",
-    between: Callable[..., float] = frechet_distance,
+    student: Sequence[Summary],
+    teacher: Sequence[Summary],
+    teacher_again: Sequence[Summary],
+    base: Summary | Sequence[Summary],
+    merged: Mapping[str, Summary | Sequence[Summary]],
+    distance_name: str = "FD (shapes)",
+    distance: Callable[..., float] = frechet_distance,
 ) -> dict[str, object]:
-    """Returns the distances as metrics.json holds them.
+    """Returns the distances with the keys of metrics.json.
 
-    `floor` is a teacher against itself, the nearest that anyone comes with n pictures; `gap_closed` is
-    (base - student) / (base - floor): 1 at the floor, 0 as far off as the base model, and None where the base is no
-    farther than the floor. `trace` and `floor_trace` sum the matrix's diagonal (FID_t, arXiv:2504.12364) and the floor.
+    `floor` is the distance between two samples of one teacher, the smallest that n pictures can show. `gap_closed` is
+    (base - student) / (base - floor): 1 at the floor, 0 at the base model, and None unless the base is farther than the
+    floor. `trace` and `floor_trace` sum the matrix's diagonal (FID_t, arXiv:2504.12364) and the floor.
 
     Args:
-      student, teacher: by style, in the order of `names`.
+      student, teacher: one per style, in the order of `names`.
       teacher_again: the teachers' pictures from other noise than `teacher`'s.
-      base: of the base model: one for all styles, or by style.
-      merged: of each merge of the teachers' weights, by its method; each becomes a row of that name.
-      distance, between: its name, and how it is computed.
+      base: one for all styles, or one per style.
+      merged: the same for each merge of the teachers' weights; each method becomes a key of the result.
 
     Raises:
-      ValueError: a list has another length than `names`, or the sets differ in their number of pictures.
+      ValueError: a list has another length than `names`, or the summaries differ in their number of pictures.
     """
-    others = {"base": base, **merged}
-    others = {what: list(one) if isinstance(one, Sequence) else [one] * len(names) for what, one in others.items()}
-    n = _count(names, {"student": student, "teacher": teacher, "teacher_again": teacher_again, **others})
-    matrix = np.array([[between(row, column) for column in teacher] for row in student])
+    references = {
+        name: list(summary) if isinstance(summary, Sequence) else [summary] * len(names)
+        for name, summary in {"base": base, **merged}.items()
+    }
+    n = _count(names, {"student": student, "teacher": teacher, "teacher_again": teacher_again, **references})
+    matrix = np.array([[distance(row, column) for column in teacher] for row in student])
     floor, *rows = (
-        np.array([between(*pair) for pair in zip(row, teacher, strict=True)])
-        for row in (teacher_again, *others.values())
+        np.array([distance(*pair) for pair in zip(row, teacher, strict=True)])
+        for row in (teacher_again, *references.values())
     )
-    rows = dict(zip(others, rows, strict=True))
+    rows = dict(zip(references, rows, strict=True))
     return {
         "styles": list(names),
-        "distance": distance,
+        "distance": distance_name,
         "n": n,
         "matrix": matrix.tolist(),
         "floor": floor.tolist(),
-        **{what: row.tolist() for what, row in rows.items()},
+        **{name: row.tolist() for name, row in rows.items()},
         "weight_merges": list(merged),
-        "gap_closed": _gap_closed(np.diagonal(matrix), rows["base"], floor),
+        "gap_closed": gap_closed(np.diagonal(matrix), rows["base"], floor),
         "diagonal_is_minimum": _diagonal_is_minimum(matrix),
         "trace": float(np.trace(matrix)),
         "floor_trace": float(floor.sum()),
     }
 
 
-def _count(names: Sequence[str], sets: dict[str, Sequence[Kept]]) -> int:
-    """Checks the sets and returns the number of pictures in each; the distance's bias falls with it."""
-    wrong = [f"{what} has {len(one)}" for what, one in sets.items() if len(one) != len(names)]
+def gap_closed(model: Collection[float], base: Collection[float], floor: Collection[float]) -> list[float | None]:
+    """Returns the share of the way from base to floor that a model closes, by style; None if there is no way."""
+    return [
+        float((start - distance) / (start - end)) if start > end else None
+        for distance, start, end in zip(model, base, floor, strict=True)
+    ]
+
+
+def _count(names: Sequence[str], models: dict[str, Sequence[Summary]]) -> int:
+    """Checks the summaries and returns the number of pictures in each; the distance's bias depends on it."""
+    wrong = [f"{model} has {len(summaries)}" for model, summaries in models.items() if len(summaries) != len(names)]
     if wrong or not names:
-        found = ", ".join(wrong) or "there is none"
-        raise UserError(f"expected one set of pictures for each of the {len(names)} styles; {found}.")
-    counts = {statistics.count for one in sets.values() for statistics in one}
+        raise UserError(
+            f"expected one set of pictures for each of the {len(names)} styles; {', '.join(wrong) or 'got no style'}."
+        )
+    counts = {summary.count for summaries in models.values() for summary in summaries}
     if len(counts) != 1:
         raise UserError(
             f"distances of unequally many pictures cannot be compared; got sets of {sorted(counts)}. "
-            "Draw as many for every style and model."
+            "Draw the same number for every style and model."
         )
     return counts.pop()
-
-
-def _gap_closed(
-    own: Float[np.ndarray, " T"], base: Float[np.ndarray, " T"], floor: Float[np.ndarray, " T"]
-) -> list[float | None]:
-    return [
-        float((far - here) / (far - near)) if far > near else None
-        for here, far, near in zip(own, base, floor, strict=True)
-    ]
 
 
 def _diagonal_is_minimum(matrix: Float[np.ndarray, "T T"]) -> bool:

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 from dmm_jax.checkpoints.merge_methods import METHODS, merge_networks, parse_method
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.evaluation.evaluate import OTHER_SEED, TEACHER_SEED
+from dmm_jax.evaluation.feature_networks import SHAPES, open_feature_network
 from dmm_jax.evaluation.frechet import Statistics, frechet_distance
-from dmm_jax.evaluation.networks import SHAPES, open_network
 from dmm_jax.evaluation.prompts import PROMPT_SEED
 from dmm_jax.gallery.sample import draw
 from dmm_jax.pipeline import Pipeline
@@ -28,7 +28,7 @@ class Judge:
 
     def __init__(self, out: pathlib.Path, num_images: int):
         self.out, self.num_images = out, num_images
-        self.network = open_network(SHAPES)
+        self.network = open_feature_network(SHAPES)
         self.config = study_config(out, STYLES, 1, 0)
         self.prompts = sample_scenes(np.random.default_rng(PROMPT_SEED), num_images)[1]
         self.base = open_checkpoint(self.config.base)

@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
     with _step("Merge: distil the teachers into one student with one style vector per teacher"):
         train.run(config, workdir)
     with _step("Evaluate: compare the student with its teachers, the base and merged weights"):
-        page = evaluate(workdir)
+        page = evaluate(workdir).page
     with _step(f"Export: DMM folder, stock diffusers folder, stock single file (style {MIX})"):
         shutil.rmtree(workdir / "export", ignore_errors=True)
         for path in export(workdir, workdir / "export", ("dmm", "diffusers", "single-file"), MIX):

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--prompts",
+        dest="prompts_file",
         default="",
         metavar="FILE",
         help="one prompt per line; default: the config's, or the captions that the run was trained on",
@@ -43,4 +44,4 @@ def main(args: argparse.Namespace) -> None:
     from dmm_jax.runtime import compilation
 
     compilation.use_cache()
-    print(evaluate(**options.keywords(args)))
+    print(evaluate(**options.keywords(args)).page)

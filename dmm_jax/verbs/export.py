@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
         extra_styles=args.extra_style,
     )
     if args.verify:
-        from dmm_jax.evaluation.verify import verify_export
+        from dmm_jax.evaluation.verify_export import verify_export
 
         student = open_student(args.workdir, args.extra_style, args.keep)
         print("\n".join(verify_export(student, dict(zip(formats, paths, strict=True)), args.dtype)))

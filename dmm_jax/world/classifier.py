@@ -1,4 +1,4 @@
-"""The classifier of the embedded world, whose penultimate features `FD (shapes)` compares (as FID does Inception's)."""
+"""The classifier of the embedded world. `FD (shapes)` compares its penultimate features, as FID does Inception's."""
 
 import functools
 import pathlib
@@ -14,16 +14,17 @@ from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.formats import safetensors_io
 from dmm_jax.models.layers import conv, group_norm, linear
 from dmm_jax.runtime import sharding
+from dmm_jax.runtime.chunks import in_chunks
 from dmm_jax.world.scenes import COLOURS, RELATIONS, SHAPES, SIZES, Content
 
 NUM_FEATURES = 32
 CHANNELS = (24, 48, 64, 96)
-STYLE_LOSS_WEIGHT = 2.0  # Times the mean squared error of the style vector, beside the sum of the cross entropies.
-CHUNK_SIZE = 256  # Images a call of the compiled network takes; the last chunk is padded to it.
+STYLE_LOSS_WEIGHT = 2.0  # Times the mean squared error of the style vector, added to the cross entropies.
+CHUNK_SIZE = 256  # Images per call of the compiled network.
 
 
 class ShapeFeatures(nnx.Module):
-    """Reads a 64x64 picture's caption and style; learns only in the recipe, frozen wherever it measures.
+    """Predicts caption and style of a 64x64 picture. Only `world.recipe` trains it.
 
     Args:
       style_dim: length of the vector that describes a style.
@@ -45,7 +46,7 @@ class ShapeFeatures(nnx.Module):
         self.style = dense(NUM_FEATURES, style_dim)
 
     def __call__(self, images: Float[Array, "B 64 64 3"]) -> Float[Array, "B 32"]:
-        """Returns the features of images in [-1, 1]: linear, so that they are as near to Gaussian as they come."""
+        """Returns the features of images in [-1, 1]: linear outputs, which are closer to Gaussian than activations."""
         hidden = images
         for convolve, norm in zip(self.convs, self.norms, strict=True):
             hidden = nnx.silu(norm(convolve(hidden)))
@@ -53,7 +54,7 @@ class ShapeFeatures(nnx.Module):
         return self.to_features(pooled)
 
     def predict(self, images: Float[Array, "B 64 64 3"]) -> dict[str, Float[Array, "B ..."]]:
-        """Returns logits by field of `canonical` content (num_objects: of 1 and 2; slots on axis 1), and "style"."""
+        """Returns "style" and, by field of `canonical` content, the logits: num_objects of 1 and 2, slots on axis 1."""
         hidden = nnx.silu(self(images))
         slots = {"shape_ids": self.shapes, "colour_ids": self.colours, "size_ids": self.sizes}
         return {
@@ -66,12 +67,12 @@ class ShapeFeatures(nnx.Module):
     def loss(
         self, images: Float[Array, "B 64 64 3"], content: Content, style_vectors: Float[Array, "B S"]
     ) -> Float[Array, ""]:
-        """Returns the cross entropies, summed over the fields of `content`, and the weighted error of the style vector.
+        """Returns the cross entropies, summed over the fields of `content`, plus the style vector's weighted error.
 
         Args:
           images: in [-1, 1].
-          content: of the captions, in their order of the shapes; ids of -1 (nothing there) do not count.
-          style_vectors: the truth about the styles.
+          content: of the captions, with the shapes in their order; ids of -1 (absent shapes) do not count.
+          style_vectors: the true ones.
         """
         predicted = self.predict(images)
         truth = canonical(content)
@@ -81,29 +82,28 @@ class ShapeFeatures(nnx.Module):
 
 
 def canonical(content: Content) -> Content:
-    """Returns the same scenes told from above or from the left: no picture tells "A below B" from "B above A"."""
-    told_as = np.array([0, 0, 2, 2, -1])  # below -> above, right of -> left of; the last is where -1 leads.
-    relation_ids = jnp.asarray(told_as)[content.relation_ids]
-    turned = (relation_ids != content.relation_ids)[..., None]
-    slots = (jnp.where(turned, ids[..., ::-1], ids) for ids in content[1:4])
+    """Returns the scenes in one of two equal forms: "A below B" becomes "B above A", "right of" becomes "left of"."""
+    canonical_ids = np.array([0, 0, 2, 2, -1])  # below -> above, right of -> left of; index -1 reads the last entry.
+    relation_ids = jnp.asarray(canonical_ids)[content.relation_ids]
+    swapped = (relation_ids != content.relation_ids)[..., None]
+    slots = (jnp.where(swapped, ids[..., ::-1], ids) for ids in content[1:4])
     return Content(jnp.asarray(content.num_objects), *slots, relation_ids)
 
 
 def features(graph: nnx.GraphDef, params: Mapping, images: UInt8[np.ndarray, "n 64 64 3"]) -> Float[np.ndarray, "n 32"]:
-    """Returns the features of pictures on the host, computed CHUNK_SIZE at a time with one compiled program."""
-    found = np.empty((len(images), NUM_FEATURES), np.float32)
-    for start in range(0, len(images), CHUNK_SIZE):
-        chunk = images[start : start + CHUNK_SIZE]
-        padded = np.pad(chunk, ((0, CHUNK_SIZE - len(chunk)), (0, 0), (0, 0), (0, 0)))
-        found[start : start + len(chunk)] = _chunk_features(graph, params, sharding.spread(padded))[: len(chunk)]
-    return found
+    """Returns the features of pictures on the host."""
+
+    def compute(chunk):
+        return _chunk_features(graph, params, sharding.spread(chunk))
+
+    return in_chunks(compute, CHUNK_SIZE, (NUM_FEATURES,), images)
 
 
 def load(path: str | pathlib.Path) -> tuple[nnx.GraphDef, dict]:
     """Reads a classifier's graph and parameters, the first arguments of `features`, from a safetensors file.
 
     Raises:
-      CheckpointError: the file is damaged or is not a classifier's.
+      CheckpointError: the file is damaged or does not hold a classifier.
     """
     tensors = safetensors_io.TensorFile(path)
     style_dim = tensors.shape("style.bias")[0] if "style.bias" in tensors.keys() else 1  # 1: `from_torch` reports it.
@@ -120,7 +120,7 @@ def _chunk_features(
 
 
 def _cross_entropy(logits: Float[Array, "*B classes"], ids: Shaped[Array, "*B"]) -> Float[Array, ""]:
-    """Returns the mean over the ids that are there, slots summed as one; those of -1 are left out."""
+    """Returns the mean over all ids that are not -1."""
     present = ids >= 0
     chosen = jnp.take_along_axis(nnx.log_softmax(logits), jnp.maximum(ids, 0)[..., None], axis=-1)[..., 0]
     return -jnp.sum(jnp.where(present, chosen, 0.0)) / jnp.maximum(jnp.sum(present), 1)

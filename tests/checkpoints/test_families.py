@@ -21,7 +21,7 @@ from dmm_jax.distill.objective import Inputs
 from dmm_jax.distill.step import build_validation
 from dmm_jax.distill.student import put_student, style_params
 from dmm_jax.distillation import Distillation
-from dmm_jax.evaluation import verify
+from dmm_jax.evaluation.verify_export import verify
 from dmm_jax.pipeline import Pipeline
 from dmm_jax.runtime import sharding
 from dmm_jax.runtime.metrics import read
@@ -134,7 +134,7 @@ def test_a_style_lora_turns_the_base_mix_into_the_style_in_diffusers(student, tm
         name: write.write_folder(tmp_path / name, fold_style(source, mix), "float32", families.RECIPE)
         for name, mix in (("base", equal), ("style", weights))
     }
-    verify.verify({"diffusers": storage["style"]})
+    verify({"diffusers": storage["style"]})
 
     path, tools = tmp_path / style_lora.NAME, ("diffusers", "comfyui")
     style_lora.write_style_lora(path, source, weights, equal, "float32", tools, families.RECIPE)

@@ -1,4 +1,4 @@
-"""CLIP as it measures: pictures prepared as transformers does, scores equal to its, nothing but CLIP opened."""
+"""CLIP's preprocessing, embeddings and scores equal those of transformers; other folders are refused."""
 
 import hashlib
 import json
@@ -9,7 +9,8 @@ import pytest
 
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats import safetensors_io
-from dmm_jax.evaluation import clip, networks
+from dmm_jax.evaluation import clip
+from dmm_jax.evaluation.feature_networks import from_clip
 from tests.text.test_tokenizer import END, IDS, write_files
 
 torch = pytest.importorskip("torch")
@@ -65,50 +66,50 @@ def pixel_values(images, size):
 
 @pytest.mark.parametrize("height, width", [(64, 64), (30, 47), (51, 16), (8, 9)])
 @pytest.mark.parametrize("size", [16, 21])
-def test_pictures_are_prepared_as_transformers_does(height, width, size):
+def test_preprocessing_equals_that_of_transformers(height, width, size):
     images = pictures(3, height, width)
     expected = pixel_values(images, size).movedim(1, -1).numpy()
     np.testing.assert_allclose(clip.preprocess(images, size), expected, atol=1e-6, rtol=0)
 
 
-def test_the_scores_are_those_of_transformers(written, monkeypatch):
+def test_embeddings_and_scores_equal_those_of_transformers(written, monkeypatch):
     monkeypatch.setattr(clip, "CHUNK_SIZE", 2)
     folder, twin = written
-    images, ours = pictures(), clip.load(str(folder))
+    images, network = pictures(), clip.load(str(folder))
     ids = clip.Tokenizer.from_folder(folder)(PROMPTS)
     with torch.no_grad():
         out = twin(input_ids=torch.from_numpy(ids).long(), pixel_values=pixel_values(images, 16))
-    found = clip.image_embeddings(ours, images), clip.text_embeddings(ours, PROMPTS)
-    np.testing.assert_allclose(found[0], out.image_embeds, atol=1e-5)
-    np.testing.assert_allclose(found[1], out.text_embeds, atol=1e-5)
+    embeddings = clip.image_embeddings(network, images), clip.text_embeddings(network, PROMPTS)
+    np.testing.assert_allclose(embeddings[0], out.image_embeds, atol=1e-5)
+    np.testing.assert_allclose(embeddings[1], out.text_embeds, atol=1e-5)
     cosines = (out.image_embeds * out.text_embeds).sum(-1).numpy()
     assert (cosines > 0).any() and (cosines < 0).any()
-    np.testing.assert_allclose(clip.clip_scores(*found), 100 * np.maximum(cosines, 0), atol=1e-3)
+    np.testing.assert_allclose(clip.clip_scores(*embeddings), 100 * np.maximum(cosines, 0), atol=1e-3)
 
 
-def test_a_score_is_100_for_equal_directions_and_0_beyond_a_right_angle():
+def test_a_score_is_100_for_equal_directions_and_never_negative():
     axes = np.eye(3, dtype=np.float32)
     np.testing.assert_array_equal(clip.clip_scores(axes, np.stack([axes[0], axes[2], -axes[2]])), [100, 0, 0])
 
 
-def test_prompts_are_scored_with_the_pictures_that_were_drawn_from_them(written):
+def test_pictures_are_scored_against_their_own_prompts(written):
     images, scorer = pictures(), clip.Scorer.open(str(written[0]), PROMPTS)
-    whole = scorer(images, 0)
-    np.testing.assert_allclose(scorer(images[2:4], 2), whole[2:4], atol=1e-4)
-    assert not np.allclose(scorer(images[2:4], 0), whole[2:4], atol=1e-2)
+    scores = scorer(images, 0)
+    np.testing.assert_allclose(scorer(images[2:4], 2), scores[2:4], atol=1e-4)
+    assert not np.allclose(scorer(images[2:4], 0), scores[2:4], atol=1e-2)
 
 
-def test_weights_are_named_when_their_hash_is_known(folder, monkeypatch):
+def test_weights_with_a_published_hash_have_a_name(folder, monkeypatch):
     sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    found = clip.load(str(folder))
-    assert found.sha256 == found.facts["weights SHA-256"] == sha256
-    assert found.weights == f"unknown weights SHA-256 {sha256[:10]}"
+    network = clip.load(str(folder))
+    assert network.sha256 == network.settings["weights SHA-256"] == sha256
+    assert network.weights_name == f"unknown weights SHA-256 {sha256[:10]}"
     monkeypatch.setitem(clip.PUBLISHED, sha256, "someone/clip")
-    assert found.weights == "someone/clip"
+    assert network.weights_name == "someone/clip"
 
 
-def test_an_old_config_with_a_dictionary_of_its_own_goes_by_that(folder):
-    """transformers' rule; the published files of OpenAI have both, and dozens of fields of text generation."""
+def test_an_old_configs_config_dict_has_precedence(folder):
+    """As in transformers: OpenAI's published files have both, and dozens of fields of text generation."""
     config = json.loads((folder / "config.json").read_text())
     config["vision_config_dict"] = {**VISION, "num_hidden_layers": 3}
     config["vision_config"] |= {"top_k": 50, "id2label": {"0": "LABEL_0"}}
@@ -120,8 +121,8 @@ def test_an_old_config_with_a_dictionary_of_its_own_goes_by_that(folder):
     assert clip.load(str(folder)).arguments["num_hidden_layers"] == 2
 
 
-def test_what_is_not_a_clip_is_refused(folder, tmp_path):
-    with pytest.raises(CheckpointError, match="no folder"):
+def test_other_folders_are_refused(folder, tmp_path):
+    with pytest.raises(CheckpointError, match="not a folder"):
         clip.load(str(tmp_path / "none"))
     tensors = dict(safetensors_io.TensorFile(folder / "model.safetensors"))
     safetensors_io.save(folder / "model.safetensors", tensors | {"classifier.weight": np.zeros(3, np.float32)})
@@ -136,7 +137,7 @@ def test_what_is_not_a_clip_is_refused(folder, tmp_path):
         clip.load(str(folder))
 
 
-def test_a_pickle_is_not_opened(folder):
+def test_a_pickle_is_refused(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="only .safetensors files are opened"):
         clip.load(str(folder))
@@ -148,12 +149,12 @@ def test_prompts_need_the_tokenizers_files(folder):
         clip.text_embeddings(clip.load(str(folder)), PROMPTS)
 
 
-def test_cmmd_is_named_by_the_config_of_its_network_and_every_other_clip_gives_an_mmd(written):
-    """No hash of the network's safetensors is known, so that its name says no more than the config and the hash."""
+def test_only_the_config_of_cmmds_network_gives_cmmd(written):
+    """No hash of the network's safetensors is published, so the name holds only its config and the file's hash."""
     small = clip.load(str(written[0]))
     large = small._replace(arguments=small.arguments | clip.LARGE_336, sha256="0123456789ab")
-    assert networks._clip(large).distance == ("CMMD (ViT-L/14 at 336 pixels by its config, weights SHA-256 0123456789)")
+    assert from_clip(large).distance_name == "CMMD (ViT-L/14 at 336 pixels by its config, weights SHA-256 0123456789)"
     other = large._replace(arguments=large.arguments | {"image_size": 224})
-    assert networks._clip(other).distance == "MMD (unknown weights SHA-256 0123456789)"
-    known = other._replace(sha256=next(iter(clip.PUBLISHED)))
-    assert networks._clip(known).distance == "MMD (openai/clip-vit-large-patch14)"
+    assert from_clip(other).distance_name == "MMD (unknown weights SHA-256 0123456789)"
+    published = other._replace(sha256=next(iter(clip.PUBLISHED)))
+    assert from_clip(published).distance_name == "MMD (openai/clip-vit-large-patch14)"

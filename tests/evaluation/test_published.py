@@ -1,4 +1,4 @@
-"""Features, distances and resizes beside those that torch-fidelity and clean-fid themselves gave (make_fixture.py)."""
+"""Features, distances and resizes equal those of torch-fidelity and clean-fid (make_fixture.py)."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.formats import safetensors_io
 from dmm_jax.evaluation import inception
 from dmm_jax.evaluation.frechet import Statistics, frechet_distance
-from dmm_jax.evaluation.kid import kernel_inception_distance
+from dmm_jax.evaluation.kernel_distances import kernel_inception_distance
 from dmm_jax.evaluation.resize import resize_clean
 from dmm_jax.models.inception_v3 import IMAGE_SIZE
 from tests.evaluation import make_fixture as published
@@ -16,7 +16,7 @@ ANSWERS = dict(np.load(published.FILE))
 
 
 @pytest.mark.parametrize("height, width", published.SIZES)
-def test_the_resize_is_torch_fidelitys_to_the_last_bit(height, width):
+def test_the_resize_is_torch_fidelitys_bit_for_bit(height, width):
     resized = inception._resize_tf1(published.pictures(1, height, width))
     assert published.digest(np.asarray(resized)) == ANSWERS[f"tf1 {height} {width}"].item()
 
@@ -33,19 +33,19 @@ def test_the_features_are_torch_fidelitys(tmp_path, monkeypatch):
     tensors = published.weights()
     safetensors_io.save(tmp_path / "weights.safetensors", tensors)
     network = inception.load(tmp_path / "weights.safetensors")
-    found, expected = inception.features(network, published.pictures(2, 64, 80), clean=False), ANSWERS["features"]
+    features, expected = inception.features(network, published.pictures(2, 64, 80), clean=False), ANSWERS["features"]
     assert (expected > 0).mean() > 0.5
     assert all(np.array_equal(array, tensors[key]) for key, array in naming.to_torch(network.params).items())
-    assert np.abs(found - expected).max() < 1e-6 * np.abs(expected).max()
+    assert np.abs(features - expected).max() < 1e-6 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("name", ["many", "few"])
 def test_the_distance_is_torch_fidelitys(name):
-    pair = [Statistics.empty(256).update(one) for one in published.sets()[name]]
+    pair = [Statistics.empty(256).update(features) for features in published.sets()[name]]
     assert frechet_distance(*pair) == pytest.approx(ANSWERS[f"fid {name}"].item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["many", "few"])
 def test_the_kernels_distance_is_torch_fidelitys(name):
-    found = kernel_inception_distance(*published.sets()[name], *published.KID.values())
-    np.testing.assert_allclose(found, ANSWERS[f"kid {name}"], rtol=1e-5)  # Theirs is summed in float32.
+    kid = kernel_inception_distance(*published.sets()[name], *published.KID.values())
+    np.testing.assert_allclose(kid, ANSWERS[f"kid {name}"], rtol=1e-5)  # torch-fidelity sums in float32.

@@ -1,4 +1,4 @@
-"""Both resizes beside their definitions, written out pixel by pixel."""
+"""Both resizes equal their definitions, written out pixel by pixel."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,10 +20,10 @@ def tensorflow1(image, size):
         top, bottom = int(y), min(int(y) + 1, height - 1)
         for column in range(size):
             x = np.float32(column) * scale_x
-            left, right = int(x), min(int(x) + 1, width - 1)
-            across, down = x - np.float32(left), y - np.float32(top)
-            above = image[top, left] + (image[top, right] - image[top, left]) * across
-            below = image[bottom, left] + (image[bottom, right] - image[bottom, left]) * across
+            west, east = int(x), min(int(x) + 1, width - 1)
+            across, down = x - np.float32(west), y - np.float32(top)
+            above = image[top, west] + (image[top, east] - image[top, west]) * across
+            below = image[bottom, west] + (image[bottom, east] - image[bottom, west]) * across
             out[row, column] = above + (below - above) * down
     return out
 
@@ -35,7 +35,7 @@ def test_resize_is_tensorflow_1s_bit_for_bit(shape):
 
 
 def bicubic(length, size):
-    """Pillow's weights: Keys' cubic with a = -1/2, half pixels, as wide as a pixel of the output if that is larger."""
+    """Pillow's weights: Keys' cubic with a = -1/2, half-pixel centres, widened to an output pixel if that is larger."""
     scale = max(length / size, 1.0)
     places = (np.arange(size)[:, None] + 0.5) * length / size - 0.5 - np.arange(length)[None]
     x = np.abs(places) / scale
@@ -45,7 +45,7 @@ def bicubic(length, size):
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (10, 37), (23, 23), (50, 7)])
-def test_clean_resize_is_the_antialiased_cubic_and_is_not_rounded(shape):
+def test_clean_resize_is_the_antialiased_cubic_unrounded(shape):
     images = RNG.integers(0, 256, (2, *shape, 3)).astype(np.uint8)
     rows, columns = (bicubic(length, 23) for length in shape)
     expected = np.einsum("yh,bhwc,xw->byxc", rows, images.astype(np.float64), columns).clip(0, 255)

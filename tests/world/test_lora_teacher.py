@@ -9,8 +9,8 @@ import pytest
 from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile
 from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.evaluation.feature_networks import SHAPES, open_feature_network
 from dmm_jax.evaluation.frechet import frechet_distance
-from dmm_jax.evaluation.networks import SHAPES, open_network
 from dmm_jax.pipeline import Pipeline
 from dmm_jax.world import lora_teacher as lora
 from dmm_jax.world.renderer import render
@@ -64,7 +64,7 @@ def test_the_shipped_file_has_kohyas_layout_and_metadata():
 
 def test_the_teacher_draws_blueprints():
     """With 250 pictures the distances to rendered ones are 22.5 (teacher), 20.6 (other rendered ones), 59 (base)."""
-    count, network = 32, open_network(SHAPES)
+    count, network = 32, open_feature_network(SHAPES)
     scenes, prompts = sample_scenes(np.random.default_rng(0), count)
     truth = render(scenes, STYLES["blueprint"].repeat(count))
     truth = _statistics(network, np.asarray(255.0 * truth).round().astype(np.uint8))

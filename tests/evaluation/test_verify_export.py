@@ -1,4 +1,4 @@
-"""`export --verify` passes what diffusers reads as we do, and names what it does not."""
+"""`export --verify` passes exports that stock diffusers computes alike, and names those that differ."""
 
 import pathlib
 
@@ -7,7 +7,7 @@ import pytest
 
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
 from dmm_jax.checkpoints.open import open_checkpoint
-from dmm_jax.evaluation import verify
+from dmm_jax.evaluation import verify_export
 from dmm_jax.verbs import main as cli
 
 pytest.importorskip("torch")
@@ -22,23 +22,23 @@ def exported(trained, tmp_path_factory):
     return cli.main(["export", str(trained), str(out), *EVERYTHING, "--verify"]), out
 
 
-def test_what_we_export_is_verified(exported):
+def test_exports_are_verified(exported):
     code, out = exported
     assert code == 0
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "diffusers", "dmm", "model.safetensors"]
 
 
 def test_networks_that_differ_are_refused_with_their_distance(exported, monkeypatch):
-    forward = verify._forward
-    monkeypatch.setattr(verify, "_forward", lambda *args: forward(*args) * np.float32(1.0001))
+    forward = verify_export._forward
+    monkeypatch.setattr(verify_export, "_forward", lambda *args: forward(*args) * np.float32(1.0001))
     with pytest.raises(ValueError, match="UNet 1.0e-04"):
-        verify.verify({"diffusers": exported[1] / "diffusers"})
+        verify_export.verify({"diffusers": exported[1] / "diffusers"})
 
 
-def test_a_tensor_that_reads_back_otherwise_is_named(exported, trained, tmp_path):
+def test_a_tensor_that_changed_in_the_file_is_named(exported, trained, tmp_path):
     source = exported[1] / "dmm"
     student = open_checkpoint(trained)
-    verify.reads_back(student, source, "float32")
+    verify_export.check_reads_back(student, source, "float32")
     changed = tmp_path / "dmm"
     for path in source.rglob("*"):
         target = changed / path.relative_to(source)
@@ -51,7 +51,7 @@ def test_a_tensor_that_reads_back_otherwise_is_named(exported, trained, tmp_path
     weights.unlink()
     save(weights, tensors, {"format": "pt"})
     with pytest.raises(ValueError, match=r"conv_in\.bias"):
-        verify.reads_back(student, changed, "float32")
+        verify_export.check_reads_back(student, changed, "float32")
 
 
 def test_a_single_file_alone_cannot_be_verified(trained, tmp_path, capsys):

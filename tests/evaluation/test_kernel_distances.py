@@ -1,10 +1,10 @@
-"""The kernels' distances beside their definitions as sums over pairs, and laws that they keep."""
+"""KID and CMMD equal their definitions as sums over pairs, and keep their laws."""
 
 import numpy as np
 import pytest
 
-from dmm_jax.evaluation import kid
-from dmm_jax.evaluation.kid import cmmd, kernel_inception_distance
+from dmm_jax.evaluation import kernel_distances
+from dmm_jax.evaluation.kernel_distances import cmmd, kernel_inception_distance
 
 RNG = np.random.default_rng(0)
 A, B = RNG.normal(size=(30, 5)).astype(np.float32), (RNG.normal(size=(24, 5)) + 0.5).astype(np.float32)
@@ -19,22 +19,22 @@ def cubic(x, y):
 
 
 def test_kid_is_the_unbiased_sum_over_pairs_of_the_same_subsets():
-    """The subsets are torch-fidelity's: one draw of each set after the other, from one legacy generator."""
+    """The subsets are torch-fidelity's: in turn from each set, with one legacy generator."""
     rng, expected = np.random.RandomState(2020), []
     for _ in range(3):
-        one, other = (features[rng.choice(len(features), 8, replace=False)] for features in (A, B))
-        within = sum(pair_sum(each, each, cubic, same=True) for each in (one, other)) / (8 * 7)
-        expected.append(within - 2.0 * pair_sum(one, other, cubic, same=False) / 64)
-    found = kernel_inception_distance(A, B, num_subsets=3, subset_size=8)
-    assert found.mean == pytest.approx(np.mean(expected), rel=1e-12)
-    assert found.std == pytest.approx(np.std(expected), rel=1e-9)
+        a, b = (features[rng.choice(len(features), 8, replace=False)] for features in (A, B))
+        within = sum(pair_sum(each, each, cubic, same=True) for each in (a, b)) / (8 * 7)
+        expected.append(within - 2.0 * pair_sum(a, b, cubic, same=False) / 64)
+    kid = kernel_inception_distance(A, B, num_subsets=3, subset_size=8)
+    assert kid.mean == pytest.approx(np.mean(expected), rel=1e-12)
+    assert kid.std == pytest.approx(np.std(expected), rel=1e-9)
 
 
-def test_kid_of_two_samples_of_one_distribution_is_zero_in_the_mean():
+def test_kid_within_one_distribution_is_zero_in_the_mean():
     sets = RNG.normal(size=(2, 4000, 4))
-    found = kernel_inception_distance(*sets, num_subsets=100, subset_size=40)
-    assert abs(found.mean) < 4 * found.std / 10
-    assert kernel_inception_distance(sets[0], sets[1] + 1.0, 100, 40).mean > 10 * found.std
+    kid = kernel_inception_distance(*sets, num_subsets=100, subset_size=40)
+    assert abs(kid.mean) < 4 * kid.std / 10
+    assert kernel_inception_distance(sets[0], sets[1] + 1.0, 100, 40).mean > 10 * kid.std
 
 
 def test_cmmd_is_the_biased_sum_over_pairs():
@@ -48,11 +48,11 @@ def test_cmmd_is_the_biased_sum_over_pairs():
     assert cmmd(a, a) == pytest.approx(0.0, abs=1e-9)
 
 
-def test_cmmd_does_not_depend_on_how_many_rows_are_held(monkeypatch):
+def test_cmmd_does_not_depend_on_the_chunk_size(monkeypatch):
     a, b = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (A, B))
-    whole = cmmd(a, b)
-    monkeypatch.setattr(kid, "ROWS_AT_ONCE", 7)
-    assert cmmd(a, b) == pytest.approx(whole, rel=1e-9)
+    expected = cmmd(a, b)
+    monkeypatch.setattr(kernel_distances, "ROWS_AT_ONCE", 7)
+    assert cmmd(a, b) == pytest.approx(expected, rel=1e-9)
 
 
 def test_wrong_features_are_refused():
