@@ -161,11 +161,11 @@ def _compare(
         if network.kernel_name:
             kernel["student"][name] = kernel_distance(samples["teacher"], samples["student"])
             kernel["floor"][name] = kernel_distance(samples["teacher"], samples["teacher_again"])
-        own, again = samples["teacher"].first, samples["teacher_again"].first
+        own, other_noise = samples["teacher"].first, samples["teacher_again"].first
         student = sampler.pictures(models.student, name, TEACHER_SEED)
         rounded = sampler.pictures(models.teacher_in_other_dtype(name), None, TEACHER_SEED)
         pairs[name] = Pairs(prompts[:num_shown], own.images[:num_shown], student.images[:num_shown])
-        for measure, value in paired_fidelity(own, student, rounded, again, perceptual).items():
+        for measure, value in paired_fidelity(own, student, rounded, other_noise, perceptual).items():
             fidelity[measure][name] = value
     references = {}
     for model in ("base", *merges):

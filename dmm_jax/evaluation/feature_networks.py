@@ -22,7 +22,7 @@ SHAPES = "shapes"
 CLIP = "clip"
 RESIZES = {"inception": "TensorFlow 1 bilinear to 299", "clean-inception": "clean-fid bicubic to 299"}
 
-Summary = Statistics | Features  # Of the features of one model's pictures: all that a distance needs.
+Summary = Statistics | Features  # Holds what a distance needs of the features of one model's pictures.
 
 
 class FeatureNetwork(NamedTuple):

@@ -10,7 +10,7 @@ from dmm_jax.runtime.errors import UserError
 
 
 def paired_fidelity(
-    teacher: Pictures, student: Pictures, rounded: Pictures, again: Pictures, perceptual: Weights | None = None
+    teacher: Pictures, student: Pictures, rounded: Pictures, other_noise: Pictures, perceptual: Weights | None = None
 ) -> dict[str, float]:
     """Returns each measure between teacher and student, its floor, and its value for unrelated pictures.
 
@@ -18,7 +18,7 @@ def paired_fidelity(
       student: from the teacher's prompts and noise.
       rounded: the teacher's from the same noise in another precision. Rounding alone causes this difference, so it is
         the floor.
-      again: the teacher's from other noise: unrelated pictures of the same prompts.
+      other_noise: the teacher's unrelated pictures of the same prompts.
       perceptual: LPIPS, which adds its distance.
     """
     measures = {
@@ -32,7 +32,7 @@ def paired_fidelity(
     for name, measure in measures.items():
         values[name] = float(measure(teacher, student))
         values[f"{name}, floor"] = float(measure(teacher, rounded))
-        values[f"{name}, other noise"] = float(measure(teacher, again))
+        values[f"{name}, other noise"] = float(measure(teacher, other_noise))
     return values
 
 

@@ -195,7 +195,7 @@ negative cosines count as 0. The bar is the teacher. The difference between the 
 
 
 def provenance(results: Mapping) -> str:
-    """Lists the command, the settings, the times and the weights behind the numbers."""
+    """Lists how the numbers were made: the command, the settings, the times and the weights."""
     weights = {
         f"{model}: {network}": sha256[:16]
         for model, networks in (results.get("weights") or {}).items()

@@ -12,7 +12,7 @@ from dmm_jax.evaluation.kernel_distances import SUBSET_SIZE, Features, kernel_in
 from dmm_jax.gallery.sample import draw
 from dmm_jax.pipeline import Pipeline
 
-SAMPLING_OPTIONS = ("num_inference_steps", "guidance_scale", "solver")  # Of `config.evaluation`.
+SAMPLING_OPTIONS = ("num_inference_steps", "guidance_scale", "solver")  # In `config.evaluation`.
 
 
 class Pictures(NamedTuple):

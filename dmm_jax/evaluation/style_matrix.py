@@ -62,7 +62,7 @@ def style_matrix(
 
 
 def gap_closed(model: Collection[float], base: Collection[float], floor: Collection[float]) -> list[float | None]:
-    """Returns the share of the way from base to floor that a model closes, by style; None if there is no way."""
+    """Returns the share of the way from base to floor that a model closes, by style; None if floor >= base."""
     return [
         float((start - distance) / (start - end)) if start > end else None
         for distance, start, end in zip(model, base, floor, strict=True)

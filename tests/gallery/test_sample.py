@@ -20,11 +20,11 @@ def test_the_parameters_draw_each_picture_again(pipeline):
         return batches
 
     samples = sample(pipeline, prompts, seed=3, num_inference_steps=2, batch_size=3, progress=progress)
-    drawn = [(picture.prompt, picture.styles, picture.seed) for picture in samples.parameters]
-    assert drawn == [(prompt, style, 3 + row) for row, prompt in enumerate(prompts) for style in pipeline.styles]
+    jobs = [(picture.prompt, picture.styles, picture.seed) for picture in samples.parameters]
+    assert jobs == [(prompt, style, 3 + row) for row, prompt in enumerate(prompts) for style in pipeline.styles]
     assert totals == [2]
     for image, picture in zip(samples.images, samples.parameters, strict=True):
-        again = pipeline(
+        repeated = pipeline(
             [picture.prompt],
             picture.negative_prompt,
             picture.styles,
@@ -35,7 +35,7 @@ def test_the_parameters_draw_each_picture_again(pipeline):
             guidance_scale=picture.guidance_scale,
             solver=picture.solver,
         )[0]
-        assert np.abs(image.astype(int) - again.astype(int)).max() <= 1
+        assert np.abs(image.astype(int) - repeated.astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize(

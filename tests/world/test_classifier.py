@@ -1,3 +1,5 @@
+"""The classifier learns captions and styles; its features do not depend on how pictures are chunked."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,17 +41,17 @@ def as_input(images) -> jax.Array:
 
 
 def same(a: Content, b: Content) -> bool:
-    return all(np.array_equal(left, right) for left, right in zip(a, b, strict=True))
+    return all(np.array_equal(*ids) for ids in zip(a, b, strict=True))
 
 
 def test_both_captions_of_one_picture_have_one_canonical_content():
-    told = parse_all(["a small red star below a large blue square", "a large red circle left of a small green star"])
-    seen = parse_all(["a large blue square above a small red star", "a small green star right of a large red circle"])
-    assert same(canonical(told), canonical(seen))
-    assert not same(told, seen)
+    a = parse_all(["a small red star below a large blue square", "a large red circle left of a small green star"])
+    b = parse_all(["a large blue square above a small red star", "a small green star right of a large red circle"])
+    assert same(canonical(a), canonical(b))
+    assert not same(a, b)
 
 
-def test_canonical_content_keeps_single_shapes_and_is_canonical_already():
+def test_canonical_keeps_single_shapes_and_its_own_results():
     once = canonical(sample_content(np.random.default_rng(1), 200))
     assert same(canonical(once), once)
     single = parse_all(["a small red star", "a large blue circle"])
@@ -57,18 +59,18 @@ def test_canonical_content_keeps_single_shapes_and_is_canonical_already():
     assert set(np.unique(once.relation_ids)) == {-1, RELATIONS.index("above"), RELATIONS.index("left of")}
 
 
-def test_canonical_first_shape_lies_above_or_to_the_left():
+def test_canonical_first_shape_is_above_or_to_the_left():
     scenes, _ = sample_scenes(np.random.default_rng(2), 300)
     pair = scenes.content.num_objects == 2
-    turned = np.asarray(canonical(scenes.content).colour_ids != scenes.content.colour_ids).any(axis=1)
-    first, second = (np.where(turned, scenes.centres[:, 1 - i].T, scenes.centres[:, i].T) for i in (0, 1))
+    swapped = np.asarray(canonical(scenes.content).colour_ids != scenes.content.colour_ids).any(axis=1)
+    first, second = (np.where(swapped, scenes.centres[:, 1 - i].T, scenes.centres[:, i].T) for i in (0, 1))
     axis = np.where(canonical(scenes.content).relation_ids == RELATIONS.index("above"), 1, 0)
     nearer = np.take_along_axis(second - first, axis[None], axis=0)[0] > 0
-    told_apart = scenes.content.colour_ids[:, 0] != scenes.content.colour_ids[:, 1]
-    assert nearer[pair & told_apart].all()
+    differ = scenes.content.colour_ids[:, 0] != scenes.content.colour_ids[:, 1]
+    assert nearer[pair & differ].all()
 
 
-def test_loss_of_no_knowledge_is_the_entropy_of_each_field(model):
+def test_loss_without_knowledge_is_the_entropy_of_each_field(model):
     """With every head at zero: log 2 for the number, log 4 + log 6 + log 2 for a slot, log 4 for the relation."""
     graph, state = nnx.split(model, nnx.Param)
     heads = ("num_objects", "shapes", "colours", "sizes", "relation", "style")
@@ -79,7 +81,7 @@ def test_loss_of_no_knowledge_is_the_entropy_of_each_field(model):
 
 
 def test_absent_shapes_teach_nothing(model):
-    """Nothing flows back to the second slot or to the relation from a picture of one shape."""
+    """A picture of one shape gives no gradient to the second slot or to the relation."""
     alone = jax.tree.map(lambda ids: ids[:1], CONTENT)
     grads = nnx.jit(nnx.grad(lambda model: model.loss(as_input(IMAGES[:1]), alone, STYLES[:1])))(model)
     for head in (grads.shapes, grads.colours, grads.sizes):
@@ -89,7 +91,7 @@ def test_absent_shapes_teach_nothing(model):
     np.testing.assert_array_equal(grads.relation.bias[...], 0.0)
 
 
-def test_loss_falls_where_the_prediction_is_the_truth(model):
+def test_loss_is_lower_if_the_prediction_is_true(model):
     images = as_input(IMAGES[:3])
     predicted = model.predict(images)
     best = Content(
@@ -135,19 +137,19 @@ def test_a_few_steps_of_training_lower_the_loss(network):
 @pytest.mark.parametrize("chunk_size", [3, 7, 16])
 def test_features_do_not_depend_on_the_chunks(model, network, monkeypatch, chunk_size):
     monkeypatch.setattr(module, "CHUNK_SIZE", chunk_size)
-    found = features(*network, IMAGES)
-    assert found.dtype == np.float32 and found.shape == (7, 32)
-    np.testing.assert_allclose(found, model(as_input(IMAGES)), atol=1e-5)
+    computed = features(*network, IMAGES)
+    assert computed.dtype == np.float32 and computed.shape == (7, 32)
+    np.testing.assert_allclose(computed, model(as_input(IMAGES)), atol=1e-5)
 
 
 def test_features_of_no_pictures_are_none(network):
     assert features(*network, IMAGES[:0]).shape == (0, 32)
 
 
-def test_features_take_both_signs_and_tell_pictures_apart(network):
-    found = features(*network, IMAGES)
-    assert found.min() < 0.0 < found.max()
-    assert np.abs(found[0] - found[1]).max() > 1e-3
+def test_features_have_both_signs_and_differ_between_pictures(network):
+    computed = features(*network, IMAGES)
+    assert computed.min() < 0.0 < computed.max()
+    assert np.abs(computed[0] - computed[1]).max() > 1e-3
 
 
 def test_a_file_gives_the_features_back(network, tmp_path):
