@@ -48,7 +48,7 @@ def open_checkpoint(
         root, files = lora.parse(path)
         return lora.with_loras(open_checkpoint(root, base, **options), path, files)
     if hub.is_hub_id(path):
-        name, folder = hub.fetched(path)
+        name, folder = hub.fetch_folder(path)
         return dataclasses.replace(open_checkpoint(folder, base, **options), hub_name=name)
     if not path.exists():
         raise CheckpointError(

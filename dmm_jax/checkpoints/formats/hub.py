@@ -27,7 +27,7 @@ def is_hub_id(path) -> bool:
     return str(path).startswith(PREFIX)
 
 
-def fetched(text) -> tuple[str, pathlib.Path]:
+def fetch_folder(text) -> tuple[str, pathlib.Path]:
     """Returns the name of a repository and the local folder of its files; fetches files that the cache lacks.
 
     Raises:
@@ -41,16 +41,16 @@ def fetched(text) -> tuple[str, pathlib.Path]:
     repository, revision = match.groups()
     import huggingface_hub  # Here, since the import takes a second.
 
-    def fetch(**options):
+    def download(**options):
         folder = huggingface_hub.snapshot_download(
             repository, revision=revision, allow_patterns=list(PATTERNS), **options
         )
         return pathlib.Path(folder)
 
     try:
-        folder = fetch(ignore_patterns=[HALF])
+        folder = download(ignore_patterns=[HALF])
         if not any((folder / "unet").glob("*.safetensors")):
-            folder = fetch()
+            folder = download()
     except (OSError, ValueError) as error:
         reason = printable(str(error), 500)
         raise CheckpointError(

@@ -26,25 +26,6 @@ HOW_TO_FOLD = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Lora:
-    """One LoRA file of a checkpoint, matched to the base's layers."""
-
-    path: pathlib.Path
-    weight: float
-    updates: Mapping[str, Mapping[str, Update]]  # {network: {our key: update}}
-
-    @property
-    def ranks(self) -> list[int]:
-        """The distinct ranks of its layers, ascending."""
-        return sorted({update.rank for network in self.updates.values() for update in network.values()})
-
-    @property
-    def networks(self) -> dict[str, int]:
-        """The number of layers that it changes, by network."""
-        return {component: len(network) for component, network in self.updates.items() if network}
-
-
 def parse(path: str | pathlib.Path) -> tuple[pathlib.Path, list[tuple[pathlib.Path, float]]]:
     """Splits `BASE + LORA*0.8 + OTHER` into (base, [(LoRA file, weight)]); a path that exists is never split.
 
@@ -96,21 +77,24 @@ def with_loras(base: Checkpoint, path: pathlib.Path, files: Sequence[tuple[pathl
     opened = [(TensorFile(file), weight) for file, weight in files]
     shapes = {name: base.shapes(name) for name in KOHYA if base.has(name)}
     layers = layer_names(shapes, base.unet_config if base.has("unet") else None)
-    lines, loras = [], []
+    lines, loras, terms = [], [], []
     for file, weight in opened:
         _refuse_other_kinds(file)
         updates, problems = _match(file, layers, shapes)
-        loras.append(Lora(file.path, weight, updates))
+        ranks = sorted({update.rank for network in updates.values() for update in network.values()})
+        networks = {component: len(network) for component, network in updates.items() if network}
+        loras.append(FoldedLora(file.path, weight, ranks, networks))
+        terms.append((weight, updates))
         lines += [f"{file.path}, {len(keys)} {kind}: {naming.listed(keys)}" for kind, keys in problems.items() if keys]
     advice = "use LoRAs that were trained on its family, and a base that holds the networks that they change"
     refuse(f"LoRA files do not fit {base.path}; {advice}", lines, CheckpointError)
-    components = {name: _folded(name, part, loras, shapes) for name, part in base.components.items()}
+    components = {name: _folded(name, part, terms, shapes) for name, part in base.components.items()}
     folded = [name for name, part in components.items() if part is not base.components[name]]
     return dataclasses.replace(
         base,
         path=path,
         components=components,
-        loras=tuple(FoldedLora(lora.path, lora.weight, lora.ranks, lora.networks) for lora in loras),
+        loras=tuple(loras),
         license=licenses.together([base.license, *(licenses.stated(file.metadata) for file, _ in opened)]),
         unfolded_path=base.path,
         from_base=tuple(name for name in base.from_base if name not in folded),
@@ -133,15 +117,19 @@ def _refuse_other_kinds(file: TensorFile) -> None:
         raise CheckpointError(f"{file.path} is not a plain LoRA; it holds {examples}. {HOW_TO_FOLD}")
 
 
-def _folded(component: str, part: Component, loras: Sequence[Lora], shapes: Mapping) -> Component:
-    """Returns a network with its updates folded in; without updates of nonzero weight, the same object."""
-    updates = {}
-    for lora in loras:
-        for key, update in lora.updates.get(component, {}).items() if lora.weight else ():
-            updates.setdefault(key, []).append((lora.weight, update))
-    if not updates:
+def _folded(component: str, part: Component, terms: Sequence[tuple[float, Mapping]], shapes: Mapping) -> Component:
+    """Returns a network with its updates folded in; without updates of nonzero weight, the same object.
+
+    Args:
+      terms: for each LoRA its weight and the updates that `_match` returns.
+    """
+    weighted_updates = {}
+    for weight, updates in terms:
+        for key, update in updates.get(component, {}).items() if weight else ():
+            weighted_updates.setdefault(key, []).append((weight, update))
+    if not weighted_updates:
         return part
-    return Component(part.config, lambda: Folded(part.tensors, updates, shapes[component]))
+    return Component(part.config, lambda: Folded(part.tensors, weighted_updates, shapes[component]))
 
 
 def _match(file: TensorFile, layers: Mapping, shapes: Mapping) -> tuple[dict, dict[str, list[str]]]:
