@@ -51,26 +51,14 @@ from dmm_jax.distill.teachers import (
     put_params,
     put_teachers,
 )
+from dmm_jax.kernels.attention import choose_implementation
 from dmm_jax.models import layers
 from dmm_jax.models.text_encoders import NUM_TIME_IDS, TextEncoders
-from dmm_jax.models.unet_2d_condition import UNet2DConditionModel, merged_config
+from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
+from dmm_jax.models.unet_config import merged_config
 from dmm_jax.pipeline import Pipeline, cast_params
 from dmm_jax.runtime import processes, sharding
 from dmm_jax.text.tokenizer import Tokenizers
-
-
-def attention_implementation(config, platform: str = "") -> str:
-    """Resolves "auto": a fused kernel on TPUs, and on NVIDIA GPUs in bfloat16; XLA's products elsewhere.
-
-    Args:
-      platform: "cpu", "gpu" or "tpu"; "" for this process's.
-    """
-    platform = platform or jax.default_backend()
-    if config.attention != "auto":
-        return config.attention
-    if platform == "gpu" and config.dtype == "bfloat16":
-        return "cudnn"
-    return "flash" if platform == "tpu" else "xla"
 
 
 class Definition:
@@ -91,7 +79,7 @@ class Definition:
           config: complete and checked.
           base: only configs are read.
           tokenizer: maps prompts to token ids (B, L); None for zeros of the right length.
-          platform: as in `attention_implementation`.
+          platform: as in `kernels.attention.choose_implementation`.
         """
         self.config, self.base, self.mesh = config, base, mesh
         self.styles = tuple(config_lib.style_names(config))
@@ -100,7 +88,7 @@ class Definition:
         kept = len(config_lib.kept_styles(config)) if config.grow.replay else 0
         # One UNet runs all teachers; it has a style table if one of them is a merged student.
         self.teacher_config = merged_config(base.unet_config, kept) if kept else base.unet_config
-        self.networks = self._networks(attention_implementation(config, platform))
+        self.networks = self._networks(choose_implementation(config.attention, self.dtype, platform))
         self.objective = self._objective(tokenizer or self._zero_ids)
         self.optimizers = make_optimizers(config)
 

@@ -28,6 +28,7 @@ from dmm_jax.config.options import DTYPES
 from dmm_jax.config.styles import Style, is_schedule, style_rows
 from dmm_jax.diffusion import guidance, solvers
 from dmm_jax.diffusion.schedule import NoiseSchedule
+from dmm_jax.kernels.attention import choose_implementation
 from dmm_jax.models import layers
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.text_encoders import TextConditioning, TextEncoders
@@ -140,10 +141,10 @@ class Pipeline:
         if str(dtype) not in DTYPES:
             raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
         dtype = jnp.dtype(dtype)
-        attention = "cudnn" if jax.default_backend() == "gpu" and dtype == jnp.bfloat16 else "xla"
+        implementation = choose_implementation("auto", dtype, num_devices=jax.local_device_count())
         builders = {
             "unet": lambda rngs: UNet2DConditionModel.from_config(
-                unet_config, dtype=dtype, rngs=rngs, attention_implementation=attention
+                unet_config, dtype=dtype, rngs=rngs, attention_implementation=implementation
             ),
             "vae": lambda rngs: AutoencoderKL.from_config(base.vae_config, dtype=dtype, rngs=rngs),
             "text_encoders": lambda rngs: TextEncoders(base.text_configs, dtype=dtype, rngs=rngs),

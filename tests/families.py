@@ -15,7 +15,7 @@ from dmm_jax.checkpoints.modelspec import Recipe
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.write import write_single_file
 from dmm_jax.config import options as config_lib
-from dmm_jax.models.unet_2d_condition import merged_config
+from dmm_jax.models.unet_config import merged_config
 from dmm_jax.world import tokenizer
 
 CA, DOWN, UP_CA, UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"

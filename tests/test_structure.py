@@ -8,7 +8,7 @@ import dmm_jax
 ROOT = pathlib.Path(dmm_jax.__file__).parent
 # A folder, or a module at the package root, may import itself and every floor above it in this list.
 FLOORS = (
-    ("runtime", "diffusion"),
+    ("runtime", "diffusion", "kernels"),
     ("config", "models", "text"),
     ("checkpoints",),
     ("pipeline", "world"),

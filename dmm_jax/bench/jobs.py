@@ -42,7 +42,7 @@ from dmm_jax.evaluation import feature_networks
 from dmm_jax.evaluation.published_weights import Weights
 from dmm_jax.evaluation.samples import measure
 from dmm_jax.models.inception_v3 import InceptionV3
-from dmm_jax.models.unet_2d_condition import merged_config
+from dmm_jax.models.unet_config import merged_config
 from dmm_jax.planning import collectives, memory
 from dmm_jax.planning.devices import GIB
 from dmm_jax.runtime import sharding

@@ -15,11 +15,13 @@ from dmm_jax.data.batches import Batch
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.distill import teachers as teachers_lib
 from dmm_jax.distill.teachers import Frozen, Teachers
-from dmm_jax.distillation import Definition, attention_implementation
+from dmm_jax.distillation import Definition
+from dmm_jax.kernels.attention import choose_implementation
 from dmm_jax.models import layers
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.text_encoders import NUM_TIME_IDS, TextEncoders
-from dmm_jax.models.unet_2d_condition import UNet2DConditionModel, merged_config
+from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
+from dmm_jax.models.unet_config import merged_config
 from dmm_jax.pipeline import Network, Pipeline
 from dmm_jax.planning import flops
 from dmm_jax.runtime import sharding
@@ -102,7 +104,7 @@ def random_pipeline(size: str, config) -> Pipeline:
     names = [name for name, _ in config.teachers]
     student_config = merged_config(base.unet_config, len(names))
     dtype = jnp.dtype(config.dtype)
-    attention = attention_implementation(config)
+    implementation = choose_implementation(config.attention, dtype, num_devices=mesh.size)
 
     def network(build):
         graph, state = nnx.split(abstract_model(build), nnx.Param)
@@ -111,7 +113,7 @@ def random_pipeline(size: str, config) -> Pipeline:
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(folder)
         tokenizers = Tokenizers.from_folders([folder] * len(base.text_encoders))
-    unet = {"dtype": dtype, "attention_implementation": attention}
+    unet = {"dtype": dtype, "attention_implementation": implementation}
     return Pipeline(
         unet=network(lambda rngs: UNet2DConditionModel.from_config(student_config, rngs=rngs, **unet)),
         vae=network(lambda rngs: AutoencoderKL.from_config(base.vae_config, dtype=dtype, rngs=rngs)),

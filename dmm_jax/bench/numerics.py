@@ -15,7 +15,8 @@ from dmm_jax.bench import networks as bench_networks
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.config import checks
 from dmm_jax.distill.layout import COMPILER_OPTIONS
-from dmm_jax.distillation import Definition, attention_implementation
+from dmm_jax.distillation import Definition
+from dmm_jax.kernels.attention import choose_implementation
 from dmm_jax.runtime import sharding
 
 REFERENCE = ("float32", "xla")
@@ -50,7 +51,7 @@ def bench_numerics(config, size: str) -> Iterator[dict]:
 
 def _against_reference(config, compute: Callable) -> Iterator[tuple[dict, object, object]]:
     """Yields what each arithmetic gives, beside what the reference gives."""
-    wanted = [(config.dtype, "xla"), (config.dtype, attention_implementation(config))]
+    wanted = [(config.dtype, "xla"), (config.dtype, choose_implementation(config.attention, config.dtype))]
     with jax.default_matmul_precision("highest"):
         right = compute(_with(config, *REFERENCE))
     for dtype, attention in dict.fromkeys(wanted):

@@ -14,7 +14,7 @@ from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats import hub, lora
 from dmm_jax.checkpoints.formats.diffusers_folder import open_folder
 from dmm_jax.checkpoints.open_single_file import open_single_file
-from dmm_jax.models.unet_2d_condition import merged_config
+from dmm_jax.models.unet_config import merged_config
 from dmm_jax.runtime.storage import Location, check_bucket, check_local, in_bucket, locate
 from dmm_jax.text import vocabulary
 

@@ -12,7 +12,7 @@ from dmm_jax.checkpoints.architecture import MERGED
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats.safetensors_io import Computed, Tensors, dtype_of, shape_of
-from dmm_jax.models.unet_2d_condition import style_mlp_name
+from dmm_jax.models.unet_config import style_mlp_name
 from dmm_jax.runtime.errors import nearest
 
 TABLE = "model_embedding.weight"

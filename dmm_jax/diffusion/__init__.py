@@ -1,1 +1,1 @@
-"""Diffusion as mathematics on arrays: schedules, predictions, guidance, solvers. Nothing here knows a model."""
+"""Diffusion as mathematics on arrays: schedules, predictions, guidance, solvers. No file here knows a model."""

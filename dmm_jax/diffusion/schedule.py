@@ -1,6 +1,6 @@
-"""Noise schedules: how much of an image is left at each training timestep, as a scheduler_config.json states it.
+"""Noise schedules: the signal and noise at each training timestep, as a scheduler_config.json defines them.
 
-Tables are computed in float64 and handed out as float32 constants: within 2e-6 of PyTorch's, float32 all along.
+Tables are computed in float64 and returned as float32 constants: within 2e-6 of PyTorch's, computed in float32.
 """
 
 import dataclasses
@@ -16,16 +16,16 @@ from dmm_jax.runtime.errors import UserError
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 SPACINGS = ("linspace", "leading", "trailing")
-# What diffusers' schedulers assume where a file is silent; the defaults of NoiseSchedule itself are Stable Diffusion's.
-SILENT_FILE = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
-# Fields that would change the result, each with the only values that do nothing.
+# The defaults of diffusers' schedulers for absent fields; the defaults of NoiseSchedule are Stable Diffusion's.
+DIFFUSERS_DEFAULTS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+# Fields that change the result, each with the values under which they do not.
 INERT = {
     "trained_betas": (None,), "sigma_min": (None,), "sigma_max": (None,), "lambda_min_clipped": (None, -np.inf),
     "thresholding": (None, False), "use_flow_sigmas": (None, False), "final_sigmas_type": (None, "zero"),
     "interpolation_type": (None, "linear"), "timestep_type": (None, "discrete"),
 }  # fmt: skip
 OTHER_FAMILIES = ("FlowMatch", "EDM")
-# The stock schedulers that read rescale_betas_zero_snr; the others, PNDM among them, ignore it.
+# The stock schedulers that read rescale_betas_zero_snr; PNDM and several more ignore it.
 RESCALING_SCHEDULERS = (
     "DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler", "LCMScheduler", "TCDScheduler", "UniPCMultistepScheduler",
@@ -35,7 +35,7 @@ EXPORTED = {"_class_name": "DDIMScheduler", "_diffusers_version": "0.42.1", "cli
 
 @dataclasses.dataclass(frozen=True)
 class NoiseSchedule:
-    """What a scheduler_config.json says about noise and timesteps; the solver is chosen elsewhere."""
+    """The noise and the timesteps of a scheduler_config.json; the solver is chosen separately."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
@@ -43,11 +43,11 @@ class NoiseSchedule:
     beta_schedule: str = "scaled_linear"
     prediction_type: str = "epsilon"
     rescale_betas_zero_snr: bool = False
-    timestep_spacing: str | None = None  # None: the file is silent, and each solver has its own default.
+    timestep_spacing: str | None = None  # None: absent from the file; each solver has its own default.
     steps_offset: int = 0  # Added to every timestep of the spacing "leading".
     set_alpha_to_one: bool = True  # DDIM ends at alpha_bar 1; False: at that of timestep 0.
-    clip_sample: bool = False  # To [-1, 1] at every step: for pixels. Kept to be refused by solvers that would obey.
-    source: Mapping | None = dataclasses.field(default=None, repr=False, compare=False)  # The config it was read from.
+    clip_sample: bool = False  # To [-1, 1] at every step, for pixels. Solvers that would do so refuse it.
+    source: Mapping | None = dataclasses.field(default=None, repr=False, compare=False)  # The config that was read.
 
     def __post_init__(self):
         choices = {"beta_schedule": BETA_SCHEDULES, "prediction_type": PREDICTION_TYPES}
@@ -63,15 +63,15 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: Mapping) -> "NoiseSchedule":
-        """Reads the config of any diffusers scheduler, the way `OtherScheduler.from_config(config)` does.
+        """Reads the config of any diffusers scheduler, as `OtherScheduler.from_config(config)` does.
 
-        Only what was written counts: a value that the scheduler which saved the config merely defaulted to is not
-        handed on (PNDM's "leading" is one), so each solver falls back to its own default. The one departure: diffusers'
-        DDIM clips to [-1, 1] when the file does not say; that would ruin latents, so here silence means no clipping.
+        Values that the saving scheduler only defaulted to do not count (PNDM's "leading" is one): each solver has its
+        own default. One rule differs: diffusers' DDIM clips to [-1, 1] unless the file forbids it, which would ruin
+        latents; here only a file that asks for it clips.
 
         Raises:
-          ValueError: a schedule, prediction type or spacing that is not known, or a field that would change the noise
-            levels in a way that is not supported.
+          ValueError: an unknown schedule, prediction type or spacing, or a field that changes the noise levels in a way
+            that is not supported.
         """
         family = str(config.get("_class_name") or "")
         if family.startswith(OTHER_FAMILIES):
@@ -80,16 +80,16 @@ class NoiseSchedule:
         written = {name: value for name, value in config.items() if name not in (*defaulted, "_use_default_values")}
         refused = [name for name, values in INERT.items() if written.get(name) not in values]
         if refused:
-            given = ", ".join(f"{name}={written[name]!r}" for name in refused)
+            fields = ", ".join(f"{name}={written[name]!r}" for name in refused)
             raise UserError(
-                f"the scheduler config sets what is not supported: {given}. Unset it to use the model without."
+                f"the scheduler config has unsupported fields: {fields}. Unset them to use the model without."
             )
         names = {field.name for field in dataclasses.fields(cls)} - {"source"}
-        known = SILENT_FILE | {name: value for name, value in written.items() if name in names}
-        return cls(**known, source=written)
+        fields = DIFFUSERS_DEFAULTS | {name: value for name, value in written.items() if name in names}
+        return cls(**fields, source=written)
 
     def to_config(self) -> dict:
-        """Returns the contents of a scheduler_config.json: the one that was read, with what has been replaced since."""
+        """Returns the contents of a scheduler_config.json: the one that was read, with the fields replaced since."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "source"}
         if self.source is None:
             config = EXPORTED | fields
@@ -104,12 +104,12 @@ class NoiseSchedule:
 
     @functools.cached_property
     def alphas_cumprod(self) -> Float[np.ndarray, " num_timesteps"]:
-        """The share of the signal's variance left at each timestep, float32 (DDPM, arXiv:2006.11239, eq. 4)."""
+        """The signal's share of the variance at each timestep, float32 (DDPM, arXiv:2006.11239, eq. 4)."""
         return self.alpha_bars.astype(np.float32)
 
     @functools.cached_property
     def alpha_bars(self) -> Float[np.ndarray, " num_timesteps"]:
-        """The same in float64, to make tables from; the last one is exactly 0 at zero terminal SNR."""
+        """`alphas_cumprod` in float64; the last value is exactly 0 at zero terminal SNR."""
         betas = self._betas()
         return np.cumprod(1.0 - (rescale_to_zero_snr(betas) if self.rescale_betas_zero_snr else betas))
 
@@ -132,7 +132,7 @@ class NoiseSchedule:
 
 
 def rescale_to_zero_snr(betas: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Returns betas that leave no signal at the last timestep and the first as it was (arXiv:2305.08891, alg. 1)."""
+    """Returns betas with no signal at the last timestep and the same first beta (arXiv:2305.08891, alg. 1)."""
     roots = np.sqrt(np.cumprod(1.0 - betas))
     roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
     alpha_bars = roots**2

@@ -1,15 +1,15 @@
 """Solvers of the sampling equation, all as one linear recurrence whose coefficients are tables.
 
-Every solver here is linear in what it knows: the latents x, the clean latents x0 that the network's output F stands
-for, one remembered array m, and fresh noise n. One evaluation of the network (c_... as in arXiv:2206.00364, eq. 7) is
+Every solver here is linear in the latents x, the clean latents x0 that the network's output F implies, one array m of
+memory, and fresh noise n. One evaluation of the network (c_... as in arXiv:2206.00364, eq. 7) is
 
     x0 = c_skip x + c_out F(c_in x)
     x' = keep x + pull x0 + recall m + fresh n
     m' = store_latents x + store_x0 x0
 
-so a solver is a few columns of numbers, made beforehand in float64, and all of them share one compiled program.
+so a solver is a few columns of numbers, computed in float64 before sampling, and all solvers share a compiled program.
 Timesteps, noise levels and their rounding are those of diffusers' schedulers of the same name. No coefficient is
-infinite: the step to sigma 0 is written as x' = x0.
+infinite: the step to sigma 0 is x' = x0.
 """
 
 import dataclasses
@@ -28,19 +28,19 @@ BASES = ("ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m")
 SOLVERS = tuple(name + suffix for name in BASES for suffix in ("", "_karras"))
 STOCHASTIC = ("euler_ancestral", "euler_ancestral_karras")
 KARRAS_RHO = 7.0
-Column = Any  # Float[Array, " num_evaluations"], but for tree functions, which put shapes or shardings here.
+Column = Any  # Float[Array, " num_evaluations"], except that tree functions put shapes or shardings here.
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingPlan:
-    """The tables of one solver on one schedule, a row per evaluation of the network, for the rule atop this file.
+    """The tables of one solver on one schedule: one row per evaluation, for the recurrence at the top of this file.
 
     A pytree: pass it to `jit` as an argument. Plans of equally many evaluations share a compilation, whatever the
-    solver; only the stochastic ones have another.
+    solver; stochastic solvers have a second one.
     """
 
-    timesteps: Column  # What the network is told; fractional for the Euler family.
+    timesteps: Column  # The network's argument; fractional for the Euler family.
     c_in: Column
     c_skip: Column
     c_out: Column
@@ -50,7 +50,7 @@ class SamplingPlan:
     fresh: Column
     store_latents: Column
     store_x0: Column
-    init_noise_sigma: Any  # Float[Array, ""]. Times unit noise: the latents to start from.
+    init_noise_sigma: Any  # Float[Array, ""]. The first latents are this times unit noise.
     stochastic: bool = dataclasses.field(metadata={"static": True})
 
 
@@ -58,23 +58,21 @@ COLUMNS = tuple(field.name for field in dataclasses.fields(SamplingPlan))[:-2]
 
 
 def plan(solver: str, schedule: NoiseSchedule, num_inference_steps: int) -> SamplingPlan:
-    """Makes the tables of `num_inference_steps` steps; an evaluation each, but for heun, which takes two less one.
+    """Makes the tables of `num_inference_steps` steps: one evaluation per step; heun takes two, and one for the last.
 
     Args:
       solver: ddim (arXiv:2010.02502), euler and heun (arXiv:2206.00364, alg. 1), euler_ancestral, dpmpp_2m
         (arXiv:2211.01095, alg. 2); with "_karras" on the noise levels of arXiv:2206.00364, eq. 5.
 
     Raises:
-      ValueError: a solver that does not exist (the nearest is named), more steps than there are noise levels, or a
-        schedule that the solver cannot run on.
+      ValueError: an unknown solver (the nearest is named), more steps than noise levels, or a schedule that the solver
+        cannot run on.
     """
     if solver not in SOLVERS:
         near = nearest(solver.lower(), SOLVERS)
         raise UserError(f"there is no solver {solver!r}; did you mean {near!r}? There are: {', '.join(SOLVERS)}.")
     if not 1 <= num_inference_steps <= schedule.num_train_timesteps:
-        raise UserError(
-            f"num_inference_steps must lie in 1 to {schedule.num_train_timesteps}; got {num_inference_steps}."
-        )
+        raise UserError(f"num_inference_steps must be 1 to {schedule.num_train_timesteps}; got {num_inference_steps}.")
     base, karras = solver.removesuffix("_karras"), solver.endswith("_karras")
     if schedule.clip_sample and base in ("ddim", "heun"):
         raise UserError(f"clip_sample is true: {solver} would clip latents to [-1, 1]. Set it to false in the config.")
@@ -97,14 +95,14 @@ def sample(
     keys: Key[Array, " B"] | None = None,
     *tables: Shaped[Array | np.ndarray, "S ..."],
 ) -> Float[Array, "B h w C"]:
-    """Runs a solver from unit noise to clean latents; one `lax.scan`, one iteration an evaluation.
+    """Runs a solver from unit noise to clean latents: one `lax.scan`, one iteration per evaluation.
 
     Args:
-      denoise: maps (latents scaled as the network expects them, timestep (), a row of each table) to the network's
+      denoise: maps (latents scaled as the network expects them, timestep (), one row of each table) to the network's
         prediction.
       noise: unit normal.
       keys: one PRNG key per image, for the stochastic solvers; an image's noise does not depend on its batch.
-      tables: what else differs between evaluations, a row for each.
+      tables: further arguments of `denoise`, one row per evaluation.
 
     Raises:
       ValueError: a stochastic solver without keys.
@@ -132,35 +130,36 @@ def sample(
 def step_noise(
     keys: Key[Array, " B"], number: Int[Array, ""] | int, shape: tuple[int, int, int]
 ) -> Float[Array, "B h w C"]:
-    """Draws the fresh unit noise of evaluation `number`, each image's from its own key."""
+    """Draws the fresh unit noise of evaluation `number`, for each image from its own key."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number), shape))(keys)
 
 
 def _ddim(schedule, num_steps):
-    """Tables of DDIM, eta 0, on alpha_bar itself: the only ones that start at a signal of exactly nothing."""
+    """Returns the tables of DDIM, eta 0, on alpha_bar itself: no other tables can start from a signal of exactly 0."""
     timesteps = np.round(_spaced(schedule.timestep_spacing or "leading", schedule, num_steps)).astype(int)
     table = schedule.alpha_bars
-    now = table[timesteps]
-    previous = timesteps - schedule.num_train_timesteps // num_steps
-    then = np.where(previous >= 0, table[np.maximum(previous, 0)], 1.0 if schedule.set_alpha_to_one else table[0])
+    alpha_bar = table[timesteps]
+    following = timesteps - schedule.num_train_timesteps // num_steps
+    last = 1.0 if schedule.set_alpha_to_one else table[0]
+    next_alpha_bar = np.where(following >= 0, table[np.maximum(following, 0)], last)
     if schedule.prediction_type == "v_prediction":
-        c_skip, c_out = np.sqrt(now), -np.sqrt(1.0 - now)
-    elif now[0] > 0.0:
-        c_skip, c_out = now**-0.5, -np.sqrt((1.0 - now) / now)
+        c_skip, c_out = np.sqrt(alpha_bar), -np.sqrt(1.0 - alpha_bar)
+    elif alpha_bar[0] > 0.0:
+        c_skip, c_out = alpha_bar**-0.5, -np.sqrt((1.0 - alpha_bar) / alpha_bar)
     else:
         raise UserError(
-            "at zero terminal SNR a predicted noise says nothing of the image, so ddim cannot start there: the model "
-            "must predict v (prediction_type v_prediction); or use another solver."
+            "at zero terminal SNR a predicted noise does not determine the image, so ddim cannot start there: the "
+            "model must predict v (prediction_type v_prediction); or use another solver."
         )
-    keep = np.sqrt((1.0 - then) / (1.0 - now))
+    keep = np.sqrt((1.0 - next_alpha_bar) / (1.0 - alpha_bar))
     return dict(
         timesteps=timesteps, c_in=np.ones(num_steps), c_skip=c_skip, c_out=c_out, keep=keep,
-        pull=np.sqrt(then) - keep * np.sqrt(now), init_noise_sigma=1.0,
+        pull=np.sqrt(next_alpha_bar) - keep * np.sqrt(alpha_bar), init_noise_sigma=1.0,
     )  # fmt: skip
 
 
 def _dpmpp(schedule, num_steps, karras, order):
-    """Tables of DPM-Solver++ (midpoint, first order at both ends); order 1 is DDIM on these noise levels."""
+    """Returns the tables of DPM-Solver++ (midpoint, first order at both ends); order 1 is DDIM on these levels."""
     timesteps, sigmas = _dpmpp_karras(schedule, num_steps) if karras else _dpmpp_spaced(schedule, num_steps)
     signal = 1.0 / np.sqrt(sigmas**2 + 1.0)
     spread = sigmas * signal
@@ -178,9 +177,9 @@ def _dpmpp(schedule, num_steps, karras, order):
 
 
 def _euler_family(base, schedule, num_steps, karras):
-    """Tables of the solvers whose latents are x0 + sigma noise, unscaled."""
+    """Returns the tables of the solvers whose latents are x0 + sigma noise, unscaled."""
     spacing, table = schedule.timestep_spacing or "linspace", schedule.sigmas
-    # Rounded before the noise level is looked up, so that the network is told the level's own timestep.
+    # Timesteps are rounded before their noise levels are looked up, so that both belong together for the network.
     timesteps = _spaced(spacing, schedule, num_steps).astype(np.float32)
     sigmas = np.interp(timesteps, np.arange(len(table)), table)
     if karras:
@@ -196,26 +195,27 @@ def _euler_family(base, schedule, num_steps, karras):
     return named | columns
 
 
-def _euler(now, then):
-    return np.arange(len(now)), {"keep": then / now, "pull": 1.0 - then / now}
+def _euler(sigmas, next_sigmas):
+    ratio = next_sigmas / sigmas
+    return np.arange(len(sigmas)), {"keep": ratio, "pull": 1.0 - ratio}
 
 
-def _euler_ancestral(now, then):
-    """Steps down to then^2 / now, and adds what is missing to `then` as fresh noise."""
-    down = (then / now) ** 2
-    return np.arange(len(now)), {"keep": down, "pull": 1.0 - down, "fresh": then * np.sqrt(1.0 - down)}
+def _euler_ancestral(sigmas, next_sigmas):
+    """Steps down to next_sigma^2 / sigma, and adds fresh noise up to next_sigma."""
+    down = (next_sigmas / sigmas) ** 2
+    return np.arange(len(sigmas)), {"keep": down, "pull": 1.0 - down, "fresh": next_sigmas * np.sqrt(1.0 - down)}
 
 
-def _heun(now, then):
-    """Evaluates at `now` and, after Euler's step, at `then`, and averages the slopes; the step to 0 is Euler's."""
-    num_steps = len(now)
+def _heun(sigmas, next_sigmas):
+    """Averages the slopes at sigma and, after Euler's step, at next_sigma; the step to 0 is Euler's."""
+    num_steps, ratio = len(sigmas), next_sigmas / sigmas
     rows = np.repeat(np.arange(num_steps), 2)[1:]  # 0, 1, 1, 2, 2, ...: the noise level of each evaluation.
     predict, correct = slice(0, None, 2), slice(1, None, 2)
     columns = {name: np.zeros(2 * num_steps - 1) for name in ("keep", "pull", "recall", "store_latents", "store_x0")}
-    columns["keep"][predict], columns["pull"][predict] = then / now, 1.0 - then / now
-    # Remembered: the latents after half of the step.
-    columns["store_latents"][predict], columns["store_x0"][predict] = 0.5 + 0.5 * then / now, 0.5 - 0.5 * then / now
-    half = 0.5 * (then / now - 1.0)[:-1] * now[:-1] / then[:-1]
+    columns["keep"][predict], columns["pull"][predict] = ratio, 1.0 - ratio
+    # The memory holds the latents after half of the step.
+    columns["store_latents"][predict], columns["store_x0"][predict] = 0.5 + 0.5 * ratio, 0.5 - 0.5 * ratio
+    half = 0.5 * (ratio - 1.0)[:-1] * sigmas[:-1] / next_sigmas[:-1]
     columns["keep"][correct], columns["pull"][correct], columns["recall"][correct] = half, -half, 1.0
     return rows, columns
 
@@ -229,7 +229,7 @@ def _x0_columns(sigmas, prediction_type, state_scale):
 
 
 def _dpmpp_spaced(schedule, num_steps):
-    """Spaces over one step more than it takes, whose last is dropped (not so for "trailing")."""
+    """Spaces one step more than the solver takes and drops the last, except for "trailing"."""
     spacing, table = schedule.timestep_spacing or "linspace", schedule.sigmas
     if spacing == "trailing":
         timesteps = _spaced(spacing, schedule, num_steps)
@@ -241,8 +241,8 @@ def _dpmpp_spaced(schedule, num_steps):
 
 
 def _dpmpp_karras(schedule, num_steps):
-    """Runs over the whole table whatever the spacing; the network is told whole timesteps, so they may repeat."""
-    # Cosine schedules are rounded down: diffusers' own accident, less its 998 for 998.99999.
+    """Spans the whole table whatever the spacing; the network gets whole timesteps, so they may repeat."""
+    # diffusers rounds cosine schedules down, by accident; here 998.99999 still becomes 999.
     table = schedule.sigmas
     sigmas = _karras(table[0], table[-1], num_steps)
     timesteps = _timesteps_of(sigmas, table)
@@ -255,7 +255,7 @@ def _spaced(spacing, schedule, num_steps):
     if spacing == "linspace":
         return np.linspace(0, n - 1, num_steps)[::-1]
     if spacing == "trailing":
-        # By arange, for its rounding at ties; its length is off by one for some numbers of steps.
+        # `arange` rounds ties as diffusers does; its length is off by one for some numbers of steps.
         return np.round(np.arange(n, 0, -n / num_steps))[:num_steps] - 1.0
     timesteps = np.arange(num_steps)[::-1] * float(n // num_steps) + schedule.steps_offset
     if timesteps[0] > n - 1:

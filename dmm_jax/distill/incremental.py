@@ -16,7 +16,7 @@ from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
 from dmm_jax.checkpoints.styles import fold_style, select_styles
 from dmm_jax.config import options as config_lib
 from dmm_jax.distill.teachers import BatchRow
-from dmm_jax.models.unet_2d_condition import style_mlp_name
+from dmm_jax.models.unet_config import style_mlp_name
 from dmm_jax.runtime.errors import refuse
 from dmm_jax.runtime.storage import locate
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dmm_jax.checkpoints.abstract import abstract_params
-from dmm_jax.models.unet_2d_condition import style_mlp_name
+from dmm_jax.models.unet_config import style_mlp_name
 from dmm_jax.runtime import sharding
 
 

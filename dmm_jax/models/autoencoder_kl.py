@@ -1,6 +1,6 @@
 """The VAE between images and latents (arXiv:2112.10752, appendix G): the one of Stable Diffusion 1, 2 and XL.
 
-A port of diffusers' AutoencoderKL. Latents here are unscaled; whoever diffuses them multiplies by `scaling_factor`.
+A port of diffusers' AutoencoderKL. Latents here are unscaled: callers multiply them by `scaling_factor`.
 """
 
 import itertools
@@ -13,12 +13,12 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from dmm_jax.models import layers
-from dmm_jax.models.attention import attention
+from dmm_jax.kernels.attention import attention
+from dmm_jax.models import config_json, layers
 from dmm_jax.models.resnet import ResnetBlock2D, Upsample2D
 from dmm_jax.runtime.errors import UserError
 
-EPSILON = 1e-6  # Of every norm here; the UNet's resnets have 1e-5.
+EPSILON = 1e-6  # All norms of the VAE have it; the UNet's resnets have 1e-5.
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 
 
@@ -42,15 +42,15 @@ class Attention(nnx.Module):
     """Residual self-attention over all cells, one head as wide as the channels."""
 
     def __init__(self, channels: int, num_groups: int, *, dtype, rngs: nnx.Rngs):
-        self.group_norm = layers.group_norm(num_groups, channels, epsilon=EPSILON, rngs=rngs)
-        self.to_q = layers.linear(channels, channels, dtype=dtype, rngs=rngs)
-        self.to_k = layers.linear(channels, channels, dtype=dtype, rngs=rngs)
-        self.to_v = layers.linear(channels, channels, dtype=dtype, rngs=rngs)
-        self.to_out = nnx.List([layers.linear(channels, channels, dtype=dtype, rngs=rngs)])
+        self.group_norm = layers.GroupNorm(num_groups, channels, epsilon=EPSILON, rngs=rngs)
+        self.to_q = layers.Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.to_k = layers.Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.to_v = layers.Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.to_out = nnx.List([layers.Linear(channels, channels, dtype=dtype, rngs=rngs)])
 
     def __call__(self, hidden: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
-        """Returns hidden plus what its cells gather from each other."""
-        cells = rearrange(layers.normed(self.group_norm, hidden), "B h w C -> B (h w) C")
+        """Returns hidden plus the attended values of its cells."""
+        cells = rearrange(self.group_norm(hidden), "B h w C -> B (h w) C")
         heads = (project(cells)[:, :, None] for project in (self.to_q, self.to_k, self.to_v))  # (B, L, 1, C) each
         return hidden + self.to_out[0](attention(*heads)[:, :, 0]).reshape(hidden.shape)
 
@@ -82,7 +82,7 @@ class AsymmetricDownsample2D(nnx.Module):
     def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
         # Right and bottom only: the UNet's downsampler pads all round, and would shift the image by a pixel.
         padding = ((0, 1), (0, 1))
-        self.conv = layers.conv(channels, channels, 3, stride=2, padding=padding, dtype=dtype, rngs=rngs)
+        self.conv = layers.Conv(channels, channels, 3, stride=2, padding=padding, dtype=dtype, rngs=rngs)
 
     def __call__(self, hidden: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 C"]:
         """Returns every second cell, convolved."""
@@ -128,7 +128,7 @@ class Encoder(nnx.Module):
 
     def __init__(self, in_channels, out_channels, widths, num_layers, num_groups, mid_attention, *, dtype, rngs):
         common = {"dtype": dtype, "rngs": rngs}
-        self.conv_in = layers.conv(in_channels, widths[0], 3, **common)
+        self.conv_in = layers.Conv(in_channels, widths[0], 3, **common)
         self.down_blocks = nnx.List(
             DownEncoderBlock2D(
                 widths[max(level - 1, 0)], width, num_layers, num_groups, level + 1 < len(widths), **common
@@ -136,24 +136,24 @@ class Encoder(nnx.Module):
             for level, width in enumerate(widths)
         )
         self.mid_block = MidBlock(widths[-1], num_groups, mid_attention, **common)
-        self.conv_norm_out = layers.group_norm(num_groups, widths[-1], epsilon=EPSILON, rngs=rngs)
-        self.conv_out = layers.conv(widths[-1], out_channels, 3, **common)
+        self.conv_norm_out = layers.GroupNorm(num_groups, widths[-1], epsilon=EPSILON, rngs=rngs)
+        self.conv_out = layers.Conv(widths[-1], out_channels, 3, **common)
 
     def __call__(self, images: Float[Array, "B H W C"]) -> Float[Array, "B h w C2"]:
         """Returns mean and logvar side by side on the channels."""
         hidden = self.conv_in(images)
         for block in (*self.down_blocks, self.mid_block):
             hidden = block(hidden)
-        return self.conv_out(layers.normed(self.conv_norm_out, hidden, jax.nn.silu))
+        return self.conv_out(self.conv_norm_out(hidden, activation=jax.nn.silu))
 
 
 class Decoder(nnx.Module):
-    """Latents, after post_quant_conv, to images; one resnet a level more than the encoder."""
+    """Latents, after post_quant_conv, to images; each level has one resnet more than the encoder's."""
 
     def __init__(self, in_channels, out_channels, widths, num_layers, num_groups, mid_attention, *, dtype, rngs):
         common = {"dtype": dtype, "rngs": rngs}
         widths = widths[::-1]
-        self.conv_in = layers.conv(in_channels, widths[0], 3, **common)
+        self.conv_in = layers.Conv(in_channels, widths[0], 3, **common)
         self.mid_block = MidBlock(widths[0], num_groups, mid_attention, **common)
         self.up_blocks = nnx.List(
             UpDecoderBlock2D(
@@ -161,15 +161,15 @@ class Decoder(nnx.Module):
             )
             for level, width in enumerate(widths)
         )
-        self.conv_norm_out = layers.group_norm(num_groups, widths[-1], epsilon=EPSILON, rngs=rngs)
-        self.conv_out = layers.conv(widths[-1], out_channels, 3, **common)
+        self.conv_norm_out = layers.GroupNorm(num_groups, widths[-1], epsilon=EPSILON, rngs=rngs)
+        self.conv_out = layers.Conv(widths[-1], out_channels, 3, **common)
 
     def __call__(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W C2"]:
         """Returns images, nominally in [-1, 1]; not clipped."""
         hidden = self.conv_in(latents)
         for block in (self.mid_block, *self.up_blocks):
             hidden = block(hidden)
-        return self.conv_out(layers.normed(self.conv_norm_out, hidden, jax.nn.silu))
+        return self.conv_out(self.conv_norm_out(hidden, activation=jax.nn.silu))
 
 
 class AutoencoderKL(nnx.Module):
@@ -192,9 +192,12 @@ class AutoencoderKL(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Builds the VAE, to compute in `dtype`; where `force_upcast`, float32 stands in for float16 (which overflows).
+        """Builds the VAE.
 
-        `scaling_factor` is not applied here: it is what makes this VAE's latents have unit variance.
+        Args:
+          scaling_factor: gives the latents unit variance; callers apply it.
+          force_upcast: computes in float32 instead of float16, which overflows.
+          dtype: the dtype of the arithmetic.
         """
         dtype = jnp.float32 if force_upcast and jnp.dtype(dtype) == jnp.float16 else dtype
         self.scaling_factor = scaling_factor
@@ -204,9 +207,9 @@ class AutoencoderKL(nnx.Module):
         self.encoder = Encoder(in_channels, 2 * latent_channels, *shape, **common)
         self.decoder = Decoder(latent_channels, out_channels, *shape, **common)
         if use_quant_conv:
-            self.quant_conv = layers.conv(2 * latent_channels, 2 * latent_channels, 1, **common)
+            self.quant_conv = layers.Conv(2 * latent_channels, 2 * latent_channels, 1, **common)
         if use_post_quant_conv:
-            self.post_quant_conv = layers.conv(latent_channels, latent_channels, 1, **common)
+            self.post_quant_conv = layers.Conv(latent_channels, latent_channels, 1, **common)
 
     @classmethod
     def from_config(cls, config: Mapping, *, dtype=jnp.float32, rngs: nnx.Rngs) -> "AutoencoderKL":
@@ -220,9 +223,9 @@ class AutoencoderKL(nnx.Module):
             "act_fn": ("silu", "swish"),
             "down_block_types": (["DownEncoderBlock2D"] * levels, ("DownEncoderBlock2D",) * levels),
             "up_block_types": (["UpDecoderBlock2D"] * levels, ("UpDecoderBlock2D",) * levels),
-            "sample_size": (config.get("sample_size"),),  # Any: it sizes diffusers' tiles, which are not used here.
+            "sample_size": (config.get("sample_size"),),  # Any value: it sizes diffusers' tiles.
         }
-        return cls(**layers.constructor_arguments(cls.__init__, config, inert), dtype=dtype, rngs=rngs)
+        return cls(**config_json.constructor_arguments(cls.__init__, config, inert), dtype=dtype, rngs=rngs)
 
     @property
     def downsampling(self) -> int:

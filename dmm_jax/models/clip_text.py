@@ -12,11 +12,12 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dmm_jax.models import layers
+from dmm_jax.kernels.attention import attention
+from dmm_jax.models import config_json, layers
 from dmm_jax.runtime.errors import UserError
 
-LEGACY_EOS_TOKEN_ID = 2  # Written in old configs by mistake; the end token was always the one with the largest id.
-# What transformers writes into every config.json and what concerns training or the tokenizer; `dtype` is of the file.
+LEGACY_EOS_TOKEN_ID = 2  # Old configs hold it by mistake: the end token is the one with the largest id.
+# Fields that transformers always writes, or that concern training or the tokenizer; `dtype` is the file's.
 IGNORED_FIELDS = frozenset(
     "architectures attention_dropout bos_token_id dropout dtype gradient_checkpointing initializer_factor "
     "initializer_range model_type pad_token_id tie_word_embeddings torch_dtype transformers_version use_cache".split()
@@ -37,9 +38,9 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 
 class CLIPTextOutput(NamedTuple):
-    """What the encoder knows about a prompt; all in the compute dtype."""
+    """The encoding of prompts, in the compute dtype."""
 
-    last_hidden_state: Float[Array, "B L D"]  # After the final norm: what Stable Diffusion 1 and 2 condition on.
+    last_hidden_state: Float[Array, "B L D"]  # After the final norm: Stable Diffusion 1 and 2 condition on it.
     hidden_states: tuple[Float[Array, "B L D"], ...]  # Embeddings, then each layer's output, before the final norm.
     pooled: Float[Array, "B P"]  # The final-norm state at the end token, projected if the model has a projection.
 
@@ -69,29 +70,28 @@ class CLIPAttention(nnx.Module):
 
     def __init__(self, width: int, num_heads: int, *, causal: bool = True, dtype, rngs: nnx.Rngs):
         self.num_heads, self.causal = num_heads, causal
-        self.q_proj = layers.linear(width, width, dtype=dtype, rngs=rngs)
-        self.k_proj = layers.linear(width, width, dtype=dtype, rngs=rngs)
-        self.v_proj = layers.linear(width, width, dtype=dtype, rngs=rngs)
-        self.out_proj = layers.linear(width, width, dtype=dtype, rngs=rngs)
+        self.q_proj = layers.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.k_proj = layers.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.v_proj = layers.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.out_proj = layers.Linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        """Returns the attended values; there is no padding mask, as in the training of CLIP."""
+        """Returns the attended values, without a padding mask, as CLIP was trained."""
         query, key, value = (
             rearrange(project(hidden), "B L (N K) -> B L N K", N=self.num_heads)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        # The "xla" implementation holds logits and softmax in float32 whatever the inputs are.
-        attended = jax.nn.dot_product_attention(query, key, value, is_causal=self.causal, implementation="xla")
+        attended = attention(query, key, value, is_causal=self.causal)
         return self.out_proj(rearrange(attended, "B L N K -> B L (N K)"))
 
 
 class CLIPMLP(nnx.Module):
-    """Two linear layers round an activation."""
+    """Two dense layers with an activation between them."""
 
     def __init__(self, width: int, intermediate_size: int, hidden_act: str, *, dtype, rngs: nnx.Rngs):
         self.hidden_act = hidden_act
-        self.fc1 = layers.linear(width, intermediate_size, dtype=dtype, rngs=rngs)
-        self.fc2 = layers.linear(intermediate_size, width, dtype=dtype, rngs=rngs)
+        self.fc1 = layers.Linear(width, intermediate_size, dtype=dtype, rngs=rngs)
+        self.fc2 = layers.Linear(intermediate_size, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """Returns fc2(activation(fc1(hidden)))."""
@@ -113,15 +113,15 @@ class CLIPEncoderLayer(nnx.Module):
         dtype,
         rngs: nnx.Rngs,
     ):
-        self.layer_norm1 = layers.layer_norm(width, epsilon=layer_norm_eps, rngs=rngs)
+        self.layer_norm1 = layers.LayerNorm(width, epsilon=layer_norm_eps, rngs=rngs)
         self.self_attn = CLIPAttention(width, num_heads, causal=causal, dtype=dtype, rngs=rngs)
-        self.layer_norm2 = layers.layer_norm(width, epsilon=layer_norm_eps, rngs=rngs)
+        self.layer_norm2 = layers.LayerNorm(width, epsilon=layer_norm_eps, rngs=rngs)
         self.mlp = CLIPMLP(width, intermediate_size, hidden_act, dtype=dtype, rngs=rngs)
 
     def __call__(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        """Returns the residual stream after attention and MLP; the norms are float32."""
-        hidden = hidden + self.self_attn(layers.normed(self.layer_norm1, hidden))
-        return hidden + self.mlp(layers.normed(self.layer_norm2, hidden))
+        """Returns the residual stream after attention and MLP."""
+        hidden = hidden + self.self_attn(self.layer_norm1(hidden))
+        return hidden + self.mlp(self.layer_norm2(hidden))
 
 
 class CLIPEncoder(nnx.Module):
@@ -146,7 +146,11 @@ class CLIPTextTransformer(nnx.Module):
     ):
         self.embeddings = CLIPTextEmbeddings(vocab_size, positions, width, dtype=dtype, rngs=rngs)
         self.encoder = CLIPEncoder(num_layers, width, *layer_args, layer_norm_eps, dtype=dtype, rngs=rngs)
-        self.final_layer_norm = layers.layer_norm(width, epsilon=layer_norm_eps, rngs=rngs)
+        # NNX's own form, which returns float32: ours multiplies in another order and would change the last bit.
+        float32 = {"dtype": jnp.float32, "param_dtype": jnp.float32}
+        self.final_layer_norm = nnx.LayerNorm(
+            width, epsilon=layer_norm_eps, use_fast_variance=False, **float32, rngs=rngs
+        )
 
 
 class CLIPTextModel(nnx.Module):
@@ -197,7 +201,7 @@ class CLIPTextModel(nnx.Module):
             rngs=rngs,
         )
         if with_projection:
-            self.text_projection = layers.linear(hidden_size, projection_dim, use_bias=False, dtype=dtype, rngs=rngs)
+            self.text_projection = layers.Linear(hidden_size, projection_dim, use_bias=False, dtype=dtype, rngs=rngs)
 
     @classmethod
     def from_config(
@@ -207,7 +211,7 @@ class CLIPTextModel(nnx.Module):
 
         Args:
           config: the parsed file.
-          with_projection: None asks the config's `architectures`.
+          with_projection: None decides by the config's `architectures`.
 
         Raises:
           ValueError: fields or values that this port does not compute; all are named.
@@ -215,7 +219,7 @@ class CLIPTextModel(nnx.Module):
         if with_projection is None:
             with_projection = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
         fields = {name: value for name, value in config.items() if name not in IGNORED_FIELDS}
-        arguments = layers.constructor_arguments(cls.__init__, fields, inert={})
+        arguments = config_json.constructor_arguments(cls.__init__, fields, inert={})
         return cls(**arguments, with_projection=with_projection, dtype=dtype, rngs=rngs)
 
     def __call__(self, input_ids: Int[Array, "B L"]) -> CLIPTextOutput:

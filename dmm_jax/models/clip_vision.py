@@ -12,28 +12,28 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dmm_jax.models import layers
+from dmm_jax.models import config_json, layers
 from dmm_jax.models.clip_text import ACTIVATIONS, IGNORED_FIELDS, CLIPEncoder
 from dmm_jax.runtime.errors import UserError
 
 
 class CLIPVisionOutput(NamedTuple):
-    """What the encoder sees in a picture; all in the compute dtype."""
+    """The encoding of pictures, in the compute dtype."""
 
-    last_hidden_state: Float[Array, "B L D"]  # The class token, then the patches row by row; no norm behind them.
+    last_hidden_state: Float[Array, "B L D"]  # The class token, then the patches row by row, before the last norm.
     pooled: Float[Array, "B D"]  # The class token's state after the last norm.
     image_embeds: Float[Array, "B P"]  # The same, projected; not of length 1.
 
 
 class CLIPVisionEmbeddings(nnx.Module):
-    """The class token and the patches, each with its place."""
+    """The class token and the patches, each with the embedding of its position."""
 
     def __init__(self, image_size: int, patch_size: int, num_channels: int, width: int, *, dtype, rngs: nnx.Rngs):
         init = jax.nn.initializers.normal(0.02)
         positions = (image_size // patch_size) ** 2 + 1
         self.dtype = dtype
         self.class_embedding = nnx.Param(init(rngs.params(), (width,), jnp.float32))
-        self.patch_embedding = layers.conv(
+        self.patch_embedding = layers.Conv(
             num_channels,
             width,
             patch_size,
@@ -46,7 +46,7 @@ class CLIPVisionEmbeddings(nnx.Module):
         self.position_embedding = nnx.Embed(positions, width, dtype=dtype, embedding_init=init, rngs=rngs)
 
     def __call__(self, images: Float[Array, "B H W C"]) -> Float[Array, "B L D"]:
-        """Returns one token for the picture and one a patch, row by row."""
+        """Returns one token for the picture, then one per patch, row by row."""
         patches = rearrange(self.patch_embedding(images), "B h w D -> B (h w) D")
         first = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (len(images), 1, patches.shape[-1]))
         tokens = jnp.concatenate([first, patches], axis=1)
@@ -60,9 +60,9 @@ class CLIPVisionTransformer(nnx.Module):
         self, image_size, patch_size, num_channels, num_layers: int, width: int, *layer_args, layer_norm_eps, **options
     ):
         self.embeddings = CLIPVisionEmbeddings(image_size, patch_size, num_channels, width, **options)
-        self.pre_layrnorm = layers.layer_norm(width, epsilon=layer_norm_eps, rngs=options["rngs"])  # Spelt as the key.
+        self.pre_layrnorm = layers.LayerNorm(width, epsilon=layer_norm_eps, rngs=options["rngs"])  # Spelt as the key.
         self.encoder = CLIPEncoder(num_layers, width, *layer_args, layer_norm_eps, causal=False, **options)
-        self.post_layernorm = layers.layer_norm(width, epsilon=layer_norm_eps, rngs=options["rngs"])
+        self.post_layernorm = layers.LayerNorm(width, epsilon=layer_norm_eps, rngs=options["rngs"])
 
 
 class CLIPVisionModelWithProjection(nnx.Module):
@@ -109,7 +109,7 @@ class CLIPVisionModelWithProjection(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.visual_projection = layers.linear(hidden_size, projection_dim, use_bias=False, dtype=dtype, rngs=rngs)
+        self.visual_projection = layers.Linear(hidden_size, projection_dim, use_bias=False, dtype=dtype, rngs=rngs)
 
     @classmethod
     def from_config(cls, config: Mapping, *, dtype=jnp.float32, rngs: nnx.Rngs) -> "CLIPVisionModelWithProjection":
@@ -119,13 +119,13 @@ class CLIPVisionModelWithProjection(nnx.Module):
           ValueError: fields or values that this port does not compute; all are named.
         """
         fields = {name: value for name, value in config.items() if name not in IGNORED_FIELDS}
-        return cls(**layers.constructor_arguments(cls.__init__, fields, inert={}), dtype=dtype, rngs=rngs)
+        return cls(**config_json.constructor_arguments(cls.__init__, fields, inert={}), dtype=dtype, rngs=rngs)
 
     def __call__(self, images: Float[Array, "B H W C"]) -> CLIPVisionOutput:
-        """Encodes pictures whose channels were brought to mean 0 and variance 1, as CLIP's were in training.
+        """Encodes pictures whose channels have the mean and variance of CLIP's training.
 
         Raises:
-          ValueError: the pictures are not of `image_size`, for which alone there are positions.
+          ValueError: the pictures are not of `image_size`, the only size that has position embeddings.
         """
         if images.shape[1:3] != (self.image_size, self.image_size):
             raise UserError(
@@ -134,6 +134,6 @@ class CLIPVisionModelWithProjection(nnx.Module):
             )
         tower = self.vision_model
         tokens = tower.embeddings(images)
-        last = tower.encoder(layers.normed(tower.pre_layrnorm, tokens))[-1]
-        pooled = layers.normed(tower.post_layernorm, last[:, 0])  # (B, D)
+        last = tower.encoder(tower.pre_layrnorm(tokens))[-1]
+        pooled = tower.post_layernorm(last[:, 0])  # (B, D)
         return CLIPVisionOutput(last, pooled, self.visual_projection(pooled))

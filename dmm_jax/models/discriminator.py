@@ -2,8 +2,8 @@
 
 (DMM, arXiv:2504.12364, A.2; the head is DMD2's, arXiv:2405.14867.)
 
-It sees diffused clean latents under their timestep and prompt, but no style: of which teacher they are, and whether the
-student made them, is what it is asked. Class i is teacher i, class N + i the student in style i.
+It reads diffused clean latents with their timestep and prompt, but not their style, and tells their origin: class i is
+teacher i, class N + i the student in style i.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Num
 from dmm_jax.models import layers
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel, UNet2DEncoder
 
-KERNEL = 4  # Of the head's convolutions; the last reads all that is left of the picture, at most so many cells a side.
+KERNEL = 4  # Cells per side that a convolution of the head covers; the last convolution covers the whole picture.
 
 
 class ConvNorm(nnx.Module):
@@ -25,23 +25,23 @@ class ConvNorm(nnx.Module):
     def __init__(
         self, channels: int, num_groups: int, kernel: int, padding: int, stride: int, *, dtype, rngs: nnx.Rngs
     ):
-        around = ((padding, padding),) * 2
-        self.conv = layers.conv(channels, channels, kernel, stride=stride, padding=around, dtype=dtype, rngs=rngs)
-        self.norm = layers.group_norm(num_groups, channels, epsilon=1e-5, rngs=rngs)
+        padding = ((padding, padding),) * 2
+        self.conv = layers.Conv(channels, channels, kernel, stride=stride, padding=padding, dtype=dtype, rngs=rngs)
+        self.norm = layers.GroupNorm(num_groups, channels, epsilon=1e-5, rngs=rngs)
 
     def __call__(self, hidden: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 C"]:
         """Returns fewer cells of as many channels."""
-        return layers.normed(self.norm, self.conv(hidden), jax.nn.silu)
+        return self.norm(self.conv(hidden), activation=jax.nn.silu)
 
 
 class Head(nnx.Module):
-    """Halves the picture until a kernel covers it, then reads the classes' logits from what is left."""
+    """Halves the picture until a kernel covers it, then reads the classes' logits from the last cell."""
 
     def __init__(self, channels: int, side: int, num_groups: int, num_classes: int, *, dtype, rngs: nnx.Rngs):
         """Builds the head.
 
         Args:
-          side: cells of a side of the middle block's output.
+          side: cells per side of the middle block's output.
         """
         common = {"dtype": dtype, "rngs": rngs}
         blocks = []
@@ -51,10 +51,10 @@ class Head(nnx.Module):
         kernel = min(KERNEL, side)
         blocks.append(ConvNorm(channels, num_groups, kernel, 0, kernel, **common))
         self.blocks = nnx.List(blocks)
-        self.proj = layers.conv(channels, num_classes, 1, **common)
+        self.proj = layers.Conv(channels, num_classes, 1, **common)
 
     def __call__(self, hidden: Float[Array, "B h w C"]) -> Float[Array, "B K"]:
-        """Returns logits, float32; the mean over the cells where more than one is left."""
+        """Returns float32 logits, averaged if more than one cell is left."""
         for block in self.blocks:
             hidden = block(hidden)
         return jnp.mean(self.proj(hidden).astype(jnp.float32), axis=(1, 2))
@@ -79,8 +79,8 @@ class Discriminator(nnx.Module):
         Args:
           unet_config: config.json of the base's UNet, from which the backbone starts.
           num_styles: N; there are 2 N classes.
-          side: cells of a side of the latents.
-          options: of `UNet2DConditionModel`: attention_implementation, remat.
+          side: cells per side of the latents.
+          options: arguments of `UNet2DConditionModel`: attention_implementation, remat.
 
         Raises:
           ValueError: the UNet cannot be built, or its levels cannot halve the latents.

@@ -34,8 +34,8 @@ class TimestepEmbedding(nnx.Module):
     """Linear, SiLU, Linear."""
 
     def __init__(self, in_features: int, width: int, *, dtype, rngs: nnx.Rngs):
-        self.linear_1 = layers.linear(in_features, width, dtype=dtype, rngs=rngs)
-        self.linear_2 = layers.linear(width, width, dtype=dtype, rngs=rngs)
+        self.linear_1 = layers.Linear(in_features, width, dtype=dtype, rngs=rngs)
+        self.linear_2 = layers.Linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, vector: Float[Array, "B C"]) -> Float[Array, "B D"]:
         """Maps sinusoids, or a style, to a vector of the time embedding's width."""

@@ -1,25 +1,47 @@
 """The Inception of FID: TensorFlow's network of 2015-12-05 (arXiv:1512.00567, 1706.08500), up to its 2048 features.
 
-It is not torchvision's Inception: average pools leave the padding out of the mean, and the last block pools by maximum.
+It differs from torchvision's: average pools leave the padding out of the mean, and the last block pools by maximum.
 Attributes are the keys of `pt_inception-2015-12-05-6726825d.pth`.
 """
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dmm_jax.models.layers import BatchNorm, conv, linear
+from dmm_jax.models.layers import Conv, Linear
 
 IMAGE_SIZE = 299
 NUM_FEATURES = 2048
 NUM_CLASSES = 1008
-EPSILON = 1e-3  # Of the batch norms.
+BATCH_NORM_EPSILON = 1e-3
 
 _halved = functools.partial(nnx.max_pool, window_shape=(3, 3), strides=(2, 2))
 _maximum = functools.partial(nnx.max_pool, window_shape=(3, 3), padding="SAME")
 _average = functools.partial(nnx.avg_pool, window_shape=(3, 3), padding="SAME", count_include_pad=False)
+
+
+class BatchNorm(nnx.Module):
+    """Batch norm of a trained network, by the mean and variance counted in training.
+
+    Both are parameters here, as in a state dict; `nnx.BatchNorm` keeps them apart, and averages.
+    """
+
+    def __init__(self, num_features: int, *, epsilon: float):
+        self.scale = nnx.Param(jnp.ones(num_features))
+        self.bias = nnx.Param(jnp.zeros(num_features))
+        self.running_mean = nnx.Param(jnp.zeros(num_features))
+        self.running_var = nnx.Param(jnp.ones(num_features))
+        self.epsilon = epsilon
+
+    def __call__(self, hidden: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+        """Returns (hidden - mean) / sqrt(variance + epsilon) * scale + bias, per channel."""
+        gain = self.scale[...] * jax.lax.rsqrt(self.running_var[...] + self.epsilon)
+        shift = self.bias[...] - self.running_mean[...] * gain
+        shape = (1,) * (hidden.ndim - 1) + gain.shape
+        return hidden * gain.reshape(shape) + shift.reshape(shape)
 
 
 class BasicConv2d(nnx.Module):
@@ -27,11 +49,11 @@ class BasicConv2d(nnx.Module):
 
     Args:
       kernel_size: rows and columns.
-      valid: no padding; else the picture keeps its size.
+      valid: without padding; else the picture keeps its size.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size=(1, 1), *, stride=1, valid=False, rngs: nnx.Rngs):
-        self.conv = conv(
+        self.conv = Conv(
             in_channels,
             out_channels,
             kernel_size,
@@ -41,7 +63,7 @@ class BasicConv2d(nnx.Module):
             dtype=jnp.float32,
             rngs=rngs,
         )
-        self.bn = BatchNorm(out_channels, epsilon=EPSILON)
+        self.bn = BatchNorm(out_channels, epsilon=BATCH_NORM_EPSILON)
 
     def __call__(self, hidden: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         """Returns the channels, none below zero."""
@@ -49,7 +71,7 @@ class BasicConv2d(nnx.Module):
 
 
 class InceptionA(nnx.Module):
-    """Convolutions of 1, 5 and twice 3 side by side, at 35 x 35."""
+    """Parallel convolutions of 1, 5 and twice 3, at 35 x 35."""
 
     def __init__(self, in_channels: int, pool_features: int, *, rngs: nnx.Rngs):
         layer = functools.partial(BasicConv2d, rngs=rngs)
@@ -89,7 +111,7 @@ class InceptionB(nnx.Module):
 
 
 class InceptionC(nnx.Module):
-    """Convolutions of 1, 7 and twice 7 side by side, rows and columns apart, at 17 x 17."""
+    """Parallel convolutions of 1, 7 and twice 7, factored into rows and columns, at 17 x 17."""
 
     def __init__(self, in_channels: int, channels_7x7: int, *, rngs: nnx.Rngs):
         layer = functools.partial(BasicConv2d, rngs=rngs)
@@ -137,10 +159,10 @@ class InceptionD(nnx.Module):
 
 
 class InceptionE(nnx.Module):
-    """Convolutions whose rows and columns lie side by side, at 8 x 8.
+    """Parallel convolutions over rows and over columns, at 8 x 8.
 
     Args:
-      pool: of the branch that pools; TensorFlow's network takes the mean in one such block, the maximum in the next.
+      pool: the pooling branch; TensorFlow's network takes the mean in one such block, the maximum in the next.
     """
 
     def __init__(self, in_channels: int, pool, *, rngs: nnx.Rngs):
@@ -173,7 +195,7 @@ class InceptionE(nnx.Module):
 
 
 class InceptionV3(nnx.Module):
-    """Returns the features that FID compares; `fc`, which the file holds, is not computed."""
+    """Maps pictures to the features that FID compares; `fc`, a part of the file, is not computed."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         layer = functools.partial(BasicConv2d, rngs=rngs)
@@ -193,7 +215,7 @@ class InceptionV3(nnx.Module):
         self.Mixed_7a = InceptionD(768, rngs=rngs)
         self.Mixed_7b = InceptionE(1280, _average, rngs=rngs)
         self.Mixed_7c = InceptionE(2048, _maximum, rngs=rngs)
-        self.fc = linear(NUM_FEATURES, NUM_CLASSES, dtype=jnp.float32, rngs=rngs)
+        self.fc = Linear(NUM_FEATURES, NUM_CLASSES, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, images: Float[Array, "B 299 299 3"]) -> Float[Array, "B 2048"]:
         """Returns the features of pictures in [0, 255], already resized."""

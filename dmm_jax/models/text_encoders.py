@@ -1,8 +1,8 @@
-"""The text encoders of a checkpoint, one or SDXL's two, as one network: token ids to what conditions the UNet.
+"""The text encoders of a checkpoint, one or SDXL's two, as one network: token ids to the UNet's conditioning.
 
-Stable Diffusion 1 and 2 condition on the last hidden state behind the final norm; their second-to-last layer, where a
-recipe wants it, is a layer fewer in the file. XL joins both encoders' states before the last layer, without the norm,
-and adds the second encoder's pooled, projected state to the time embedding (arXiv:2307.01952, 2.1 and 2.2).
+Stable Diffusion 1 and 2 condition on the last hidden state after the final norm; a recipe for the second-to-last layer
+has one layer fewer in the file. XL joins both encoders' states before the last layer, without the norm, and adds the
+second encoder's pooled, projected state to the time embedding (arXiv:2307.01952, 2.1 and 2.2).
 """
 
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ NUM_TIME_IDS = 6  # Original height and width, top and left of the crop, target 
 
 
 class TextConditioning(NamedTuple):
-    """What the text encoders give a UNet; in the compute dtype."""
+    """The UNet's conditioning, in the compute dtype."""
 
     encoder_hidden_states: Float[Array, "B L D"]
-    pooled: Float[Array, "B P"] | None  # None but for XL.
+    pooled: Float[Array, "B P"] | None  # None except for XL.
 
     def added_cond(self, time_ids: Num[Array, "B 6"] | None) -> dict[str, Array] | None:
-        """Returns what the UNet takes as `added_cond`: XL's pooled states and sizes, else None."""
+        """Returns the UNet's `added_cond`: XL's pooled states and sizes, else None."""
         return None if self.pooled is None else {"text_embeds": self.pooled, "time_ids": time_ids}
 
 
@@ -44,9 +44,9 @@ class TextEncoders(nnx.Module):
             setattr(self, name, CLASSES[name].from_config(config, dtype=dtype, rngs=rngs))
 
     def __call__(self, input_ids: Int[Array, "B EL"]) -> TextConditioning:
-        """Encodes token ids: the rows of ids of each encoder's tokenizer, side by side.
+        """Encodes token ids: rows join the ids of every encoder's tokenizer.
 
-        For XL a row of -1 is no prompt, and conditions on zeros: diffusers' `force_zeros_for_empty_prompt`.
+        For XL a row of -1 stands for a missing prompt and gives zeros: diffusers' `force_zeros_for_empty_prompt`.
 
         Raises:
           ValueError: more tokens than an encoder has positions.
@@ -54,8 +54,8 @@ class TextEncoders(nnx.Module):
         encoders = [getattr(self, name) for name in self.names]
         if len(encoders) == 1:
             return TextConditioning(encoders[0](input_ids).last_hidden_state, None)
-        rows = jnp.split(jnp.maximum(input_ids, 0), len(encoders), axis=1)
-        outputs = [encoder(ids) for encoder, ids in zip(encoders, rows, strict=True)]
+        ids_of_each = jnp.split(jnp.maximum(input_ids, 0), len(encoders), axis=1)
+        outputs = [encoder(ids) for encoder, ids in zip(encoders, ids_of_each, strict=True)]
         states = jnp.concatenate([output.hidden_states[-2] for output in outputs], axis=-1)
         prompted = (input_ids[:, :1] != NO_PROMPT).astype(states.dtype)  # (B, 1)
         return TextConditioning(states * prompted[:, :, None], outputs[-1].pooled * prompted)

@@ -4,10 +4,11 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dmm_jax.kernels.shared_rows import per_prompt
 from dmm_jax.models import layers
 from dmm_jax.models.attention import BasicTransformerBlock
 
-EPSILON = 1e-6  # Of the group norm; the UNet's other group norms have 1e-5.
+GROUP_NORM_EPSILON = 1e-6  # The UNet's other group norms have 1e-5.
 
 
 class Transformer2DModel(nnx.Module):
@@ -27,12 +28,12 @@ class Transformer2DModel(nnx.Module):
         rngs: nnx.Rngs,
     ):
         common = {"dtype": dtype, "rngs": rngs}
-        self.norm = layers.group_norm(num_groups, channels, epsilon=EPSILON, rngs=rngs)
+        self.norm = layers.GroupNorm(num_groups, channels, epsilon=GROUP_NORM_EPSILON, rngs=rngs)
 
         def projection():
             if use_linear_projection:
-                return layers.linear(channels, channels, **common)
-            return layers.conv(channels, channels, 1, **common)
+                return layers.Linear(channels, channels, **common)
+            return layers.Conv(channels, channels, 1, **common)
 
         self.proj_in = projection()
         self.transformer_blocks = nnx.List(
@@ -41,11 +42,11 @@ class Transformer2DModel(nnx.Module):
         )
         self.proj_out = projection()
 
-    def __call__(self, hidden: Float[Array, "B h w C"], states: Float[Array, "B2 S D"]) -> Float[Array, "B2 h w C"]:
-        """Returns hidden plus what the blocks made of it and of `states`, which may be several to a feature map."""
+    def __call__(self, hidden: Float[Array, "B h w C"], states: Float[Array, "BP S D"]) -> Float[Array, "BP h w C"]:
+        """Returns the feature map after the blocks, one per prompt: P adjacent rows of `states` share a map."""
         # A dense layer on (h, w, C) is the 1x1 convolution and the flattened projection alike.
-        cells = self.proj_in(layers.normed(self.norm, hidden))
+        cells = self.proj_in(self.norm(hidden))
         tokens = rearrange(cells, "B h w C -> B (h w) C")
         for block in self.transformer_blocks:
             tokens = block(tokens, states)
-        return layers.repeated(hidden, len(tokens)) + self.proj_out(tokens.reshape(-1, *hidden.shape[1:]))
+        return per_prompt(hidden, len(tokens)) + self.proj_out(tokens.reshape(-1, *hidden.shape[1:]))

@@ -1,4 +1,4 @@
-"""The levels of the UNet: resnets, each with a transformer behind it where the level attends, then a resampling."""
+"""The levels of the UNet: resnets, each followed by a transformer if the level attends, then a resampling."""
 
 from collections.abc import Sequence
 
@@ -6,18 +6,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dmm_jax.models import layers
+from dmm_jax.kernels.shared_rows import per_prompt
 from dmm_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from dmm_jax.models.transformer_2d import Transformer2DModel
 
 
 def call(remat: bool, module: nnx.Module, *args):
-    """Calls a module; with `remat` its inner values are computed again in the backward pass, not kept."""
+    """Calls a module; with `remat` the backward pass computes its inner values again instead of keeping them."""
     return nnx.remat(lambda module, *args: module(*args))(module, *args) if remat else module(*args)
 
 
 class DownBlock(nnx.Module):
-    """A level on the way down; diffusers' DownBlock2D, and CrossAttnDownBlock2D where `attention` is given."""
+    """A level on the way down: diffusers' DownBlock2D, or CrossAttnDownBlock2D with `attention`."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class DownBlock(nnx.Module):
             self.downsamplers = nnx.List([Downsample2D(out_channels, **common)])
 
     def __call__(
-        self, hidden: Float[Array, "B h w C"], temb: Float[Array, "_B E"], states: Float[Array, "B2 S D"]
+        self, hidden: Float[Array, "B h w C"], temb: Float[Array, "_B E"], states: Float[Array, "BP S D"]
     ) -> list[Float[Array, "_B _h _w _C"]]:
         """Returns the skips of this level, finest first; the last is its output."""
         skips = []
@@ -72,8 +72,8 @@ class MidBlock(nnx.Module):
         self.attentions = nnx.List([Transformer2DModel(channels, **attention, **common)])
 
     def __call__(
-        self, hidden: Float[Array, "B h w C"], temb: Float[Array, "_B E"], states: Float[Array, "B2 S D"]
-    ) -> Float[Array, "B2 h w C"]:
+        self, hidden: Float[Array, "B h w C"], temb: Float[Array, "_B E"], states: Float[Array, "BP S D"]
+    ) -> Float[Array, "BP h w C"]:
         """Returns the coarsest features."""
         hidden = call(self.remat, self.resnets[0], hidden, temb)
         hidden = call(self.remat, self.attentions[0], hidden, states)
@@ -81,7 +81,7 @@ class MidBlock(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    """A level on the way up; diffusers' UpBlock2D, and CrossAttnUpBlock2D where `attention` is given."""
+    """A level on the way up: diffusers' UpBlock2D, or CrossAttnUpBlock2D with `attention`."""
 
     def __init__(
         self,
@@ -114,12 +114,12 @@ class UpBlock(nnx.Module):
         hidden: Float[Array, "B h w C"],
         skips: Sequence[Array],
         temb: Float[Array, "_B E"],
-        states: Float[Array, "B2 S D"],
-    ) -> Float[Array, "B2 h2 w2 C2"]:
+        states: Float[Array, "BP S D"],
+    ) -> Float[Array, "BP h2 w2 C2"]:
         """Returns the level's output; takes one skip per resnet, in the order given."""
         for layer, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
-            both = jnp.concatenate([hidden, layers.repeated(skip, len(hidden))], axis=-1)
-            hidden = call(self.remat, resnet, both, temb)
+            joined = jnp.concatenate([hidden, per_prompt(skip, len(hidden))], axis=-1)
+            hidden = call(self.remat, resnet, joined, temb)
             if hasattr(self, "attentions"):
                 hidden = call(self.remat, self.attentions[layer], hidden, states)
         return self.upsamplers[0](hidden) if hasattr(self, "upsamplers") else hidden

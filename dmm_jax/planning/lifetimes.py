@@ -197,7 +197,7 @@ def _flattened(jaxpr) -> tuple[list[tuple[Hashable, int]], list[_Operation], lis
 
 
 def _shows_only(jaxpr) -> bool:
-    """Tells whether a branch returns what it is given, such as `norms.read_again` on each kind of device."""
+    """Tells whether a branch returns what it is given, such as `recomputation.reread` on each kind of device."""
     return all(equation.primitive.name in RENAMED for equation in jaxpr.eqns)
 
 

@@ -23,7 +23,8 @@ from dmm_jax.config import options as config_lib
 from dmm_jax.distill import incremental
 from dmm_jax.distill import teachers as teachers_lib
 from dmm_jax.distill.layout import Packing
-from dmm_jax.distillation import Definition, attention_implementation
+from dmm_jax.distillation import Definition
+from dmm_jax.kernels.attention import choose_implementation
 from dmm_jax.planning import changes, compiler, devices, disk, flops, lifetimes, memory, requirements
 from dmm_jax.planning import collectives as collectives_lib
 from dmm_jax.planning.requirements import COMPILED, ESTIMATED, GIB, Plan
@@ -189,7 +190,7 @@ def measure(program: Program, held: dict[str, float], where: devices.Topology, f
 
 def estimate(program: Program, held: dict[str, float], where: devices.Topology) -> dict:
     """Estimates what lives within a step from the order in which its values are computed and read."""
-    implementation = attention_implementation(program.config, program.platform)
+    implementation = choose_implementation(program.config.attention, program.config.dtype, program.platform)
     # Scores inside a fused kernel never exist.
     function, arguments = program.gradients("flash" if implementation == "cudnn" else implementation)
     (equation,) = jax.make_jaxpr(function)(*arguments).jaxpr.eqns  # The shard_map: inside, shapes are one device's.

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Shaped, UInt8
 
 from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.formats import safetensors_io
-from dmm_jax.models.layers import conv, group_norm, linear
+from dmm_jax.models.layers import Conv, Linear
 from dmm_jax.runtime import sharding
 from dmm_jax.runtime.chunks import in_chunks
 from dmm_jax.world.scenes import COLOURS, RELATIONS, SHAPES, SIZES, Content
@@ -33,10 +33,11 @@ class ShapeFeatures(nnx.Module):
     def __init__(self, style_dim: int, *, rngs: nnx.Rngs):
         sizes = (3, *CHANNELS)
         self.convs = nnx.List(
-            conv(sizes[i], sizes[i + 1], 3, stride=2, dtype=jnp.float32, rngs=rngs) for i in range(len(CHANNELS))
+            Conv(sizes[i], sizes[i + 1], 3, stride=2, dtype=jnp.float32, rngs=rngs) for i in range(len(CHANNELS))
         )
-        self.norms = nnx.List(group_norm(8, channels, epsilon=1e-5, rngs=rngs) for channels in CHANNELS)
-        dense = functools.partial(linear, dtype=jnp.float32, rngs=rngs)
+        norm = functools.partial(nnx.GroupNorm, num_groups=8, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+        self.norms = nnx.List(norm(channels) for channels in CHANNELS)
+        dense = functools.partial(Linear, dtype=jnp.float32, rngs=rngs)
         self.to_features = dense(2 * CHANNELS[-1], NUM_FEATURES)
         self.num_objects = dense(NUM_FEATURES, 2)
         self.shapes = dense(NUM_FEATURES, 2 * len(SHAPES))

@@ -13,7 +13,7 @@ from PIL import Image
 from dmm_jax.bench import jobs, networks, scaling
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.config.files import read_config
-from dmm_jax.models.unet_2d_condition import merged_config
+from dmm_jax.models.unet_config import merged_config
 from dmm_jax.planning.devices import GIB
 from dmm_jax.verbs import main as cli
 from tests.bench.test_jobs import CONTRACT

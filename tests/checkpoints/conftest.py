@@ -14,7 +14,7 @@ from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
 from dmm_jax.checkpoints.modelspec import Recipe
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.write import write_single_file
-from dmm_jax.models.unet_2d_condition import merged_config
+from dmm_jax.models.unet_config import merged_config
 from dmm_jax.world.tokenizer import write_tokenizer
 
 STYLES = ("anime", "photo", "ink")

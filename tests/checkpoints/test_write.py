@@ -24,7 +24,8 @@ from dmm_jax.checkpoints.formats.safetensors_io import Computed, TensorFile, Ten
 from dmm_jax.checkpoints.modelspec import Recipe
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.styles import fold_style, style_vector
-from dmm_jax.models.unet_2d_condition import UNet2DConditionModel, merged_config
+from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
+from dmm_jax.models.unet_config import merged_config
 from dmm_jax.runtime.errors import UserError
 
 WEIGHTS = np.array([0.7, 0.5, -0.2], np.float32)

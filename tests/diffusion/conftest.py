@@ -19,7 +19,7 @@ class InDouble:
 
 @pytest.fixture
 def diffusers_in_double(monkeypatch):
-    """Leaves all rounding to us: diffusers' own float32 loses up to 3e-4 (Euler at a sigma of 4096)."""
+    """Makes diffusers compute in float64: its float32 loses up to 3e-4 (Euler at a sigma of 4096)."""
     pytest.importorskip("diffusers")
     for name in SCHEDULER_FILES:
         file = importlib.import_module(f"diffusers.schedulers.scheduling_{name}")

@@ -15,16 +15,16 @@ def pair():
     return tuple(jnp.asarray(random.standard_normal(SHAPE), jnp.float32) for _ in range(2))
 
 
-@pytest.mark.parametrize("one", [1, 1.0, np.float32([1.0, 1.0, 1.0])])
-def test_guidance_1_changes_nothing(pair, one):
-    np.testing.assert_array_equal(guide(*pair, one), pair[1])
+@pytest.mark.parametrize("scale", [1, 1.0, np.float32([1.0, 1.0, 1.0])])
+def test_guidance_1_changes_nothing(pair, scale):
+    np.testing.assert_array_equal(guide(*pair, scale), pair[1])
 
 
 def test_guidance_0_is_unconditional(pair):
     np.testing.assert_allclose(guide(*pair, 0.0), pair[0], rtol=0, atol=1e-6)
 
 
-def test_equal_predictions_are_left_alone(pair):
+def test_guidance_changes_no_equal_predictions(pair):
     np.testing.assert_array_equal(guide(pair[0], pair[0], 7.5), pair[0])
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmm_jax.diffusion.prediction import to_epsilon, to_x0, velocity
+from dmm_jax.diffusion.prediction import to_x0, velocity
 from dmm_jax.diffusion.schedule import PREDICTION_TYPES, NoiseSchedule, add_noise
 
 SHAPE = (4, 2, 2, 4)
@@ -25,40 +25,38 @@ def predicted(prediction_type, clean, noise):
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_a_true_prediction_gives_back_the_image_and_the_noise(prediction_type, clean_noise_noisy):
+def test_a_true_prediction_gives_back_the_image(prediction_type, clean_noise_noisy):
     clean, noise, noisy = clean_noise_noisy
     prediction = predicted(prediction_type, clean, noise)
-    np.testing.assert_allclose(to_epsilon(prediction, noisy, ALPHA_BAR, prediction_type), noise, rtol=0, atol=1e-6)
-    # At timestep 999 the image is the noisy one, less nearly all of it, times 14.6.
+    # At timestep 999 the image is a small difference, times 14.6.
     np.testing.assert_allclose(to_x0(prediction, noisy, ALPHA_BAR, prediction_type), clean, rtol=0, atol=5e-6)
 
 
 def test_a_scalar_alpha_bar_serves_every_image(clean_noise_noisy):
     clean, noise, _ = clean_noise_noisy
-    alone = velocity(clean, noise, ALPHA_BAR[2])
-    np.testing.assert_array_equal(alone, velocity(clean, noise, jnp.full(4, ALPHA_BAR[2])))
+    scalar = velocity(clean, noise, ALPHA_BAR[2])
+    np.testing.assert_array_equal(scalar, velocity(clean, noise, jnp.full(4, ALPHA_BAR[2])))
 
 
-def test_velocity_is_noise_at_the_start_and_the_negated_image_at_zero_snr(clean_noise_noisy):
+def test_velocity_is_noise_at_first_and_minus_the_image_at_zero_snr(clean_noise_noisy):
     clean, noise, _ = clean_noise_noisy
     np.testing.assert_array_equal(velocity(clean, noise, jnp.float32(1.0)), noise)
     np.testing.assert_array_equal(velocity(clean, noise, jnp.float32(0.0)), -clean)
 
 
-def test_velocity_stays_defined_where_noise_says_nothing(clean_noise_noisy):
+def test_velocity_determines_the_image_at_zero_snr(clean_noise_noisy):
     clean, noise, _ = clean_noise_noisy
-    nothing = jnp.zeros(4)
-    prediction = velocity(clean, noise, nothing)
-    np.testing.assert_array_equal(to_x0(prediction, noise, nothing, "v_prediction"), clean)
-    np.testing.assert_array_equal(to_epsilon(prediction, noise, nothing, "v_prediction"), noise)
-    assert not np.isfinite(to_x0(noise, noise, nothing, "epsilon")).any()
+    no_signal = jnp.zeros(4)
+    prediction = velocity(clean, noise, no_signal)
+    np.testing.assert_array_equal(to_x0(prediction, noise, no_signal, "v_prediction"), clean)
+    assert not np.isfinite(to_x0(noise, noise, no_signal, "epsilon")).any()
 
 
-def test_conversions_are_those_of_diffusers(clean_noise_noisy):
+def test_velocity_is_that_of_diffusers(clean_noise_noisy):
     diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
     clean, noise, _ = clean_noise_noisy
-    theirs = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    expected = theirs.get_velocity(*(torch.tensor(np.asarray(x)) for x in (clean, noise, TIMESTEPS)))
+    scheduler = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    expected = scheduler.get_velocity(*(torch.tensor(np.asarray(x)) for x in (clean, noise, TIMESTEPS)))
     # float32 tables: sqrt(1 - alphas_cumprod[0]) has lost three digits.
     np.testing.assert_allclose(velocity(clean, noise, ALPHA_BAR), expected.numpy(), rtol=0, atol=5e-6)
 
@@ -66,12 +64,10 @@ def test_conversions_are_those_of_diffusers(clean_noise_noisy):
 def test_bfloat16_predictions_are_converted_in_float32(clean_noise_noisy):
     _, noise, noisy = clean_noise_noisy
     for prediction_type in PREDICTION_TYPES:
-        for convert in (to_x0, to_epsilon):
-            assert convert(noise.astype(jnp.bfloat16), noisy, ALPHA_BAR, prediction_type).dtype == jnp.float32
+        assert to_x0(noise.astype(jnp.bfloat16), noisy, ALPHA_BAR, prediction_type).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("convert", [to_x0, to_epsilon])
-def test_unknown_prediction_types_are_refused(convert, clean_noise_noisy):
+def test_unknown_prediction_types_are_refused(clean_noise_noisy):
     _, noise, noisy = clean_noise_noisy
     with pytest.raises(ValueError, match="epsilon, v_prediction; got 'sample'"):
-        convert(noise, noisy, ALPHA_BAR, "sample")
+        to_x0(noise, noisy, ALPHA_BAR, "sample")

@@ -1,4 +1,4 @@
-"""The solvers: diffusers' schedulers step by step, a closed-form ODE, and the laws of the tables."""
+"""Laws of the solvers: diffusers' schedulers step by step, a closed-form ODE, and the tables."""
 
 import dataclasses
 import itertools
@@ -38,7 +38,7 @@ KEYS = jax.vmap(jax.random.key)(jnp.arange(2, dtype=jnp.uint32))
 
 
 def toy(latents, timestep, xp):
-    """A network of no meaning: bounded, not linear, mixing channels, aware of the timestep."""
+    """Stands for a network: bounded, not linear, mixes channels, depends on the timestep."""
     mixed = xp.roll(latents, 1, -1)
     return 0.8 * latents + 0.3 * xp.sin(2.0 * mixed + timestep / 300.0) + 0.1 * xp.cos(timestep / 50.0)
 
@@ -51,43 +51,43 @@ def schedule_of(config):
     return NoiseSchedule.from_config(CONFIGS[config])
 
 
-SEEN = []
+INPUTS = []
 
 
 @jax.jit
 def run_toy(plan, noise):
-    """Samples with the toy network, and leaves in SEEN what the network saw."""
+    """Samples with the toy network, and appends its inputs to INPUTS."""
 
     def denoise(latents, timestep):
-        jax.debug.callback(lambda x: SEEN.append(np.array(x)), latents, ordered=True)
+        jax.debug.callback(lambda x: INPUTS.append(np.array(x)), latents, ordered=True)
         return toy(latents, timestep, jnp)
 
     return solvers.sample(plan, denoise, noise, KEYS if plan.stochastic else None)
 
 
 def trajectory(plan):
-    """Returns what the network sees at every evaluation, and the result."""
-    SEEN.clear()
+    """Returns the network's input at every evaluation, and the result."""
+    INPUTS.clear()
     result = np.asarray(run_toy(plan, jnp.asarray(unit_noise())))
     jax.effects_barrier()
-    return [*SEEN, result]
+    return [*INPUTS, result]
 
 
 def inject_noise(monkeypatch):
-    """Has diffusers' ancestral scheduler draw our noise, from the first step on."""
+    """Makes diffusers' ancestral scheduler draw our noise, from the first step on."""
     import torch
     from diffusers.schedulers import scheduling_euler_ancestral_discrete as ancestral
 
     numbers = itertools.count()
 
-    def drawn(*_, dtype, **__):
+    def noise_of_step(*_, dtype, **__):
         return torch.from_numpy(np.array(solvers.step_noise(KEYS, next(numbers), SHAPE[1:]))).to(dtype)
 
-    monkeypatch.setattr(ancestral, "randn_tensor", drawn)
+    monkeypatch.setattr(ancestral, "randn_tensor", noise_of_step)
 
 
 def diffusers_scheduler(solver, config, num_steps):
-    """Makes the scheduler that a user of diffusers would, and stands in for the three that diffusers lacks."""
+    """Makes the scheduler that a user of diffusers would, and substitutes for the three that diffusers lacks."""
     import diffusers
 
     config = dict(CONFIGS[config])
@@ -100,37 +100,37 @@ def diffusers_scheduler(solver, config, num_steps):
         scheduler = make(config, use_karras_sigmas=karras, solver_order=order, algorithm_type="dpmsolver++")
     elif base == "euler":
         scheduler = diffusers.EulerDiscreteScheduler.from_config(config, use_karras_sigmas=karras)
-    elif base == "heun":  # It does not know zero terminal SNR: lent the table of the one that does.
+    elif base == "heun":  # Its own table ignores zero terminal SNR.
         scheduler = diffusers.HeunDiscreteScheduler.from_config(config, use_karras_sigmas=karras)
         scheduler.alphas_cumprod = diffusers.EulerDiscreteScheduler.from_config(config).alphas_cumprod
     else:
         scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(config)
     scheduler.set_timesteps(num_steps)
-    if solver == "euler_ancestral_karras":  # k-diffusion has it: Euler's levels.
+    if solver == "euler_ancestral_karras":  # As in k-diffusion: Euler's levels.
         euler = diffusers.EulerDiscreteScheduler.from_config(config, use_karras_sigmas=True)
         euler.set_timesteps(num_steps)
         scheduler.sigmas, scheduler.timesteps = euler.sigmas, euler.timesteps
-    if hasattr(scheduler, "set_begin_index"):  # Else it begins one level late where the first timestep comes twice.
+    if hasattr(scheduler, "set_begin_index"):  # Else it begins one level late if the first timestep comes twice.
         scheduler.set_begin_index(0)
     return scheduler
 
 
-def diffusers_trajectory(scheduler, told, dtype):
-    """Runs a scheduler on the toy network, which is told our timesteps: theirs are compared on their own."""
+def diffusers_trajectory(scheduler, timesteps, dtype):
+    """Runs a scheduler on the toy network at our timesteps; another test compares the scheduler's own."""
     import torch
 
     latents = torch.from_numpy(unit_noise()).to(dtype) * scheduler.init_noise_sigma
-    seen = []
-    for timestep, ours in zip(scheduler.timesteps, told, strict=True):
-        scaled = scheduler.scale_model_input(latents, timestep)
-        seen.append(scaled.numpy())
-        latents = scheduler.step(toy(scaled, torch.tensor(ours), torch), timestep, latents).prev_sample
-    return [*seen, latents.numpy()]
+    inputs = []
+    for own_timestep, timestep in zip(scheduler.timesteps, timesteps, strict=True):
+        scaled = scheduler.scale_model_input(latents, own_timestep)
+        inputs.append(scaled.numpy())
+        latents = scheduler.step(toy(scaled, torch.tensor(timestep), torch), own_timestep, latents).prev_sample
+    return [*inputs, latents.numpy()]
 
 
-def largest_distance(ours, theirs):
+def largest_distance(steps, expected):
     """Returns the largest distance of any step, over the step's largest latent."""
-    return np.max([np.abs(a - b).max() / np.abs(b).max() for a, b in zip(ours, theirs, strict=True)])
+    return np.max([np.abs(a - b).max() / np.abs(b).max() for a, b in zip(steps, expected, strict=True)])
 
 
 @pytest.mark.usefixtures("diffusers_in_double")
@@ -144,8 +144,9 @@ def test_every_step_is_that_of_diffusers(solver, config, monkeypatch):
     for num_steps in (1, 2, 5, 10, 25):
         inject_noise(monkeypatch)
         plan = solvers.plan(solver, schedule_of(config), num_steps)
-        theirs = diffusers_trajectory(diffusers_scheduler(solver, config, num_steps), plan.timesteps, torch.float64)
-        assert largest_distance(trajectory(plan), theirs) < tolerance, num_steps
+        scheduler = diffusers_scheduler(solver, config, num_steps)
+        expected = diffusers_trajectory(scheduler, plan.timesteps, torch.float64)
+        assert largest_distance(trajectory(plan), expected) < tolerance, num_steps
 
 
 @pytest.mark.parametrize("config", ["sd15", "sdxl", "v", "zero_snr"])
@@ -154,34 +155,34 @@ def test_25_steps_are_those_of_untouched_diffusers(solver, config, monkeypatch):
     torch = pytest.importorskip("torch")
     pytest.importorskip("diffusers")
     if solver.startswith("heun") and config == "zero_snr":
-        pytest.skip("diffusers' Heun does not know zero terminal SNR")
+        pytest.skip("diffusers' Heun ignores zero terminal SNR")
     inject_noise(monkeypatch)
     plan = solvers.plan(solver, schedule_of(config), 25)
-    theirs = diffusers_trajectory(diffusers_scheduler(solver, config, 25), plan.timesteps, torch.float32)
-    assert largest_distance(trajectory(plan), theirs) < 1e-5  # Reached: 5.1e-6.
+    expected = diffusers_trajectory(diffusers_scheduler(solver, config, 25), plan.timesteps, torch.float32)
+    assert largest_distance(trajectory(plan), expected) < 1e-5  # Reached: 5.1e-6.
 
 
 def assert_same_timesteps(solver, config, tolerance):
     for num_steps in (1, 2, 3, 5, 7, 10, 16, 25, 48, 50):
         plan = solvers.plan(solver, schedule_of(config), num_steps)
-        theirs = diffusers_scheduler(solver, config, num_steps)
+        scheduler = diffusers_scheduler(solver, config, num_steps)
         assert plan.timesteps.dtype == np.float32
-        np.testing.assert_allclose(plan.timesteps, theirs.timesteps.numpy(), rtol=0, atol=tolerance)
-        assert plan.init_noise_sigma == pytest.approx(float(theirs.init_noise_sigma), rel=1e-6)
+        np.testing.assert_allclose(plan.timesteps, scheduler.timesteps.numpy(), rtol=0, atol=tolerance)
+        assert plan.init_noise_sigma == pytest.approx(float(scheduler.init_noise_sigma), rel=1e-6)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("solver", ["ddim", "ddim_karras", "dpmpp_2m", "dpmpp_2m_karras"])
 def test_whole_timesteps_are_those_of_untouched_diffusers(solver, config):
     pytest.importorskip("diffusers")
-    truncated = config == "cosine" and solver.endswith("_karras")  # They make 998 of 998.99999, we do not.
+    truncated = config == "cosine" and solver.endswith("_karras")  # diffusers makes 998 of 998.99999.
     assert_same_timesteps(solver, config, tolerance=1 if truncated else 0)
 
 
 @pytest.mark.usefixtures("diffusers_in_double")  # In float32 their logarithms lose 5e-3 of a timestep.
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("solver", [name for name in solvers.SOLVERS if name.startswith(("euler", "heun"))])
-def test_fractional_timesteps_and_first_noise_levels_are_those_of_diffusers(solver, config):
+def test_fractional_timesteps_and_first_levels_are_those_of_diffusers(solver, config):
     assert_same_timesteps(solver, config, tolerance=1e-4)
 
 
@@ -239,8 +240,8 @@ def sigmas_of(plan):
     return -plan.c_out
 
 
-def told_sigmas(plan):
-    """Returns the plan whose "timesteps" are noise levels, for networks that are known in closed form."""
+def with_sigmas_as_timesteps(plan):
+    """Returns the plan whose "timesteps" are noise levels, for networks in closed form."""
     return dataclasses.replace(plan, timesteps=sigmas_of(plan))
 
 
@@ -256,8 +257,8 @@ def test_error_falls_at_the_solvers_order(solver, order):
         return latents * jnp.sqrt(sigma**2 + 1.0) * sigma / (c**2 + sigma**2)
 
     def error(num_steps):
-        """Relative, at the last noise level: the step from there to 0 is of first order and does not get shorter."""
-        plan = told_sigmas(solvers.plan(solver, NoiseSchedule(), num_steps))
+        """Returns the relative error at the last level: the step from it to 0 is of first order and never shortens."""
+        plan = with_sigmas_as_timesteps(solvers.plan(solver, NoiseSchedule(), num_steps))
         first, last = sigmas_of(plan)[[0, -1]].astype(np.float64)
         exact = plan.init_noise_sigma * np.sqrt((c**2 + last**2) / (c**2 + first**2))
         if plan.init_noise_sigma == 1.0:  # Latents are x0 + sigma noise, scaled to the variance of the noise.
@@ -280,9 +281,9 @@ def run_informed(plan, noise):
 
 
 @pytest.mark.parametrize("solver", solvers.SOLVERS)
-def test_a_network_that_knows_the_image_is_followed_to_it(solver):
+def test_a_perfect_network_leads_every_solver_to_the_image(solver):
     for num_steps in (1, 2, 7):
-        plan = told_sigmas(solvers.plan(solver, NoiseSchedule(), num_steps))
+        plan = with_sigmas_as_timesteps(solvers.plan(solver, NoiseSchedule(), num_steps))
         result = run_informed(plan, jnp.asarray(unit_noise()))
         np.testing.assert_allclose(result, IMAGE, rtol=0, atol=5e-6)
 
@@ -327,11 +328,11 @@ def test_an_images_noise_does_not_depend_on_its_batch():
     assert not np.allclose(together[:1] - together[1:], (noise[:1] - noise[1:]) * together.std(), atol=1e-2)
 
 
-def test_fresh_noise_is_unit_and_unrelated_between_images_steps_and_the_start():
+def test_fresh_noise_is_unit_and_independent():
     start = jax.vmap(lambda key: jax.random.normal(key, (16, 16, 4)))(KEYS)
     rows = jnp.concatenate([start, *(solvers.step_noise(KEYS, number, (16, 16, 4)) for number in range(3))])
     covariance = np.cov(np.asarray(rows).reshape(len(rows), -1))
-    np.testing.assert_allclose(covariance, np.eye(len(rows)), rtol=0, atol=0.2)  # Deviation 0.03 each, 0.04 at 1.
+    np.testing.assert_allclose(covariance, np.eye(len(rows)), rtol=0, atol=0.2)
 
 
 def test_bfloat16_predictions_leave_the_latents_float32():
@@ -350,7 +351,7 @@ def test_unknown_solvers_name_the_nearest(wrong, meant):
 
 
 @pytest.mark.parametrize(
-    "solver, schedule, num_steps, said",
+    "solver, schedule, num_steps, message",
     [
         ("euler", NoiseSchedule(), 0, "1 to 1000; got 0"),
         ("euler", NoiseSchedule(), 1001, "1 to 1000; got 1001"),
@@ -361,8 +362,8 @@ def test_unknown_solvers_name_the_nearest(wrong, meant):
         ("heun_karras", NoiseSchedule(clip_sample=True), 5, "clip_sample"),
     ],
 )
-def test_what_a_solver_cannot_run_on_is_refused(solver, schedule, num_steps, said):
-    with pytest.raises(ValueError, match=said):
+def test_unfit_schedules_and_steps_are_refused(solver, schedule, num_steps, message):
+    with pytest.raises(ValueError, match=message):
         solvers.plan(solver, schedule, num_steps)
 
 

@@ -139,7 +139,7 @@ def test_teachers_and_prompts_get_even_shares_and_in_the_end_all_pairs(num_promp
         ({"prompts": "a.txt"}, "no prompt file a.txt"),
         ({"prompts": ""}, "data.prompts is empty"),
         ({"sampling.solver": "eular"}, "did you mean 'euler'"),
-        ({"sampling.num_inference_steps": 1001}, "must lie in 1 to 1000"),
+        ({"sampling.num_inference_steps": 1001}, "must be 1 to 1000"),
         ({"sampling.batch_size": 0}, "at least 1; got 0"),
         ({"num_examples": -1}, "num_examples must not be negative"),
         ({"resolution": 60}, "Use 56"),

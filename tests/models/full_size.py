@@ -1,8 +1,8 @@
-"""A full-size UNet's forward beside diffusers', in float32 on the same device. Needs torch and diffusers.
+"""Compares a full-size UNet's forward pass with diffusers', in float32 on the same device. Needs both.
 
     XLA_PYTHON_CLIENT_PREALLOCATE=false python -m tests.models.full_size sdxl  # 40 GB; on a GPU some two minutes
 
-Not one of the tests: it fits neither their memory nor their time.
+The test suite leaves it out, for its memory and its time.
 """
 
 import argparse
@@ -36,29 +36,29 @@ def compare(size: str, scale: float) -> dict:
         pooled = config["projection_class_embeddings_input_dim"] - NUM_TIME_IDS * config["addition_time_embed_dim"]
         time_ids = jnp.array([[8 * side, 8 * side, 0, 0, 8 * side, 8 * side]] * batch_size, jnp.float32)
         added = {"text_embeds": normal(batch_size, pooled, seed=2), "time_ids": time_ids}
-    told = added and {name: to_torch(value).to(device) for name, value in added.items()}
+    torch_added = added and {name: to_torch(value).to(device) for name, value in added.items()}
     with torch.no_grad():
         inputs = (to_torch(latents).to(device), torch.tensor(TIMESTEPS, device=device), to_torch(states).to(device))
-        theirs = twin(*inputs, added_cond_kwargs=told).sample.cpu()
+        expected = twin(*inputs, added_cond_kwargs=torch_added).sample.cpu()
     model = load(abstract(UNet2DConditionModel.from_config, config), twin.cpu())
     with jax.default_matmul_precision("highest"):
-        ours = jax.jit(lambda model, *inputs: model(*inputs, added_cond=added).sample)(
+        output = jax.jit(lambda model, *inputs: model(*inputs, added_cond=added).sample)(
             model, latents, jnp.array(TIMESTEPS), states
         )
     count = sum(parameter.numel() for parameter in twin.parameters())
-    error = float(relative_error(ours, theirs))
+    error = float(relative_error(output, expected))
     return {"size": size, "scale": scale, "parameters": count, "relative_error": error, "device": device.type}
 
 
 def main() -> None:
-    """Prints a line, and fails if the error is too great."""
+    """Prints the error as JSON, and fails if it is too great."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("size", choices=sorted(SIZES))
     parser.add_argument("--scale", type=float, default=1.0)
     args = parser.parse_args()
-    found = compare(args.size, args.scale)
-    print(json.dumps(found))
-    assert found["relative_error"] < TOLERANCE
+    comparison = compare(args.size, args.scale)
+    print(json.dumps(comparison))
+    assert comparison["relative_error"] < TOLERANCE
 
 
 if __name__ == "__main__":

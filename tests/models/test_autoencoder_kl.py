@@ -4,12 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dmm_jax.models.autoencoder_kl import Attention, AutoencoderKL, DiagonalGaussian, DownEncoderBlock2D
+from tests.models.torch_parity import SCALES, TOLERANCE, load, normal, parameters, relative_error, scaled, to_torch
 
 # config.json of Stable Diffusion XL's VAE; that of Stable Diffusion 1 differs in sample_size and scaling_factor only.
 FULL = {
@@ -53,7 +52,7 @@ VARIANTS = {
 
 @functools.cache
 def initial_params():
-    """Returns the initial parameters of TINY; drawn in one program, since a program a tensor takes seconds."""
+    """Returns the initial parameters of TINY, from one program: one program per tensor takes seconds."""
     draw = jax.jit(lambda: nnx.to_pure_dict(nnx.state(AutoencoderKL.from_config(TINY, rngs=nnx.Rngs(0)), nnx.Param)))
     return draw()
 
@@ -61,24 +60,6 @@ def initial_params():
 def tiny(dtype=jnp.float32, **changes):
     model = nnx.eval_shape(lambda: AutoencoderKL.from_config({**TINY, **changes}, dtype=dtype, rngs=nnx.Rngs(0)))
     nnx.update(model, initial_params())
-    return model
-
-
-def parameters(model):
-    """Returns the parameters by PyTorch's keys, with the axes of ours."""
-    last = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
-    flat = flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    return {".".join(map(str, (*path[:-1], last[path[-1]]))): (path, leaf) for path, leaf in flat.items()}
-
-
-def load(model, tensors):
-    """Fills `model` with PyTorch's tensors, kernels with their input and output axes last, and returns it."""
-    params = {}
-    for key, (path, leaf) in parameters(model).items():
-        array = tensors[key].detach().numpy()
-        params[path] = jnp.asarray(np.moveaxis(array, (0, 1), (-1, -2)) if path[-1] == "kernel" else array)
-        assert params[path].shape == leaf.shape, key
-    nnx.update(model, unflatten_dict(params))
     return model
 
 
@@ -93,48 +74,21 @@ def torch_twin(config, scale):
     return scaled(diffusers.AutoencoderKL(**config), scale)
 
 
-def scaled(module, scale):
-    import torch
-
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.mul_(scale)
-    return module.eval()
-
-
-def to_torch(images):
-    import torch
-
-    return torch.from_numpy(np.array(images)).movedim(-1, 1)
-
-
-def relative_error(ours, theirs):
-    """Returns the greatest error over the greatest value; `theirs` has channels first."""
-    theirs = theirs.detach().movedim(1, -1).numpy()
-    assert ours.shape == theirs.shape
-    return np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
-
-
-def normal(*shape, scale=1.0, seed=0):
-    return scale * jax.random.normal(jax.random.key(seed), shape)
-
-
-@pytest.mark.parametrize("scale", [1.7, 0.3])
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
 def test_encoding_and_decoding_are_those_of_diffusers(config, scale):
     twin = torch_twin(config, scale)
     model = nnx.eval_shape(lambda: AutoencoderKL.from_config(config, rngs=nnx.Rngs(0)))
-    assert set(parameters(model)) == set(twin.state_dict())
-    load(model, twin.state_dict())
+    load(model, twin)
 
     images = normal(2, 16, 24, config.get("in_channels", 3))
-    ours, theirs = jax.jit(model.encode)(images), twin.encode(to_torch(images)).latent_dist
-    assert relative_error(ours.mean, theirs.mean) < 1e-5
-    assert relative_error(ours.logvar, theirs.logvar) < 1e-5
-    assert relative_error(ours.std, theirs.std) < 1e-5
+    output, expected = jax.jit(model.encode)(images), twin.encode(to_torch(images)).latent_dist
+    assert relative_error(output.mean, expected.mean) < TOLERANCE
+    assert relative_error(output.logvar, expected.logvar) < TOLERANCE
+    assert relative_error(output.std, expected.std) < TOLERANCE
 
     latents = normal(2, 4, 6, config.get("latent_channels", 4))
-    assert relative_error(jax.jit(model.decode)(latents), twin.decode(to_torch(latents)).sample) < 1e-5
+    assert relative_error(jax.jit(model.decode)(latents), twin.decode(to_torch(latents)).sample) < TOLERANCE
 
 
 @pytest.mark.parametrize("size", [2.0, 0.1])
@@ -146,10 +100,10 @@ def test_the_attention_is_that_of_diffusers_on_large_and_small_inputs(size):
         16, heads=1, dim_head=16, eps=1e-6, norm_num_groups=4, residual_connection=True, bias=True, upcast_softmax=True
     )
     scaled(twin, 1.7)
-    ours = nnx.eval_shape(lambda: Attention(16, 4, dtype=jnp.float32, rngs=nnx.Rngs(0)))
-    load(ours, twin.state_dict())
-    hidden = normal(2, 3, 5, 16, scale=size)
-    assert relative_error(jax.jit(ours)(hidden), twin(to_torch(hidden))) < 1e-5
+    layer = nnx.eval_shape(lambda: Attention(16, 4, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    load(layer, twin)
+    hidden = normal(2, 3, 5, 16, std=size)
+    assert relative_error(jax.jit(layer)(hidden), twin(to_torch(hidden))) < TOLERANCE
 
 
 @pytest.mark.parametrize("size", [1.0, 0.1])
@@ -158,10 +112,10 @@ def test_a_down_block_is_that_of_diffusers_on_even_and_odd_sizes(size):
     from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D as TorchBlock
 
     twin = scaled(TorchBlock(8, 12, num_layers=2, resnet_groups=4, downsample_padding=0), 1.7)
-    ours = nnx.eval_shape(lambda: DownEncoderBlock2D(8, 12, 2, 4, True, dtype=jnp.float32, rngs=nnx.Rngs(0)))
-    load(ours, twin.state_dict())
-    hidden = normal(1, 6, 7, 8, scale=size)
-    assert relative_error(jax.jit(ours)(hidden), twin(to_torch(hidden))) < 1e-5
+    block = nnx.eval_shape(lambda: DownEncoderBlock2D(8, 12, 2, 4, True, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    load(block, twin)
+    hidden = normal(1, 6, 7, 8, std=size)
+    assert relative_error(jax.jit(block)(hidden), twin(to_torch(hidden))) < TOLERANCE
 
 
 def test_the_full_vae_has_248_tensors_and_83_65_million_parameters():
@@ -170,14 +124,14 @@ def test_the_full_vae_has_248_tensors_and_83_65_million_parameters():
     assert model.scaling_factor == 0.13025 and model.downsampling == 8
 
 
-def test_all_52_norms_of_the_full_vae_have_epsilon_1e_6_and_are_float32():
+def test_all_52_norms_have_epsilon_1e_6_and_are_float32():
     model = nnx.eval_shape(lambda: AutoencoderKL.from_config(FULL, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     norms = [module for _, module in nnx.iter_modules(model) if isinstance(module, nnx.GroupNorm)]
     assert len(norms) == 52
     assert {(norm.epsilon, norm.use_fast_variance, norm.dtype) for norm in norms} == {(1e-6, False, jnp.float32)}
 
 
-def test_the_log_variance_is_clipped_so_that_the_standard_deviation_is_finite():
+def test_the_log_variance_is_clipped_to_a_finite_deviation():
     model = tiny()
     bias = model.quant_conv.bias
     bias[...] = jnp.array([0.0] * 4 + [1e3, -1e3, 0.0, 0.0])
@@ -185,7 +139,7 @@ def test_the_log_variance_is_clipped_so_that_the_standard_deviation_is_finite():
     assert (logvar[..., 0] == 20).all() and (logvar[..., 1] == -30).all() and (jnp.abs(logvar[..., 2:]) < 20).all()
 
 
-def test_samples_have_the_mean_and_the_standard_deviation_of_the_gaussian():
+def test_samples_have_the_gaussians_mean_and_standard_deviation():
     mean, logvar = jnp.array([-3.0, 0.0, 5.0]), jnp.log(jnp.array([0.25, 1.0, 4.0]))
     gaussian = DiagonalGaussian(*(jnp.broadcast_to(x, (4, 50, 50, 3)) for x in (mean, logvar)))
     samples = gaussian.sample(jax.random.key(0))
@@ -195,23 +149,23 @@ def test_samples_have_the_mean_and_the_standard_deviation_of_the_gaussian():
     assert (samples != gaussian.sample(jax.random.key(1))).any()
 
 
-def test_bfloat16_keeps_float32_parameters_and_outputs_and_stays_close():
+def test_bfloat16_has_float32_parameters_and_outputs_and_is_close():
     images, latents = normal(1, 8, 8, 3), normal(1, 4, 4, 4)
     exact, rough = tiny(), tiny(jnp.bfloat16)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(rough, nnx.Param)))
-    for ours, theirs in [
+    for output, expected in [
         (jax.jit(rough.encode)(images).mean, jax.jit(exact.encode)(images).mean),
         (jax.jit(rough.decode)(latents), jax.jit(exact.decode)(latents)),
     ]:
-        assert ours.dtype == jnp.float32
-        assert 1e-6 < jnp.abs(ours - theirs).max() / jnp.abs(theirs).max() < 0.03
+        assert output.dtype == jnp.float32
+        assert 1e-6 < jnp.abs(output - expected).max() / jnp.abs(expected).max() < 0.03
 
 
-def test_force_upcast_computes_in_float32_where_float16_was_asked_for():
+def test_force_upcast_computes_in_float32_instead_of_float16():
     latents = normal(1, 4, 4, 4)
-    upcast, as_asked = tiny(jnp.float16, force_upcast=True), tiny(jnp.float16, force_upcast=False)
+    upcast, plain = tiny(jnp.float16, force_upcast=True), tiny(jnp.float16, force_upcast=False)
     assert (jax.jit(upcast.decode)(latents) == jax.jit(tiny().decode)(latents)).all()
-    assert as_asked.decoder.conv_in.dtype == jnp.float16
+    assert plain.decoder.conv_in.dtype == jnp.float16
 
 
 def test_a_size_that_does_not_divide_into_latent_cells_is_refused():
@@ -232,7 +186,7 @@ def test_unsupported_fields_and_values_are_all_named():
     tiny(shift_factor=None, latents_mean=None, latents_std=None, act_fn="silu", sample_size=64)
 
 
-def test_two_builds_of_one_config_share_a_graph_so_nothing_is_compiled_twice():
+def test_two_builds_of_one_config_share_a_graph():
     graphs = [nnx.split(tiny(force_upcast=upcast))[0] for upcast in (True, True, False)]
     assert graphs[0] == graphs[1] == graphs[2] and hash(graphs[0]) == hash(graphs[1])
     assert graphs[0] != nnx.split(tiny(jnp.bfloat16))[0]

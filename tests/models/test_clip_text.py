@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dmm_jax.models.clip_text import CLIPTextModel
+from tests.models.torch_parity import SCALES, TOLERANCE, load, parameters, relative_error
 
 TINY = {
     "vocab_size": 40,
@@ -61,31 +61,13 @@ SDXL_2 = {
     "num_hidden_layers": 32,
     "projection_dim": 1280,
 }
-# The end token, 5, in the middle and again as padding, before the end, at the end; the largest id stands elsewhere.
+# The end token, 5, in the middle and again as padding, before the end, at the end; the largest id is elsewhere.
 IDS = np.array([[3, 5, 39, 5, 39, 5, 5], [38, 1, 2, 3, 4, 5, 39], [39, 0, 1, 2, 3, 4, 5]], np.int32)
 FIRST_END, FIRST_LARGEST = [1, 5, 6], [2, 6, 0]
 
 
 def tiny(**changes):
     return CLIPTextModel.from_config({**TINY, **changes}, rngs=nnx.Rngs(0))
-
-
-def parameters(model):
-    """Returns the parameters by PyTorch's keys, with the axes of ours."""
-    last = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
-    flat = flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    return {".".join(map(str, (*path[:-1], last[path[-1]]))): (path, leaf) for path, leaf in flat.items()}
-
-
-def load(model, tensors):
-    """Fills `model` with PyTorch's tensors, kernels with their input and output axes last, and returns it."""
-    params = {}
-    for key, (path, leaf) in parameters(model).items():
-        array = tensors[key].detach().numpy()
-        params[path] = jnp.asarray(np.moveaxis(array, (0, 1), (-1, -2)) if path[-1] == "kernel" else array)
-        assert params[path].shape == leaf.shape, key
-    nnx.update(model, unflatten_dict(params))
-    return model
 
 
 def num_parameters(model):
@@ -111,14 +93,7 @@ def torch_twin(config, scale, with_projection):
     return model, {key: tensor for key, tensor in tensors.items() if not key.endswith("position_ids")}
 
 
-def relative_error(ours, theirs):
-    """Returns the greatest error over the greatest value."""
-    theirs = theirs.detach().numpy()
-    assert ours.shape == theirs.shape
-    return np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
-
-
-@pytest.mark.parametrize("scale", [1.7, 0.3])
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("hidden_act", ["quick_gelu", "gelu"])
 @pytest.mark.parametrize("eos_token_id", [5, 2])
 @pytest.mark.parametrize("with_projection", [False, True])
@@ -128,15 +103,16 @@ def test_every_output_is_that_of_transformers(scale, hidden_act, eos_token_id, w
     config = {**TINY, "hidden_act": hidden_act, "eos_token_id": eos_token_id}
     twin, tensors = torch_twin(config, scale, with_projection)
     model = nnx.eval_shape(lambda: CLIPTextModel.from_config(config, with_projection=with_projection, rngs=nnx.Rngs(0)))
-    assert set(parameters(model)) == set(tensors)
 
-    ours = load(model, tensors)(jnp.asarray(IDS))
-    theirs = twin(torch.from_numpy(IDS).long(), output_hidden_states=True)
-    assert relative_error(ours.last_hidden_state, theirs.last_hidden_state) < 1e-5
-    assert len(ours.hidden_states) == len(theirs.hidden_states) == TINY["num_hidden_layers"] + 1
-    for our_state, their_state in zip(ours.hidden_states, theirs.hidden_states, strict=True):
-        assert relative_error(our_state, their_state) < 1e-5
-    assert relative_error(ours.pooled, theirs.text_embeds if with_projection else theirs.pooler_output) < 1e-5
+    output = load(model, tensors)(jnp.asarray(IDS))
+    expected = twin(torch.from_numpy(IDS).long(), output_hidden_states=True)
+    assert relative_error(output.last_hidden_state, expected.last_hidden_state) < TOLERANCE
+    assert len(output.hidden_states) == len(expected.hidden_states) == TINY["num_hidden_layers"] + 1
+    for our_state, their_state in zip(output.hidden_states, expected.hidden_states, strict=True):
+        assert relative_error(our_state, their_state) < TOLERANCE
+    assert (
+        relative_error(output.pooled, expected.text_embeds if with_projection else expected.pooler_output) < TOLERANCE
+    )
 
 
 def test_a_state_depends_on_no_later_token():
@@ -153,12 +129,12 @@ def test_pooled_is_the_final_norm_state_at_the_first_end_token():
     assert (out.pooled == out.last_hidden_state[np.arange(3), FIRST_END]).all()
 
 
-def test_the_legacy_end_token_2_means_the_largest_id_even_where_a_2_stands():
+def test_the_legacy_end_token_2_means_the_largest_id():
     out = tiny(eos_token_id=2)(jnp.asarray(IDS))
     assert (out.pooled == out.last_hidden_state[np.arange(3), FIRST_LARGEST]).all()
 
 
-def test_the_last_hidden_state_is_the_norm_of_the_last_of_hidden_states():
+def test_the_last_hidden_state_is_the_norm_of_the_last_layers():
     model = tiny()
     out = model(jnp.asarray(IDS))
     normed = model.text_model.final_layer_norm(out.hidden_states[-1])
@@ -189,7 +165,7 @@ def test_the_architecture_named_in_the_config_decides_on_a_projection():
     assert "text_projection.weight" in parameters(tiny(architectures=["CLIPTextModelWithProjection"]))
 
 
-def test_bfloat16_computes_in_bfloat16_with_float32_parameters_and_stays_close():
+def test_bfloat16_has_float32_parameters_and_is_close():
     exact = tiny()(jnp.asarray(IDS))
     model = CLIPTextModel.from_config(TINY, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
@@ -198,7 +174,7 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters_and_stays_close()
     assert jnp.allclose(exact.last_hidden_state, rough.last_hidden_state.astype(jnp.float32), atol=0.05)
 
 
-def test_two_builds_of_one_config_share_a_graph_so_nothing_is_compiled_twice():
+def test_two_builds_of_one_config_share_a_graph():
     graphs = [nnx.split(nnx.eval_shape(tiny))[0] for _ in range(2)]
     assert graphs[0] == graphs[1] and hash(graphs[0]) == hash(graphs[1])
 

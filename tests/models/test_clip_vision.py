@@ -1,4 +1,4 @@
-"""Laws of CLIP's image encoder: equal to transformers' at both gates of scale; every patch counts, with its place."""
+"""Laws of CLIP's image encoder: equal to transformers' at both gates of scale; every patch and its position count."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -60,23 +60,23 @@ def test_every_output_is_that_of_transformers(scale, hidden_act):
 
     twin = torch_twin({**TINY, "hidden_act": hidden_act}, scale)
     images = normal(2, 12, 12, 3)
-    ours = load(tiny(hidden_act=hidden_act), twin)(images)
+    output = load(tiny(hidden_act=hidden_act), twin)(images)
     with torch.no_grad():
-        theirs = twin(to_torch(images))
+        expected = twin(to_torch(images))
         pooled = twin.vision_model(to_torch(images)).pooler_output
-    assert relative_error(ours.image_embeds, theirs.image_embeds) < TOLERANCE
-    assert relative_error(ours.last_hidden_state, theirs.last_hidden_state) < TOLERANCE
-    assert relative_error(ours.pooled, pooled) < TOLERANCE
+    assert relative_error(output.image_embeds, expected.image_embeds) < TOLERANCE
+    assert relative_error(output.last_hidden_state, expected.last_hidden_state) < TOLERANCE
+    assert relative_error(output.pooled, pooled) < TOLERANCE
 
 
-def test_the_embedding_depends_on_every_patch_and_on_where_it_lies():
+def test_the_embedding_depends_on_every_patch_and_its_position():
     model, images = draw(tiny()), np.asarray(normal(1, 12, 12, 3))
-    whole = model(jnp.asarray(images)).image_embeds
+    embedding = model(jnp.asarray(images)).image_embeds
     for row, column in np.ndindex(3, 3):
         changed = images.copy()
         changed[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 1.0
-        assert not np.allclose(model(jnp.asarray(changed)).image_embeds, whole, atol=1e-4)
-    assert not np.allclose(model(jnp.asarray(images[:, :, ::-1])).image_embeds, whole, atol=1e-4)
+        assert not np.allclose(model(jnp.asarray(changed)).image_embeds, embedding, atol=1e-4)
+    assert not np.allclose(model(jnp.asarray(images[:, :, ::-1])).image_embeds, embedding, atol=1e-4)
 
 
 def test_every_token_sees_every_other():
@@ -103,7 +103,7 @@ def test_every_norm_has_the_configs_epsilon():
     assert {(norm.epsilon, norm.use_fast_variance) for norm in norms} == {(3e-4, False)}
 
 
-def test_what_cannot_be_computed_is_refused_by_name():
+def test_uncomputed_sizes_and_fields_are_refused_by_name():
     with pytest.raises(ValueError, match="takes pictures of 12 x 12 pixels; got 8 x 12"):
         draw(tiny())(jnp.zeros((1, 12, 8, 3)))
     with pytest.raises(ValueError, match="rope_theta"):

@@ -21,7 +21,7 @@ def normal(*shape):
 
 
 @pytest.mark.parametrize("side", [4, 8, 64])
-def test_pictures_of_any_size_give_one_logit_a_class(side):
+def test_pictures_of_any_size_give_one_logit_per_class(side):
     judge = Discriminator(UNET, 3, side, rngs=nnx.Rngs(0))
     logits = nnx.jit(Discriminator.__call__)(judge, normal(2, side, side, 4), jnp.array([3, 900]), normal(2, 7, 16))
     assert logits.shape == (2, 6) and logits.dtype == jnp.float32

@@ -1,11 +1,11 @@
-"""Laws of the time embedding: diffusers' sinusoids and MLP, float32 whatever comes in."""
+"""Laws of the time embedding: diffusers' sinusoids and MLP, float32 for every dtype of timestep."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from torch_parity import SCALES, TOLERANCE, abstract, load, normal, relative_error, scaled, to_torch
 
 from dmm_jax.models.embeddings import TimestepEmbedding, timestep_sinusoids
+from tests.models.torch_parity import SCALES, TOLERANCE, abstract, load, normal, relative_error, scaled, to_torch
 
 TIMESTEPS = {
     "integers": np.array([0, 1, 37, 500, 998, 999], np.int32),
@@ -30,10 +30,10 @@ def test_sinusoids_are_those_of_diffusers(timesteps, width, flip_sin_to_cos, fre
 
     # At width 320 PyTorch's own exp misses the last bit of some frequencies, which late timesteps make 6e-5.
     timesteps = timesteps if width == 32 else timesteps[timesteps < 50]
-    theirs = get_timestep_embedding(to_torch(timesteps), width, flip_sin_to_cos, freq_shift)
+    expected = get_timestep_embedding(to_torch(timesteps), width, flip_sin_to_cos, freq_shift)
     options = {"flip_sin_to_cos": flip_sin_to_cos, "freq_shift": freq_shift}
-    ours = timestep_sinusoids(jnp.asarray(timesteps), width, **options)
-    assert relative_error(ours, theirs) < TOLERANCE
+    output = timestep_sinusoids(jnp.asarray(timesteps), width, **options)
+    assert relative_error(output, expected) < TOLERANCE
 
 
 def test_the_first_half_is_the_cosine():
@@ -44,8 +44,8 @@ def test_the_first_half_is_the_cosine():
 def test_sinusoids_of_all_timesteps_are_as_exact_as_pytorchs(freq_shift):
     # PyTorch reaches 5.8e-5 and 7.1e-5, frequencies by XLA's exp 9.3e-5: near 1000 an angle's last bit is 6.1e-5.
     timesteps = np.arange(1000)
-    ours = timestep_sinusoids(jnp.asarray(timesteps), 320, freq_shift=freq_shift)
-    np.testing.assert_allclose(ours, exact_sinusoids(timesteps, 320, freq_shift), rtol=0, atol=7.2e-5)
+    output = timestep_sinusoids(jnp.asarray(timesteps), 320, freq_shift=freq_shift)
+    np.testing.assert_allclose(output, exact_sinusoids(timesteps, 320, freq_shift), rtol=0, atol=7.2e-5)
 
 
 def test_all_thousand_timesteps_stay_distinct():

@@ -1,4 +1,4 @@
-"""LPIPS beside PyTorch's arithmetic, and what a distance must keep."""
+"""Laws of LPIPS: it is PyTorch's, symmetric, and 0 for equal pictures."""
 
 import jax
 import jax.numpy as jnp
@@ -35,26 +35,26 @@ def reference(tensors, a, b):
         shift, scale = (
             torch.tensor(values)[None, :, None, None] for values in ([-0.03, -0.088, -0.188], [0.458, 0.448, 0.45])
         )
-        hidden, found = (hidden - shift) / scale, []
+        hidden, outputs = (hidden - shift) / scale, []
         for index, stride, padding, pooled in ((0, 4, 2, 0), (3, 1, 2, 1), (6, 1, 1, 1), (8, 1, 1, 0), (10, 1, 1, 0)):
             hidden = functional.max_pool2d(hidden, 3, 2) if pooled else hidden
             weight, bias = (tensors[f"features.{index}.{leaf}"] for leaf in ("weight", "bias"))
             hidden = functional.relu(functional.conv2d(hidden, weight, bias, stride, padding))
-            found.append(hidden / (hidden.pow(2).sum(1, keepdim=True).sqrt() + 1e-10))
-        return found
+            outputs.append(hidden / (hidden.pow(2).sum(1, keepdim=True).sqrt() + 1e-10))
+        return outputs
 
     pairs = enumerate(zip(activations(a), activations(b), strict=True))
     distances = (
-        functional.conv2d((one - other) ** 2, tensors[f"lin{k}.model.1.weight"]).mean((1, 2, 3))
-        for k, (one, other) in pairs
+        functional.conv2d((of_a - of_b) ** 2, tensors[f"lin{k}.model.1.weight"]).mean((1, 2, 3))
+        for k, (of_a, of_b) in pairs
     )
     return sum(distances)
 
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_distances_are_those_of_the_lpips_package(model, scale):
-    ours = scaled(model, scale)
-    assert relative_error(ours(jnp.asarray(A), jnp.asarray(B)), reference(state_dict(ours), A, B)) < TOLERANCE
+    lpips = scaled(model, scale)
+    assert relative_error(lpips(jnp.asarray(A), jnp.asarray(B)), reference(state_dict(lpips), A, B)) < TOLERANCE
 
 
 def test_the_keys_and_shapes_are_those_of_the_two_published_files(model):
@@ -74,10 +74,10 @@ def test_the_keys_and_shapes_are_those_of_the_two_published_files(model):
 
 
 def test_a_picture_is_at_0_from_itself_and_order_does_not_matter(model):
-    same, one, other = (np.asarray(model(jnp.asarray(a), jnp.asarray(b))) for a, b in ((A, A), (A, B), (B, A)))
+    same, forth, back = (np.asarray(model(jnp.asarray(a), jnp.asarray(b))) for a, b in ((A, A), (A, B), (B, A)))
     np.testing.assert_array_equal(same, np.zeros(3))
-    np.testing.assert_allclose(one, other, rtol=1e-5)
-    assert (one != 0).all()
+    np.testing.assert_allclose(forth, back, rtol=1e-5)
+    assert (forth != 0).all()
 
 
 def test_small_pictures_are_refused(model):

@@ -1,4 +1,4 @@
-"""The text encoders of Stable Diffusion 2 and XL give what diffusers' pipelines feed their UNets."""
+"""The text encoders of Stable Diffusion 2 and XL condition UNets as diffusers' pipelines do."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 
 def scaled(encoder, scale):
-    """Draws PyTorch's initial weights, times `scale`; embeddings of variance 1 would hide what the layers add."""
+    """Draws PyTorch's initial weights, times `scale`; embeddings of variance 1 would hide the layers' part."""
     import torch
 
     with torch.no_grad():
@@ -59,15 +59,15 @@ def test_the_conditioning_is_that_of_diffusers(family, scale, folder):
         setattr(pipe, name, transformers.CLIPTokenizer.from_pretrained(folder / family / name))
     tokenizers = Tokenizers.from_folders([folder / family / name for name in families.PADS[family]])
     model = with_weights_of(pipe, families.TEXTS[family])
-    found, none = model(jnp.asarray(tokenizers(PROMPTS))), model(jnp.asarray(tokenizers([None] * 3)))
+    conditioning, none = model(jnp.asarray(tokenizers(PROMPTS))), model(jnp.asarray(tokenizers([None] * 3)))
     options = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
-    theirs = pipe.encode_prompt(PROMPTS, **options)
-    assert families.error(found.encoder_hidden_states, theirs[0]) < TOLERANCE
+    prompts, negatives, pooled, negatives_pooled = [*pipe.encode_prompt(PROMPTS, **options), None, None][:4]
+    assert families.error(conditioning.encoder_hidden_states, prompts) < TOLERANCE
     if family == "sd2":
-        assert found.pooled is None and families.error(none.encoder_hidden_states, theirs[1]) < TOLERANCE
+        assert conditioning.pooled is None and families.error(none.encoder_hidden_states, negatives) < TOLERANCE
         return
-    assert families.error(found.pooled, theirs[2]) < TOLERANCE
-    for zeros, expected in ((none.encoder_hidden_states, theirs[1]), (none.pooled, theirs[3])):
+    assert families.error(conditioning.pooled, pooled) < TOLERANCE
+    for zeros, expected in ((none.encoder_hidden_states, negatives), (none.pooled, negatives_pooled)):
         np.testing.assert_array_equal(zeros, expected.detach().numpy())
         assert not np.asarray(zeros).any()
 

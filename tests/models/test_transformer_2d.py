@@ -2,9 +2,9 @@
 
 import jax.numpy as jnp
 import pytest
-from torch_parity import SCALES, TOLERANCE, abstract, load, normal, relative_error, scaled, to_torch
 
 from dmm_jax.models.transformer_2d import Transformer2DModel
+from tests.models.torch_parity import SCALES, TOLERANCE, abstract, load, normal, relative_error, scaled, to_torch
 
 
 def build(use_linear_projection, num_layers=1):
@@ -39,10 +39,10 @@ def test_the_transformer_is_that_of_diffusers(scale, std, use_linear_projection,
     )
     model = load(build(use_linear_projection, num_layers), scaled(twin, scale))
     hidden, states = normal(2, 4, 6, 32, std=std), normal(2, 7, 20, seed=1)
-    theirs = twin(to_torch(hidden), encoder_hidden_states=to_torch(states)).sample
-    assert relative_error(model(hidden, states), theirs) < TOLERANCE
+    expected = twin(to_torch(hidden), encoder_hidden_states=to_torch(states)).sample
+    assert relative_error(model(hidden, states), expected) < TOLERANCE
 
 
-def test_the_projection_is_a_convolution_or_a_dense_layer_as_the_config_says():
+def test_the_config_chooses_dense_layers_or_1x1_convolutions():
     assert build(False).proj_in.kernel.shape == (1, 1, 32, 32)
     assert build(True).proj_out.kernel.shape == (32, 32)

@@ -1,6 +1,6 @@
-"""Our networks beside PyTorch's: parameters by its keys, weights carried over, errors relative to the maximum.
+"""Compares our networks with PyTorch's: parameters by its keys, equal weights, errors relative to the maximum.
 
-The naming rule is written here a second time, apart from the library's, so that a fault in either shows.
+The naming rule is written here a second time, independent of the library's, so that a fault in either shows.
 """
 
 import jax
@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from dmm_jax.checkpoints.abstract import abstract_model
 
 SCALES = (1.7, 0.3)  # Times PyTorch's initial weights: a wrong GELU shows at the first, a wrong epsilon at the second.
-TOLERANCE = 1e-5  # Of the output's maximum.
+TOLERANCE = 1e-5  # Times the output's maximum.
 LAST = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"} | {
     "class_embedding": "class_embedding"
 }
@@ -66,11 +66,11 @@ def state_dict(module):
 
 
 def load(module, twin):
-    """Fills `module` with the weights of its PyTorch twin, whose keys must be the same, and returns it."""
-    tensors, mine = twin.state_dict(), parameters(module)
-    assert set(mine) == set(tensors)
+    """Fills `module` with the weights of its PyTorch twin (or of a state dict), whose keys must be the same."""
+    tensors, keys = twin if isinstance(twin, dict) else twin.state_dict(), parameters(module)
+    assert set(keys) == set(tensors)
     params = {}
-    for key, (path, leaf) in mine.items():
+    for key, (path, leaf) in keys.items():
         params[path] = jnp.asarray(ours_from_torch(path, tensors[key].detach().numpy()))
         assert params[path].shape == leaf.shape, key
     nnx.update(module, unflatten_dict(params))
@@ -95,12 +95,12 @@ def to_torch(array):
     return tensor.movedim(-1, 1) if tensor.ndim == 4 else tensor
 
 
-def relative_error(ours, theirs):
+def relative_error(output, expected):
     """Returns the greatest error over the greatest value; `theirs` is a tensor, channels first if it has four axes."""
-    theirs = theirs.detach()
-    theirs = (theirs.movedim(1, -1) if theirs.ndim == 4 else theirs).numpy()
-    assert ours.shape == theirs.shape
-    return np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
+    expected = expected.detach()
+    expected = (expected.movedim(1, -1) if expected.ndim == 4 else expected).numpy()
+    assert output.shape == expected.shape
+    return np.abs(np.asarray(output) - expected).max() / np.abs(expected).max()
 
 
 def normal(*shape, std=1.0, seed=0):

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from dmm_jax.models import flash_attention
+from dmm_jax.kernels import flash_attention
 from dmm_jax.planning import lifetimes
 
 SIDE = 64

@@ -18,7 +18,7 @@ from dmm_jax.distill import incremental, student, teachers
 from dmm_jax.distill import step as distill_step
 from dmm_jax.distill.optimizer import make_optimizers
 from dmm_jax.distill.state import init_state
-from dmm_jax.models.unet_2d_condition import merged_config
+from dmm_jax.models.unet_config import merged_config
 from dmm_jax.planning import changes, collectives, compiler, devices, flops, memory, plan, requirements, text
 from dmm_jax.runtime import sharding
 from dmm_jax.verbs import main as cli

@@ -1,9 +1,9 @@
-"""Attention on TPU that never holds the scores in memory (arXiv:2205.14135), by JAX's splash attention kernel.
+"""Attention on TPUs without the scores in memory (arXiv:2205.14135), by JAX's splash attention kernel.
 
-The plain products of one 64 x 64 self-attention keep (B, N, 4096, 4096) float32 scores: 8 GiB for 16 images.
+Plain products keep (B, N, 4096, 4096) float32 scores of a 64 x 64 self-attention: 8 GiB for 16 images.
 
-A TPU holds the last axis of an array in rows of 128: heads of 40 would take three times their bytes. So queries, keys
-and values come to the kernel with their tokens last, as the products before it write them.
+A TPU stores the last axis of an array in rows of 128 numbers, so that heads of 40 would take three times their bytes.
+The kernel therefore reads queries, keys and values with their tokens last, as the products before it write them.
 """
 
 import jax
@@ -12,9 +12,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float
 
-LANES = 128  # Tokens are padded to a multiple of them.
-AT_ONCE = 512  # Queries, and keys, whose scores are computed at once, at most; backwards half as many queries.
-HELD = 64 * 4096  # Numbers of a head's keys in fast memory, at most: a kernel has 16 MiB of it on v5e and v5p.
+LANES = 128  # The number of tokens is padded to a multiple.
+BLOCK_SIZE = 512  # Queries and keys per block of scores, at most; in the backward pass half as many queries.
+RESIDENT_KEYS = 64 * 4096  # Numbers of a head's keys in fast memory, at most: v5e and v5p have 16 MiB for a kernel.
 
 
 def flash_attention(
@@ -29,7 +29,7 @@ def flash_attention(
       interpret: runs the kernel step by step on any device, for tests.
     """
     length, num_keys, (num_heads, head_size) = query.shape[1], key.shape[1], query.shape[2:]
-    scaled = key * jnp.asarray(head_size**-0.5, key.dtype)  # A prompt has fewer keys than there are queries.
+    scaled = key * jnp.asarray(head_size**-0.5, key.dtype)  # Keys are scaled: a prompt has fewer keys than queries.
     heads = [_heads_first_and_padded(array) for array in (query, scaled, value)]
     padded, padded_keys = heads[0].shape[2], heads[1].shape[2]
     kernel = splash.make_splash_mha(
@@ -40,26 +40,26 @@ def flash_attention(
         interpret=interpret,
     )
     segments = None
-    if padded_keys > num_keys:  # Queries look at the keys of their own segment: at those that are no padding.
+    if padded_keys > num_keys:  # Queries see their own segment: the keys that are not padding.
         segments = splash.SegmentIds(jnp.zeros(padded, jnp.int32), jnp.int32(jnp.arange(padded_keys) >= num_keys))
-    attended = jax.vmap(lambda *one: kernel(*one, segment_ids=segments))(*heads)
+    attended = jax.vmap(lambda *image: kernel(*image, segment_ids=segments))(*heads)
     return attended[:, :, :length].swapaxes(1, 2)
 
 
 def _heads_first_and_padded(array):
-    missing = -array.shape[1] % LANES
-    return jnp.pad(array.swapaxes(1, 2), ((0, 0), (0, 0), (0, missing), (0, 0)))  # (B, N, 128 k, K)
+    padding = -array.shape[1] % LANES
+    return jnp.pad(array.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))  # (B, N, 128 k, K)
 
 
 def _block_sizes(length: int, num_keys: int, head_size: int) -> splash.BlockSizes:
-    """Holds a head's keys whole where they fit: every part of them writes a gradient of the queries of its own."""
-    q, q_backward = (_largest_part(length, LANES, most) for most in (AT_ONCE, AT_ONCE // 2))
-    keys = _largest_part(num_keys, LANES, AT_ONCE)
-    held = _largest_part(num_keys, keys, max(HELD // -(-head_size // 64 * 64), keys))
+    """Keeps all keys of a head resident if they fit: each block of keys writes its own gradient of the queries."""
+    q, q_backward = (_largest_part(length, LANES, most) for most in (BLOCK_SIZE, BLOCK_SIZE // 2))
+    keys = _largest_part(num_keys, LANES, BLOCK_SIZE)
+    resident = _largest_part(num_keys, keys, max(RESIDENT_KEYS // -(-head_size // 64 * 64), keys))
     tokens_last = splash.QKVLayout.SEQ_MINOR
     return splash.BlockSizes(
-        block_q=q, block_kv=held, block_kv_compute=keys,
-        block_q_dkv=q_backward, block_kv_dkv=held, block_kv_dkv_compute=keys, use_fused_bwd_kernel=True,
+        block_q=q, block_kv=resident, block_kv_compute=keys,
+        block_q_dkv=q_backward, block_kv_dkv=resident, block_kv_dkv_compute=keys, use_fused_bwd_kernel=True,
         q_layout=tokens_last, k_layout=tokens_last, v_layout=tokens_last,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Flash attention is attention: padded tokens and blocks change nothing, in values and gradients; and memory falls."""
+"""Laws of flash attention: it is the reference in values and gradients, and needs less memory."""
 
 import importlib.util
 
@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from torch_parity import normal
 
-from dmm_jax.models import flash_attention
-from dmm_jax.models.attention import attention
+from dmm_jax.kernels import attention as attention_kernels
+from dmm_jax.kernels import flash_attention
+from dmm_jax.kernels.attention import attention, reference
+from tests.kernels.forms import normal
 
 LIBTPU = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'dmm-jax[plan]'"
@@ -29,46 +30,46 @@ def interpreted(*heads):
 @pytest.mark.parametrize(
     "length, keys, head_size", [(256, 256, 40), (128, 384, 80), (128, 128, 160), (256, 77, 40), (100, 130, 8)]
 )
-def test_values_and_gradients_are_those_of_plain_attention(length, keys, head_size):
+def test_values_and_gradients_are_the_references(length, keys, head_size):
     heads = query_key_value(length, keys, head_size)
     weights = normal(1, length, 2, head_size, seed=9)
 
-    def of(implementation):
-        return jax.value_and_grad(lambda heads: jnp.sum(implementation(*heads) * weights))(heads)
+    def run(form):
+        return jax.value_and_grad(lambda heads: jnp.sum(form(*heads) * weights))(heads)
 
-    (ours, our_grads), (plain, plain_grads) = of(interpreted), of(attention)
-    assert float(ours) == pytest.approx(float(plain), rel=1e-5)
-    for one, other in zip(our_grads, plain_grads, strict=True):
-        assert one.shape == other.shape and np.abs(one - other).max() < 1e-5 * np.abs(other).max()
+    (output, gradients), (expected, expected_gradients) = run(interpreted), run(reference)
+    assert float(output) == pytest.approx(float(expected), rel=1e-5)
+    for a, b in zip(gradients, expected_gradients, strict=True):
+        assert a.shape == b.shape and np.abs(a - b).max() < 1e-5 * np.abs(b).max()
 
 
 def test_the_softmax_is_float32_for_bfloat16_inputs():
     heads = query_key_value(128, 128, 64, jnp.bfloat16, std=6.0)  # The scale is 1/8: queries are not rounded by it.
-    exact = attention(*(array.astype(jnp.float32) for array in heads))
-    ours = interpreted(*heads)
-    assert ours.dtype == jnp.bfloat16
-    assert np.abs(np.asarray(ours, np.float32) - exact).max() < 2**-7 * np.abs(exact).max()
+    exact = reference(*(array.astype(jnp.float32) for array in heads))
+    output = interpreted(*heads)
+    assert output.dtype == jnp.bfloat16
+    assert np.abs(np.asarray(output, np.float32) - exact).max() < 2**-7 * np.abs(exact).max()
 
 
-def test_it_is_used_for_many_queries_alone(monkeypatch):
-    used = []
-    monkeypatch.setattr(flash_attention, "flash_attention", lambda query, *_: used.append(query.shape[1]) or query)
+def test_only_many_queries_use_the_kernel(monkeypatch):
+    lengths = []
+    monkeypatch.setattr(attention_kernels, "flash_attention", lambda query, *_: lengths.append(query.shape[1]) or query)
     for length, keys in ((4096, 4096), (4096, 77), (256, 256), (64, 64), (64, 77)):
         query, key = (jax.ShapeDtypeStruct((1, size, 2, 40), jnp.bfloat16) for size in (length, keys))
         jax.eval_shape(lambda query, key: attention(query, key, key, "flash"), query, key)
-    assert used == [4096, 4096, 256]
+    assert lengths == [4096, 4096, 256]
 
 
-@pytest.mark.parametrize("length, keys, head_size, queries, held", [
+@pytest.mark.parametrize("length, keys, head_size, queries, resident", [
     (4096, 4096, 40, (512, 256), (4096, 512)), (9216, 9216, 64, (512, 256), (3072, 512)),
     (2304, 2304, 40, (384, 256), (2304, 384)), (640, 640, 160, (128, 128), (640, 128)),
     (4096, 128, 40, (512, 256), (128, 128)), (17408, 17408, 40, (512, 256), (1024, 512)),
     (4096, 4096, 80, (512, 256), (2048, 512)), (4096, 4096, 160, (512, 256), (1024, 512)),
 ])  # fmt: skip
-def test_a_heads_keys_are_held_whole_where_they_fit(length, keys, head_size, queries, held):
+def test_all_keys_of_a_head_stay_resident_if_they_fit(length, keys, head_size, queries, resident):
     sizes = flash_attention._block_sizes(length, keys, head_size)
     assert (sizes.block_q, sizes.block_q_dkv) == queries
-    assert (sizes.block_kv, sizes.block_kv_compute) == (sizes.block_kv_dkv, sizes.block_kv_dkv_compute) == held
+    assert (sizes.block_kv, sizes.block_kv_compute) == (sizes.block_kv_dkv, sizes.block_kv_dkv_compute) == resident
 
 
 @LIBTPU
@@ -77,24 +78,27 @@ def test_a_heads_keys_are_held_whole_where_they_fit(length, keys, head_size, que
     (4096, 4096, 40), (16384, 16384, 40), (4096, 4096, 80), (1024, 1024, 160), (64, 64, 160),  # SD 1.x
     (9216, 9216, 64), (4096, 4096, 64), (4096, 77, 64), (576, 576, 64),  # SD 2.x and XL
 ])  # fmt: skip
-def test_every_networks_heads_and_their_gradients_fit_a_tpus_fast_memory(topology, length, keys, head_size):
+def test_every_networks_heads_fit_a_tpus_fast_memory(topology, length, keys, head_size):
     from dmm_jax.planning import compiler
 
     devices = compiler.tpu_mesh(topology, teacher=1, data=4, fsdp=1).devices.flat[:1]
     placed = jax.sharding.NamedSharding(jax.sharding.Mesh(devices, "data"), P())
-    shapes = [(2, length, 2, head_size), *[(2, keys, 2, head_size)] * 2]  # Several, so that they come and go.
+    shapes = [
+        (2, length, 2, head_size),
+        *[(2, keys, 2, head_size)] * 2,
+    ]  # Two images: the kernel exchanges what is resident.
     heads = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=placed) for shape in shapes]
 
     def run(*heads):
         result, pull = jax.vjp(flash_attention.flash_attention, *heads)
         return pull(result)
 
-    with jax.default_matmul_precision("default"):  # The kernel takes no other for bfloat16.
+    with jax.default_matmul_precision("default"):  # The kernel's only precision for bfloat16.
         jax.jit(run).lower(*heads).compile(compiler_options=compiler.EFFORT)
 
 
 @LIBTPU
-def test_the_tpus_compiler_takes_it_and_needs_an_eighth_of_the_memory():
+def test_flash_attention_needs_an_eighth_of_the_memory():
     from dmm_jax.planning import compiler
 
     mesh = compiler.tpu_mesh("v5e:2x2", teacher=1, data=4, fsdp=1)
@@ -106,7 +110,7 @@ def test_the_tpus_compiler_takes_it_and_needs_an_eighth_of_the_memory():
             return jax.grad(lambda heads: jnp.sum(attention(*heads, implementation).astype(jnp.float32) ** 2))(heads)
 
         step = jax.shard_map(local, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
-        with jax.default_matmul_precision("default"):  # The kernel takes no other for bfloat16.
+        with jax.default_matmul_precision("default"):  # The kernel's only precision for bfloat16.
             compiled = jax.jit(step).lower(*heads).compile(compiler_options=compiler.EFFORT)
         return compiled.memory_analysis().temp_size_in_bytes
 
