@@ -8,7 +8,6 @@ from flax import nnx
 from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
 from dmm_jax.checkpoints.modelspec import Recipe
-from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.write import write_folder, write_single_file
 from dmm_jax.config import options as config_lib
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
@@ -24,15 +23,6 @@ UNET = {
     "cross_attention_dim": 64, "attention_head_dim": 8,
 }  # fmt: skip
 VAE = VAE_CONFIG | {"block_out_channels": [32] * 4}
-__all__ = [
-    "Checkpoint",
-    "Component",
-    "Recipe",
-    "UNet2DConditionModel",
-    "naming",
-    "open_checkpoint",
-    "write_single_file",
-]
 NAMES = ("left", "right")
 
 

@@ -1,5 +1,7 @@
 """Checkpoints: opened, inspected, averaged, exported; and the training states of a run.
 
+The files of this folder:
+
     checkpoint        Checkpoint: the configs and memory-mapped tensors of an opened checkpoint
     open              open_checkpoint, open_teacher: any path becomes a Checkpoint
     open_single_file  the part of `open` for single files

@@ -83,7 +83,7 @@ def from_torch(
     """
     names = spellings(tensors)
     shapes = torch_shapes(abstract)
-    report_differences(shapes, tensors, where)
+    check_keys(shapes, tensors, where)
     params, infinite, computed = {}, [], getattr(tensors, "computed", ())
     for path, _ in flat(abstract):
         key = torch_key(path)
@@ -123,7 +123,7 @@ class ComputedArray:
         return self._read()[index]
 
 
-def checked(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping, where: str) -> Tensors:
+def checked_tensors(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping, where: str) -> Tensors:
     """Returns a network's state dict under today's keys; each tensor is checked for NaN and infinity when it is read.
 
     Args:
@@ -135,7 +135,7 @@ def checked(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping, where: str)
       CheckpointError: names every missing, unexpected and misshapen key at once; on reading, a tensor with NaN or
         infinity.
     """
-    report_differences(shapes, tensors, where)
+    check_keys(shapes, tensors, where)
     names = spellings(tensors)
 
     def read(key):
@@ -176,7 +176,7 @@ def differences(expected: Mapping, tensors: Mapping) -> dict[str, list[str]]:
     }
 
 
-def report_differences(expected: Mapping, tensors: Mapping, where: str) -> None:
+def check_keys(expected: Mapping, tensors: Mapping, where: str) -> None:
     """Raises CheckpointError that lists all keys that are missing, unexpected or misshapen, if there are any."""
     problems = differences(expected, tensors)
     lines = [f"  {len(keys)} {kind}: {listed(keys)}" for kind, keys in problems.items() if keys]

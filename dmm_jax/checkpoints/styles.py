@@ -69,7 +69,7 @@ def fold_style(student: Checkpoint, weights: Float[np.ndarray, " N"]) -> Checkpo
         raise CheckpointError(f"{student.path} has no styles to fold in: it is a stock checkpoint already.")
     if len(weights) != config["num_models"]:
         raise CheckpointError(f"{student.path} has {config['num_models']} styles; got {len(weights)} weights.")
-    tensors = naming.checked(student.shapes("unet"), student.tensors("unet"), f"unet of {student.path}")
+    tensors = naming.checked_tensors(student.shapes("unet"), student.tensors("unet"), f"unet of {student.path}")
     mlp = style_mlp_name(config)
     vector = style_vector(tensors, mlp, weights)
     stock = {

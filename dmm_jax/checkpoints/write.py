@@ -220,7 +220,7 @@ def state_dict(source: Checkpoint, component: str, dtype: str) -> Tensors:
         `dtype`.
     """
     where = f"{component} of {source.path}"
-    tensors = naming.checked(source.shapes(component), source.tensors(component), where)
+    tensors = naming.checked_tensors(source.shapes(component), source.tensors(component), where)
 
     def read(key):
         with np.errstate(over="ignore"):

@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
+from dmm_jax.checkpoints import naming
+from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
+from dmm_jax.checkpoints.modelspec import Recipe
+from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.write import write_single_file
+from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
 from tests import worlds
 
 
@@ -35,11 +41,11 @@ def test_pickles_are_refused_with_how_to_convert_them(failing, experiment, tmp_p
 
 def test_another_architecture_is_refused_with_both_shapes(failing, experiment, tiny, tmp_path):
     config = worlds.UNET | {"cross_attention_dim": 32}
-    unet = worlds.naming.to_torch(worlds.random_params(worlds.UNet2DConditionModel, config, 0))
-    base = worlds.open_checkpoint(tiny[0]["base"])
-    parts = {"unet": worlds.Component(config, lambda: unet)}
-    teacher = worlds.Checkpoint(tmp_path, "diffusers", parts, base.scheduler_config, None, None)
-    worlds.write_single_file(tmp_path / "wide.safetensors", teacher, "float32", worlds.Recipe("wide", [], None))
+    unet = naming.to_torch(worlds.random_params(UNet2DConditionModel, config, 0))
+    base = open_checkpoint(tiny[0]["base"])
+    parts = {"unet": Component(config, lambda: unet)}
+    teacher = Checkpoint(tmp_path, "diffusers", parts, base.scheduler_config, None, None)
+    write_single_file(tmp_path / "wide.safetensors", teacher, "float32", Recipe("wide", [], None))
     error = failing("train", *experiment(left=tmp_path / "wide.safetensors"))
     assert "cannot be merged" in error and "attn2.to_k" in error and "(64, 64)" in error and "(64, 32)" in error
 

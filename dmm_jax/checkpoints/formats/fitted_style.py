@@ -12,8 +12,8 @@ from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
+from dmm_jax.checkpoints.styles import TABLE
 
-TABLE = "model_embedding.weight"
 STYLE_KEY = "dmm_jax.fitted_style"  # Metadata, as JSON: name, unet_sha256, and how the style was fitted.
 
 
