@@ -180,7 +180,7 @@ class Pipeline:
         """
         if styles is None or isinstance(styles, (str, Mapping)) or is_schedule(styles):
             styles = [styles] * batch_size
-        styles = arguments.each("styles", styles, batch_size)
+        styles = arguments.per_prompt("styles", styles, batch_size)
         if not self.styles:
             if any(style is not None for style in styles):
                 raise UserError("this checkpoint has no styles: it is a stock one. Leave styles out.")
@@ -249,8 +249,8 @@ class Pipeline:
         if isinstance(negative_prompts, (str, type(None))):
             negative_prompts = [negative_prompts] * batch_size
         negatives = arguments.texts("negative_prompts", negative_prompts)
-        negatives = arguments.each("negative_prompts", negatives, batch_size)
-        arguments.whole("num_inference_steps", num_inference_steps, 1)
+        negatives = arguments.per_prompt("negative_prompts", negatives, batch_size)
+        arguments.whole_number("num_inference_steps", num_inference_steps, 1)
         plan = solvers.plan(str(solver), self.schedule, num_inference_steps)
         weights = self.style_weights(styles, batch_size, plan.timesteps)
         keys = _keys(seeds, batch_size)
@@ -262,9 +262,9 @@ class Pipeline:
             prompts = [text for pair in zip(negatives, prompts, strict=True) for text in pair]
         text = self.encode_prompts(prompts)
         time_ids = (
-            *arguments.pair("original_size", original_size or (height, width)),
-            *arguments.pair("crops_coords_top_left", crops_coords_top_left),
-            *arguments.pair("target_size", target_size or (height, width)),
+            *arguments.pixel_pair("original_size", original_size or (height, width)),
+            *arguments.pixel_pair("crops_coords_top_left", crops_coords_top_left),
+            *arguments.pixel_pair("target_size", target_size or (height, width)),
         )
         states = text.encoder_hidden_states
         added = text.added_cond(jnp.tile(jnp.array(time_ids, jnp.float32), (len(states), 1)))
@@ -277,8 +277,8 @@ class Pipeline:
         """Returns height and width in pixels; a 0 takes the side from the latents, or from the model's config."""
         shape, factor = np.shape(latents), self.vae_scale_factor
         cells = shape[1:3] if len(shape) == 4 else [self.unet.merged().config["sample_size"]] * 2
-        height = arguments.size("height", height or cells[0] * factor, factor)
-        return height, arguments.size("width", width or cells[1] * factor, factor)
+        height = arguments.pixels("height", height or cells[0] * factor, factor)
+        return height, arguments.pixels("width", width or cells[1] * factor, factor)
 
     def _noise(self, keys, latents, height, width):
         """Returns the unit noise (B, h, w, C) that denoising starts from: `latents`, or drawn with one key per image.
@@ -303,15 +303,15 @@ def default_dtype() -> str:
 
 def _keys(seeds, batch_size):
     """Returns one random key per image; seeds default to 0, 1, ..."""
-    seeds = arguments.each("seeds", range(batch_size) if seeds is None else seeds, batch_size)
-    seeds = [arguments.whole("a seed", seed, 0, arguments.MAX_SEED) for seed in seeds]
+    seeds = arguments.per_prompt("seeds", range(batch_size) if seeds is None else seeds, batch_size)
+    seeds = [arguments.whole_number("a seed", seed, 0, arguments.MAX_SEED) for seed in seeds]
     return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
 
 
 def _guidance_scales(guidance_scale, batch_size) -> np.ndarray:
     """Returns one guidance scale per image (B,)."""
     scales = [guidance_scale] * batch_size if np.ndim(guidance_scale) == 0 else guidance_scale
-    scales = arguments.each("guidance_scale", scales, batch_size)
+    scales = arguments.per_prompt("guidance_scale", scales, batch_size)
     return np.array([arguments.number("guidance_scale", scale) for scale in scales], np.float32)
 
 

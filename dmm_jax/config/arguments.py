@@ -1,6 +1,7 @@
-"""What a caller asks of a pipeline, looked at before anything is computed: a ValueError says what was expected.
+"""Checks of the arguments that a caller passes; each raises UserError with what was expected and what was passed.
 
-`name` is how the caller calls the value. Types are checked, too: a TypeError from deep inside would not tell which.
+`name` is the argument's name as the caller knows it. Types are checked too: a TypeError from deep inside would not
+name the argument.
 """
 
 import math
@@ -9,12 +10,12 @@ from typing import Any
 
 from dmm_jax.runtime.errors import UserError
 
-MAX_SEED = 2**32 - 1  # A key holds so much.
-MAX_PIXELS = 2**14  # Of a side.
+MAX_SEED = 2**32 - 1  # The largest seed of a JAX key.
+MAX_PIXELS = 2**14  # Pixels per side.
 
 
-def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """Returns a whole number of at least `least`, at most `most`."""
+def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """Returns a whole number from `least` to `most`."""
     value = _plain(value)
     bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
     if (
@@ -27,7 +28,7 @@ def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
 
 
 def _plain(value):
-    return value.item() if getattr(value, "ndim", None) == 0 else value  # Of NumPy's and JAX's numbers.
+    return value.item() if getattr(value, "ndim", None) == 0 else value  # NumPy and JAX scalars have no dimensions.
 
 
 def number(name: str, value: Any, least: float = -math.inf) -> float:
@@ -39,17 +40,17 @@ def number(name: str, value: Any, least: float = -math.inf) -> float:
     return float(value)
 
 
-def size(name: str, value: Any, cells: int) -> int:
-    """Returns pixels of a side: a multiple of `cells`, of which the autoencoder makes one latent."""
-    value = whole(name, value, 0, MAX_PIXELS)
-    if value % cells or not value:
-        nearest = max(value - value % cells, cells)
-        raise UserError(f"{name} must be a multiple of {cells} pixels; got {value}. Use {nearest}.")
+def pixels(name: str, value: Any, multiple: int) -> int:
+    """Returns the pixels of a side, a positive multiple of the autoencoder's scale factor."""
+    value = whole_number(name, value, 0, MAX_PIXELS)
+    if value % multiple or not value:
+        usable = max(value - value % multiple, multiple)
+        raise UserError(f"{name} must be a multiple of {multiple} pixels; got {value}. Use {usable}.")
     return value
 
 
-def each(name: str, values: Any, count: int) -> list:
-    """Returns one value per prompt."""
+def per_prompt(name: str, values: Any, count: int) -> list:
+    """Returns a list of one value per prompt."""
     if isinstance(values, str) or not hasattr(values, "__len__") or not hasattr(values, "__iter__"):
         raise UserError(f"{name} must be a sequence, one for each of the {count} prompts; got {values!r}.")
     if len(values) != count:
@@ -58,7 +59,7 @@ def each(name: str, values: Any, count: int) -> list:
 
 
 def texts(name: str, values: Any) -> list:
-    """Returns texts, or None for none, of which there is at least one; a lone text is one."""
+    """Returns a list of at least one text or None; a lone text is a list of one."""
     values = [values] if isinstance(values, str) else values
     values = list(values) if hasattr(values, "__iter__") else values
     if not isinstance(values, list) or not all(isinstance(value, (str, type(None))) for value in values):
@@ -68,8 +69,8 @@ def texts(name: str, values: Any) -> list:
     return values
 
 
-def pair(name: str, value: Any) -> tuple[int, int]:
-    """Returns two whole numbers: height and width, or top and left."""
+def pixel_pair(name: str, value: Any) -> tuple[int, int]:
+    """Returns two numbers of pixels: height and width, or top and left."""
     if isinstance(value, str) or not hasattr(value, "__len__") or len(value) != 2:
         raise UserError(f"{name} must be two numbers of pixels; got {value!r}.")
-    return whole(name, value[0], 0), whole(name, value[1], 0)
+    return whole_number(name, value[0], 0), whole_number(name, value[1], 0)

@@ -1,4 +1,4 @@
-"""What a config must hold: each check raises one ValueError that names every option out of range, and what to set."""
+"""Checks of a config; each raises one error that names every option out of range, and what to set."""
 
 from collections.abc import Mapping
 
@@ -27,7 +27,7 @@ FLOAT32_MAX, FLOAT32_TINY = 3.4e38, 1.2e-38
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Raises ValueError that names every option out of range, what was expected, and what to set."""
+    """Raises UserError that names every option out of range, what was expected, and what to set."""
     refuse(TITLE, _problems(config))
 
 
@@ -41,30 +41,30 @@ def check_mesh(config: ml_collections.ConfigDict, mesh_shape: Mapping[str, int])
     """Raises ValueError when the images do not divide among the devices; names the numbers that would.
 
     Args:
-      mesh_shape: devices along teacher, data and fsdp, known once the devices are.
+      mesh_shape: devices along teacher, data and fsdp.
     """
     columns = mesh_shape["data"] * mesh_shape["fsdp"]
     unit = config_lib.num_rows(config) * config.gradient_accumulation * columns
-    where = f"mesh.data x mesh.fsdp = {mesh_shape['data']} x {mesh_shape['fsdp']} = {columns} devices a teacher"
+    layout = f"mesh.data x mesh.fsdp = {mesh_shape['data']} x {mesh_shape['fsdp']} = {columns} devices per teacher"
     problems = []
     if config.batch_size % unit:
         problems.append(
-            f"batch_size {config.batch_size} cannot be divided: {rows_told(config)} x "
-            f"gradient_accumulation {config.gradient_accumulation} on {where} want a multiple of {unit}. "
-            f"Use {_nearest(config.batch_size, unit)}, or fewer devices a teacher."
+            f"batch_size {config.batch_size} cannot be divided: {describe_rows(config)} x "
+            f"gradient_accumulation {config.gradient_accumulation} on {layout} want a multiple of {unit}. "
+            f"Use {_nearest(config.batch_size, unit)}, or fewer devices per teacher."
         )
     if config.validation_size % columns:
         problems.append(
-            f"validation_size {config.validation_size} cannot be divided: {where} want a multiple of {columns}. "
+            f"validation_size {config.validation_size} cannot be divided: {layout} want a multiple of {columns}. "
             f"Use {_nearest(config.validation_size, columns)}."
         )
     refuse("The config does not fit the devices", problems)
 
 
-def rows_told(config: ml_collections.ConfigDict) -> str:
-    """Says what the rows of a batch are."""
-    grown = f" and {config.grow.replay} of grow.replay" if config.grow.student else ""
-    return f"{len(config.teachers)} teachers{grown}"
+def describe_rows(config: ml_collections.ConfigDict) -> str:
+    """Returns what the rows of a batch are, in words."""
+    replay = f" and {config.grow.replay} of grow.replay" if config.grow.student else ""
+    return f"{len(config.teachers)} teachers{replay}"
 
 
 def _nearest(value: int, unit: int) -> int:
@@ -76,34 +76,34 @@ def _problems(config):
     yield not config.base and "base is empty: set the checkpoint that the teachers were fine-tuned from."
     yield num_teachers == 0 and "teachers is empty: list at least one (style name, path)."
     for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"the style {name!r} is there twice: give each teacher, and each style that is kept, its own name."
+        yield f"the style {name!r} is listed twice: give each teacher, and each style that is kept, its own name."
     for name in names:
         if not is_writable(name):
             yield f"style name {name!r} is empty or holds '=', ',' or a line break: such a mix could not be written."
-    for name, told in config_lib.licenses(config).items():
-        known = ("base", *(teacher for teacher, _ in config.teachers))
-        yield (name not in known or not told.strip()) and (
-            f"licenses has {name!r} with {told!r}; expected 'NAME=LICENCE' with a name of {', '.join(known)}."
+    parents = ("base", *(teacher for teacher, _ in config.teachers))
+    for name, licence in config_lib.licenses(config).items():
+        yield (name not in parents or not licence.strip()) and (
+            f"licenses has {name!r} with {licence!r}; expected 'NAME=LICENCE' with a name of {', '.join(parents)}."
         )
     yield bool(config.grow.styles) and not config.grow.student and "grow.styles needs grow.student: set the student."
     parts = max(rows, 1) * max(config.gradient_accumulation, 1)
     if config.batch_size < parts or config.batch_size % parts:
         fit = max(config.batch_size - config.batch_size % parts, parts)
         yield (
-            f"batch_size must be a positive multiple of {rows_told(config)} x gradient_accumulation = {parts}; "
+            f"batch_size must be a positive multiple of {describe_rows(config)} x gradient_accumulation = {parts}; "
             f"got {config.batch_size}. Use {fit}."
         )
     yield from _values(config)
     yield _merges_missed(config.evaluation)
     if config.samples.every and not config.samples.prompts:
         yield "samples.every is set but samples.prompts is empty: list the prompts to draw, or set samples.every=0."
-    sharded = config.mesh.teacher
-    if sharded > 0 and rows % sharded:
-        yield f"mesh.teacher must divide the {rows_told(config)}; got {sharded}. Use a divisor of {rows}, or 1."
+    shards = config.mesh.teacher
+    if shards > 0 and rows % shards:
+        yield f"mesh.teacher must divide the {describe_rows(config)}; got {shards}. Use a divisor of {rows}, or 1."
 
 
 def check_evaluation(evaluation: ml_collections.ConfigDict) -> None:
-    """As `check`, but of `config.evaluation` alone, which is all that may change after training."""
+    """As `check`, for `config.evaluation` alone: nothing else may change after training."""
     refuse(TITLE, [*_ranges(ml_collections.ConfigDict({"evaluation": evaluation})), _merges_missed(evaluation)])
 
 
@@ -117,14 +117,14 @@ def _merges_missed(evaluation):
 
 
 def check_values(config: ml_collections.ConfigDict) -> None:
-    """As `check`, but of each option by itself: what holds whether the config is to train or to prepare data."""
+    """As `check`, for each option by itself: rules that training and preparing data share."""
     refuse(TITLE, _values(config))
 
 
 def _ranges(config):
     for name, value in config_lib.flat(config.to_dict()).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and (wanted := _range_missed(name, value)):
-            yield f"{name} must {wanted}; got {value}."
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and (rule := _broken_rule(name, value)):
+            yield f"{name} must {rule}; got {value}."
 
 
 def _values(config):
@@ -133,8 +133,8 @@ def _values(config):
         yield config[name] not in allowed and f"{name} must be one of {', '.join(allowed)}; got {config[name]!r}."
 
 
-def _range_missed(name: str, value: int | float) -> str:
-    """Says which range a number misses; "" where it lies in it. All are finite, as float32 too, none is negative."""
+def _broken_rule(name: str, value: int | float) -> str:
+    """Returns the rule that a number breaks, or "". Every number is finite in float32, and none is negative."""
     own = name.rpartition(".")[2]
     if not abs(value) <= FLOAT32_MAX:
         return "be a finite number"

@@ -1,4 +1,4 @@
-"""Experiment files and `--config.NAME=VALUE`: what a command line makes of them, or says against them."""
+"""Reads experiment files and applies `--config.NAME=VALUE` from a command line."""
 
 import pathlib
 import re
@@ -12,10 +12,10 @@ from dmm_jax.runtime.errors import UsageError, UserError, nearest
 
 
 def read_config(path: str, overrides: Sequence[str] = ()):
-    """Runs an experiment file's `get_config()` and applies `--config.NAME=VALUE`; tuples take one flag an entry, too.
+    """Runs an experiment file's `get_config()` and applies `--config.NAME=VALUE`; a tuple may take one flag per entry.
 
     Raises:
-      ValueError: there is no such file, it cannot be run, or does not return all options.
+      UserError: the file does not exist, cannot be run, or does not return all options.
       UsageError: an option has no such name (the nearest is suggested) or takes no such value.
     """
     if not pathlib.Path(path.partition(":")[0]).is_file():
@@ -30,24 +30,24 @@ def read_config(path: str, overrides: Sequence[str] = ()):
         return config
     _check_names(config, overrides)
     try:
-        config, left = _parsed(path, overrides)
+        config, unused = _parsed(path, overrides)
         config.teachers = config_lib.as_teachers(config.teachers)
     except flags.UnrecognizedFlagError as error:
         raise UsageError(_no_option(error.flagname, config)) from error
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{' '.join(overrides)}: {error} The options are in dmm_jax/config/options.py.") from error
-    if left:
-        raise UsageError(f"unexpected arguments: {' '.join(left)}. Options are set as --config.NAME=VALUE.")
+    if unused:
+        raise UsageError(f"unexpected arguments: {' '.join(unused)}. Options are set as --config.NAME=VALUE.")
     return config
 
 
 def _parsed(path, overrides):
-    """Returns the config of a file, and the arguments that set nothing in it."""
+    """Returns the config of a file, and the arguments that set no option."""
     values = flags.FlagValues()
     arguments = ["dmm-jax", f"--config={path}", *overrides]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
-    left = values(arguments)[1:]
-    return values.config, left
+    unused = values(arguments)[1:]
+    return values.config, unused
 
 
 def _check_complete(path, config, defaults):
@@ -72,12 +72,12 @@ def _option_names(config, prefix="") -> list[str]:
 
 
 def _check_names(config, overrides):
-    """Refuses `--config.NAME` where there is no such option."""
+    """Refuses `--config.NAME` for an option that does not exist."""
     names = _option_names(config)
     for override in overrides:
-        found = re.match(r"--?(?:no)?config\.([\w.]+)", override)
-        if found and not any(f"{name}.".startswith(f"{found[1]}.") for name in names):
-            raise UsageError(_no_option(f"config.{found[1]}", config))
+        match = re.match(r"--?(?:no)?config\.([\w.]+)", override)
+        if match and not any(f"{name}.".startswith(f"{match[1]}.") for name in names):
+            raise UsageError(_no_option(f"config.{match[1]}", config))
 
 
 def _no_option(name, config) -> str:

@@ -1,4 +1,4 @@
-"""Every option of a distillation run, once, with meaning and unit; `config_checks` says what must hold.
+"""Every option of a distillation run, once, with meaning and unit; `config.checks` holds the rules.
 
 Defaults are the recipe of DMM (arXiv:2504.12364, A.3) where it states one.
 """
@@ -20,20 +20,20 @@ _GROUP = ml_collections.ConfigDict
 def get_config() -> ml_collections.ConfigDict:
     """Returns the defaults; an experiment in `configs/` starts here and sets what differs."""
     config = ml_collections.ConfigDict()
-    config.seed = 0  # Noise, timesteps, prompt drops, data order and style rows all follow from it.
+    config.seed = 0  # Fixes noise, timesteps, prompt drops, data order and style rows.
 
     # Checkpoints: diffusers folders or single files.
-    config.base = ""  # The student's start; its text encoder, VAE, tokenizer and schedule serve all styles.
-    config.licenses = ()  # ("NAME=LICENCE", ...) of "base" and teachers whose files do not state theirs, or wrongly.
-    config.prediction_type = ""  # "epsilon" or "v_prediction", of single files that do not say it.
-    # ((style name, path), ...): one style per teacher, in this order. The name "none" is the null style's, which is
-    # drawn when no style is asked for: its teacher is the base, ("none", config.base).
+    config.base = ""  # The checkpoint whose text encoder, VAE, tokenizer and schedule serve all styles.
+    config.licenses = ()  # ("NAME=LICENCE", ...) for "base" and teachers whose files state none, or a wrong one.
+    config.prediction_type = ""  # "epsilon" or "v_prediction", for single files that do not say it.
+    # ((style name, path), ...): one style per teacher, in this order. The name "none" is the null style, for requests
+    # without a style; its teacher is the base: ("none", config.base).
     config.teachers = ()
 
     # The student.
     config.student_init = "average"  # The mean of the teachers' weights (docs/study.md); or "base".
-    config.style_init = "zero"  # "zero": the style MLP's last layer is 0, so step 0 is the start exactly; or "paper".
-    config.ema_decay = 0.0  # Per step; 0 keeps no average. Exports and samples use it when it is kept.
+    config.style_init = "zero"  # "zero": the style MLP's last layer is 0, so step 0 equals the start; or "paper".
+    config.ema_decay = 0.0  # Per step; 0 keeps no average. Exports and samples use the average if there is one.
 
     # The loss: score + feature_loss_weight * mean over the UNet's blocks.
     config.feature_loss_weight = 0.002  # The released code's reading; the paper's (0.001 times the sum) is 0.009.
@@ -42,22 +42,22 @@ def get_config() -> ml_collections.ConfigDict:
 
     # The adversarial term: a discriminator of 2 N classes judges one-step predictions of the clean latents.
     config.adversarial = ml_collections.ConfigDict()
-    config.adversarial.weight = 0.0  # Of the student's term, the paper's is 0.01; 0: there is no discriminator.
-    config.adversarial.learning_rate = 1e-5  # Of the discriminator, constant.
-    config.adversarial.train_backbone = True  # False: its head alone learns; the rest stays the base's.
+    config.adversarial.weight = 0.0  # Weight of the student's term (the paper: 0.01); 0 trains without a discriminator.
+    config.adversarial.learning_rate = 1e-5  # The discriminator's, constant.
+    config.adversarial.train_backbone = True  # False trains its head alone; the rest stays the base's.
 
     # Incremental merging: a finished student learns the teachers as further styles, and keeps its own.
     config.grow = ml_collections.ConfigDict()
-    config.grow.student = ""  # The workdir or DMM folder of the finished student; "": start anew.
-    config.grow.styles = ()  # Those of its styles to keep, in this order, as "name" or "new name=name"; (): all.
-    # Rows of the batch, each as large as a teacher's, in which the finished student teaches its own styles, drawn at
-    # random: replay / (teachers + replay) of the images. 0: nothing holds the old styles.
+    config.grow.student = ""  # The workdir or DMM folder of the finished student; "" starts a new one.
+    config.grow.styles = ()  # Its styles to keep, in this order, as "name" or "new name=name"; () keeps all.
+    # Rows of the batch, each as large as a teacher's, in which the finished student teaches its own styles at random:
+    # replay / (teachers + replay) of the images. With 0 the old styles are forgotten.
     config.grow.replay = 1
 
     # Optimisation.
     config.num_steps = 100_000
-    config.batch_size = 48  # Images a step over all rows and devices: a multiple of teachers + grow.replay.
-    config.gradient_accumulation = 1  # Micro-batches a step; the result does not depend on it.
+    config.batch_size = 48  # Images per step over all rows and devices: a multiple of teachers + grow.replay.
+    config.gradient_accumulation = 1  # Micro-batches per step; the result does not depend on it.
     config.learning_rate = 1e-5
     config.learning_rate_schedule = "constant"  # After the warm-up; or "cosine" down to 0 at num_steps.
     config.style_learning_rate_scale = 1.0  # Times learning_rate, for the style table and its MLP alone.
@@ -67,28 +67,28 @@ def get_config() -> ml_collections.ConfigDict:
     config.adam_eps = 1e-8
     config.weight_decay = 0.01
     config.max_grad_norm = 1.0  # Clips the global norm; 0 = off.
-    config.max_skipped_in_a_row = 10  # A step whose gradient is not finite changes nothing; after so many, stop.
+    config.max_skipped_in_a_row = 10  # The run stops after so many steps without a finite gradient.
 
     # How it is computed.
-    config.dtype = "bfloat16"  # Of the networks' arithmetic; parameters, losses, norms and softmax are float32.
+    config.dtype = "bfloat16"  # Arithmetic of the networks; parameters, losses, norms and softmax are float32.
     config.attention = "auto"  # "auto": "cudnn" on NVIDIA GPUs in bfloat16, "flash" on TPUs, else "xla".
-    # What the backward pass computes again, for less memory: "none", "finest" (the first level's blocks), "all" (a
-    # third more work), or blocks by name: "down_blocks.0,mid_block,up_blocks.3".
+    # Blocks that the backward pass computes again, for less memory: "none", "finest" (first level), "all" (a third
+    # more work), or names: "down_blocks.0,mid_block,up_blocks.3".
     config.remat = "none"
     config.mesh = ml_collections.ConfigDict()  # Devices along each axis; their product is the number of devices.
     config.mesh.teacher = 1  # Must divide the number of teachers (+ grow.replay).
-    config.mesh.data = 0  # 0: all the devices that are left.
+    config.mesh.data = 0  # 0: all remaining devices.
     config.mesh.fsdp = 1  # As `data`, but gradients are summed in `dtype`, half the bytes; within a TPU slice.
 
-    config.compilation_cache = ""  # Folder of compiled programs; "": ~/.cache/dmm_jax/xla; "off": keep none.
+    config.compilation_cache = ""  # Folder of compiled programs; "": ~/.cache/dmm_jax/xla; "off": none.
 
     # Data: what `dmm-jax prepare` reads and writes.
     config.data = ml_collections.ConfigDict()
-    config.data.source = ""  # Folder of images and captions; "teachers": they draw; "shapes_world": the embedded world.
-    config.data.prompts = ""  # Text file for "teachers", one prompt a line.
+    config.data.source = ""  # Folder of images and captions; "teachers" for images that they draw; "shapes_world".
+    config.data.prompts = ""  # Text file for "teachers", one prompt per line.
     config.data.cache = ""  # Folder of the latent cache.
-    config.data.resolution = 512  # Pixels of a side; images are resized by their short side and cropped.
-    config.data.num_examples = 0  # How many to prepare; 0 = all of a folder, each prompt once. shapes_world needs it.
+    config.data.resolution = 512  # Pixels per side; images are scaled by their short side and cropped.
+    config.data.num_examples = 0  # How many to prepare; 0: the whole folder, each prompt once. shapes_world needs it.
     config.data.sampling = ml_collections.ConfigDict()  # How the teachers draw.
     config.data.sampling.num_inference_steps = 25
     config.data.sampling.guidance_scale = 7.0
@@ -98,13 +98,13 @@ def get_config() -> ml_collections.ConfigDict:
     # Written along the way. With 0, logs, validations and checkpoints are written at the last step only.
     config.log_every = 50  # Steps between lines of metrics.jsonl.
     config.checkpoint_every = 1000
-    config.checkpoints_kept = 2  # The last so many; 0 = all.
-    config.checkpoints_kept_every = 0  # Besides those, every checkpoint whose step is a multiple of this.
+    config.checkpoints_kept = 2  # The newest so many; 0 keeps all.
+    config.checkpoints_kept_every = 0  # Also every checkpoint whose step is a multiple of this.
     config.validation_every = 1000
-    config.validation_size = 16  # Images per teacher in the fixed validation set.
+    config.validation_size = 16  # Images per teacher in the fixed validation set; 0: no validation.
     config.tensorboard = False  # Writes event files too; needs the tensorboardX package.
     config.samples = ml_collections.ConfigDict()
-    config.samples.every = 0  # Steps between sample grids (rows: prompts, columns: styles).
+    config.samples.every = 0  # Steps between sample grids (rows: prompts, columns: styles); 0: none.
     config.samples.prompts = ()
     config.samples.num_inference_steps = 25
     config.samples.guidance_scale = 7.0
@@ -114,19 +114,20 @@ def get_config() -> ml_collections.ConfigDict:
     config.evaluation = ml_collections.ConfigDict()
     config.evaluation.num_images = 2000  # Per style and model; the distances' bias falls with it.
     config.evaluation.num_pairs = 32  # Pictures per style that teacher and student draw from the same noise.
-    # Text file, one prompt a line: best ones that nobody was trained on. "": the embedded world's, else the run's own.
+    # Text file, one prompt per line, best with prompts outside the training data. "": the embedded world's, or the
+    # run's own.
     config.evaluation.prompts = ""
-    config.evaluation.negative_prompt = ""  # "": none, which for Stable Diffusion XL are zeros.
+    config.evaluation.negative_prompt = ""  # "": none, which means zeros for Stable Diffusion XL.
     config.evaluation.batch_size = 50  # Images computed at once.
     config.evaluation.num_inference_steps = 25
     config.evaluation.guidance_scale = 7.0
     config.evaluation.solver = "dpmpp_2m"
-    config.evaluation.weight_merges = ("average",)  # Shown beside the student: "average" and perhaps others.
+    config.evaluation.weight_merges = ("average",)  # Compared with the student: "average" and others.
     return config
 
 
 def kept_styles(config: ml_collections.ConfigDict) -> dict[str, str]:
-    """Returns the styles that a grown student takes over, {name: name in the old student}, in row order."""
+    """Returns the styles that a grown student keeps, {name: name in the old student}, in row order."""
     return as_kept(config.grow.styles)
 
 
@@ -134,48 +135,48 @@ def as_kept(entries: Sequence[str]) -> dict[str, str]:
     """Reads ("name", "new name=name", ...) as {new name: name}.
 
     Raises:
-      ValueError: two have the same new name, or one that no mix can hold.
+      UserError: two have the same new name, or a name cannot be written in a mix.
     """
-    kept = {}
+    names = {}
     for entry in entries:
         new, _, old = entry.partition("=")
         if not is_writable(new):
             raise UserError(
-                f"a style that is kept is 'name' or 'new name=name'; {entry!r} would be called {new!r}, which no mix "
-                "could hold."
+                f"a style to keep is 'name' or 'new name=name'; {entry!r} would be called {new!r}, which cannot be "
+                "written in a mix."
             )
-        if new in kept:
+        if new in names:
             raise UserError(f"two styles are to be called {new!r}: give each its own name, as in 'new name=name'.")
-        kept[new] = old or new
-    return kept
+        names[new] = old or new
+    return names
 
 
 def style_names(config: ml_collections.ConfigDict) -> list[str]:
-    """Returns the names of a student's styles in row order: those it keeps, then one per teacher."""
+    """Returns the names of a student's styles in row order: kept ones, then one per teacher."""
     return [*kept_styles(config), *(name for name, _ in config.teachers)]
 
 
 def licenses(config: ml_collections.ConfigDict) -> dict[str, str]:
-    """Returns the licences that the config tells, by "base" or the teacher's name."""
+    """Returns the licences in the config, by "base" or the teacher's name."""
     return dict(entry.partition("=")[::2] for entry in config.licenses)
 
 
 def num_rows(config: ml_collections.ConfigDict) -> int:
-    """Returns the rows of a batch [rows, B/rows]: one per teacher, and those of the old student where one grows."""
+    """Returns the rows of a batch [rows, B/rows]: one per teacher, and grow.replay if a student grows."""
     return len(config.teachers) + (config.grow.replay if config.grow.student else 0)
 
 
 def as_teachers(values: Sequence) -> tuple[tuple[str, str], ...]:
-    """Reads ((name, path), ...) or ("name=path", ...), as a command line gives them.
+    """Reads ((name, path), ...) or ("name=path", ...), the form on a command line.
 
     Raises:
-      ValueError: an entry is neither.
+      UserError: an entry is neither.
     """
     pairs = [tuple(value.split("=", 1)) if isinstance(value, str) else _as_pair(value) for value in values]
     for pair, value in zip(pairs, values, strict=True):
         if len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
             raise UserError(
-                f"teachers holds {value!r}, which is no style name with a path. Give --config.teachers=NAME=PATH once "
+                f"teachers holds {value!r}, which is not a style name with a path. Give --config.teachers=NAME=PATH once "
                 "for each teacher, or all at once: --config.teachers=\"(('NAME', 'PATH'), ('NAME', 'PATH'))\"."
             )
     return tuple(pairs)
@@ -191,44 +192,42 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 
 
 def from_json(text: str, source: str = "config.json") -> ml_collections.ConfigDict:
-    """Reads what `to_json` wrote; options that are new since then keep their defaults.
+    """Reads what `to_json` wrote; options that the text lacks keep their defaults.
 
     Args:
-      source: what errors call the text.
+      source: the name of the text in errors.
 
     Raises:
-      ValueError: the text is no JSON object, or values are not of their options' types.
+      UserError: the text is not a JSON object, or a value does not have its option's type.
     """
     try:
         values = json.loads(text)
     except ValueError as error:
-        raise UserError(f"{source} is no JSON ({error}). Restore it from a copy.") from None
+        raise UserError(f"{source} is not JSON ({error}). Restore it from a copy.") from None
     if not isinstance(values, Mapping):
         raise UserError(f"{source} must hold a JSON object of options; got {_kind(values)}.")
     config = get_config()
-    refuse(f"{source} cannot be read", _update(config, _in_todays_words(values)))
+    refuse(f"{source} cannot be read", _update(config, _modernised(values)))
     config.teachers = as_teachers(config.teachers)
     return config
 
 
-def _in_todays_words(values: Mapping) -> Mapping:
-    """Translates options that had another type in older runs: remat was false or true."""
+def _modernised(values: Mapping) -> Mapping:
+    """Translates options that had another type in older runs: remat was a boolean."""
     if isinstance(values.get("remat"), bool):
         return {**values, "remat": "all" if values["remat"] else "none"}
     return values
 
 
 def _update(config, values: Mapping, prefix: str = "") -> list[str]:
-    """Sets the options that there are; returns a line for each value that is not of its option's type."""
+    """Sets the options that exist; returns a line for each value that does not have its option's type."""
     problems = []
     for name, value in values.items():
         if name not in config:
             continue
         value, default = _as_tuple(value), config[name]
         if not _fits(value, default):
-            problems.append(
-                f"{prefix}{name}: expected {_kind(default)}, found {_kind(value)}: {json.dumps(value)[:80]}"
-            )
+            problems.append(f"{prefix}{name}: expected {_kind(default)}, got {_kind(value)}: {json.dumps(value)[:80]}")
         elif isinstance(value, Mapping):
             problems += _update(default, value, f"{prefix}{name}.")
         else:
@@ -244,7 +243,7 @@ def _fits(value, default) -> bool:
 
 
 def _kind(value) -> str:
-    """Calls a value's type by a word that fits JSON, too."""
+    """Returns a word for a value's type that fits JSON."""
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a list of texts"}
     words |= {list: "a list", type(None): "null"}
     return words.get(type(value), "a group of options")
@@ -255,7 +254,7 @@ def _as_tuple(value):
 
 
 def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:
-    """Lists what changed between two configs, one `name: old -> new` a line, sorted by name."""
+    """Returns the changes between two configs as lines `name: old -> new`, sorted by name."""
     before, after = (flat(json.loads(to_json(config))) for config in (old, new))
     names = sorted(before.keys() | after.keys())
     return [
@@ -278,16 +277,16 @@ def load(path: str | os.PathLike) -> ml_collections.ConfigDict:
     """Reads a workdir's `config.json`.
 
     Raises:
-      ValueError: the folder holds no config.json, so no training run wrote it; or one that cannot be read.
+      UserError: the folder holds no config.json, so no training run wrote it; or one that cannot be read.
     """
     path = storage.locate(path)
     storage.check_bucket(path)
     path = path / "config.json"
     if not path.is_file():
         raise UserError(
-            f"{path.parent} is no training workdir: {path.name} is missing. Give the --workdir of a `train` run."
+            f"{path.parent} is not a training workdir: {path.name} is missing. Give the --workdir of a `train` run."
         )
     try:
         return from_json(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text ({error}). Restore it.") from None
+        raise UserError(f"{path} is not UTF-8 text ({error}). Restore it.") from None

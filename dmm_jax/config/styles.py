@@ -1,8 +1,8 @@
-"""Styles as people write them, a name, a mix or a schedule over timesteps, turned into rows of weights.
+"""Turns styles as people write them (a name, a mix, a schedule over timesteps) into rows of weights.
 
-A style enters the network as one vector beside the timestep embedding, a weighted sum of the style table's rows (DMM,
-arXiv:2504.12364, 4.5). So it may differ in every image of a batch, and in every evaluation of the solver: one style for
-the structure, which is drawn at high timesteps, and one for the detail.
+A style enters the network as one vector that is added to the timestep embedding: a weighted sum of the style table's
+rows (DMM, arXiv:2504.12364, 4.5). So it may differ per image of a batch, and per evaluation of the solver: one style for
+the structure, which the solver draws at high timesteps, and one for the detail.
 """
 
 import re
@@ -15,26 +15,25 @@ from jaxtyping import Float
 from dmm_jax.runtime.errors import UserError, nearest
 
 Mix = str | Mapping[str, float]
-Schedule = Sequence[Sequence]  # Of pairs: from which timestep down, or in which span (high, low), and which mix.
+Schedule = Sequence[Sequence]  # Pairs: a first timestep, or a span (high, low) for a fade; and a mix.
 Style = Mix | Schedule | None
-NULL_STYLE = "none"  # Its teacher is the base: what a model draws that is asked for no style.
-SUM_TOLERANCE = 0.02  # Three times 0.33 is meant to be 1.
+NULL_STYLE = "none"  # The style of a request without one; the base is its teacher.
+SUM_TOLERANCE = 0.02  # Users write 0.33 three times and mean 1.
 _START = re.compile(r":([0-9.]+(?:-[0-9.]+)?):")
 
 
 def style_row(style: Style, names: Sequence[str]) -> Float[np.ndarray, " N"]:
-    """Returns the weights of a style name or a mix; None is the null style where the model has one.
+    """Returns the weights of a style name or a mix; None is the null style, if the model has one.
 
     Raises:
-      ValueError: there is no such style, none was given, all weights are 0, or a schedule was given, which is more than
-        one row.
+      UserError: the style is unknown or missing, all weights are 0, or it is a schedule, which is more than one row.
     """
     if style is None and NULL_STYLE not in names:
         raise UserError(f"this merged model needs a style for every image; it has: {', '.join(names)}.")
     if is_schedule(style):
         raise UserError(
-            f"{style_text(style)!r} is a schedule over timesteps: a style that is folded into a checkpoint is one for "
-            "all of them. Give a name or a mix."
+            f"{style_text(style)!r} is a schedule over timesteps, and a checkpoint holds one style for all of them. "
+            "Give a name or a mix."
         )
     if not isinstance(style, (str, Mapping, type(None))):
         raise UserError(
@@ -51,11 +50,11 @@ def style_row(style: Style, names: Sequence[str]) -> Float[np.ndarray, " N"]:
             )
         row[list(names).index(name)] = weight
     if not np.isfinite(row).all() or not row.any():
-        raise UserError(f"a mix needs finite weights, and one at least that is not 0; got {style_text(mix)!r}.")
+        raise UserError(f"a mix needs finite weights, at least one of them not 0; got {style_text(mix)!r}.")
     if abs(row.sum() - 1.0) > SUM_TOLERANCE or (row < 0).any():
         warnings.warn(
-            f"the weights of {style_text(mix)!r} are not shares of 1 (their sum is {row.sum():g}): such a style lies "
-            "outside of those that were trained.",
+            f"the weights of {style_text(mix)!r} are {'negative in part' if (row < 0).any() else 'not shares of 1'} "
+            f"(their sum is {row.sum():g}): the result is outside the range of the trained styles.",
             stacklevel=2,
         )
     return row
@@ -72,11 +71,11 @@ def style_rows(
     """Returns the weights of a style at every evaluation of a solver, by the evaluation's own timestep.
 
     Args:
-      style: a name, a mix, or a schedule: [(1000, "photo"), (600, "anime")] is photo until timestep 600, and anime from
-        there down; [(1000, "photo"), ((800, 400), "anime")] fades linearly from photo, at 800, to anime, at 400.
+      style: a name, a mix, or a schedule. [(1000, "photo"), (600, "anime")] is photo down to timestep 600 and anime
+        below; [(1000, "photo"), ((800, 400), "anime")] fades linearly from photo at 800 to anime at 400.
 
     Raises:
-      ValueError: as `style_row`; or a schedule that leaves timesteps without a style, or with two.
+      UserError: as `style_row`; or a schedule that leaves timesteps without a style, or with two.
     """
     if not is_schedule(style):
         return np.tile(style_row(style, names), (len(timesteps), 1))
@@ -84,15 +83,15 @@ def style_rows(
     _check_spans(spans, style, num_train_timesteps)
     rows = np.zeros((len(timesteps), len(names)), np.float32)
     for number, ((high, low), (_, mix)) in enumerate(zip(spans, style, strict=True)):
-        come = (np.asarray(timesteps) <= low).astype(np.float32) if number else np.ones(len(timesteps), np.float32)
+        share = (np.asarray(timesteps) <= low).astype(np.float32) if number else np.ones(len(timesteps), np.float32)
         if high > low:
-            come = np.clip((high - np.asarray(timesteps)) / (high - low), 0.0, 1.0).astype(np.float32)
-        rows = (1.0 - come[:, None]) * rows + come[:, None] * style_row(mix, names)
+            share = np.clip((high - np.asarray(timesteps)) / (high - low), 0.0, 1.0).astype(np.float32)
+        rows = (1.0 - share[:, None]) * rows + share[:, None] * style_row(mix, names)
     return rows
 
 
 def is_schedule(style) -> bool:
-    """Tells a schedule, a sequence of pairs (timestep or span, style), from a style and from a sequence of styles."""
+    """Tells whether this is a schedule, a sequence of pairs (timestep or span, mix), and no list of styles."""
     return (
         isinstance(style, Sequence)
         and not isinstance(style, str)
@@ -120,13 +119,12 @@ def _check_spans(spans, style, num_train_timesteps):
 def parse_style(text: str, num_train_timesteps: int = 1000) -> Style:
     """Reads a style as the command line writes it: `anime`, `anime=0.7,photo=0.3`, or a schedule of these.
 
-    `photo:600:anime` is photo until timestep 600, and anime from there down to 0; `photo:800-400:anime` fades from one
-    to the other.
+    `photo:600:anime` is photo down to timestep 600 and anime below; `photo:800-400:anime` fades from one to the other.
 
     Raises:
-      ValueError: a weight or a timestep is no number, or a name is there twice.
+      UserError: a weight or a timestep is not a number, or a name is there twice.
     """
-    first, *rest = _START.split(text)  # A name may hold a colon, too: only timesteps between two make a schedule.
+    first, *rest = _START.split(text)  # A name may hold a colon: only a timestep between two colons makes a schedule.
     if not rest:
         return _parse_mix(text)
     later = [(_parse_start(start, text), _parse_mix(mix)) for start, mix in zip(rest[0::2], rest[1::2], strict=True)]
@@ -139,7 +137,7 @@ def _parse_start(part, text) -> float | tuple[float, float]:
         return (float(high), float(low)) if dash else float(high)
     except ValueError:
         raise UserError(
-            f"style {text!r}: {part!r} is no timestep. Write for example 'photo:600:anime', or 'photo:800-400:anime' "
+            f"style {text!r}: {part!r} is not a timestep. Write for example 'photo:600:anime', or 'photo:800-400:anime' "
             "to fade."
         ) from None
 
@@ -156,7 +154,7 @@ def _parse_mix(text: str) -> Mix:
             mix[name.strip()] = float(weight)
         except ValueError:
             raise UserError(
-                f"style {text!r}: {part!r} is no NAME=WEIGHT. Write for example 'anime=0.7,photo=0.3'."
+                f"style {text!r}: {part!r} is not NAME=WEIGHT. Write for example 'anime=0.7,photo=0.3'."
             ) from None
     return mix
 

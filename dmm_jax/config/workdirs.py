@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, looked at before any work is done; config.json, once nothing can be refused."""
+"""The folder of a run: checked before any work is done; config.json is written once nothing can be refused."""
 
 import os
 
@@ -10,18 +10,18 @@ from dmm_jax.runtime.errors import UserError
 
 
 def check(workdir: storage.Location, config) -> list[str]:
-    """Returns what changed in the config since the run that is there was last started; makes nothing.
+    """Returns what has changed in the config since the folder's run was last started; writes nothing.
 
     Raises:
-      ValueError: the folder is of a run on other styles or with another kind of state, or of no run, or cannot be
-        written.
+      UserError: the folder belongs to a run on other styles or with another kind of state, or to no run, or cannot
+        be written.
     """
     if (workdir / "config.json").is_file():
         old = config_lib.load(workdir)
-        before, now = config_lib.style_names(old), config_lib.style_names(config)
-        if before and before != now:
+        before, after = config_lib.style_names(old), config_lib.style_names(config)
+        if before and before != after:
             raise UserError(
-                f"{workdir} was trained on the styles {', '.join(before)}; the config lists {', '.join(now)}. "
+                f"{workdir} was trained on the styles {', '.join(before)}; the config lists {', '.join(after)}. "
                 "Use another --workdir."
             )
         changed = config_lib.differences(old, config)
@@ -29,22 +29,22 @@ def check(workdir: storage.Location, config) -> list[str]:
             _check_state(workdir, old, config)
     else:
         with storage.bucket_errors(workdir):
-            strangers = _strangers(workdir, config)
-        if strangers:
+            others = _other_files(workdir, config)
+        if others:
             raise UserError(
-                f"{workdir} is not empty and holds no run (config.json is missing, there is {', '.join(strangers[:5])})"
+                f"{workdir} is not empty and holds no run (config.json is missing, it holds {', '.join(others[:5])})"
                 ". Give --workdir a new folder, an empty one, or that of a run."
             )
         changed = []
     if not storage.in_bucket(workdir):
         storage.check_writable(workdir)
-    processes.wait_for_all("workdir looked at")
+    processes.wait_for_all("workdir checked")
     return changed
 
 
 def _check_state(workdir, old, new):
-    """Refuses what would change which arrays a checkpoint holds, so that the newest one could not be read."""
-    kept = {
+    """Refuses changes of the arrays that a checkpoint holds: the newest one could not be read."""
+    arrays = {
         "ema_decay": lambda config: bool(config.ema_decay),
         "max_grad_norm": lambda config: bool(config.max_grad_norm),
         "style_learning_rate_scale": lambda config: config.style_learning_rate_scale != 1.0,
@@ -53,32 +53,32 @@ def _check_state(workdir, old, new):
             bool(config.adversarial.weight) and config.adversarial.train_backbone
         ),
     }
-    before, after = ({name: said(config) for name, said in kept.items()} for config in (old, new))
-    told = {line.partition(":")[0]: line for line in config_lib.differences(old, new)}
-    lines = [told[name] for name in kept if before[name] != after[name] and name in told]
+    before, after = ({name: is_held(config) for name, is_held in arrays.items()} for config in (old, new))
+    changes = {line.partition(":")[0]: line for line in config_lib.differences(old, new)}
+    lines = [changes[name] for name in arrays if before[name] != after[name] and name in changes]
     if lines:
         raise UserError(
-            f"{workdir} cannot go on with {'; '.join(lines)}: its checkpoints hold other arrays. Set it as it was, or "
-            "start anew in another --workdir."
+            f"{workdir} cannot resume with {'; '.join(lines)}: its checkpoints hold other arrays. Set it as it was, or "
+            "start again in another --workdir."
         )
 
 
-def _strangers(workdir, config) -> list[str]:
+def _other_files(workdir, config) -> list[str]:
     """Returns the names of a folder's files and folders, except empty folders and the config's own latent cache."""
     if not workdir.exists():
         return []
     if not workdir.is_dir():
-        raise UserError(f"{workdir} is a file; a run is kept in a folder. Give another --workdir.")
+        raise UserError(f"{workdir} is a file; a run needs a folder. Give another --workdir.")
     cache = os.path.abspath(config.data.cache)
     entries = [path for path in workdir.iterdir() if not path.is_dir() or any(path.iterdir())]
     return sorted(path.name for path in entries if os.path.abspath(path) != cache)
 
 
 def write_config(workdir: storage.Location, config) -> None:
-    """Makes the folder and writes config.json: from here on it is a run's.
+    """Makes the folder and writes config.json; from then on the folder belongs to the run.
 
     Raises:
-      ValueError: it cannot be written, or another process does not see it.
+      UserError: it cannot be written, or another process does not see it.
     """
     path = workdir / "config.json"
     if processes.is_first():

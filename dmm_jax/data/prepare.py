@@ -33,7 +33,7 @@ def prepare_images(config) -> LatentCache:
     """
     check_config(config)
     base = open_checkpoint(config.base)
-    arguments.size("data.resolution", config.data.resolution, CELL)
+    arguments.pixels("data.resolution", config.data.resolution, CELL)
     tokenizers = Tokenizers.from_folders(base.tokenizer_folders)
     source = open_source(config)
     scaling_factor, encode = build_encoder(base, config.dtype)

@@ -46,7 +46,7 @@ def prepare_samples_from_config(config) -> LatentCache:
     prepare.check_config(config)
     config = incremental.resolved(config)
     draws, sampling = _draws(config), config.data.sampling
-    arguments.size("data.resolution", config.data.resolution, CELL)
+    arguments.pixels("data.resolution", config.data.resolution, CELL)
     told = {"prediction_type": config.prediction_type}
     base = open_checkpoint(config.base, **told)
     teachers = incremental.origins(config)

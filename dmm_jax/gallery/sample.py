@@ -47,7 +47,7 @@ def sample(
     Raises:
       ValueError: a style or an option does not fit the pipeline.
     """
-    arguments.whole("batch_size", batch_size, 1)
+    arguments.whole_number("batch_size", batch_size, 1)
     styles = list(styles) or list(pipeline.styles) or [None]
     pipeline.style_weights(styles, len(styles), timesteps=np.zeros(1))  # Refuses wrong styles before any drawing.
     jobs = [(prompt, style, seed + row) for row, prompt in enumerate(prompts) for style in styles]

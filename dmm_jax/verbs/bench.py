@@ -40,8 +40,8 @@ def main(args: argparse.Namespace) -> int | None:
     from dmm_jax.verbs import options
 
     config = options.read_experiment(args.config or jobs.__file__, args.overrides)
-    arguments.whole("--num-steps", args.num_steps, 1)
-    arguments.whole("--batch-size", args.batch_size, 1)
+    arguments.whole_number("--num-steps", args.num_steps, 1)
+    arguments.whole_number("--batch-size", args.batch_size, 1)
     if args.against and args.job not in ("train", "sample"):
         raise UserError(f"--against is for `bench train` and `bench sample`; PyTorch has no peer of `{args.job}`.")
     if args.job == "scaling":

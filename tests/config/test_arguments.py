@@ -10,19 +10,19 @@ from dmm_jax.config import arguments
 @pytest.mark.parametrize("value", [1.5, "3", None, True, 0, float("nan"), [1]])
 def test_what_is_no_whole_number_in_bounds_is_told(value):
     with pytest.raises(ValueError, match="steps must be a whole number of at least 1; got"):
-        arguments.whole("steps", value, 1)
+        arguments.whole_number("steps", value, 1)
 
 
 @pytest.mark.parametrize("value", [-1, 2**32])
 def test_seeds_do_not_wrap(value):
     with pytest.raises(ValueError, match="from 0 to 4294967295"):
-        arguments.whole("a seed", value, 0, arguments.MAX_SEED)
-    assert arguments.whole("a seed", arguments.MAX_SEED, 0, arguments.MAX_SEED) == arguments.MAX_SEED
+        arguments.whole_number("a seed", value, 0, arguments.MAX_SEED)
+    assert arguments.whole_number("a seed", arguments.MAX_SEED, 0, arguments.MAX_SEED) == arguments.MAX_SEED
 
 
 @pytest.mark.parametrize("value", [7, np.int64(7), np.uint32(7), jnp.int32(7)])
 def test_numbers_of_numpy_and_jax_are_numbers(value):
-    assert arguments.whole("steps", value, 1) == 7 and arguments.number("scale", value) == 7.0
+    assert arguments.whole_number("steps", value, 1) == 7 and arguments.number("scale", value) == 7.0
     assert arguments.number("scale", np.float32(0.5)) == arguments.number("scale", jnp.float32(0.5)) == 0.5
 
 
@@ -37,7 +37,7 @@ def test_what_is_no_finite_number_is_told(value):
 )
 def test_what_is_no_size_is_told(value, said):
     with pytest.raises(ValueError, match=f"height must be .*{said}"):
-        arguments.size("height", value, 8)
+        arguments.pixels("height", value, 8)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_what_is_no_size_is_told(value, said):
 )
 def test_what_is_not_one_each_is_told(values, said):
     with pytest.raises(ValueError, match=f"seeds {said}"):
-        arguments.each("seeds", values, 2)
+        arguments.per_prompt("seeds", values, 2)
 
 
 @pytest.mark.parametrize("values, said", [(3, "must be texts"), ([3], "must be texts"), ([], "is empty")])
@@ -58,4 +58,4 @@ def test_what_are_no_texts_is_told(values, said):
 @pytest.mark.parametrize("value", [3, "64", (64,), (64, 1.5), (64, -1)])
 def test_what_is_no_pair_of_pixels_is_told(value):
     with pytest.raises(ValueError, match="target_size must be"):
-        arguments.pair("target_size", value)
+        arguments.pixel_pair("target_size", value)
