@@ -85,9 +85,9 @@ class Definition:
         self.styles = tuple(config_lib.style_names(config))
         self.dtype = jnp.dtype(config.dtype)
         self.student_config = merged_config(base.unet_config, len(self.styles))
-        kept = len(config_lib.kept_styles(config)) if config.grow.replay else 0
+        num_kept = len(config_lib.kept_styles(config)) if config.grow.replay else 0
         # One UNet runs all teachers; it has a style table if one of them is a merged student.
-        self.teacher_config = merged_config(base.unet_config, kept) if kept else base.unet_config
+        self.teacher_config = merged_config(base.unet_config, num_kept) if num_kept else base.unet_config
         self.networks = self._networks(choose_implementation(config.attention, self.dtype, platform))
         self.objective = self._objective(tokenizer or self._zero_ids)
         self.optimizers = make_optimizers(config)
@@ -279,10 +279,14 @@ class Distillation(Definition):
         return RunState(self._packing.pack(self._fresh()))
 
     def _fresh(self) -> TrainState:
-        style = style_params(self.student_config, self.config.style_init, self.config.seed)
         sources = [row.teacher for row in self.rows] if self.config.student_init == "average" else [self.base]
         if self.old_student:
-            sources, style = [self.old_student], incremental.grown(style, self.old_student)
+            sources = [self.old_student]
+            style = incremental.grown_style(
+                self.old_student, [name for name, _ in self.config.teachers], self.config.seed
+            )
+        else:
+            style = style_params(self.student_config, self.config.style_init, self.config.seed)
         unets = [source.params("unet") for source in sources]
         trained = {"student": put_student(unets, style, self.student_config, self.mesh)}
         if self.config.adversarial.weight:
@@ -312,10 +316,10 @@ class Distillation(Definition):
 
     def store(self, store: StateStore, state: RunState) -> None:
         """Starts to save a state; returns before it is written. Raises as `save` does."""
-        whole = self.unpack(state)
-        if not all_finite(whole.trained):
+        unpacked = self.unpack(state)
+        if not all_finite(unpacked.trained):
             raise FloatingPointError(f"step {state.step}: trained parameters are not finite, so the step is not saved.")
-        store.save(state.step, whole.as_dict(), {"samples_seen": state.samples_seen})
+        store.save(state.step, unpacked.as_dict(), {"samples_seen": state.samples_seen})
 
     def unpack(self, state: RunState) -> TrainState:
         """Returns the arrays of a state; they stay valid until the next step takes the state."""
@@ -391,8 +395,8 @@ class Distillation(Definition):
 
         Every process of a run must call it; each gets a pipeline on its own devices.
         """
-        whole = self.unpack(state)
-        params = self._whole_unet(whole.student.params if whole.ema is None else whole.ema)
+        unpacked = self.unpack(state)
+        params = self._whole_unet(unpacked.student.params if unpacked.ema is None else unpacked.ema)
         return self._empty_pipeline.with_unet(jax.tree.map(lambda leaf: leaf.addressable_data(0), params))
 
     @functools.cached_property

@@ -191,12 +191,12 @@ def make_hooks(
 def diagnosis(line: Mapping, config) -> str:
     """Returns why a run cannot go on after its last logged step, and what to try."""
     bad = [name for name in line["score"] if not math.isfinite(line["score"][name] + line["feature"][name])]
-    what = f"the loss of {', '.join(bad)} is" if bad else "every loss is finite, the gradient is"
+    cause = f"the loss of {', '.join(bad)} is" if bad else "every loss is finite, the gradient is"
     learning_rate = float(learning_rate_schedule(config)(line["step"] - line["skipped_steps"]))
     advice = "Look at its checkpoint with `dmm-jax inspect`. " if 0 < len(bad) < len(line["score"]) else ""
     return (
         f"step {line['step']}: {line['skipped_in_a_row']} steps in a row had no finite gradient and were skipped "
-        f"({line['skipped_steps']} in all): {what} not finite (learning rate {learning_rate:.3g}, gradient norm "
+        f"({line['skipped_steps']} in all): {cause} not finite (learning rate {learning_rate:.3g}, gradient norm "
         f"{line['grad_norm']}). {advice}Skipped steps change no weights. Resume from the last checkpoint with {ADVICE}"
         + (", or with dtype float32." if config.dtype != "float32" else ".")
     )

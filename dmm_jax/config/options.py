@@ -176,8 +176,8 @@ def as_teachers(values: Sequence) -> tuple[tuple[str, str], ...]:
     for pair, value in zip(pairs, values, strict=True):
         if len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
             raise UserError(
-                f"teachers holds {value!r}, which is not a style name with a path. Give --config.teachers=NAME=PATH once "
-                "for each teacher, or all at once: --config.teachers=\"(('NAME', 'PATH'), ('NAME', 'PATH'))\"."
+                f"teachers holds {value!r}, which is not a style name with a path. Give --config.teachers=NAME=PATH "
+                "once for each teacher, or all at once: --config.teachers=\"(('NAME', 'PATH'), ('NAME', 'PATH'))\"."
             )
     return tuple(pairs)
 

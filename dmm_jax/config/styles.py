@@ -1,8 +1,8 @@
 """Turns styles as people write them (a name, a mix, a schedule over timesteps) into rows of weights.
 
 A style enters the network as one vector that is added to the timestep embedding: a weighted sum of the style table's
-rows (DMM, arXiv:2504.12364, 4.5). So it may differ per image of a batch, and per evaluation of the solver: one style for
-the structure, which the solver draws at high timesteps, and one for the detail.
+rows (DMM, arXiv:2504.12364, 4.5). So it may differ per image of a batch, and per evaluation of the solver: one style
+for the structure, which the solver draws at high timesteps, and one for the detail.
 """
 
 import re
@@ -137,8 +137,8 @@ def _parse_start(part, text) -> float | tuple[float, float]:
         return (float(high), float(low)) if dash else float(high)
     except ValueError:
         raise UserError(
-            f"style {text!r}: {part!r} is not a timestep. Write for example 'photo:600:anime', or 'photo:800-400:anime' "
-            "to fade."
+            f"style {text!r}: {part!r} is not a timestep. Write for example 'photo:600:anime', or "
+            "'photo:800-400:anime' to fade."
         ) from None
 
 

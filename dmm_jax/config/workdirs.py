@@ -10,7 +10,7 @@ from dmm_jax.runtime.errors import UserError
 
 
 def check(workdir: storage.Location, config) -> list[str]:
-    """Returns what has changed in the config since the folder's run was last started; writes nothing.
+    """Returns the changes of the config since the folder's run was last started; writes nothing.
 
     Raises:
       UserError: the folder belongs to a run on other styles or with another kind of state, or to no run, or cannot

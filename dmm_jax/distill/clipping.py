@@ -1,4 +1,4 @@
-"""The gradient's norm and the clip by it: summed once, for the metrics and for the optimiser."""
+"""The gradient's norm, summed once for metrics and optimiser, and the clip by that norm."""
 
 import collections
 from collections.abc import Callable
@@ -30,14 +30,14 @@ def _norm(grads, specs):
 
 
 def _squares(leaves):
-    """Sums all squares, those of the vectors as of one: a kernel for each would be hundreds of launches a step."""
+    """Sums all squares; vectors are joined first, since one kernel for each would be hundreds of launches per step."""
     vectors = [jnp.atleast_1d(leaf) for leaf in leaves if leaf.ndim < 2]
     joined = [jnp.concatenate(vectors)] if vectors else []
     return sum(jnp.sum(jnp.square(leaf)) for leaf in [*joined, *(leaf for leaf in leaves if leaf.ndim > 1)])
 
 
 def clip_by_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
-    """As `optax.clip_by_global_norm`, whose state is empty too, by a norm that is given: the step has it already."""
+    """As `optax.clip_by_global_norm`, with the norm as an argument: the step has computed it already."""
 
     def update(updates, state, params=None, *, norm, **_):
         del params

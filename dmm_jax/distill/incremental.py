@@ -1,10 +1,11 @@
 """Incremental merging: a finished student learns further styles and keeps its own (DMM, arXiv:2504.12364, 3.5).
 
-The old student, frozen, is one more teacher: of all its styles, one drawn at random for every image. Its share of the
-batch regularises; without it the old styles are forgotten (Tab. 2). What has grown can grow again.
+The old student, frozen, is one more teacher: on its share of the images it teaches its own styles, drawn at random.
+Without that share the old styles are forgotten (Tab. 2). A grown student can grow again.
 """
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 
 import ml_collections
 import numpy as np
@@ -20,11 +21,12 @@ from dmm_jax.models.unet_config import style_mlp_name
 from dmm_jax.runtime.errors import refuse
 from dmm_jax.runtime.storage import locate
 
-REPLAY = "replay"  # The name of a row in which the old student teaches.
+REPLAY = "replay"  # The name of a row of the batch in which the old student teaches.
+MAX_COSINE = 0.7  # Between rows of a style table: styles whose rows are nearly parallel stay one in training.
 
 
 def resolved(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Returns the config with the names of all styles in it: those of the old student where it says none.
+    """Returns the config with grow.styles filled in: all styles of the old student, if the config names none.
 
     Raises:
       CheckpointError: the old student cannot be opened, or has no styles.
@@ -43,7 +45,7 @@ def resolved(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def old_student(config, base: Checkpoint) -> Checkpoint | None:
-    """Opens the student that grows, with the styles that are kept; None where a run starts anew.
+    """Opens the student that grows, reduced to the kept styles; returns None if no student grows.
 
     Raises:
       CheckpointError: it has no such style, or does not come from the same base.
@@ -66,34 +68,54 @@ def one_hot(student: Checkpoint, row: int) -> np.ndarray:
 
 def batch_rows(teachers: Mapping[str, Checkpoint], old: Checkpoint | None = None, replay: int = 0) -> list[BatchRow]:
     """Returns the rows of the batch: each new style by its teacher, then the old student's own styles by itself."""
-    kept = len(old.styles) if old else 0
-    new = [BatchRow(name, teacher, kept + row) for row, (name, teacher) in enumerate(teachers.items())]
+    num_old = len(old.styles) if old else 0
+    rows = [BatchRow(name, teacher, num_old + row) for row, (name, teacher) in enumerate(teachers.items())]
     names = [REPLAY, *(f"{REPLAY} {number}" for number in range(2, replay + 1))][: replay if old else 0]
-    return new + [BatchRow(name, old, 0, kept) for name in names]
+    return rows + [BatchRow(name, old, 0, num_old) for name in names]
 
 
-def grown(style: Mapping, old: Checkpoint) -> dict:
-    """Returns fresh style parameters (of `student.style_params`) with the old student's rows and MLP in their place."""
+def grown_style(old: Checkpoint, names: Sequence[str], seed: int) -> dict:
+    """Returns the style parameters of a grown student: the old rows and MLP, and a fresh row for each new style.
+
+    A new row is drawn from the seed, the old table and the style's name. From the seed alone it could equal the row of
+    a kept style, which was drawn from that seed too and may now be at another place.
+
+    Args:
+      names: of the new styles, in row order.
+    """
     params, mlp = old.params("unet"), style_mlp_name(old.unet_config)
-    rows = np.asarray(params["model_embedding"]["embedding"], np.float32)
-    table = np.concatenate([rows, style["model_embedding"]["embedding"][len(rows) :]])
+    table = np.asarray(params["model_embedding"]["embedding"], np.float32)
+    for name in names:
+        table = np.concatenate([table, _fresh_row(table, name, seed)[None]])
     return {"model_embedding": {"embedding": table}, mlp: params[mlp]}
 
 
+def _fresh_row(table: np.ndarray, name: str, seed: int) -> np.ndarray:
+    """Draws a row, N(0, 1), that is not nearly parallel to any row of the table."""
+    digest = hashlib.sha256(table.tobytes() + name.encode()).digest()
+    rng = np.random.default_rng([seed, *digest])
+    lengths = np.linalg.norm(table, axis=1)
+    while True:
+        row = rng.standard_normal(table.shape[1], np.float32)
+        cosines = table @ row / np.maximum(lengths * np.linalg.norm(row), 1e-12)
+        if np.abs(cosines).max() < MAX_COSINE:
+            return row
+
+
 def origins(config) -> dict[str, Checkpoint]:
-    """Returns the checkpoint that each style of a run comes from, in row order: its teacher, over all rounds.
+    """Returns the checkpoint that each style of a run comes from, in row order; growing may have had several rounds.
 
-    Of a grown student's older styles it is the teacher of the round in which they were learned; where that is not
-    known, since a DMM folder does not hold its teachers, the old student with the style folded in.
+    A kept style comes from the teacher of the round that learned it. A DMM folder does not name its teachers: a style
+    kept from one comes from the old student itself, with that style folded in.
     """
-    found = {}
+    teachers = {}
     if config.grow.student:
-        path, kept = locate(config.grow.student), config_lib.kept_styles(config)
-        older = origins(config_lib.load(path)) if (path / "config.json").is_file() else _folded(open_checkpoint(path))
-        found = {name: older[old] for name, old in kept.items()}
-    told = {"prediction_type": config.prediction_type}
-    return found | {name: open_teacher(path, config.base, **told) for name, path in config.teachers}
-
-
-def _folded(student: Checkpoint) -> dict[str, Checkpoint]:
-    return {name: fold_style(student, one_hot(student, row)) for row, name in enumerate(student.styles)}
+        path = locate(config.grow.student)
+        if (path / "config.json").is_file():
+            older = origins(config_lib.load(path))
+        else:
+            student = open_checkpoint(path)
+            older = {name: fold_style(student, one_hot(student, row)) for row, name in enumerate(student.styles)}
+        teachers = {name: older[old] for name, old in config_lib.kept_styles(config).items()}
+    overrides = {"prediction_type": config.prediction_type}
+    return teachers | {name: open_teacher(path, config.base, **overrides) for name, path in config.teachers}

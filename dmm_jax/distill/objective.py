@@ -131,10 +131,10 @@ def predict_teachers(
 ) -> UNetOutput:
     """Returns each teacher's prediction for its own row of the noisy latents (B, h, w, C); no gradient passes.
 
-    All teachers run as one batch of networks: what has no parameters runs once for all images, dense layers are batched
-    products, and convolutions run network by network (`layers.for_stacks`). Eight teachers one after the other would be
-    thousands of small kernels more. The `vmap` is safe inside shard_map, where every array is one device's own; under
-    plain jit on several devices the partitioner gets it wrong.
+    All teachers run as one batch of networks: operations without parameters run once for all images, dense layers are
+    batched products, and convolutions run network by network (`layers.for_stacks`). Eight teachers one after the other
+    would be thousands of small kernels more. The `vmap` is safe inside shard_map, where arrays are one device's own;
+    under plain jit on several devices the partitioner gets it wrong.
 
     Args:
       text: the base's conditioning of all prompts; a teacher with its own text encoders encodes its prompts itself.

@@ -1,4 +1,4 @@
-"""AdamW behind a clip by the global norm, with the learning rate's schedule (DMM, arXiv:2504.12364, A.3)."""
+"""AdamW with a clip by the global norm, and the learning rate's schedule (DMM, arXiv:2504.12364, A.3)."""
 
 import jax
 import optax

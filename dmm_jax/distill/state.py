@@ -62,7 +62,7 @@ def init_state(trained: Mapping, optimizers: Mapping, mesh: Mesh, ema_decay: flo
 
 
 def abstract_state(trained: Mapping, optimizers: Mapping, ema_decay: float) -> TrainState:
-    """Returns the shapes of the state around arrays or shapes of what is trained."""
+    """Returns the shapes of the state around arrays or shapes of the trained parameters."""
     return jax.eval_shape(lambda trained: _init(trained, optimizers, ema_decay), trained)
 
 

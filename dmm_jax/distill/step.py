@@ -76,9 +76,9 @@ def build_gradients(
     varying = partial(jax.lax.pcast, to="varying")
 
     def loss_fn(trained, sample_ids, batch, teachers, frozen, step_key):
-        whole = jax.tree.map_with_path(partial(gather, dtype=dtype, axes=("fsdp",)), trained, specs)
+        gathered = jax.tree.map_with_path(partial(gather, dtype=dtype, axes=("fsdp",)), trained, specs)
         inputs = jax.vmap(partial(draw_inputs, objective, step_key))(sample_ids, teachers.styles, batch)
-        errors = sample_errors(networks, objective, whole, teachers, frozen, inputs)
+        errors = sample_errors(networks, objective, gathered, teachers, frozen, inputs)
         weights = objective.weights | {"discriminator": 1.0}  # Neither of the two moves the other's parameters.
         loss = sum(weights[name] * jnp.mean(error) for name, error in errors.items() if name in weights)
         return loss / (mesh.size * gradient_accumulation), jax.tree.map(lambda error: jnp.mean(error, 1), errors)
@@ -109,9 +109,9 @@ def build_gradients(
 
 def _gather_teachers(error, mesh):
     """Sums (T,) over the devices of each teacher and returns all teachers' sums, (N,), with one collective."""
-    whole = jnp.zeros(error.shape[0] * mesh.shape["teacher"], error.dtype)
+    padded = jnp.zeros(error.shape[0] * mesh.shape["teacher"], error.dtype)
     first = jax.lax.axis_index("teacher") * error.shape[0]
-    return jax.lax.psum(jax.lax.dynamic_update_slice_in_dim(whole, error, first, 0), sharding.AXES)
+    return jax.lax.psum(jax.lax.dynamic_update_slice_in_dim(padded, error, first, 0), sharding.AXES)
 
 
 def _sum_over_micro_batches(function, num_micro_batches, *batch):
@@ -170,8 +170,8 @@ def build_validation(networks: Networks, objective: Objective, mesh: Mesh, specs
     objective = dataclasses.replace(objective, feature_loss_weight=0.0, adversarial_weight=0.0)
 
     def local(params, teachers, frozen, inputs: Inputs):
-        whole = jax.tree.map_with_path(partial(gather, dtype=dtype), params, specs)
-        return sample_errors(networks, objective, {"student": whole}, teachers, frozen, inputs)["score"]
+        student = jax.tree.map_with_path(partial(gather, dtype=dtype), params, specs)
+        return sample_errors(networks, objective, {"student": student}, teachers, frozen, inputs)["score"]
 
     in_specs = (specs, sharding.TEACHERS, sharding.COPY, sharding.BATCH)
     check_vma = networks.check_vma

@@ -1,9 +1,4 @@
-"""One style fitted to images: every network is frozen, and one vector learns by the loss of denoising.
-
-The vector is a row of the style table, before the MLP (DMM, arXiv:2504.12364, A.1), as textual inversion
-(arXiv:2208.01618) learns a word. With `mix_only` only the weights of the rows that exist are learned: the vector is
-weights @ table, N numbers.
-"""
+"""The jitted steps behind `fit_style`: a row of the style table, or a mix of its rows, learns by the denoising loss."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,13 +10,14 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from dmm_jax.data.batches import Batch
 from dmm_jax.diffusion import prediction
 from dmm_jax.diffusion.schedule import add_noise
 from dmm_jax.distill.objective import Inputs, Objective, draw_inputs
 
 
 @dataclasses.dataclass(frozen=True)
-class Frozen:
+class FrozenNetworks:
     """The structure of the networks."""
 
     unet: nnx.GraphDef
@@ -29,49 +25,48 @@ class Frozen:
 
 
 def denoising_errors(
-    frozen: Frozen, objective: Objective, params, row: Float[Array, "1 E"], inputs: Inputs
+    networks: FrozenNetworks, objective: Objective, params, row: Float[Array, "1 E"], inputs: Inputs
 ) -> Float[Array, " B"]:
-    """Returns each sample's mean squared error of the UNet's prediction, in a style (arXiv:2006.11239, eq. 14).
+    """Returns each sample's mean squared error of the UNet's prediction in one style (DDPM, arXiv:2006.11239, eq. 14).
 
     Args:
-      objective: of which the schedule and the prediction type are read.
       params: {"unet": ..., "text_encoders": ...}.
-      inputs: leaves (B, ...): latents, noise, timesteps, input_ids, time_ids (which only SDXL is told).
+      row: of the style table, before the MLP.
+      inputs: leaves (B, ...).
     """
     alphas_cumprod = jnp.asarray(objective.alphas_cumprod, jnp.float32)
-    text = nnx.merge(frozen.text_encoders, params["text_encoders"])(inputs.input_ids)
+    text = nnx.merge(networks.text_encoders, params["text_encoders"])(inputs.input_ids)
     noisy = add_noise(inputs.latents, inputs.noise, inputs.timesteps, alphas_cumprod)
     target = inputs.noise
     if objective.prediction_type == "v_prediction":
-        alpha_bar = alphas_cumprod[inputs.timesteps]
-        target = prediction.velocity(inputs.latents, inputs.noise, alpha_bar)
+        target = prediction.velocity(inputs.latents, inputs.noise, alphas_cumprod[inputs.timesteps])
     style = jnp.broadcast_to(row, (len(noisy), row.shape[1]))
     conditions = {"style_embedding": style, "added_cond": text.added_cond(inputs.time_ids)}
-    unet = nnx.merge(frozen.unet, params["unet"])
+    unet = nnx.merge(networks.unet, params["unet"])
     predicted = unet(noisy, inputs.timesteps, text.encoder_hidden_states, **conditions).sample
     return jnp.mean(jnp.square(predicted - target), axis=(1, 2, 3))
 
 
 def row_of(learned: Float[Array, "1 _"], params, mix_only: bool) -> Float[Array, "1 E"]:
-    """Returns the row that is learned: `learned` itself (1, E), or the mix of the table that it weighs (1, N)."""
+    """Returns the row that learns: `learned` itself (1, E), or the mix of table rows with these weights (1, N)."""
     if not mix_only:
         return learned
     table = params["unet"]["model_embedding"]["embedding"]
     return jnp.matmul(learned, table, precision=jax.lax.Precision.HIGHEST)
 
 
-def sample_places(seed: int, step: Int[Array, ""], batch_size: int, num_images: int) -> Int[Array, " batch_size"]:
-    """Returns which images make up a batch, from (seed, step) alone: one shuffled pass over all after another."""
+def batch_images(seed: int, step: Int[Array, ""], batch_size: int, num_images: int) -> Int[Array, " batch_size"]:
+    """Returns the images of a batch, from (seed, step) alone: one shuffled pass over all images after another."""
 
-    def one(place):
-        order = jax.random.permutation(jax.random.fold_in(jax.random.key(seed), place // num_images), num_images)
-        return order[place % num_images]
+    def image(position):
+        order = jax.random.permutation(jax.random.fold_in(jax.random.key(seed), position // num_images), num_images)
+        return order[position % num_images]
 
-    return jax.vmap(one)(step * batch_size + jnp.arange(batch_size))
+    return jax.vmap(image)(step * batch_size + jnp.arange(batch_size))
 
 
 def build_fit_step(
-    frozen: Frozen,
+    networks: FrozenNetworks,
     objective: Objective,
     optimizer: optax.GradientTransformation,
     *,
@@ -79,23 +74,20 @@ def build_fit_step(
     mix_only: bool,
     seed: int,
 ) -> Callable:
-    """Returns the jitted `step(state, params, images) -> (state, loss)`, its state donated.
+    """Returns the jitted `step(state, params, images) -> (state, loss)`; `state` is donated.
 
-    Args:
-      objective: of which the schedule, the prediction type, the prompt dropout and the empty prompts are read.
-
-    The state is {"step", "learned", "opt_state"}; `images` has leaves (I, ...): latents, input_ids, time_ids.
+    The state is {"step", "learned", "opt_state"}; `images` is a `Batch` with leaves (I, ...).
     """
 
-    def step(state, params, images):
-        places = sample_places(seed, state["step"], batch_size, len(images.latents))
-        batch = jax.tree.map(lambda leaf: leaf[places], images)
+    def step(state, params, images: Batch):
+        image_ids = batch_images(seed, state["step"], batch_size, len(images.latents))
+        batch = jax.tree.map(lambda leaf: leaf[image_ids], images)
         key = jax.random.fold_in(jax.random.key(seed + 1), state["step"])
         inputs = draw_inputs(objective, key, jnp.arange(batch_size), jnp.array([0, 1]), batch)
 
         def loss_of(learned):
             row = row_of(learned, params, mix_only)
-            return jnp.mean(denoising_errors(frozen, objective, params, row, inputs))
+            return jnp.mean(denoising_errors(networks, objective, params, row, inputs))
 
         loss, grads = jax.value_and_grad(loss_of)(state["learned"])
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["learned"])
@@ -105,10 +97,10 @@ def build_fit_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def build_held_out(frozen: Frozen, objective: Objective) -> Callable:
+def build_held_out(networks: FrozenNetworks, objective: Objective) -> Callable:
     """Returns the jitted `f(params, row (1, E), inputs) -> mean loss`; inputs have leaves (K, B, ...)."""
 
     def mean_loss(params, row, inputs):
-        return jnp.mean(jax.lax.map(partial(denoising_errors, frozen, objective, params, row), inputs))
+        return jnp.mean(jax.lax.map(partial(denoising_errors, networks, objective, params, row), inputs))
 
     return jax.jit(mean_loss)

@@ -1,6 +1,6 @@
-"""`dmm-jax prepare` from prompts alone: the teachers draw the latents that the student is trained on.
+"""Teacher-made data: from prompts alone, the teachers draw the latents that the student is trained on.
 
-The data of DMM's second stage, fine-tuning on teacher-made images (arXiv:2504.12364, A.3).
+DMM's second stage fine-tunes on such images (arXiv:2504.12364, A.3).
 """
 
 import hashlib
@@ -30,25 +30,24 @@ def prepare_cache(config) -> LatentCache:
     """Writes and opens a config's latent cache, from images or, if `data.source` is "teachers", from prompts alone.
 
     Raises:
-      ValueError: the source, the teachers, the base or the cache folder cannot be used.
+      UserError: the source, the teachers, the base or the cache folder cannot be used.
     """
     if config.data.source == TEACHERS:
-        return prepare_samples_from_config(config)
+        return prepare_teacher_samples(config)
     return prepare.prepare_images(config)
 
 
-def prepare_samples_from_config(config) -> LatentCache:
-    """Lets the teachers of all styles draw `config.data.prompts` into `config.data.cache`, and opens it.
+def prepare_teacher_samples(config) -> LatentCache:
+    """Writes and opens a latent cache that the teachers of all styles draw from `config.data.prompts`.
 
     Raises:
-      ValueError: prompts, sampler, teachers, base or the cache folder cannot be used.
+      UserError: prompts, sampler, teachers, base or the cache folder cannot be used.
     """
     prepare.check_config(config)
     config = incremental.resolved(config)
     draws, sampling = _draws(config), config.data.sampling
     arguments.pixels("data.resolution", config.data.resolution, CELL)
-    told = {"prediction_type": config.prediction_type}
-    base = open_checkpoint(config.base, **told)
+    base = open_checkpoint(config.base, prediction_type=config.prediction_type)
     teachers = incremental.origins(config)
     check_mergeable(base, teachers)
     options = {name: sampling[name] for name in ("solver", "num_inference_steps", "guidance_scale")}
@@ -64,27 +63,27 @@ def prepare_samples_from_config(config) -> LatentCache:
         scaling_factor=sampler.pipeline.vae.merged().scaling_factor,
         vae=base.digest("vae"),
         tokenizer=sampler.pipeline.tokenizers.digest,
-        source=_made_by(base, teachers, draws, options | {"dtype": config.dtype}),
+        source=_describe_source(base, teachers, draws, options | {"dtype": config.dtype}),
     )
 
 
 class TeacherSampler:
-    """Draws with one teacher at a time, each behind its own text encoders; only that one is in device memory.
+    """Draws with one teacher at a time, with its own text encoders; only that teacher is in device memory.
 
     Raises:
-      ValueError: the base is incomplete, or the solver cannot run.
+      UserError: the base is incomplete, or the solver cannot run.
     """
 
     def __init__(self, base: Checkpoint, teachers: Sequence[Checkpoint], resolution: int, dtype: str, options: Mapping):
         """Builds the pipeline that the teachers share.
 
         Args:
-          resolution: pixels of a side.
+          resolution: pixels per side.
           options: solver, num_inference_steps and guidance_scale of `Pipeline.__call__`.
         """
         self.base, self.teachers, self.resolution, self.options = base, teachers, resolution, dict(options)
         self.pipeline = Pipeline.for_unet(base, base.unet_config, (), dtype=dtype)
-        solvers.plan(options["solver"], self.pipeline.schedule, options["num_inference_steps"])  # Refuses in time.
+        solvers.plan(options["solver"], self.pipeline.schedule, options["num_inference_steps"])  # Refuses early.
         self._loaded: tuple[int, Pipeline] | None = None
 
     @property
@@ -95,36 +94,32 @@ class TeacherSampler:
 
     def __call__(self, teacher: int, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
         """Returns scaled latents (B, h, w, C), float32."""
-        pipeline = self._of(teacher)
+        pipeline = self._load(teacher)
         size = {"height": self.resolution, "width": self.resolution}
         return pipeline(prompts, seeds=seeds, output="latents", **size, **self.options)
 
-    def _of(self, teacher: int) -> Pipeline:
+    def _load(self, teacher: int) -> Pipeline:
         if self._loaded is None or self._loaded[0] != teacher:
-            self._loaded = None  # Frees the last one before the next is loaded.
-            one = self.teachers[teacher]
-            pipeline = self.pipeline.with_text_encoders(one.text_params(self.base))
-            self._loaded = teacher, pipeline.with_unet(one.params("unet"))
+            self._loaded = None  # Frees the previous teacher before the next one is loaded.
+            checkpoint = self.teachers[teacher]
+            pipeline = self.pipeline.with_text_encoders(checkpoint.text_params(self.base))
+            self._loaded = teacher, pipeline.with_unet(checkpoint.params("unet"))
         return self._loaded[1]
 
 
 def _draws(config) -> Draws:
     if not config.data.prompts:
-        raise UserError("data.prompts is empty: set a text file with one prompt a line, for the teachers to draw.")
+        raise UserError("data.prompts is empty: set a text file with one prompt per line, for the teachers to draw.")
     if not config.teachers:
         raise UserError("teachers is empty: list at least one (style name, path) to draw the prompts.")
     prompts = read_prompts(config.data.prompts)
     return Draws(prompts, len(config_lib.style_names(config)), config.data.num_examples or len(prompts), config.seed)
 
 
-def _made_by(base: Checkpoint, teachers: Mapping[str, Checkpoint], draws: Draws, options: Mapping) -> str:
-    """Says what the latents follow from, besides seed, VAE, tokenizer and resolution; compared, and read in errors."""
-    made = [(name, f"{teacher.digest('unet')} {teacher.text_digest(base)}") for name, teacher in teachers.items()]
-    made += [("prompts", json.dumps(list(draws.prompts))), ("schedule", json.dumps(base.scheduler_config))]
-    plain = {"num_examples": len(draws), **options}
-    said = [f"{name}={_short(text)}" for name, text in made] + [f"{name}={value}" for name, value in plain.items()]
-    return "teachers: " + ", ".join(said)
-
-
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _describe_source(base: Checkpoint, teachers: Mapping[str, Checkpoint], draws: Draws, options: Mapping) -> str:
+    """Returns what fixes the latents besides seed, VAE, tokenizer and resolution; caches are compared by this text."""
+    contents = {name: f"{teacher.digest('unet')} {teacher.text_digest(base)}" for name, teacher in teachers.items()}
+    contents |= {"prompts": json.dumps(list(draws.prompts)), "schedule": json.dumps(base.scheduler_config)}
+    facts = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in contents.items()}
+    facts |= {"num_examples": len(draws), **options}
+    return "teachers: " + ", ".join(f"{name}={value}" for name, value in facts.items())

@@ -3,6 +3,8 @@
 import argparse
 import pathlib
 
+from dmm_jax.runtime.errors import UserError
+from dmm_jax.runtime.storage import check_writable
 from dmm_jax.verbs import options
 
 
@@ -26,8 +28,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Learns the style, writes it, and prints the losses before and after."""
-    from dmm_jax.distill.fit_style import fit_style, report
+    from dmm_jax.config import arguments
+    from dmm_jax.data.sources import FolderSource
+    from dmm_jax.distill.fit_style import check_arguments, fit_style
+    from dmm_jax.pipeline import Pipeline, default_dtype
     from dmm_jax.runtime import compilation
 
+    learning = {
+        name: getattr(args, name) for name in ("steps", "batch_size", "learning_rate", "prompt_dropout", "seed")
+    }
+    check_arguments(**learning)
+    arguments.whole_number("resolution", args.resolution, 0)
+    _check_out(args.out)
     compilation.use_cache()
-    print(report(fit_style(**options.keywords(args))))
+    pipeline = Pipeline.from_pretrained(args.model, dtype=args.dtype or default_dtype(), base=args.base)
+    side = args.resolution or pipeline.unet.merged().config["sample_size"] * pipeline.vae_scale_factor
+    images = FolderSource(args.images, arguments.pixels("resolution", side, pipeline.vae_scale_factor))
+    fitted = fit_style(pipeline, images, args.name, start=args.start, mix_only=args.mix_only, **learning)
+    fitted.save(args.out)
+    print(fitted.summary())
+
+
+def _check_out(out: pathlib.Path) -> None:
+    if out.exists():
+        raise UserError(f"{out} exists; nothing is overwritten. Give a new file.")
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out must be a .safetensors file; got {out}.")
+    check_writable(out)

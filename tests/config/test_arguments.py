@@ -8,7 +8,7 @@ from dmm_jax.config import arguments
 
 
 @pytest.mark.parametrize("value", [1.5, "3", None, True, 0, float("nan"), [1]])
-def test_what_is_no_whole_number_in_bounds_is_told(value):
+def test_values_that_are_not_whole_numbers_in_bounds_are_refused(value):
     with pytest.raises(ValueError, match="steps must be a whole number of at least 1; got"):
         arguments.whole_number("steps", value, 1)
 
@@ -27,35 +27,35 @@ def test_numbers_of_numpy_and_jax_are_numbers(value):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "7", None, [7.0]])
-def test_what_is_no_finite_number_is_told(value):
+def test_values_that_are_not_finite_numbers_are_refused(value):
     with pytest.raises(ValueError, match="scale must be a finite number"):
         arguments.number("scale", value)
 
 
 @pytest.mark.parametrize(
-    "value, said", [("64", "whole"), (-64, "whole"), (2 * 10**7, "whole"), (7, "Use 8"), (63, "Use 56")]
+    "value, message", [("64", "whole"), (-64, "whole"), (2 * 10**7, "whole"), (7, "Use 8"), (63, "Use 56")]
 )
-def test_what_is_no_size_is_told(value, said):
-    with pytest.raises(ValueError, match=f"height must be .*{said}"):
+def test_values_that_are_not_sizes_are_refused(value, message):
+    with pytest.raises(ValueError, match=f"height must be .*{message}"):
         arguments.pixels("height", value, 8)
 
 
 @pytest.mark.parametrize(
-    "values, said", [(3, "must be a sequence"), ("ab", "must be a sequence"), ([1.0], "has 1 entries")]
+    "values, message", [(3, "must be a sequence"), ("ab", "must be a sequence"), ([1.0], "has 1 entries")]
 )
-def test_what_is_not_one_each_is_told(values, said):
-    with pytest.raises(ValueError, match=f"seeds {said}"):
+def test_values_that_are_not_one_per_prompt_are_refused(values, message):
+    with pytest.raises(ValueError, match=f"seeds {message}"):
         arguments.per_prompt("seeds", values, 2)
 
 
-@pytest.mark.parametrize("values, said", [(3, "must be texts"), ([3], "must be texts"), ([], "is empty")])
-def test_what_are_no_texts_is_told(values, said):
-    with pytest.raises(ValueError, match=f"prompts {said}"):
+@pytest.mark.parametrize("values, message", [(3, "must be texts"), ([3], "must be texts"), ([], "is empty")])
+def test_values_that_are_not_texts_are_refused(values, message):
+    with pytest.raises(ValueError, match=f"prompts {message}"):
         arguments.texts("prompts", values)
     assert arguments.texts("prompts", "one") == ["one"] and arguments.texts("prompts", ("a", None)) == ["a", None]
 
 
 @pytest.mark.parametrize("value", [3, "64", (64,), (64, 1.5), (64, -1)])
-def test_what_is_no_pair_of_pixels_is_told(value):
+def test_values_that_are_not_pairs_of_pixels_are_refused(value):
     with pytest.raises(ValueError, match="target_size must be"):
         arguments.pixel_pair("target_size", value)

@@ -20,7 +20,7 @@ def test_a_valid_config_passes():
 
 
 @pytest.mark.parametrize(
-    "name, value, said",
+    "name, value, message",
     [
         ("base", "", "base is empty"),
         ("teachers", (), "at least one"),
@@ -36,10 +36,10 @@ def test_a_valid_config_passes():
         ("feature_loss", "l1", "l2, normalized, cosine"),
     ],
 )
-def test_each_wrong_option_is_named_with_what_to_do(name, value, said):
+def test_each_wrong_option_is_named_with_what_to_do(name, value, message):
     config = valid()
     config[name] = value
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         checks.check(config)
 
 
@@ -100,7 +100,7 @@ def test_sample_grids_need_prompts():
         checks.check(config)
 
 
-def test_all_problems_are_told_at_once():
+def test_one_error_lists_all_problems():
     config = valid()
     config.base, config.num_steps = "", 0
     with pytest.raises(ValueError, match="base is empty[^$]*num_steps"):
@@ -118,8 +118,8 @@ def test_a_mesh_that_does_not_divide_the_teachers_is_refused():
 def test_an_axis_of_no_devices_is_refused(name, value):
     config = valid()
     config.mesh[name] = value
-    wanted = "not be negative" if name == "data" else "be at least 1"
-    with pytest.raises(ValueError, match=f"mesh.{name} must {wanted}; got {value}") as refused:
+    expected = "not be negative" if name == "data" else "be at least 1"
+    with pytest.raises(ValueError, match=f"mesh.{name} must {expected}; got {value}") as refused:
         checks.check(config)
     assert "must divide" not in str(refused.value)
 
@@ -128,9 +128,7 @@ def test_an_axis_of_no_devices_is_refused(name, value):
     "batch_size, accumulation, shape, multiple, nearest",
     [(8, 1, (1, 8, 1), 16, 16), (40, 1, (2, 4, 2), 16, 48), (24, 2, (1, 2, 2), 16, 32), (2, 1, (1, 1, 4), 8, 8)],
 )
-def test_a_batch_that_the_devices_do_not_divide_is_told_with_one_that_works(
-    batch_size, accumulation, shape, multiple, nearest
-):
+def test_a_batch_that_devices_do_not_divide_is_refused_with_advice(batch_size, accumulation, shape, multiple, nearest):
     config = valid()
     config.batch_size, config.gradient_accumulation = batch_size, accumulation
     checks.check(config)
@@ -141,7 +139,7 @@ def test_a_batch_that_the_devices_do_not_divide_is_told_with_one_that_works(
     checks.check_mesh(config, mesh_shape)
 
 
-def test_a_validation_set_that_the_devices_do_not_divide_is_told():
+def test_a_validation_set_that_devices_do_not_divide_is_refused():
     config = valid()
     config.validation_size = 3
     with pytest.raises(ValueError, match="validation_size 3 .* multiple of 4. Use 4"):
@@ -153,40 +151,42 @@ def test_a_validation_set_that_the_devices_do_not_divide_is_told():
 def test_json_round_trip_is_exact():
     config = valid()
     config.samples.prompts = ("a", "b")
-    again = config_lib.from_json(config_lib.to_json(config))
-    assert config_lib.differences(config, again) == []
-    assert again.teachers == config.teachers and again.samples.prompts == ("a", "b")
+    back = config_lib.from_json(config_lib.to_json(config))
+    assert config_lib.differences(config, back) == []
+    assert back.teachers == config.teachers and back.samples.prompts == ("a", "b")
 
 
-@pytest.mark.parametrize("then, now", [(False, "none"), (True, "all")])
-def test_the_remat_of_older_runs_is_translated(then, now, tmp_path):
+@pytest.mark.parametrize("before, after", [(False, "none"), (True, "all")])
+def test_the_remat_of_older_runs_is_translated(before, after, tmp_path):
     text = config_lib.to_json(valid())
-    (tmp_path / "config.json").write_text(text.replace('"remat": "none"', f'"remat": {json.dumps(then)}'))
-    assert config_lib.load(tmp_path).remat == now
+    (tmp_path / "config.json").write_text(text.replace('"remat": "none"', f'"remat": {json.dumps(before)}'))
+    assert config_lib.load(tmp_path).remat == after
 
 
-def test_options_of_other_types_are_told_with_the_file_what_was_expected_and_what_was_found(tmp_path):
+def test_options_of_wrong_types_are_refused_with_file_and_types(tmp_path):
     values = json.loads(config_lib.to_json(valid()))
     values |= {"seed": "a", "mesh": 3, "learning_rate": 1, "num_steps": True, "licenses": [3], "data": {"source": None}}
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError) as refused:
         config_lib.load(tmp_path)
-    said = str(refused.value)
-    assert said.startswith(f"{tmp_path / 'config.json'} cannot be read:") and "learning_rate" not in said
+    message = str(refused.value)
+    assert message.startswith(f"{tmp_path / 'config.json'} cannot be read:") and "learning_rate" not in message
     for line in (
-        'seed: expected a whole number, found a text: "a"',
-        "mesh: expected a group of options, found a whole number: 3",
-        "num_steps: expected a whole number, found true or false: true",
+        'seed: expected a whole number, got a text: "a"',
+        "mesh: expected a group of options, got a whole number: 3",
+        "num_steps: expected a whole number, got true or false: true",
         "licenses: expected a list of texts",
-        "data.source: expected a text, found null: null",
+        "data.source: expected a text, got null: null",
     ):
-        assert f"  - {line}" in said
+        assert f"  - {line}" in message
 
 
-@pytest.mark.parametrize("text, said", [("[1]", "must hold a JSON object"), ("{", "is no JSON"), ("\xff", "no UTF-8")])
-def test_a_config_json_that_is_none_is_named(text, said, tmp_path):
+@pytest.mark.parametrize(
+    "text, message", [("[1]", "must hold a JSON object"), ("{", "is not JSON"), ("\xff", "not UTF-8")]
+)
+def test_a_config_json_that_is_none_is_named(text, message, tmp_path):
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match=said) as refused:
+    with pytest.raises(ValueError, match=message) as refused:
         config_lib.load(tmp_path)
     assert str(tmp_path / "config.json") in str(refused.value)
 

@@ -31,7 +31,7 @@ def test_what_is_written_is_read_back(style):
     assert style_text(json.loads(json.dumps(style))) == style_text(style)
 
 
-def test_a_schedule_switches_at_its_timestep_and_fades_within_its_span():
+def test_a_schedule_switches_at_a_timestep_and_fades_in_a_span():
     switched = style_rows([(1000, "photo"), (600, "anime")], NAMES, TIMESTEPS, 1000)
     assert switched[:, 1].tolist() == [0, 0, 1, 1, 1, 1]
     faded = style_rows([(1000, "photo"), ((800, 400), HALF)], NAMES, TIMESTEPS, 1000)
@@ -39,14 +39,14 @@ def test_a_schedule_switches_at_its_timestep_and_fades_within_its_span():
     np.testing.assert_allclose(faded.sum(1), 1.0, rtol=1e-6)
 
 
-def test_both_evaluations_of_a_heun_step_have_the_style_of_their_own_timestep():
+def test_each_evaluation_of_a_heun_step_has_its_own_style():
     timesteps = solvers.plan("heun", NoiseSchedule(), 3).timesteps  # 999, 499.5, 499.5, 0, 0.
     rows = style_rows([(1000, "photo"), (499.5, "anime"), (10, "ink")], NAMES, timesteps, 1000)
     assert rows.argmax(1).tolist() == [0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(
-    "style, said",
+    "style, message",
     [
         ([(900, "photo"), (600, "anime")], "the timesteps above have no style"),
         ([(1000, "photo"), (600, "anime"), (700, "ink")], "got 700 to 700 below 600"),
@@ -58,12 +58,12 @@ def test_both_evaluations_of_a_heun_step_have_the_style_of_their_own_timestep():
         (["photo", "ink"], "a style is a name, a mix"),
     ],
 )
-def test_gaps_overlaps_and_unknown_names_are_told(style, said):
-    with pytest.raises(ValueError, match=said):
+def test_gaps_overlaps_and_unknown_names_are_refused(style, message):
+    with pytest.raises(ValueError, match=message):
         style_rows(style, NAMES, TIMESTEPS, 1000)
 
 
-def test_a_name_that_is_there_twice_and_weights_that_are_all_zero_are_told():
+def test_a_name_given_twice_and_weights_of_zero_are_refused():
     with pytest.raises(ValueError, match="names 'photo' twice"):
         parse_style("photo=0.5, photo =0.3")
     for nothing in ({"photo": 0.0}, {"photo": 0.0, "ink": 0.0}, {}, {"photo": float("nan")}):
@@ -71,9 +71,9 @@ def test_a_name_that_is_there_twice_and_weights_that_are_all_zero_are_told():
             style_row(nothing, NAMES)
 
 
-@pytest.mark.parametrize("mix, said", [({"photo": 0.7}, "sum is 0.7"), ({"photo": 1.5, "ink": -0.5}, "sum is 1")])
-def test_weights_that_are_no_shares_of_1_are_warned_of(mix, said):
-    with pytest.warns(UserWarning, match=said):
+@pytest.mark.parametrize("mix, message", [({"photo": 0.7}, "sum is 0.7"), ({"photo": 1.5, "ink": -0.5}, "sum is 1")])
+def test_weights_that_are_no_shares_of_1_are_warned_of(mix, message):
+    with pytest.warns(UserWarning, match=message):
         style_row(mix, NAMES)
 
 

@@ -23,7 +23,7 @@ def with_nan(source, target, tensor):
     save(target, tensors, file.metadata)
 
 
-def test_a_run_that_is_refused_leaves_nothing_and_the_corrected_one_is_not_refused_for_its_styles(tiny, tmp_path):
+def test_a_refused_run_leaves_nothing_behind(tiny, tmp_path):
     with_nan(tiny[0]["left"], tmp_path / "bad.safetensors", "model.diffusion_model.out.2.weight")
     config = copied(tiny[1])
     config.teachers = (("other", str(tmp_path / "bad.safetensors")),)
@@ -33,7 +33,7 @@ def test_a_run_that_is_refused_leaves_nothing_and_the_corrected_one_is_not_refus
     assert workdirs.check(tmp_path / "run", tiny[1]) == []
 
 
-def test_the_base_is_looked_through_for_nan_even_where_the_student_starts_from_the_teachers(tiny, tmp_path):
+def test_nan_in_the_base_is_refused_whatever_the_student_starts_from(tiny, tmp_path):
     for path in tiny[0]["base"].rglob("*"):
         if path.is_file():
             (tmp_path / "base" / path.relative_to(tiny[0]["base"])).parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def test_the_base_is_looked_through_for_nan_even_where_the_student_starts_from_t
     "name, value",
     [("ema_decay", 0.9), ("max_grad_norm", 0.0), ("style_learning_rate_scale", 2.0), ("adversarial.weight", 0.1)],
 )
-def test_options_that_change_what_a_checkpoint_holds_are_named_and_the_config_is_left(tiny, trained, name, value):
+def test_options_that_change_the_arrays_of_a_checkpoint_are_refused(tiny, trained, name, value):
     before = (trained / "config.json").read_bytes()
     config = copied(tiny[1])
     config.update_from_flattened_dict({name: value})
@@ -72,7 +72,7 @@ def test_a_resume_that_fails_leaves_the_config_as_it_was(tiny, trained, monkeypa
     assert (trained / "config.json").read_bytes() == before
 
 
-def test_a_folder_of_other_things_is_refused_but_an_empty_one_and_the_runs_own_cache_are_not(tiny, tmp_path):
+def test_only_an_empty_folder_or_the_runs_own_cache_is_accepted(tiny, tmp_path):
     config = copied(tiny[1])
     config.data.cache = str(tmp_path / "cache")
     for name in ("cache", "checkpoints"):
@@ -86,7 +86,7 @@ def test_a_folder_of_other_things_is_refused_but_an_empty_one_and_the_runs_own_c
         workdirs.check(tmp_path / "thesis.tex", config)
 
 
-def test_a_folder_that_cannot_be_written_is_told_at_once(tiny, tmp_path, monkeypatch):
+def test_an_unwritable_folder_is_refused_at_once(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(ValueError, match="no permission"):
         workdirs.check(tmp_path / "run", tiny[1])

@@ -20,28 +20,28 @@ def judged(params, x0):
 
 
 @pytest.fixture
-def drawn():
+def samples():
     student, teacher = jax.random.normal(jax.random.key(0), (2, 3, 2, 2, 4))
     return jax.random.normal(jax.random.key(1), (16, 4)), student, teacher
 
 
-def test_the_student_moves_no_discriminator_and_is_moved_by_none(drawn):
+def test_the_student_moves_no_discriminator_and_is_moved_by_none(samples):
     def mean(name, params, student, teacher):
         return adversarial.errors(judged, params, student, teacher, STYLES, 2)[name].mean()
 
     for name, moved in (("adversarial", [False, True, False]), ("discriminator", [True, False, False])):
-        grads = jax.grad(mean, argnums=(1, 2, 3))(name, *drawn)
+        grads = jax.grad(mean, argnums=(1, 2, 3))(name, *samples)
         assert [bool(jnp.abs(grad).max() > 0) for grad in grads] == moved
 
 
-def test_teacher_i_is_class_i_and_the_student_in_its_style_class_n_plus_i():
+def test_classes_are_teachers_first_then_the_student_in_each_style():
     """Logits that are sure of exactly these classes have no error; the student, seen through, has a large one."""
     classes = jnp.concatenate([STYLES + 2, STYLES])
     judge = lambda params, x0: params * jax.nn.one_hot(classes[x0[:, 0, 0, 0].astype(int)], 4)  # noqa: E731
     student, teacher = jnp.arange(6.0).reshape(2, 3, 1, 1, 1)
-    found = adversarial.errors(judge, 50.0, student, teacher, STYLES, 2)
-    assert np.abs(found["discriminator"]).max() < 1e-6
-    np.testing.assert_allclose(found["adversarial"], 50.0, rtol=1e-5)
+    values = adversarial.errors(judge, 50.0, student, teacher, STYLES, 2)
+    assert np.abs(values["discriminator"]).max() < 1e-6
+    np.testing.assert_allclose(values["adversarial"], 50.0, rtol=1e-5)
 
 
 def steps(workdir):
@@ -59,18 +59,18 @@ def config(tiny):
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
     """A run of 24 steps that was not stopped, and what becomes of it where all is lost after step 20."""
-    whole, stopped = (tmp_path_factory.mktemp("adversarial") / name for name in ("whole", "stopped"))
-    train.run(config, whole)
-    shutil.copytree(whole, stopped, ignore=shutil.ignore_patterns("24"))
+    complete, stopped = (tmp_path_factory.mktemp("adversarial") / name for name in ("whole", "stopped"))
+    train.run(config, complete)
+    shutil.copytree(complete, stopped, ignore=shutil.ignore_patterns("24"))
     lines = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
     (stopped / "metrics.jsonl").write_text("".join(lines[:20]))
     train.run(config, stopped)
-    return whole, stopped
+    return complete, stopped
 
 
 def test_the_discriminators_error_falls(finished):
-    found = [sum(line["discriminator"].values()) for line in steps(finished[0])]
-    assert np.mean(found[-5:]) < np.mean(found[:5]) - 1e-3
+    values = [sum(line["discriminator"].values()) for line in steps(finished[0])]
+    assert np.mean(values[-5:]) < np.mean(values[:5]) - 1e-3
 
 
 def test_the_loss_that_is_logged_is_the_students(finished):
@@ -79,14 +79,14 @@ def test_the_loss_that_is_logged_is_the_students(finished):
     assert line["loss"] == pytest.approx(mean["score"] + 0.002 * mean["feature"] + 0.01 * mean["adversarial"])
 
 
-def test_a_run_that_was_stopped_goes_on_bit_for_bit_discriminator_and_all(finished):
+def test_a_stopped_run_resumes_exactly_with_its_discriminator(finished):
     lines = [steps(folder) for folder in finished]
     assert [line["step"] for line in lines[1]] == [*range(1, 25)]
     for name in ("score", "adversarial", "discriminator", "grad_norm"):
         assert [line[name] for line in lines[0]] == [line[name] for line in lines[1]]
 
 
-def test_with_a_fixed_backbone_the_head_alone_is_trained_and_saved_in_bfloat16_too(config, tmp_path, capsys):
+def test_with_a_fixed_backbone_only_the_head_is_trained_and_saved(config, tmp_path, capsys):
     config = config.copy_and_resolve_references()
     config.adversarial.train_backbone, config.num_steps, config.dtype = False, 2, "bfloat16"
     line = train.run(config, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Growing: the old styles are kept by the student that was, new ones are learned, names and parents are carried on."""
+"""Growing: the old student keeps its styles, new ones are learned, names and parents carry over."""
 
 import json
 import shutil
@@ -13,9 +13,10 @@ from dmm_jax.checkpoints.export import export
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.config import checks
 from dmm_jax.config import options as config_lib
-from dmm_jax.distill import incremental
+from dmm_jax.distill import incremental, student
 from dmm_jax.pipeline import Pipeline
 from dmm_jax.runtime.metrics import read
+from tests.worlds import UNET
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,45 @@ def test_before_the_first_update_a_grown_student_is_the_old_one(grown, trained, 
     assert np.abs(rows - table(grown)).max() > 0
 
 
+class Old:
+    """The style table of a student that is to grow, and nothing else of a checkpoint."""
+
+    unet_config = {}
+
+    def __init__(self, table):
+        self.table = table
+
+    def params(self, component):
+        return {"model_embedding": {"embedding": self.table}, "add_embedding": {}}
+
+
+def largest_cosine(rows):
+    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.abs(rows @ rows.T - np.eye(len(rows))).max()
+
+
+@pytest.mark.parametrize("seed", range(21))
+@pytest.mark.parametrize("kept", [[0, 1, 2], [0], [1], [2, 0], [2, 1, 0]])
+def test_a_new_style_never_starts_as_a_copy_of_a_kept_one(seed, kept):
+    """Kept styles in any subset and order, twice in a row, all with the seed of the first run."""
+    config = {"num_models": 3, **UNET}
+    first = student.style_params(config, "zero", seed)["model_embedding"]["embedding"]
+    second = incremental.grown_style(Old(first[kept]), ["a", "b"], seed)["model_embedding"]["embedding"]
+    third = incremental.grown_style(Old(second[::-1][:3]), ["a", "b", "c"], seed)["model_embedding"]["embedding"]
+    for table, old in ((second, first[kept]), (third, second[::-1][:3])):
+        np.testing.assert_array_equal(table[: len(old)], old)
+        assert largest_cosine(table) < incremental.MAX_COSINE
+    fresh = np.concatenate([first, second[len(kept) :], third[3:]])
+    assert largest_cosine(fresh) < incremental.MAX_COSINE
+
+
+def test_a_fresh_row_nearly_parallel_to_another_is_drawn_again(monkeypatch):
+    table = np.eye(2, dtype=np.float32)
+    monkeypatch.setattr(incremental, "MAX_COSINE", 0.75)  # Few directions in a plane are this far from both axes.
+    rows = [incremental.grown_style(Old(table), [name], 0)["model_embedding"]["embedding"] for name in "abcdef"]
+    assert max(map(largest_cosine, rows)) < 0.75
+
+
 def test_old_and_new_styles_are_learned_under_their_names(grown):
     assert open_checkpoint(grown).styles == ("right", "links", "none")
     lines = [line for line in read(grown / "metrics.jsonl") if "score" in line]
@@ -75,7 +115,7 @@ def test_every_style_of_the_old_student_is_replayed(config, grown):
     assert [(row.first_style, row.num_styles) for row in incremental.batch_rows({}, both, 1)] == [(0, 2)]
 
 
-def test_the_teacher_of_an_old_style_is_the_checkpoint_that_it_came_from_over_all_rounds(tiny, config, grown):
+def test_an_old_style_comes_from_the_teacher_of_its_own_round(tiny, config, grown):
     again = config.copy_and_resolve_references()
     again.grow.student, again.grow.styles = str(grown), ("erste=right", "none")
     again.teachers = (("third", str(tiny[0]["left"])),)

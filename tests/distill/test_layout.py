@@ -27,13 +27,13 @@ def _is_shape(leaf):
     return isinstance(leaf, tuple)
 
 
-def same(left, right):
-    return jax.tree.structure(left) == jax.tree.structure(right) and all(
-        np.array_equal(a, b) for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+def same(first, second):
+    return jax.tree.structure(first) == jax.tree.structure(second) and all(
+        np.array_equal(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
     )
 
 
-def test_what_was_packed_is_unpacked_bit_for_bit_and_large_arrays_are_not_copied():
+def test_packing_round_trips_exactly_without_copying_large_arrays():
     whole = tree()
     packing = Packing(whole, MESH)
     packed = packing.pack(whole)
@@ -67,7 +67,7 @@ def test_a_tree_without_small_arrays_packs_too():
     assert same(packing.unpack(packing.pack(whole)), whole)
 
 
-def test_kernels_lie_output_channel_first_while_packed_and_as_usual_again_behind(monkeypatch):
+def test_packed_kernels_have_the_output_channel_first(monkeypatch):
     monkeypatch.setattr(layout, "PLATFORMS", ("cpu",))
     kernel = np.random.default_rng(0).standard_normal((3, 3, 5, 7)).astype(np.float32)
     whole = tree() | {"kernel": jax.device_put(kernel, sharding.shardings(MESH, sharding.COPY))}
@@ -82,8 +82,8 @@ def test_kernels_lie_output_channel_first_while_packed_and_as_usual_again_behind
         in_shardings=(packing.places, None),
         out_shardings=(packing.places, None),
     )
-    packed, wanted = packing.pack(whole), step(whole, None)[0]
+    packed, expected = packing.pack(whole), step(whole, None)[0]
     assert [leaf.format.layout.major_to_minor for leaf in packed["large"] if leaf.ndim == 4] == [(3, 0, 1, 2)]
     after = packing.unpack(compiled(packed, None)[0])
     assert after["kernel"].format.layout.major_to_minor == (0, 1, 2, 3)
-    assert same(after, wanted)
+    assert same(after, expected)

@@ -39,8 +39,8 @@ def base(tiny):
 def test_before_the_first_update_no_style_is_the_base(workdir, base, tiny, tmp_path):
     """The first step's rate is the warm-up's: 0."""
     start = shutil.copytree(workdir, tmp_path / "run", ignore=shutil.ignore_patterns("[2-9]"))
-    found, expected = open_checkpoint(start).tensors("unet"), open_checkpoint(tiny[0]["base"]).tensors("unet")
-    assert all(np.array_equal(found[key], expected[key]) for key in expected)
+    tensors, expected = open_checkpoint(start).tensors("unet"), open_checkpoint(tiny[0]["base"]).tensors("unet")
+    assert all(np.array_equal(tensors[key], expected[key]) for key in expected)
     pipeline = Pipeline.from_pretrained(start)
     for styles in ({}, {"styles": "none"}, {"styles": "right"}):
         assert distance(latents(pipeline, **styles), base) < 1e-5

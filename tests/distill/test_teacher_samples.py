@@ -45,8 +45,8 @@ def made(tiny, tmp_path_factory):
 
 
 def small_shards(monkeypatch, size):
-    whole = teacher_samples.sample_prompts
-    monkeypatch.setattr(teacher_samples, "sample_prompts", lambda *a, **k: whole(*a, **k, shard_size=size))
+    fill = teacher_samples.sample_prompts
+    monkeypatch.setattr(teacher_samples, "sample_prompts", lambda *a, **k: fill(*a, **k, shard_size=size))
 
 
 def contents(cache):
@@ -75,7 +75,7 @@ def test_a_cached_latent_is_what_the_teachers_pipeline_draws(made):
         assert np.abs(apart[0] - drawn[0]).max() > 0.01
 
 
-def test_records_are_in_order_with_the_prompts_token_ids_and_the_size_told_to_the_sampler(made):
+def test_records_hold_token_ids_and_sizes_in_the_order_of_draws(made):
     config, cache = made
     ids = Tokenizers.from_folders(open_checkpoint(config.base).tokenizer_folders)(PROMPTS)
     assert len(cache) == COUNT
@@ -92,7 +92,7 @@ def test_the_same_config_makes_the_same_cache_whatever_the_shards(made, config, 
     assert contents(again) == contents(made[1])
 
 
-def test_work_that_was_broken_off_goes_on_after_the_last_whole_shard_and_equals_the_whole(made, config, monkeypatch):
+def test_interrupted_work_resumes_after_the_last_complete_shard(made, config, monkeypatch):
     small_shards(monkeypatch, 4)
     call, seen = teacher_samples.TeacherSampler.__call__, []
 
@@ -122,7 +122,7 @@ def test_a_batch_size_changes_nothing_but_rounding(made, config):
 @pytest.mark.parametrize(
     "num_prompts, num_teachers, count", [(3, 2, 10), (4, 2, 9), (4, 8, 70), (1, 3, 5), (6, 4, 24), (100, 8, 11)]
 )
-def test_teachers_and_prompts_get_even_shares_and_in_the_end_all_pairs(num_prompts, num_teachers, count):
+def test_teachers_and_prompts_get_even_shares(num_prompts, num_teachers, count):
     draws = Draws([str(k) for k in range(num_prompts)], num_teachers, count)
     everything = [draws[k] for k in range(count)]
     for group, size in (("teacher", num_teachers), ("prompt", num_prompts)):
@@ -134,7 +134,7 @@ def test_teachers_and_prompts_get_even_shares_and_in_the_end_all_pairs(num_promp
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         ({"prompts": "a.txt"}, "no prompt file a.txt"),
         ({"prompts": ""}, "data.prompts is empty"),
@@ -145,19 +145,19 @@ def test_teachers_and_prompts_get_even_shares_and_in_the_end_all_pairs(num_promp
         ({"resolution": 60}, "Use 56"),
     ],
 )
-def test_what_cannot_be_drawn_is_told(config, change, said):
+def test_unusable_configs_are_refused(config, change, message):
     config.data.update_from_flattened_dict(change)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         prepare_cache(config)
 
 
 @pytest.mark.parametrize(
-    "contents, said", [(b"", "holds no prompt"), (b" \n\n", "holds no prompt"), (b"a\n\xff", "not UTF-8 text"),
+    "contents, message", [(b"", "holds no prompt"), (b" \n\n", "holds no prompt"), (b"a\n\xff", "not UTF-8 text"),
                        (b"a\n" + b"b" * 100_001, "line 2: more than 100000")],
 )  # fmt: skip
-def test_a_prompt_file_that_cannot_be_used_is_told(config, tmp_path, contents, said):
+def test_an_unusable_prompt_file_is_refused(config, tmp_path, contents, message):
     (tmp_path / "prompts.txt").write_bytes(contents)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         prepare_cache(config)
 
 
@@ -189,7 +189,7 @@ def test_the_header_says_who_made_it_and_how(made):
     assert all(part in source for part in ("left=", "right=", "prompts=", "solver=dpmpp_2m", "guidance_scale=2.0"))
 
 
-def test_a_student_trains_on_it_alone_and_after_a_first_stage_in_the_same_workdir(made, tiny, trained, tmp_path):
+def test_a_student_trains_on_teacher_samples_alone_or_after_images(made, tiny, trained, tmp_path):
     config = tiny[1].copy_and_resolve_references()
     config.data.cache, config.num_steps = made[0].data.cache, 2
     alone = train.run(config, tmp_path / "alone")
