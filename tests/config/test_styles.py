@@ -21,7 +21,7 @@ def test_styles_are_read_as_the_command_line_writes_them():
     assert parse_style("photo:800-400:anime:20:ink") == [(1000, "photo"), ((800, 400), "anime"), (20, "ink")]
     with pytest.raises(ValueError, match="NAME=WEIGHT"):
         parse_style("anime=much")
-    with pytest.raises(ValueError, match="no timestep"):
+    with pytest.raises(ValueError, match="not a timestep"):
         parse_style("photo:6.0.0:anime")
 
 
@@ -67,7 +67,7 @@ def test_a_name_given_twice_and_weights_of_zero_are_refused():
     with pytest.raises(ValueError, match="names 'photo' twice"):
         parse_style("photo=0.5, photo =0.3")
     for nothing in ({"photo": 0.0}, {"photo": 0.0, "ink": 0.0}, {}, {"photo": float("nan")}):
-        with pytest.raises(ValueError, match="one at least that is not 0"):
+        with pytest.raises(ValueError, match="at least one of them not 0"):
             style_row(nothing, NAMES)
 
 

@@ -8,12 +8,14 @@ import pytest
 
 from dmm_jax import train
 from dmm_jax.checkpoints import provenance
+from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.export import export
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.config import checks
 from dmm_jax.config import options as config_lib
 from dmm_jax.distill import incremental, student
+from dmm_jax.models.unet_config import merged_config
 from dmm_jax.pipeline import Pipeline
 from dmm_jax.runtime.metrics import read
 from tests.worlds import UNET
@@ -53,13 +55,13 @@ def test_before_the_first_update_a_grown_student_is_the_old_one(grown, trained, 
     assert np.abs(rows - table(grown)).max() > 0
 
 
-class Old:
+class Old(Checkpoint):
     """The style table of a student that is to grow, and nothing else of a checkpoint."""
 
-    unet_config = {}
+    unet_config = {"addition_embed_type": None}
 
     def __init__(self, table):
-        self.table = table
+        object.__setattr__(self, "table", table)
 
     def params(self, component):
         return {"model_embedding": {"embedding": self.table}, "add_embedding": {}}
@@ -74,7 +76,7 @@ def largest_cosine(rows):
 @pytest.mark.parametrize("kept", [[0, 1, 2], [0], [1], [2, 0], [2, 1, 0]])
 def test_a_new_style_never_starts_as_a_copy_of_a_kept_one(seed, kept):
     """Kept styles in any subset and order, twice in a row, all with the seed of the first run."""
-    config = {"num_models": 3, **UNET}
+    config = merged_config(UNET, 3)
     first = student.style_params(config, "zero", seed)["model_embedding"]["embedding"]
     second = incremental.grown_style(Old(first[kept]), ["a", "b"], seed)["model_embedding"]["embedding"]
     third = incremental.grown_style(Old(second[::-1][:3]), ["a", "b", "c"], seed)["model_embedding"]["embedding"]
