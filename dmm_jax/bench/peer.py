@@ -1,11 +1,11 @@
-"""PyTorch's side of `dmm-jax bench --against torch`: stock diffusers modules in the strongest form that users run.
+"""PyTorch's side of `dmm-jax bench --against torch`: stock diffusers modules in the fastest form that users run.
 
     python -m dmm_jax.bench.peer train|sample SIZE BATCH_SIZE NUM_STEPS [NUM_TEACHERS]
 
-Training: float32 master weights, bfloat16 autocast, score and feature loss, fused AdamW, clipping; latents and text
-cached, compiled and channels-last, with one teacher, and with several that take a part of the batch each; and the
-original recipe's step: one teacher, eager, with the VAE and both text encoders in it. Sampling: compiled, 25 steps of
-DPM-Solver++ 2M with guidance, decoded. One JSON object a line.
+Training has float32 master weights, bfloat16 autocast, score and feature loss, fused AdamW and clipping. Cached latents
+and text, compiled and channels-last, are timed with one teacher, and with several teachers that each take a part of the
+batch. The original recipe's step is timed too: one teacher, eager, with the VAE and both text encoders in the step.
+Sampling is compiled: 25 steps of DPM-Solver++ 2M with guidance, then the decoder. Prints one JSON object per line.
 """
 
 import json
@@ -53,7 +53,7 @@ def median_s(call, repeats: int) -> float:
 
 
 def queued_s(call, repeats: int) -> float:
-    """Returns the seconds of a call among several of which only the last is waited for."""
+    """Returns the mean seconds of calls without waiting between them."""
     _wait()
     started = time.perf_counter()
     for _ in range(repeats):
@@ -67,24 +67,21 @@ def _wait():
         torch.cuda.synchronize()
 
 
-def report(job: str, batch_size: int, seconds: float, **more) -> None:
-    """Prints one line."""
+def report(job: str, batch_size: int, seconds: float, **columns) -> None:
+    """Prints one row as a JSON object."""
     peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else 0.0
-    line = {"job": job, "images_per_s": batch_size / seconds, "step_s": seconds, "batch": batch_size} | more
-    print(json.dumps(line | {"peak_memory_gb": peak, "torch": torch.__version__}), flush=True)
+    row = {"job": job, "images_per_s": batch_size / seconds, "step_s": seconds, "batch": batch_size} | columns
+    print(json.dumps(row | {"peak_memory_gb": peak, "torch": torch.__version__}), flush=True)
 
 
 def train(size: str, batch_size: int, num_steps: int, *, num_teachers: int = 1, cached: bool) -> None:
-    """Times one kind of training step; several teachers are asked one after the other, and share the batch."""
+    """Times one kind of training step; several teachers share the batch and run one after the other."""
     layout = {"memory_format": torch.channels_last} if cached else {}
     student = build(size, "unet", num_class_embeds=8).to(DEVICE, **layout).train()
     teachers = [
         build(size, "unet").to(DEVICE, HALF, **layout).eval().requires_grad_(False) for _ in range(num_teachers)
     ]
-    seen = {id(model): [] for model in (student, *teachers)}
-    for model in (student, *teachers):
-        for block in [*model.down_blocks, model.mid_block, *model.up_blocks]:
-            block.register_forward_hook(_keep(seen[id(model)]))
+    student_features, teacher_features = record_features(student), [record_features(teacher) for teacher in teachers]
     configs = SIZES[size]
     side, width = configs["unet"]["sample_size"], configs["unet"]["cross_attention_dim"]
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=DEVICE.type == "cuda")
@@ -95,7 +92,7 @@ def train(size: str, batch_size: int, num_steps: int, *, num_teachers: int = 1, 
     latents = torch.randn(batch_size, 4, side, side, device=DEVICE, dtype=HALF)
     text = torch.randn(batch_size, 77, width, device=DEVICE, dtype=HALF)
     compiled = torch.compile if cached else lambda model: model
-    asked, follow = [compiled(teacher) for teacher in teachers], compiled(student)
+    run_teachers, run_student = [compiled(teacher) for teacher in teachers], compiled(student)
     if not cached:
         vae, encoders = frozen(build(size, "vae")), [frozen(build(size, "text_encoder")) for _ in range(2)]
 
@@ -106,21 +103,19 @@ def train(size: str, batch_size: int, num_steps: int, *, num_teachers: int = 1, 
         return torch.cat(parts) * 0.18215, encoders[0](input_ids)[0], encoders[1](input_ids)[0]
 
     def step():
-        for kept in seen.values():
-            kept.clear()
+        for features in (student_features, *teacher_features):
+            features.clear()
         with torch.no_grad(), torch.autocast(DEVICE.type, HALF):
-            clean, ours, theirs = conditioning()
+            clean, student_text, teacher_text = conditioning()
             noise, timesteps = torch.randn_like(clean), torch.randint(0, 1000, (batch_size,), device=DEVICE)
             noisy = scheduler.add_noise(clean, noise, timesteps)
-            parts = zip(asked, *(leaf.chunk(num_teachers) for leaf in (noisy, timesteps, theirs)), strict=True)
-            target = _joined([ask(*part).sample for ask, *part in parts])
-            targets = [_joined(maps) for maps in zip(*(seen[id(teacher)] for teacher in teachers), strict=True)]
+            inputs = (leaf.chunk(num_teachers) for leaf in (noisy, timesteps, teacher_text))
+            target = _joined([run(*part).sample for run, *part in zip(run_teachers, *inputs, strict=True)])
+            target_features = [_joined(maps) for maps in zip(*teacher_features, strict=True)]
         with torch.autocast(DEVICE.type, HALF):
-            output = follow(noisy, timesteps, ours, class_labels=labels).sample
-        loss = torch.nn.functional.mse_loss(output.float(), target.float())
-        pairs = list(zip(seen[id(student)], targets, strict=True))
-        features = sum(torch.nn.functional.mse_loss(a.float(), b.float()) for a, b in pairs) / len(pairs)
-        (loss + FEATURE_LOSS_WEIGHT * features).backward()
+            output = run_student(noisy, timesteps, student_text, class_labels=labels).sample
+        losses = [_squared_error(*pair) for pair in zip(student_features, target_features, strict=True)]
+        (_squared_error(output, target) + FEATURE_LOSS_WEIGHT * sum(losses) / len(losses)).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -131,11 +126,23 @@ def train(size: str, batch_size: int, num_steps: int, *, num_teachers: int = 1, 
 
 
 def _joined(parts):
-    return torch.cat(parts) if len(parts) > 1 else parts[0]  # One is not copied.
+    return torch.cat(parts) if len(parts) > 1 else parts[0]  # A single part is not copied.
 
 
-def _keep(kept):
-    return lambda module, args, output: kept.append(output[0] if isinstance(output, tuple) else output)
+def _squared_error(a, b):
+    return torch.nn.functional.mse_loss(a.float(), b.float())
+
+
+def record_features(unet) -> list[torch.Tensor]:
+    """Returns a list to which every later forward pass appends the outputs of the UNet's blocks."""
+    features: list[torch.Tensor] = []
+
+    def append(module, args, output):
+        features.append(output[0] if isinstance(output, tuple) else output)
+
+    for block in [*unet.down_blocks, unet.mid_block, *unet.up_blocks]:
+        block.register_forward_hook(append)
+    return features
 
 
 @torch.no_grad()
@@ -157,22 +164,22 @@ def sample(size: str, batch_size: int, num_steps: int) -> None:
         latents = torch.randn(batch_size, 4, side, side, device=DEVICE, dtype=HALF)
         for timestep in scheduler.timesteps:
             both = denoise(torch.cat([latents, latents]), timestep, text, class_labels=labels).sample
-            without, given = both.chunk(2)
-            latents = scheduler.step(without + 7.0 * (given - without), timestep, latents).prev_sample
+            unconditional, conditional = both.chunk(2)
+            latents = scheduler.step(unconditional + 7.0 * (conditional - unconditional), timestep, latents).prev_sample
         return decode(latents.to(HALF) / 0.18215).sample.float().cpu()
 
     report("torch.compile", batch_size, median_s(draw, max(num_steps // 2, 1)))
 
 
 def main() -> None:
-    """Runs what the command line asks for."""
-    (job, size), (batch_size, num_steps, *more) = sys.argv[1:3], map(int, sys.argv[3:])
+    """Runs the job of the command line."""
+    (job, size), (batch_size, num_steps, *optional) = sys.argv[1:3], map(int, sys.argv[3:])
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     if job == "sample":
         return sample(size, batch_size, num_steps)
-    num_teachers = more[0] if more else 1
-    torch._dynamo.config.cache_size_limit = num_teachers + 8  # A compiled program each.
+    num_teachers = optional[0] if optional else 1
+    torch._dynamo.config.cache_size_limit = num_teachers + 8  # Each module has a compiled program.
     kinds = [{"cached": True}, {"cached": True, "num_teachers": num_teachers}, {"cached": False}]
     for kind in kinds if num_teachers > 1 else kinds[::2]:
         train(size, batch_size, num_steps, **kind)

@@ -1,6 +1,6 @@
-"""Where the device's time goes: the kernels of a few calls, summed by name, and what of them are collectives.
+"""The device's time by kernel, and the share of collectives in it, from a trace of a few calls.
 
-Read from JAX's own profiler: kernels on the streams of GPUs, operations of TPUs. CPUs tell neither.
+JAX's own profiler records kernels on the streams of GPUs and operations of TPUs; it records neither on a CPU.
 """
 
 import collections
@@ -10,42 +10,68 @@ import json
 import pathlib
 import re
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
+
+from dmm_jax.bench import traffic
 
 CALLS = 2
 # Operations that exchange data between devices: NCCL's kernels, XLA's own, and a TPU's, by name.
 COLLECTIVE = re.compile(
     r"nccl|all[-_]?(?:reduce|gather|to[-_]?all)|reduce[-_]?scatter|collective[-_]?(?:permute|broadcast)", re.IGNORECASE
 )
-_AROUND = re.compile(r"(?:while|conditional|call)(?:$|[.\d])")  # A TPU's line holds these over what runs inside.
+_ENCLOSING = re.compile(r"(?:while|conditional|call)(?:$|[.\d])")  # A TPU records these around the operations inside.
 _ASYNC = "Async XLA Ops"
 
 
 @dataclasses.dataclass(frozen=True)
-class Ran:
-    """One kernel or operation, in microseconds of the trace."""
+class Kernel:
+    """One run of a kernel or operation, in microseconds of the trace."""
 
     device: str
     name: str
     start: float
     end: float
-    background: bool  # On a TPU's line of transfers, which run beside its operations.
+    background: bool  # A TPU's transfer, which runs at the same time as operations.
+
+    @property
+    def is_collective(self) -> bool:
+        """Returns whether the kernel exchanges data between devices."""
+        return bool(COLLECTIVE.search(self.name))
 
 
-def profile(call: Callable, folder: str | pathlib.Path) -> list[Ran]:
-    """Traces `CALLS` calls into `folder`, which TensorBoard and Perfetto open; returns what ran on the devices."""
+def report(call: Callable, folder: str | pathlib.Path, program: str = "") -> list[Kernel]:
+    """Traces calls into `folder` and prints their kernels on stderr; does nothing if `folder` is "".
+
+    Args:
+      program: the compiled program's text, if nothing else runs: the traffic of its fusions is printed as well.
+    """
+    if not folder:
+        return []
+    kernels = trace(call, folder)
+    if kernels:
+        print(table(time_by_name(kernels)), file=sys.stderr)
+        if program:
+            print(traffic.table(time_by_name(kernels, str), program), file=sys.stderr)
+    else:
+        print(f"{folder} holds the trace, which has no kernels of a device: a CPU records none.", file=sys.stderr)
+    return kernels
+
+
+def trace(call: Callable, folder: str | pathlib.Path) -> list[Kernel]:
+    """Traces `CALLS` calls into `folder`, which TensorBoard and Perfetto open; returns the devices' kernels."""
     with jax.profiler.trace(str(folder), create_perfetto_trace=True):
         for _ in range(CALLS):
             jax.block_until_ready(call())
     traces = sorted(pathlib.Path(folder).rglob("perfetto_trace.json.gz"), key=lambda path: path.stat().st_mtime)
     with gzip.open(traces[-1], "rt") as file:
-        return list(on_devices(json.load(file)["traceEvents"]))
+        return list(device_kernels(json.load(file)["traceEvents"]))
 
 
-def on_devices(events: list[dict]) -> Iterator[Ran]:
-    """Yields what a trace says to have run on a GPU's streams or as a TPU's operations; nothing of a host's."""
+def device_kernels(events: list[dict]) -> Iterator[Kernel]:
+    """Yields the kernels on a GPU's streams and the operations of a TPU in a trace; nothing of a host."""
     processes = {event["pid"]: event["args"]["name"] for event in events if event.get("name") == "process_name"}
     threads = {
         (event["pid"], event["tid"]): event["args"]["name"] for event in events if event.get("name") == "thread_name"
@@ -57,70 +83,70 @@ def on_devices(events: list[dict]) -> Iterator[Ran]:
             event.get("ph") == "X"
             and "device:" in device
             and line.startswith(lines)
-            and not _AROUND.match(event["name"])
+            and not _ENCLOSING.match(event["name"])
         ):
             start = float(event["ts"])
-            yield Ran(device, event["name"], start, start + event["dur"], line == _ASYNC)
+            yield Kernel(device, event["name"], start, start + event["dur"], line == _ASYNC)
 
 
-def plain(name: str) -> str:
-    """Takes the numbers off a kernel's name that tell one instance from the next: `loop_fusion_12` -> `loop_fusion`."""
+def without_number(name: str) -> str:
+    """Removes the numbers that tell instances of a kernel apart: `loop_fusion_12` -> `loop_fusion`."""
     return re.sub(r"([_.]\d+)+$", "", name)
 
 
-def summed(ran: Iterable[Ran], called: Callable[[str], str] = plain) -> dict[str, tuple[float, int]]:
-    """Sums kernels up by name.
+def time_by_name(
+    kernels: Iterable[Kernel], rename: Callable[[str], str] = without_number
+) -> dict[str, tuple[float, int]]:
+    """Returns {name: (milliseconds, launches)} per call and device, the longest first.
 
     Args:
-      called: what is made of a kernel's name; `str`: each by its own.
-
-    Returns:
-      {name: (milliseconds, launches)} of one device in one call, the mean over both; the longest first.
+      rename: maps a kernel's name to the name under which it is summed; `str` keeps every kernel apart.
     """
-    ran = [one for one in ran if not one.background]
-    parts = CALLS * len({one.device for one in ran})
+    kernels = [kernel for kernel in kernels if not kernel.background]
+    parts = CALLS * len({kernel.device for kernel in kernels})
     sums = collections.defaultdict(lambda: [0.0, 0])
-    for one in ran:
-        sums[called(one.name)][0] += (one.end - one.start) / 1e3
-        sums[called(one.name)][1] += 1
+    for kernel in kernels:
+        sums[rename(kernel.name)][0] += (kernel.end - kernel.start) / 1e3
+        sums[rename(kernel.name)][1] += 1
     ordered = sorted(sums.items(), key=lambda item: -item[1][0])
     return {name: (total / parts, round(count / parts)) for name, (total, count) in ordered}
 
 
-def collective_shares(ran: Iterable[Ran]) -> dict[str, float]:
-    """Returns which part of a device's time collectives run, and run alone: means over the devices, {} without any.
+def collective_shares(kernels: Iterable[Kernel]) -> dict[str, float]:
+    """Returns the shares of a device's time in which collectives run, and run alone; {} without kernels.
 
     "collective_share" is their time, waiting for the slowest device included, over the time from the first kernel's
-    start to the last one's end; "exposed_collective_share" is the part of it in which nothing else runs there.
+    start to the last one's end. "exposed_collective_share" counts only the time in which nothing else runs on the
+    device. Both are means over the devices.
     """
     by_device = collections.defaultdict(list)
-    for one in ran:
-        by_device[one.device].append(one)
+    for kernel in kernels:
+        by_device[kernel.device].append(kernel)
     shares = []
-    for there in by_device.values():
-        exchanging = [one for one in there if COLLECTIVE.search(one.name)]
-        computing = [one for one in there if not (one.background or COLLECTIVE.search(one.name))]
+    for on_device in by_device.values():
+        exchanging = [kernel for kernel in on_device if kernel.is_collective]
+        computing = [kernel for kernel in on_device if not (kernel.background or kernel.is_collective)]
         both, busy = _covered(exchanging + computing), _covered(computing)
-        span = max(one.end for one in there) - min(one.start for one in there)
+        span = max(kernel.end for kernel in on_device) - min(kernel.start for kernel in on_device)
         shares.append((_covered(exchanging) / span, (both - busy) / span))
     names = ("collective_share", "exposed_collective_share")
     return {name: statistics.mean(column) for name, column in zip(names, zip(*shares, strict=True), strict=False)}
 
 
-def _covered(ran: Iterable[Ran]) -> float:
-    """Returns how long at least one of them runs."""
+def _covered(kernels: Iterable[Kernel]) -> float:
+    """Returns the time in which at least one kernel runs."""
     total, until = 0.0, float("-inf")
-    for one in sorted(ran, key=lambda one: one.start):
-        total += max(one.end - max(one.start, until), 0.0)
-        until = max(until, one.end)
+    for kernel in sorted(kernels, key=lambda kernel: kernel.start):
+        total += max(kernel.end - max(kernel.start, until), 0.0)
+        until = max(until, kernel.end)
     return total
 
 
-def table(kernels: dict[str, tuple[float, int]], rows: int = 40) -> str:
-    """Lays the longest kernels out for people."""
-    total = sum(time for time, _ in kernels.values())
-    launches = sum(count for _, count in kernels.values())
-    lines = [f"{total:10.2f} ms of kernels a call and device, {launches} launches"]
-    for name, (time, count) in list(kernels.items())[:rows]:
+def table(times: dict[str, tuple[float, int]], num_rows: int = 40) -> str:
+    """Returns a table of the longest kernels."""
+    total = sum(time for time, _ in times.values())
+    launches = sum(count for _, count in times.values())
+    lines = [f"{total:10.2f} ms of kernels per call and device, {launches} launches"]
+    for name, (time, count) in list(times.items())[:num_rows]:
         lines.append(f"{time:10.2f} ms {100 * time / total:5.1f} % {count:6d} x {name[:110]}")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""`dmm-jax bench scaling`: the training step on more and more devices of one host, in each way to divide the work.
+"""`dmm-jax bench scaling`: the training step on 1, 2, 4, ... devices of one host, in each way to divide the work.
 
-Every row is a `bench train` in a process of its own, so that none inherits another's memory and one that fails is a row
-that says so. This process never touches a device: a GPU that it held would lack its memory in the children.
+Every row is a `bench train` in a process of its own, so that no row inherits memory from another, and a failure becomes
+a row with its error. This process never touches a device: it would take GPU memory from its children.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import ml_collections
 
@@ -22,31 +22,19 @@ from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.sharding import AXES
 
 ONE = "one device"
-LIMIT_S = 1800  # A child that takes longer hangs.
+LIMIT_S = 1800  # A child that takes longer has hung.
 PROBE = "import jax; print(jax.device_count())"
 COLUMNS = (
-    "mesh",
-    "devices",
-    "batch",
-    "images_per_s",
-    "times_one_device",
-    "step_s",
-    "peak_memory_gb",
-    "planned_memory_gb",
-    "teacher_gb",
-    "sent_gb",
-    "collective_share",
-    "exposed_collective_share",
-    "compile_s",
-    "failed",
-)
+    "mesh", "devices", "batch", "images_per_s", "times_one_device", "step_s", "peak_memory_gb", "planned_memory_gb",
+    "teacher_gb", "sent_gb", "collective_share", "exposed_collective_share", "compile_s", "failed",
+)  # fmt: skip
 
 
 def layouts(num_devices: int, num_rows: int) -> dict[str, dict[str, int]]:
-    """Returns the ways to divide the work among devices, {name: devices along each axis}; on one device they are one.
+    """Returns the different ways to divide the work among devices: {name: {axis: devices along it}}.
 
     Args:
-      num_rows: of the batch, one a teacher: `teacher` must divide them.
+      num_rows: rows of the batch, one per teacher: the size of the axis `teacher` must divide them.
     """
     if num_devices == 1:
         return {ONE: dict.fromkeys(AXES, 1)}
@@ -57,21 +45,21 @@ def layouts(num_devices: int, num_rows: int) -> dict[str, dict[str, int]]:
         "teacher x data 2": (half, 2, 1),
         "fsdp": (1, 1, num_devices),
     }
-    found: dict[str, dict[str, int]] = {}
+    meshes: dict[str, dict[str, int]] = {}
     for name, shape in shapes.items():
         mesh = dict(zip(AXES, shape, strict=True))
-        if math.prod(shape) == num_devices and num_rows % mesh["teacher"] == 0 and mesh not in found.values():
-            found[name] = mesh
-    return found
+        if math.prod(shape) == num_devices and num_rows % mesh["teacher"] == 0 and mesh not in meshes.values():
+            meshes[name] = mesh
+    return meshes
 
 
-def counts(there: int) -> list[int]:
-    """Returns the numbers of devices to measure: powers of two, and all; one first, then from the most down.
+def device_counts(available: int) -> list[int]:
+    """Returns the numbers of devices to measure: 1, then all, then the powers of two, the largest first.
 
-    A sweep that is cut short has then measured what the result rests on.
+    So an interrupted sweep has measured the two numbers that matter most.
     """
-    found = {2**power for power in range(there.bit_length())} | {there}
-    return [1, *sorted(found - {1}, reverse=True)]
+    counts = {2**power for power in range(available.bit_length())} | {available}
+    return [1, *sorted(counts - {1}, reverse=True)]
 
 
 def scaling(
@@ -83,48 +71,48 @@ def scaling(
     results: str = "",
     say: Callable[[dict], None] = lambda row: None,
 ) -> list[dict]:
-    """Measures the step on each number of devices in each layout, the same images on each device everywhere.
+    """Measures the step on each number of devices in each layout, with the same number of images on each device.
 
     Args:
-      config: its batch is one device's; its mesh is not used.
-      devices: how many; default: `counts` of those there are.
-      profile: a folder for a trace of every row, which the shares of collectives are read from; "": a temporary one.
-      results: a file of rows as JSON lines. Those in it are not measured again, new ones are added.
-      say: is told each row once it is there.
+      config: has the batch of one device; its mesh is not used.
+      devices: the numbers of devices; default: `device_counts` of this machine.
+      profile: a folder for the traces that give the shares of collectives; "": a temporary one.
+      results: a file of rows as JSON lines: its rows are not measured again, new rows are added.
+      say: receives each row once it is measured.
 
     Returns:
-      A row per number of devices and layout: what `bench train --json` says, "times_one_device", or "failed" and why.
+      One row per number of devices and layout: that of `bench train --json` with "times_one_device", or "failed" with
+      the error.
 
     Raises:
-      ValueError: the config cannot be run, or there are fewer devices.
+      UserError: the config cannot be run, or the machine has fewer devices.
     """
-    checks.check(_laid_out(config, 1, dict.fromkeys(AXES, 1)))
-    there = _device_count()
-    devices = list(devices) or counts(there)
-    if not all(0 < count <= there for count in devices):
-        raise UserError(f"devices must lie between 1 and the {there} of this machine; got {devices}.")
-    before, rows = _read(results), []
-    told = {"size": size, "config": hashlib.sha256(config_lib.to_json(config).encode()).hexdigest()[:12]}
+    checks.check(_with_layout(config, 1, dict.fromkeys(AXES, 1)))
+    available = _device_count()
+    devices = list(devices) or device_counts(available)
+    if not all(0 < count <= available for count in devices):
+        raise UserError(f"devices must be between 1 and the {available} of this machine; got {devices}.")
+    earlier, rows = _read(results), []
+    settings = {"size": size, "config": hashlib.sha256(config_lib.to_json(config).encode()).hexdigest()[:12]}
     with tempfile.TemporaryDirectory(prefix="dmm_jax_scaling_") as folder:
-        for count, layout, mesh in _each(devices, config_lib.num_rows(config)):
-            key = told | {"layout": layout, "devices": count, "batch": count * config.batch_size}
-            row = next((old for old in before if key.items() <= old.items()), None)
+        num_rows = config_lib.num_rows(config)
+        sweep = [(count, *item) for count in devices for item in layouts(count, num_rows).items()]
+        for count, layout, mesh in sweep:
+            key = settings | {"layout": layout, "devices": count, "batch": count * config.batch_size}
+            row = next((old for old in earlier if key.items() <= old.items()), None)
             if row is None:
                 trace = str(pathlib.Path(profile or folder) / f"{layout} {count}".replace(" ", "_"))
-                row = key | {"mesh": mesh} | _measured(_laid_out(config, count, mesh), size, num_steps, count, trace)
-                _append(results, row)
+                child_config = _with_layout(config, count, mesh)
+                row = key | {"mesh": mesh} | _measure_in_child(child_config, size, num_steps, count, trace)
+                if results:
+                    with open(results, "a") as file:
+                        file.write(json.dumps(row) + "\n")
             rows.append(_with_ratio(row, [*rows, row]))
             say(rows[-1])
     return rows
 
 
-def _each(devices, num_rows) -> Iterator[tuple[int, str, dict]]:
-    for count in devices:
-        for layout, mesh in layouts(count, num_rows).items():
-            yield count, layout, mesh
-
-
-def _laid_out(config, num_devices, mesh):
+def _with_layout(config, num_devices, mesh):
     changed = config.copy_and_resolve_references()
     changed.mesh.update(mesh)
     changed.batch_size = config.batch_size * num_devices
@@ -132,24 +120,26 @@ def _laid_out(config, num_devices, mesh):
 
 
 def _with_ratio(row, rows):
-    alone = [one["images_per_s"] for one in rows if one["devices"] == 1 and "images_per_s" in one]
-    return row | ({"times_one_device": row["images_per_s"] / alone[0]} if alone and "images_per_s" in row else {})
+    speeds_of_one = [each["images_per_s"] for each in rows if each["devices"] == 1 and "images_per_s" in each]
+    if not speeds_of_one or "images_per_s" not in row:
+        return row
+    return row | {"times_one_device": row["images_per_s"] / speeds_of_one[0]}
 
 
 def _device_count() -> int:
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"JAX finds no device: {_last_words(done.stderr)}")
+        raise UserError(f"JAX finds no device: {_error_line(done.stderr)}")
     return int(done.stdout.split()[-1])
 
 
-def _measured(config, size, num_steps, num_devices, trace) -> dict:
-    """Runs `bench train` in a process of its own; returns its line, or {"failed": its last words}."""
+def _measure_in_child(config, size, num_steps, num_devices, trace) -> dict:
+    """Runs `bench train` in a process of its own; returns its row, or {"failed": error}."""
     with tempfile.TemporaryDirectory(prefix="dmm_jax_scaling_") as folder:
         path = pathlib.Path(folder) / "experiment.py"
         path.write_text(
-            "from dmm_jax import config\n\n\n"
-            f"def get_config():\n    return config.from_json({config_lib.to_json(config)!r})\n"
+            "from dmm_jax.config.options import from_json\n\n\n"
+            f"def get_config():\n    return from_json({config_lib.to_json(config)!r})\n"
         )
         command = [sys.executable, "-m", "dmm_jax", "bench", "train", "--json", f"--config={path}"]
         command += [f"--size={size}", f"--num-steps={num_steps}", f"--devices={num_devices}", f"--profile={trace}"]
@@ -159,32 +149,27 @@ def _measured(config, size, num_steps, num_devices, trace) -> dict:
             return {"failed": f"took longer than {LIMIT_S} s"}
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
-        return {"failed": _last_words(done.stderr) or f"ended with code {done.returncode}"}
+        return {"failed": _error_line(done.stderr) or f"ended with code {done.returncode}"}
     return json.loads(lines[-1])
 
 
-def _last_words(said: str) -> str:
-    """Returns the line that says what went wrong: the last that names an error, else the last."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+def _error_line(output: str) -> str:
+    """Returns the last line of an output that names an error, or else the last line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r"Error\b|error: |RESOURCE_EXHAUSTED", line)]
     return (errors or lines or [""])[-1][:300]
 
 
 def _read(path: str) -> list[dict]:
-    """Reads the rows of an earlier sweep; those that failed are left out, so that they are tried again."""
-    there = path and pathlib.Path(path).is_file()
-    rows = [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()] if there else []
+    """Reads the rows of an earlier sweep, except failed ones, which are measured again."""
+    if not path or not pathlib.Path(path).is_file():
+        return []
+    rows = [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
     return [row for row in rows if "failed" not in row]
 
 
-def _append(path: str, row: Mapping) -> None:
-    if path:
-        with open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-
-
 def write_figure(rows: Sequence[Mapping], path: pathlib.Path) -> list[pathlib.Path]:
-    """Draws images/s over devices, a line a layout: PATH for light pages, and NAME_dark.png beside it."""
+    """Draws images/s over devices, one line per layout: PATH for light pages, NAME_dark.png for dark ones."""
     from dmm_jax.evaluation import figures
 
     points: dict[str, list] = {}
@@ -193,8 +178,8 @@ def write_figure(rows: Sequence[Mapping], path: pathlib.Path) -> list[pathlib.Pa
             points.setdefault(row["layout"], []).append((row["devices"], row["images_per_s"]))
     if not points:
         raise UserError(f"{path} is not drawn: no row was measured.")
-    alone = points.pop(ONE, [])
-    lines = {layout: alone + more for layout, more in points.items()} or {ONE: alone}
+    first = points.pop(ONE, [])
+    lines = {layout: first + others for layout, others in points.items()} or {ONE: first}
     pictures = figures.render(lambda theme: figures.scaling(lines, theme))
     paths = {"light": path, "dark": path.with_name(f"{path.stem}_dark{path.suffix}")}
     for name, written in paths.items():

@@ -1,4 +1,4 @@
-"""How `bench` times what it runs, and what a GPU's clock and power were meanwhile."""
+"""Times calls, reads the clock and power of GPUs while they run, and measures the matrix peak."""
 
 import contextlib
 import os
@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 
-WARMUP = 3  # Calls before the timed ones.
+WARMUP = 3  # Calls before the timed calls.
 PEAK_SIZE = 8192  # Rows and columns of the square product that measures the matrix peak.
-_POWER_CAP = 0x4  # NVML's bit of a clock that is held back to stay within the power limit.
+_POWER_CAP = 0x4  # NVML's bit for a clock that the power limit reduces.
 _READINGS = ("clocks.sm", "clocks.max.sm", "power.draw", "enforced.power.limit", "clocks_throttle_reasons.active")
 
 
 def median_s(call: Callable, repeats: int) -> float:
-    """Returns the median seconds of a call whose result is waited for, after warm-up."""
+    """Returns the median seconds of a call until its result is ready, after warm-up."""
     times = []
     for number in range(WARMUP + repeats):
         started = time.perf_counter()
@@ -29,7 +29,7 @@ def median_s(call: Callable, repeats: int) -> float:
 
 
 def queued_s(call: Callable, repeats: int) -> float:
-    """Returns the seconds of a call among several that are dispatched without waiting for each, as `train` does."""
+    """Returns the mean seconds of calls that are dispatched without waiting for each, as in `train`."""
     jax.block_until_ready(call())
     started = time.perf_counter()
     for _ in range(repeats):
@@ -40,29 +40,29 @@ def queued_s(call: Callable, repeats: int) -> float:
 
 @contextlib.contextmanager
 def watched_power(num_devices: int, every_ms: int = 100) -> Iterator[dict[str, float]]:
-    """Reads clocks and power of the GPUs that run the block, and fills the dict that it yields as the block ends.
+    """Yields a dictionary that has the clocks and power of the GPUs during the block, once the block ends.
 
-    Medians of the readings (`sm_clock_mhz`, `power_w`), what they could be (`max_sm_clock_mhz`, `power_limit_w`), and
-    `power_capped`, the share of the readings in which the power limit held the clock back: there the energy of the work
-    sets the speed. Empty where `nvidia-smi` is not found.
+    It has the medians of the readings (`sm_clock_mhz`, `power_w`), their limits (`max_sm_clock_mhz`, `power_limit_w`),
+    and `power_capped`, the share of readings in which the power limit reduced the clock; then the energy of the work
+    sets the speed. It stays empty without `nvidia-smi`.
     """
-    found: dict[str, float] = {}
+    readings: dict[str, float] = {}
     if jax.default_backend() != "gpu" or not shutil.which("nvidia-smi"):
-        yield found
+        yield readings
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num_devices)))
     command = ["nvidia-smi", f"--id={','.join(visible.split(',')[:num_devices])}", f"--query-gpu={','.join(_READINGS)}"]
     options = ["--format=csv,noheader,nounits", f"--loop-ms={every_ms}"]
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as smi:
         try:
-            yield found
+            yield readings
         finally:
             smi.terminate()
-            found |= read_power(smi.communicate()[0])
+            readings |= read_power(smi.communicate()[0])
 
 
 def read_power(text: str) -> dict[str, float]:
-    """Reads `nvidia-smi`'s lines of `_READINGS`; leaves out one cut off, and those of a GPU that tells no power."""
+    """Reads `nvidia-smi`'s lines of `_READINGS`, except incomplete lines and lines of a GPU that reports no power."""
     rows = []
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
@@ -79,7 +79,7 @@ def read_power(text: str) -> dict[str, float]:
 
 
 def matmul_peak() -> float:
-    """Measures the TFLOP/s of a large bfloat16 matrix product on random data (on a CPU, of a small one)."""
+    """Measures the TFLOP/s of a large bfloat16 matrix product on random data; a CPU multiplies smaller matrices."""
     size = PEAK_SIZE if jax.default_backend() != "cpu" else 1024
     repeats = 8
 

@@ -1,141 +1,94 @@
-"""The bytes that each fusion of a compiled program reads and writes, read off its text: what its time is held against.
-
-A kernel that computes little can be no quicker than the memory that it reads and writes.
-"""
+"""Counts the bytes that each fusion of a compiled program reads and writes, and its speed."""
 
 import collections
-import dataclasses
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-SIZES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
-SIZES |= {"s64": 8, "u64": 8, "f64": 8}
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?(\S+) \(.*\) -> .*\{$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?(\S+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
-_SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
-_OPERAND = re.compile(r"%([\w.\-]+)")
-_INDEX = re.compile(r"index=(\d+)")
-_CALLED = re.compile(r"calls=%?([\w.\-]+)")
-_PIECES = {"slice": 1, "dynamic-slice": 1, "dynamic-update-slice": 0}  # How often their result's bytes are read.
+from dmm_jax.planning import hlo
+from dmm_jax.planning.hlo import Instruction
+
+_TUPLE_INDEX = re.compile(r"index=(\d+)")
+_PARTIAL_READS = {"slice": 1, "dynamic-slice": 1, "dynamic-update-slice": 0}  # {opcode: reads of its result's bytes}.
 
 
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One line of a computation."""
+def fusion_bytes(program: str) -> dict[str, int]:
+    """Returns the bytes that each fusion of a program (`compiled.as_text()`) reads and writes, by its name.
 
-    name: str
-    bytes: int  # Of its result, or results.
-    opcode: str
-    operands: tuple[str, ...]
-    rest: str  # Of the line, from the first operand on.
-    is_root: bool
-
-
-def of_fusions(program: str) -> dict[str, int]:
-    """Returns the bytes read and written by each fusion of a program (`compiled.as_text()`), by its name.
-
-    Of what a fusion only takes slices of, the slices count; of what it updates in place, the update; an array that
-    comes under two names, such as behind barriers, once.
+    A sliced operand counts as its slices, an operand that is updated in place as the update. An array under two names,
+    for example after a barrier, counts once.
     """
-    computations, found = _computations(program), {}
-    for lines in computations.values():
-        by_name = {one.name: one for one in lines}
-        for one in (one for one in lines if one.opcode == "fusion"):
-            inside = computations[_CALLED.search(one.rest)[1]]
+    computations, moved = hlo.computations(program), {}
+    for instructions in computations.values():
+        by_name = {instruction.name: instruction for instruction in instructions}
+        for fusion in (instruction for instruction in instructions if instruction.opcode == "fusion"):
+            body = computations[fusion.called[0]]
             read: dict[str, int] = {}
-            for operand, size in zip(one.operands, _read(inside), strict=True):
+            for operand, size in zip(fusion.operands, _read_bytes(body), strict=True):
                 source = _source(operand, by_name)
                 read[source] = max(read.get(source, 0), size)
-            found[one.name] = sum(read.values()) + _written(inside)
-    return found
+            moved[fusion.name] = sum(read.values()) + _written_bytes(body)
+    return moved
 
 
 def _source(name: str, by_name: Mapping[str, Instruction]) -> str:
-    """Follows a name through tuples to what was computed."""
-    one = by_name.get(name)
-    while one and one.opcode == "get-tuple-element" and by_name[one.operands[0]].opcode == "tuple":
-        name = by_name[one.operands[0]].operands[int(_INDEX.search(one.rest)[1])]
-        one = by_name.get(name)
+    """Follows a name through tuples to the computed array."""
+    while (element := by_name.get(name)) and element.opcode == "get-tuple-element":
+        source = by_name[element.operands[0]]
+        if source.opcode != "tuple":
+            break
+        name = source.operands[int(_TUPLE_INDEX.search(element.text)[1])]
     return name
 
 
-def table(kernels: Mapping[str, tuple[float, int]], program: str, rows: int = 30) -> str:
-    """Lays out the fusions that take longest, with the bytes that they move and how fast.
+def _read_bytes(body: Sequence[Instruction]) -> Iterator[int]:
+    """Yields the bytes read of each parameter, in their order."""
+    users = collections.defaultdict(list)
+    for instruction in body:
+        for operand in dict.fromkeys(instruction.operands):
+            users[operand].append(instruction)
+
+    def uses(value):
+        """Yields (user, used value), and follows values through bitcasts."""
+        for user in users[value.name]:
+            yield from uses(user) if user.opcode == "bitcast" else [(user, value)]
+
+    parameters = [instruction for instruction in body if instruction.opcode == "parameter"]
+    for parameter in sorted(parameters, key=lambda parameter: int(parameter.text.split(")")[0])):
+        all_uses = list(uses(parameter))
+        if all(user.opcode in _PARTIAL_READS and user.operands[0] == value.name for user, value in all_uses):
+            yield sum(_PARTIAL_READS[user.opcode] * user.num_bytes for user, _ in all_uses)
+        else:
+            yield parameter.num_bytes
+
+
+def _written_bytes(body: Sequence[Instruction]) -> int:
+    by_name = {instruction.name: instruction for instruction in body}
+
+    def written(value):
+        if value.opcode == "tuple":
+            return sum(written(by_name[name]) for name in value.operands)
+        if value.opcode == "bitcast":
+            return written(by_name[value.operands[0]])
+        return by_name[value.operands[1]].num_bytes if value.opcode == "dynamic-update-slice" else value.num_bytes
+
+    return written(next(instruction for instruction in body if instruction.is_root))
+
+
+def table(kernels: Mapping[str, tuple[float, int]], program: str, num_rows: int = 30) -> str:
+    """Returns a table of the fusions that take longest, with the bytes that they move and their speed.
 
     Args:
-      kernels: {name with its number: (milliseconds, launches)} in one call, as `bench_profile.summed` gives them.
+      kernels: {name with its number: (milliseconds, launches)} per call, from `profile.time_by_name`.
     """
-    moved = {name.replace(".", "_"): size for name, size in of_fusions(program).items()}  # As kernels are named.
-    known = [(name, time, count, count * moved[name]) for name, (time, count) in kernels.items() if name in moved]
-    times, sizes = sum(time for _, time, *_ in known), sum(size for *_, size in known)
-    lines = [f"{times:10.2f} ms {sizes / 1e9:8.2f} GB {_speed(sizes, times)} in fusions, and in the longest of them"]
-    for name, time, count, size in known[:rows]:
+    moved = {name.replace(".", "_"): size for name, size in fusion_bytes(program).items()}  # A kernel's form of a name.
+    rows = [(name, time, count, count * moved[name]) for name, (time, count) in kernels.items() if name in moved]
+    total_time, total_size = sum(time for _, time, *_ in rows), sum(size for *_, size in rows)
+    speed = _speed(total_size, total_time)
+    lines = [f"{total_time:10.2f} ms {total_size / 1e9:8.2f} GB {speed} in fusions, and in the longest of them"]
+    for name, time, count, size in rows[:num_rows]:
         lines.append(f"{time:10.3f} ms {size / 1e9:8.3f} GB {_speed(size, time)} {count:5d} x {name}")
     return "\n".join(lines)
 
 
 def _speed(size, milliseconds):
     return f"{size / milliseconds / 1e9:6.2f} TB/s" if milliseconds else f"{'':11}"
-
-
-def _computations(program: str) -> dict[str, list[Instruction]]:
-    found, here = {}, []
-    for line in program.splitlines():
-        header, match = _COMPUTATION.match(line), _INSTRUCTION.match(line)
-        if header:
-            here = found[header[1]] = []
-        elif match:
-            root, name, shape, opcode, rest = match.groups()
-            operands = tuple(_OPERAND.findall(rest[: _closing(rest)]))
-            here.append(Instruction(name, _bytes(shape), opcode, operands, rest, bool(root)))
-    return found
-
-
-def _closing(text: str) -> int:
-    """Returns where the parenthesis is closed that was opened before `text`."""
-    depth = 1
-    for place, character in enumerate(text):
-        depth += (character == "(") - (character == ")")
-        if not depth:
-            return place
-    return len(text)
-
-
-def _bytes(shape: str) -> int:
-    return sum(
-        SIZES.get(kind, 4) * math.prod(map(int, filter(None, dims.split(",")))) for kind, dims in _SHAPE.findall(shape)
-    )
-
-
-def _read(inside: Sequence[Instruction]) -> Iterator[int]:
-    """Yields the bytes read of each parameter, in their order."""
-    users = collections.defaultdict(list)
-    for one in inside:
-        for operand in dict.fromkeys(one.operands):
-            users[operand].append(one)
-
-    def seen(value):
-        for user in users[value.name]:
-            yield from seen(user) if user.opcode == "bitcast" else [(user, value)]
-
-    parameters = [one for one in inside if one.opcode == "parameter"]
-    for parameter in sorted(parameters, key=lambda one: int(one.rest.split(")")[0])):
-        uses = list(seen(parameter))
-        if all(user.opcode in _PIECES and user.operands[0] == value.name for user, value in uses):
-            yield sum(_PIECES[user.opcode] * user.bytes for user, _ in uses)
-        else:
-            yield parameter.bytes
-
-
-def _written(inside: Sequence[Instruction]) -> int:
-    by_name = {one.name: one for one in inside}
-
-    def of(one):
-        if one.opcode == "tuple":
-            return sum(of(by_name[name]) for name in one.operands)
-        if one.opcode == "bitcast":
-            return of(by_name[one.operands[0]])
-        return by_name[one.operands[1]].bytes if one.opcode == "dynamic-update-slice" else one.bytes
-
-    return of(next(one for one in inside if one.is_root))

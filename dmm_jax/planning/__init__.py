@@ -1,1 +1,1 @@
-"""What a run takes, before a machine is rented: devices, operations, collectives, memory."""
+"""Memory, work and time of a run, before a machine is rented."""

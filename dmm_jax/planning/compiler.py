@@ -1,4 +1,4 @@
-"""The TPU's compiler without a TPU: libtpu compiles a program for a slice that it is only told about."""
+"""Compiles for TPUs on a machine without one: libtpu accepts the description of a slice."""
 
 import importlib.util
 import os
@@ -11,9 +11,10 @@ from dmm_jax.planning import devices
 from dmm_jax.runtime import sharding
 from dmm_jax.runtime.errors import UserError
 
-# Compiles in a third of the time, to another code than `train`'s, which is of full effort; memory is near.
-EFFORT = {"exec_time_optimization_effort": -1.0}
-# Nothing on this machine is asked for, and two plans may run at once.
+# Compiles in a third of the time. The code differs from that of `train`, which compiles with full effort; its memory
+# is close.
+LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}
+# libtpu must not ask this machine for a TPU, and two plans may run at once.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -22,18 +23,18 @@ ENVIRONMENT = {
 }
 
 
-def is_here() -> bool:
-    """Tells whether libtpu is installed."""
+def is_installed() -> bool:
+    """Returns whether libtpu is installed."""
     return importlib.util.find_spec("libtpu") is not None
 
 
 def tpu_mesh(topology: str, **axes: int) -> Mesh:
-    """Returns a mesh over TPU slices that need not exist, as "v5e:4x4" or "v5e:4x4*2"; `axes` as in `make_mesh`.
+    """Returns a mesh over TPU slices that need not exist, such as "v5e:4x4" or "v5e:4x4*2"; `axes` as in `make_mesh`.
 
     Raises:
-      ValueError: libtpu is not installed, or does not know the slice.
+      UserError: libtpu is not installed, or does not know the slice.
     """
-    if not is_here():
+    if not is_installed():
         raise UserError(
             "compiling for a TPU needs libtpu: pip install 'dmm-jax[plan]'. Without it (--no-compile) the memory of "
             "activations is an estimate."
@@ -43,25 +44,16 @@ def tpu_mesh(topology: str, **axes: int) -> Mesh:
     from jax.experimental import topologies
 
     shape, num_slices = devices.slices(topology)
-    several = {"num_slices": num_slices} if num_slices > 1 else {}
+    slices = {"num_slices": num_slices} if num_slices > 1 else {}
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=shape, **several)
+        description = topologies.get_topology_desc(platform="tpu", topology_name=shape, **slices)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"libtpu cannot describe {topology}: {error}") from error
-    return sharding.make_mesh(**axes, devices=list(described.devices))
-
-
-def told(full_effort: bool) -> str:
-    """Says how a program was compiled."""
-    if full_effort:
-        return "compiled as `train` compiles"
-    return (
-        "compiled with the least effort for its speed, where `train` takes the full one (--full-effort): memory is near"
-    )
+    return sharding.make_mesh(**axes, devices=list(description.devices))
 
 
 def out_of_memory(error: Exception) -> tuple[float, float]:
-    """Returns (needed, available) bytes of a program that was found too large; raises any other error again."""
+    """Returns the (needed, available) bytes of a program that is too large for its device; raises any other error."""
     numbers = re.search(r"\(?([\d.]+)G\)?[^\d]*(?:exceeds available HBM|of) \(?([\d.]+)G\)?", str(error))
     if "RESOURCE_EXHAUSTED" not in str(error) or not numbers:
         raise error

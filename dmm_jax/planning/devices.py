@@ -1,17 +1,18 @@
-"""The devices that a run may be planned for: what their makers promise, and what of it we count on.
+"""The devices that a run may use: the figures of their makers, and the share of those figures that a plan counts on.
 
 TPUs: cloud.google.com/tpu/docs/{v5e,v5p,v6e}; GPUs: NVIDIA's data sheets, dense figures, and its DGX systems' networks.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 
 from dmm_jax.runtime.errors import UserError
 
-COMPUTE_SHARE = 0.4  # Of the peak of bf16 products: torch.compile reaches 0.34 of an H200's in this step.
-BANDWIDTH_SHARE = 0.8  # Of the memory's.
-GPUS_PER_HOST = 8  # That NVLink joins.
+COMPUTE_SHARE = 0.4  # Share of the bf16 peak that products reach; torch.compile reaches 0.34 of an H200's in this step.
+BANDWIDTH_SHARE = 0.8  # Share of the memory's bandwidth.
+GPUS_PER_HOST = 8  # NVLink joins these.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,14 +22,14 @@ class Device:
     name: str
     bf16_flops: float
     memory_bandwidth: float
-    memory: float  # What a program can have: less than the maker's figure.
-    link_bandwidth: float  # Of a ring along one mesh axis: two links of a TPU's torus, an NVIDIA GPU's NVLinks one way.
-    network_bandwidth: float  # One chip's share of its host's: between TPU slices, between hosts of GPUs.
-    calls_itself: str  # A pattern of JAX's `device_kind`.
+    memory: float  # What a program can use: less than the maker's figure.
+    link_bandwidth: float  # A ring along one mesh axis: two links of a TPU's torus, an NVIDIA GPU's NVLinks one way.
+    network_bandwidth: float  # One chip's share of its host's network, which joins TPU slices and hosts of GPUs.
+    kind_pattern: str  # A pattern of JAX's `device_kind`.
 
 
 GIB = 2.0**30
-# The memory of v5e is what the compiler allows; the others' in the same proportion, GPUs' less CUDA's context.
+# The compiler allows v5e's memory; other TPUs have the same proportion, GPUs lose CUDA's context.
 DEVICES = {
     "v5e": Device("TPU v5e", 197e12, 819e9, 15.75 * GIB, 90e9, 3.125e9, "TPU v5 ?(lite|e)"),
     "v5p": Device("TPU v5p", 459e12, 2765e9, 95 * GIB - 0.25 * GIB, 180e9, 6.25e9, "TPU v5p?"),
@@ -38,80 +39,79 @@ DEVICES = {
     "A100": Device("NVIDIA A100", 312e12, 2039e9, 0.95 * 80e9, 300e9, 25e9, "NVIDIA A100.*80GB"),
     "A100-40GB": Device("NVIDIA A100", 312e12, 1555e9, 0.95 * 40e9, 300e9, 25e9, "NVIDIA A100.*40GB"),
 }
-SIZES = {"80GB": "H100", "141GB": "H200", "40GB": "A100-40GB"}
-FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-SLICES = {
-    "v5e": FLAT,
+GPU_BY_MEMORY = {"80GB": "H100", "141GB": "H200", "40GB": "A100-40GB"}
+FLAT_SLICES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+SIZES = {  # In ascending order.
+    "v5e": FLAT_SLICES,
     "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16"),
-    "v6e": FLAT,
+    "v6e": FLAT_SLICES,
     "gpu": ("1", "2", "4", "8", "16", "32", "64"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Equal devices that one run uses."""
+    """Equal devices that one run uses; links join those of a TPU slice or of a host of GPUs, a network the rest."""
 
-    name: str  # "v5e:4x4", "v5e:16x16*2", "gpu:8x80GB"; or what JAX calls the devices that are here.
-    device: Device | None  # None: in no table, so nothing is known of its rates.
+    name: str  # "v5e:4x4", "v5e:16x16*2", "gpu:8x80GB"; JAX's name for the devices of this process.
+    device: Device | None  # None: a device without known rates.
     count: int
     platform: str  # "tpu", "gpu" or "cpu".
-    linked: int  # How many, one after the other, are joined by links: a TPU slice, a host of GPUs.
+    domain_size: int  # Consecutive devices that links join: a TPU slice, or a host of GPUs.
 
     @property
     def larger(self) -> "Topology | None":
-        """The next size of the same device; None if there is none."""
+        """Returns the next size of the same device; None for the largest."""
         kind, _, size = self.name.partition(":")
         if self.platform == "gpu":
-            count, _, which = size.partition("x")
-            sizes = [f"{more}x{which}" for more in SLICES["gpu"] if int(more) > int(count)]
+            count, _, model = size.partition("x")
+            sizes = [f"{larger}x{model}" for larger in SIZES["gpu"] if int(larger) > int(count)]
         else:
-            sizes = [
-                more + size[size.find("*") :] * ("*" in size) for more in SLICES[kind] if _product(more) > self.linked
-            ]
+            _, star, num_slices = size.partition("*")
+            sizes = [shape + star + num_slices for shape in SIZES[kind] if _num_chips(shape) > self.domain_size]
         return topology(f"{kind}:{sizes[0]}") if sizes else None
 
     @property
-    def beyond(self) -> str:
-        """What the network joins."""
+    def domains(self) -> str:
+        """Returns the name of what the network joins."""
         return "slices" if self.platform == "tpu" else "hosts"
 
     def carrier(self, group: Sequence[int]) -> str:
-        """Returns "links" where they join all devices of a group, by their numbers, and "network" where they do not."""
-        return "links" if self._places(group) == 1 else "network"
+        """Returns "links" if they join all devices of a group, given by their numbers, else "network"."""
+        return "links" if self._num_domains(group) == 1 else "network"
 
     def bandwidth(self, group: Sequence[int]) -> float:
-        """Returns the bytes/s at which a ring over a group of devices turns: in the network, all of a place join in."""
-        links, places = self.device.link_bandwidth, self._places(group)
-        if places == 1:
+        """Returns the bytes/s of a ring over a group of devices; those of one domain share its network connection."""
+        links, num_domains = self.device.link_bandwidth, self._num_domains(group)
+        if num_domains == 1:
             return links
-        return min(links, self.device.network_bandwidth * len(group) / places)
+        return min(links, self.device.network_bandwidth * len(group) / num_domains)
 
-    def _places(self, group):
-        return len({one // self.linked for one in group})
+    def _num_domains(self, group):
+        return len({number // self.domain_size for number in group})
 
 
 def topology(name: str) -> Topology:
     """Reads "v5e:4x4", "v5p:2x2x2", "v5e:16x16*2" (two slices), "gpu:8x80GB" or "gpu:8xH200".
 
     Raises:
-      ValueError: another form, a slice that nobody rents out, or a device that is not in the table.
+      UserError: another form, a slice that is not offered, or an unknown device.
     """
     kind, _, size = name.partition(":")
     if kind == "gpu":
         match = re.fullmatch(r"(\d+)x(\w[\w-]*)", size)
-        which = SIZES.get(match[2], match[2]) if match else None
-        if which in DEVICES and which not in SLICES and int(match[1]) > 0:
-            return Topology(name, DEVICES[which], int(match[1]), "gpu", GPUS_PER_HOST)
-    elif kind in SLICES:
+        model = GPU_BY_MEMORY.get(match[2], match[2]) if match else None
+        if model in DEVICES and model not in SIZES and int(match[1]) > 0:
+            return Topology(name, DEVICES[model], int(match[1]), "gpu", GPUS_PER_HOST)
+    elif kind in SIZES:
         shape, num_slices = slices(size)
-        if shape in SLICES[kind] and num_slices:
-            return Topology(name, DEVICES[kind], _product(shape) * num_slices, "tpu", _product(shape))
+        if shape in SIZES[kind] and num_slices:
+            return Topology(name, DEVICES[kind], _num_chips(shape) * num_slices, "tpu", _num_chips(shape))
         raise UserError(
-            f"there is no topology {name!r}. Slices of {kind} are {', '.join(SLICES[kind])}; several of them are "
-            f"written {kind}:{SLICES[kind][-1]}*2."
+            f"there is no topology {name!r}. Slices of {kind} are {', '.join(SIZES[kind])}; several of them are "
+            f"written {kind}:{SIZES[kind][-1]}*2."
         )
-    gpus = ", ".join([*SIZES, *(which for which in DEVICES if which not in SLICES)])
+    gpus = ", ".join([*GPU_BY_MEMORY, *(model for model in DEVICES if model not in SIZES)])
     raise UserError(
         f"there is no topology {name!r}. Give a TPU slice such as v5e:4x4, v5p:2x2x2 or v6e:4x4, or gpu:COUNTxKIND "
         f"such as gpu:8x80GB; the kinds are {gpus}."
@@ -119,22 +119,19 @@ def topology(name: str) -> Topology:
 
 
 def slices(size: str) -> tuple[str, int]:
-    """Reads "16x16*2" as a slice's shape and how many there are: 1 where it is not said, 0 if it is no number."""
-    shape, several, count = size.partition("*")
-    return shape, (int(count) if count.isdecimal() else 0) if several else 1
+    """Reads "16x16*2" as (shape, number of slices); the number is 1 without a star, and 0 if it is not a number."""
+    shape, star, count = size.partition("*")
+    return shape, (int(count) if count.isdecimal() else 0) if star else 1
 
 
-def here(devices: Sequence) -> Topology:
-    """Describes JAX's devices."""
+def of_process(devices: Sequence) -> Topology:
+    """Returns the topology of JAX's devices."""
     platform, kind = devices[0].platform, devices[0].device_kind
-    device = next((one for one in DEVICES.values() if re.fullmatch(one.calls_itself, kind)), None)
-    num_slices = len({getattr(one, "slice_index", 0) for one in devices})
-    linked = GPUS_PER_HOST if platform == "gpu" else len(devices) // num_slices
-    return Topology(kind, device, len(devices), platform, linked)
+    in_table = next((device for device in DEVICES.values() if re.fullmatch(device.kind_pattern, kind)), None)
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    domain_size = GPUS_PER_HOST if platform == "gpu" else len(devices) // num_slices
+    return Topology(kind, in_table, len(devices), platform, domain_size)
 
 
-def _product(size):
-    product = 1
-    for part in size.split("x"):
-        product *= int(part)
-    return product
+def _num_chips(shape: str) -> int:
+    return math.prod(int(size) for size in shape.split("x"))

@@ -1,6 +1,6 @@
-"""Floating-point operations of a JAX function: those of its matrix products and convolutions, 2 per multiply-add.
+"""Counts the floating-point operations of a JAX function: matrix products and convolutions, 2 per multiply-add.
 
-Counted on the traced program, before any compiler: what the mathematics needs, on every backend alike.
+The traced program is counted, before any compiler changes it, so the count is the same on every backend.
 """
 
 import math
@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from dmm_jax.data.batches import Batch
 from dmm_jax.distill.state import TrainState
+from dmm_jax.distill.teachers import Frozen, Teachers
 from dmm_jax.distillation import Definition
 
 
@@ -19,10 +21,10 @@ def count(function: Callable, *args) -> float:
     return of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def of_step(definition: Definition, state: TrainState, teachers, frozen, batch) -> float:
+def of_step(definition: Definition, state: TrainState, teachers: Teachers, frozen: Frozen, batch: Batch) -> float:
     """Returns the operations of one training step on one device, recomputation included; arguments may be shapes.
 
-    They are counted with plain attention, since nothing inside a fused kernel can be counted.
+    Attention is traced as XLA's products, because products inside a fused kernel cannot be counted.
     """
     gradients = definition.with_attention("xla").gradients(state.trained)
     return count(gradients, state.trained, teachers, frozen, batch, jax.ShapeDtypeStruct((), jnp.int32))
@@ -37,12 +39,12 @@ def _of_equation(equation) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        left = equation.invars[0].aval.shape
-        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+        left_shape = equation.invars[0].aval.shape
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left_shape[axis] for axis in contracted)
     if name == "conv_general_dilated":
         kernel, spec = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec
         per_output = math.prod(kernel) / kernel[spec[0]]  # Taps times input channels of a group.
-        spread = math.prod(params["lhs_dilation"])  # Zeros between the inputs, a stride's gradient, are no work.
+        spread = math.prod(params["lhs_dilation"])  # The gradient of a stride puts zeros between inputs: no work.
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * per_output / spread
     inner = [of_jaxpr(jaxpr) for jaxpr in inner_jaxprs(equation)]
     if name == "cond":
@@ -53,8 +55,8 @@ def _of_equation(equation) -> float:
 def inner_jaxprs(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
     """Yields the programs inside an equation: bodies of loops, branches, calls."""
     for value in equation.params.values():
-        for one in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(one, core.ClosedJaxpr):
-                yield one.jaxpr
-            elif isinstance(one, core.Jaxpr):
-                yield one
+        for param in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(param, core.ClosedJaxpr):
+                yield param.jaxpr
+            elif isinstance(param, core.Jaxpr):
+                yield param

@@ -1,4 +1,4 @@
-"""What each device holds of a run's arrays: exact, from their shapes and where they live."""
+"""Bytes of a run's arrays on each device: exact, from their shapes and shardings."""
 
 import math
 
@@ -9,30 +9,31 @@ from dmm_jax.data.batches import Batch
 from dmm_jax.distill.state import TrainState
 from dmm_jax.distill.teachers import Frozen, Teachers
 
-# Of the parameters' bytes: AdamW reads the gradients once for their norm, then again with the parameters and the two
-# moments, and writes those three.
+# Memory traffic of AdamW, in multiples of the parameters' bytes: it reads the gradients once for their norm, then again
+# with the parameters and the two moments, and writes the parameters and the moments.
 OPTIMIZER_PASSES = 8
 
 
 def per_device(tree) -> int:
-    """Returns the bytes that one device holds of a tree of arrays, or of shapes with shardings."""
+    """Returns the bytes on each device of a tree of arrays, or of shapes with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
         for leaf in jax.tree.leaves(tree)
     )
 
 
-def whole(tree) -> int:
-    """Returns the bytes of a tree over all devices, copies counted once."""
+def total(tree) -> int:
+    """Returns the bytes of a tree over all devices; copies count once."""
     return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
-def held(state: TrainState, teachers: Teachers, frozen: Frozen, batch: Batch) -> dict[str, int]:
-    """Returns the bytes per device of what lives from step to step, by kind; gradients live within one.
+def array_bytes(state: TrainState, teachers: Teachers, frozen: Frozen, batch: Batch) -> dict[str, int]:
+    """Returns the bytes per device of a step's arguments and of its gradients, by kind; omits empty kinds.
 
-    Gradients are float32, placed like the parameters. The arguments may be arrays or shapes with shardings.
+    The arguments are arrays, or shapes with shardings. Gradients are float32, placed like the parameters, and exist
+    only within a step.
     """
-    kinds = {
+    sizes = {
         "student": per_device(state.student.params),
         "moments": per_device(state.student.opt_state),
         "average": per_device(state.ema),
@@ -42,4 +43,4 @@ def held(state: TrainState, teachers: Teachers, frozen: Frozen, batch: Batch) ->
         "text encoders": per_device(teachers.text) + per_device(frozen),
         "batch": per_device(batch),
     }
-    return {kind: size for kind, size in kinds.items() if size}
+    return {kind: size for kind, size in sizes.items() if size}

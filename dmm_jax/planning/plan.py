@@ -1,38 +1,34 @@
-"""What a run takes, before a machine is rented: memory per device, work, collectives, time; and what to change.
+"""Plans a run before a machine is rented: memory, work, collectives and time per device, and changes that make it fit.
 
-The step is `train`'s own, traced on shapes alone. With libtpu it is compiled for the TPU slice that is asked for, which
-no TPU is needed for; without, or for GPUs, the memory of activations is an estimate.
+The step is that of `train`, traced on shapes. With libtpu it is compiled for the requested TPU slice, without a TPU.
+Without libtpu, and for GPUs, the memory of activations is an estimate.
 """
 
-import dataclasses
 import functools
 import math
-import pathlib
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import ml_collections
-from jax.sharding import AbstractMesh, Mesh
 
-from dmm_jax.checkpoints import published
-from dmm_jax.checkpoints.checkpoint import Checkpoint
-from dmm_jax.checkpoints.open import open_checkpoint
-from dmm_jax.config import checks
-from dmm_jax.config import options as config_lib
 from dmm_jax.distill import incremental
-from dmm_jax.distill import teachers as teachers_lib
-from dmm_jax.distill.layout import Packing
-from dmm_jax.distillation import Definition
 from dmm_jax.kernels.attention import choose_implementation
-from dmm_jax.planning import changes, compiler, devices, disk, flops, lifetimes, memory, requirements
-from dmm_jax.planning import collectives as collectives_lib
-from dmm_jax.planning.requirements import COMPILED, ESTIMATED, GIB, Plan
-from dmm_jax.runtime import sharding
+from dmm_jax.planning import changes, collectives, compiler, devices, disk, lifetimes, memory, requirements
+from dmm_jax.planning.program import Program
+from dmm_jax.planning.requirements import COMPILED, ESTIMATED, GIB, Plan, StepCost
 
-# Beyond what is counted, estimated temporaries take this much more: what a TPU pads and its program's code, what a
-# GPU's allocator leaves between arrays. So no program of docs/plan.md that was compiled or run took more.
+# The margin as a share of the estimated temporaries: a TPU's padding and the code of its program, gaps in a GPU's
+# allocator. With it, the estimate of every row in docs/plan.md is at least what was compiled or measured.
 MARGIN = {"tpu": 0.17, "gpu": 0.02}
+ESTIMATED_NOTE = (
+    "temporaries and memory traffic are estimated from the traced program; docs/plan.md compares such estimates with "
+    "compiled and measured figures. For the compiler's own figures on TPUs: pip install 'dmm-jax[plan]', and no "
+    "--no-compile"
+)
+FULL_EFFORT_NOTE = "compiled as `train` compiles"
+LEAST_EFFORT_NOTE = (
+    "compiled with the least effort for its speed; `train` takes the full one (--full-effort), and memory is close"
+)
 
 
 def plan(
@@ -43,169 +39,86 @@ def plan(
     compiled: bool | None = None,
     full_effort: bool = False,
 ) -> Plan:
-    """Plans one config on one topology.
+    """Returns the plan of one config on one topology.
 
     Args:
       topology: "v5e:4x4", "gpu:8x80GB"; see `planning.devices`.
-      architecture: of a base that is not there: a name in `checkpoints.published`.
-      compiled: whether to compile for the TPU; None where libtpu is installed.
+      architecture: a name in `checkpoints.published`, for a base that does not exist.
+      compiled: whether to compile for the TPU; None: if libtpu is installed.
       full_effort: whether to compile as `train` does, in three times the time.
 
     Raises:
-      ValueError: the config cannot be run, or the topology is unknown; says what to do.
+      UserError: the config cannot be run, or the topology is unknown; says what to do.
     """
-    program = Program.planned(config, topology, architecture, compiled)
-    where, held = devices.topology(topology), program.held()
-    if program.is_compiled:
-        return _plan(program, where, measure(program, held, where, full_effort), compiler.told(full_effort))
-    return _plan(program, where, estimate(program, held, where), ESTIMATED_HOW)
+    program = Program.on_topology(config, topology, architecture, compiled)
+    target = devices.topology(topology)
+    if not program.is_compiled:
+        return _plan(program, target, estimate(program, target), ESTIMATED_NOTE)
+    note = FULL_EFFORT_NOTE if full_effort else LEAST_EFFORT_NOTE
+    try:
+        return _plan(program, target, measure(program, target, full_effort), note)
+    except jax.errors.JaxRuntimeError as error:
+        needed, available = compiler.out_of_memory(error)
+    cost, array_bytes = estimate(program, target), program.array_bytes()
+    memory_needed = array_bytes | {"temporaries": max(needed - sum(array_bytes.values()), 0.0)}
+    return _plan(program, target, cost._replace(memory=memory_needed), note, available=available, fits=False)
 
 
-def _plan(program: "Program", where: devices.Topology, found: dict, told: str) -> Plan:
-    found = {"available": where.device.memory} | found
+def _plan(
+    program: Program,
+    target: devices.Topology,
+    cost: StepCost,
+    note: str,
+    available: float | None = None,
+    fits: bool | None = None,
+) -> Plan:
+    available = available or target.device.memory
     return Plan(
-        topology=where,
+        topology=target,
         mesh_shape=dict(program.mesh.shape),
-        fits=found.pop("fits", sum(found["memory"].values()) <= found["available"]),
+        available=available,
+        fits=sum(cost.memory.values()) <= available if fits is None else fits,
         flops=program.flops(),
         method=COMPILED if program.is_compiled else ESTIMATED,
         batch_size=program.config.batch_size,
         num_steps=program.config.num_steps,
-        disk=disk.needed(program.config, program.arguments[0], program.arguments[3]),
-        assumptions=(*program.assumptions, told, *requirements.roofline_assumptions(where)),
-        **found,
+        disk=disk.needed(program.config, program.arguments.state, program.arguments.batch),
+        assumptions=(*program.assumptions, note, *requirements.roofline_assumptions(target)),
+        **cost._asdict(),
     )
 
 
-ESTIMATED_HOW = (
-    "temporaries and memory traffic are read off the program before any compiler: docs/plan.md compares them with "
-    "compiled and measured ones. For the compiler's own figures on TPUs: pip install 'dmm-jax[plan]', no --no-compile"
-)
+def measure(program: Program, target: devices.Topology, full_effort: bool) -> StepCost:
+    """Compiles the step for the mesh's TPU and returns its cost.
+
+    Raises:
+      jax.errors.JaxRuntimeError: the program needs more memory than the device has.
+    """
+    compiled = program.lower().compile(compiler_options=None if full_effort else compiler.LEAST_EFFORT)
+    return requirements.cost_of_compiled(compiled, program.array_bytes(), program.mesh.shape, target)
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """The step of a config, with shapes in place of arrays."""
-
-    definition: Definition
-    platform: str
-    arguments: tuple  # (state, teachers, frozen, batch)
-    assumptions: tuple[str, ...]
-
-    @classmethod
-    def planned(cls, config, topology: str, architecture: str, compiled: bool | None) -> "Program":
-        """Checks a config as `train` does, and describes its step on a topology: on TPUs that a compiler knows, or not.
-
-        Args:
-          compiled: as in `plan`.
-        """
-        config = incremental.resolved(config)
-        checks.check(config)
-        where = devices.topology(topology)
-        changes.check_layout(config, where)
-        compiled = where.platform == "tpu" and compiler.is_here() if compiled is None else compiled
-        make = compiler.tpu_mesh if compiled else sharding.abstract_mesh
-        which = {"topology": topology} if compiled else {"num_devices": where.count}
-        return cls.describe(config, architecture, where.platform, make(**which, **config.mesh))
-
-    @classmethod
-    def describe(cls, config, architecture: str, platform: str, mesh) -> "Program":
-        """Opens what checkpoints there are, takes the others for the architecture's, and places every array."""
-        base, assumptions = base_checkpoint(config, architecture)
-        num_encoders, more = rows_of_encoders(config, base, mesh.shape["teacher"])
-        definition = Definition(config, base, mesh, platform=platform)
-        teachers, frozen = definition.abstract_frozen(num_encoders)
-        arguments = definition.abstract_state(), teachers, frozen, definition.abstract_batch()
-        return cls(definition, platform, arguments, (*assumptions, *more))
-
-    @property
-    def config(self) -> ml_collections.ConfigDict:
-        """The config of the run."""
-        return self.definition.config
-
-    @property
-    def mesh(self) -> Mesh | AbstractMesh:
-        """The mesh of the topology."""
-        return self.definition.mesh
-
-    @property
-    def is_compiled(self) -> bool:
-        """Tells whether a compiler knows the mesh's devices."""
-        return isinstance(self.mesh, Mesh)
-
-    def held(self) -> dict[str, float]:
-        """Returns the bytes per device of what lives from step to step, and of the gradients, by kind."""
-        return {kind: float(size) for kind, size in memory.held(*self.arguments).items()}
-
-    def lower(self) -> jax.stages.Lowered:
-        """Lowers the step that `train` runs, its state packed as there."""
-        state, teachers, *others = self.arguments
-        packing = Packing(state, self.mesh)
-        step = self.definition.jitted_step(state, teachers, packing)
-        return step.lower(jax.eval_shape(packing.pack, state), teachers, *others)
-
-    def gradients(self, attention: str) -> tuple[Callable, tuple]:
-        """Returns the function of losses and gradients, with an implementation of attention, and its arguments."""
-        state, *others = self.arguments
-        function = self.definition.with_attention(attention).gradients(state.trained)
-        return function, (state.trained, *others, jax.ShapeDtypeStruct((), jnp.int32))
-
-    def flops(self) -> float:
-        """Returns the operations of a step's products and convolutions on one device, recomputation included."""
-        return flops.of_step(self.definition, *self.arguments)
-
-
-def base_checkpoint(config, architecture: str) -> tuple[Checkpoint, tuple[str, ...]]:
-    """Returns the base, or where there is none the networks that the architecture was published with."""
-    if pathlib.Path(config.base).exists():
-        return open_checkpoint(config.base), ()
-    return published.checkpoint(architecture), (
-        f"{config.base} is not there: its networks are taken for {architecture}'s",
+def estimate(program: Program, target: devices.Topology) -> StepCost:
+    """Estimates the step's cost: temporaries and traffic by `lifetimes`, collectives by `collectives.predict`."""
+    array_bytes = program.array_bytes()
+    attention = choose_implementation(program.config.attention, program.config.dtype, program.platform)
+    # Neither kernel writes its scores to memory, so cuDNN's is traced as "flash".
+    function, arguments = program.gradients("flash" if attention == "cudnn" else attention)
+    (shard_map,) = jax.make_jaxpr(function)(*arguments).jaxpr.eqns
+    per_device = shard_map.params["jaxpr"]
+    largest = lifetimes.temporaries(per_device)
+    temporaries = max(largest - array_bytes["gradients"], 0.0)
+    return StepCost(
+        memory=array_bytes | {"temporaries": temporaries, "margin": MARGIN[target.platform] * largest},
+        bytes_accessed=lifetimes.traffic(per_device) + memory.OPTIMIZER_PASSES * array_bytes["gradients"],
+        collectives=predicted_collectives(program),
     )
 
 
-def rows_of_encoders(config, base: Checkpoint, shards: int) -> tuple[int, tuple[str, ...]]:
-    """Returns how many text encoders of the teachers' own are held, over all shards of `teacher`."""
-    paths = [pathlib.Path(path) for _, path in config.teachers]
-    replayed = config_lib.num_rows(config) - len(paths)
-    if all(path.exists() for path in paths) and pathlib.Path(config.base).exists():
-        asked = [*map(open_checkpoint, paths), *[base] * replayed]
-        return len(teachers_lib.encoder_rows(base, asked, shards)[1]), ()
-    most = min(len(paths), (len(paths) + replayed) // shards)
-    return most * shards, ("every teacher brings a text encoder of its own; equal ones would be held once",)
-
-
-def measure(program: Program, held: dict[str, float], where: devices.Topology, full_effort: bool) -> dict:
-    """Compiles the step for the mesh's TPU and reads memory, traffic and collectives from the result."""
-    lowered = program.lower()
-    try:
-        compiled = lowered.compile(compiler_options=None if full_effort else compiler.EFFORT)
-    except jax.errors.JaxRuntimeError as error:
-        needed, available = compiler.out_of_memory(error)
-        more = {"temporaries": max(needed - sum(held.values()), 0.0)}
-        refused = {"memory": held | more, "available": available, "fits": False}
-        return estimate(program, held, where) | refused
-    return requirements.of_program(compiled, held, program.mesh.shape, where)
-
-
-def estimate(program: Program, held: dict[str, float], where: devices.Topology) -> dict:
-    """Estimates what lives within a step from the order in which its values are computed and read."""
-    implementation = choose_implementation(program.config.attention, program.config.dtype, program.platform)
-    # Scores inside a fused kernel never exist.
-    function, arguments = program.gradients("flash" if implementation == "cudnn" else implementation)
-    (equation,) = jax.make_jaxpr(function)(*arguments).jaxpr.eqns  # The shard_map: inside, shapes are one device's.
-    inside = equation.params["jaxpr"]
-    largest = lifetimes.temporaries(inside)
-    more = {"temporaries": max(largest - held["gradients"], 0.0), "margin": MARGIN[where.platform] * largest}
-    moved = lifetimes.traffic(inside) + memory.OPTIMIZER_PASSES * held["gradients"]
-    return {"memory": held | more, "bytes_accessed": moved, "collectives": foretold(program)}
-
-
-def foretold(program: Program) -> list[collectives_lib.Collective]:
-    """Returns the collectives that the step asks for; a compiler may join or rewrite them."""
-    config, params = program.config, program.arguments[0].trained
-    shape = dict(program.mesh.shape)
-    return collectives_lib.foretell(params, shape, config.dtype, config.gradient_accumulation)
+def predicted_collectives(program: Program) -> list[collectives.Collective]:
+    """Returns the collectives that the step requests; a compiler may join or rewrite them."""
+    config, trained = program.config, program.arguments.state.trained
+    return collectives.predict(trained, dict(program.mesh.shape), config.dtype, config.gradient_accumulation)
 
 
 def smallest_change(
@@ -217,36 +130,38 @@ def smallest_change(
     compiled: bool | None = None,
     full_effort: bool = False,
 ) -> tuple[str, Plan] | None:
-    """Returns the first of `changes.candidates` under which the run fits, with its plan; None where there is none.
+    """Returns the flags of the first of `changes.candidates` that fits, and its plan; None if none fits.
 
-    They are ranked by the estimate, and those whose arrays alone do not fit are passed over; only what the estimate
-    finds to fit is compiled.
+    A candidate is skipped if its arrays and the least possible temporaries do not fit. All other candidates are
+    estimated, and compiled only if the estimate fits.
+
+    Args:
+      say: receives a line for each estimate and each compilation.
     """
-    held: dict[tuple, dict[str, float]] = {}  # By layout.
-    known: dict[tuple, tuple[float, float]] = {}  # By layout and recomputation: images at once, bytes within the step.
+    array_totals: dict[tuple, float] = {}  # {layout: bytes}.
+    estimates: dict[tuple, tuple[float, float]] = {}  # {(layout, remat): (images at once, bytes of temporaries)}.
     config = incremental.resolved(config)
     for change in changes.candidates(config, topology):
-        where, key, program = devices.topology(change.topology), (change.layout, change.config.remat), None
-        described = functools.partial(Program.planned, change.config, change.topology, architecture)
-        if change.layout not in held:
-            program = described(compiled=False)
-            held[change.layout] = program.held()
-        rests, (images, within) = sum(held[change.layout].values()), known.get(key, (math.inf, 0.0))
-        # Of what a step needs for its images, half as many need half; of the rest no less.
-        if rests + within * min(change.images / images, 1.0) > where.device.memory:
+        target, key = devices.topology(change.topology), (change.layout, change.config.remat)
+        where = (change.config, change.topology, architecture)
+        program = functools.cache(functools.partial(Program.on_topology, *where, compiled=False))
+        if change.layout not in array_totals:
+            array_totals[change.layout] = sum(program().array_bytes().values())
+        arrays, (images, temporaries) = array_totals[change.layout], estimates.get(key, (math.inf, 0.0))
+        # With half the images at once, at least half the temporaries remain.
+        if arrays + temporaries * min(change.images / images, 1.0) > target.device.memory:
             continue
-        program = program or described(compiled=False)
-        found = estimate(program, program.held(), where)
-        total = sum(found["memory"].values())
-        known[key] = change.images, total - rests
-        say(f"{change.what}: {total / GIB:.2f} of {where.device.memory / GIB:.2f} GiB, estimated")
-        if total > where.device.memory:
+        cost = estimate(program(), target)
+        total = sum(cost.memory.values())
+        estimates[key] = change.images, total - arrays
+        say(f"{change.flags}: {total / GIB:.2f} of {target.device.memory / GIB:.2f} GiB, estimated")
+        if total > target.device.memory:
             continue
-        if compiled is False or where.platform != "tpu" or not compiler.is_here():
-            return change.what, _plan(program, where, found, ESTIMATED_HOW)
+        if compiled is False or target.platform != "tpu" or not compiler.is_installed():
+            return change.flags, _plan(program(), target, cost, ESTIMATED_NOTE)
         options = {"architecture": architecture, "compiled": True, "full_effort": full_effort}
         planned = plan(change.config, change.topology, **options)
-        say(f"{change.what}: {sum(planned.memory.values()) / GIB:.2f} GiB, compiled")
+        say(f"{change.flags}: {sum(planned.memory.values()) / GIB:.2f} GiB, compiled")
         if planned.fits:
-            return change.what, planned
+            return change.flags, planned
     return None

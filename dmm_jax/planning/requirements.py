@@ -1,8 +1,9 @@
-"""What one config takes on some devices: the figures that `plan` and `train` print, and the roofline made of them."""
+"""What a run requires of its devices: the figures that `plan` and `train` print, and the roofline of a step."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 
@@ -15,14 +16,22 @@ GIB = devices.GIB
 COMPILED, ESTIMATED = "compiled", "estimated"
 
 
+class StepCost(NamedTuple):
+    """What one step costs each device."""
+
+    memory: dict[str, float]  # Bytes by kind.
+    bytes_accessed: float
+    collectives: list[collectives_lib.Collective]
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one config takes on one topology; bytes and FLOPs are per device and step."""
+    """What a run of one config requires on one topology; bytes and FLOPs are per device and step."""
 
     topology: devices.Topology
     mesh_shape: dict[str, int]
     memory: dict[str, float]  # Bytes by kind.
-    available: float | None  # None: not told by these devices.
+    available: float | None  # None: the device does not report its memory.
     fits: bool
     flops: float
     bytes_accessed: float
@@ -35,7 +44,7 @@ class Plan:
 
     @property
     def parts_s(self) -> dict[str, float]:
-        """Returns the seconds that products, memory traffic and collectives would take by themselves."""
+        """Returns the seconds that each part of a step would take alone; {} for a device without known rates."""
         device = self.topology.device
         if device is None:
             return {}
@@ -45,14 +54,15 @@ class Plan:
             "collectives": 0.0,
             "network": 0.0,
         }
-        for one in self.collectives:
-            group = self._group(one)
+        for collective in self.collectives:
+            group = self._group(collective)
             part = "network" if self.topology.carrier(group) == "network" else "collectives"
-            parts[part] += one.sent / self.topology.bandwidth(group)
+            parts[part] += collective.sent / self.topology.bandwidth(group)
         return parts
 
-    def _group(self, one: collectives_lib.Collective) -> tuple[int, ...]:
-        return collectives_lib.widest_group(one.axes, tuple(self.mesh_shape.items()), self.topology.linked)
+    def _group(self, collective: collectives_lib.Collective) -> tuple[int, ...]:
+        sizes = tuple(self.mesh_shape.items())
+        return collectives_lib.widest_group(collective.axes, sizes, self.topology.domain_size)
 
     @property
     def step_s(self) -> float | None:
@@ -62,15 +72,15 @@ class Plan:
 
     @property
     def exchanged(self) -> list[dict]:
-        """Returns one row per kind and axes of the collectives, the most bytes first, and what carries it."""
+        """Returns `collectives.summary` with "over": rows over links first, then rows over the network."""
         rows = []
-        for over in ("links", "network"):
-            some = [one for one in self.collectives if self.topology.carrier(self._group(one)) == over]
-            rows += [row | {"over": over} for row in collectives_lib.summary(some)]
+        for carrier in ("links", "network"):
+            carried = [each for each in self.collectives if self.topology.carrier(self._group(each)) == carrier]
+            rows += [row | {"over": carrier} for row in collectives_lib.summary(carried)]
         return rows
 
     def to_json(self) -> dict:
-        """Returns the plan as one JSON object; GB are 2^30 bytes. Times are None where the device is not known."""
+        """Returns the plan as one JSON object; GB are 2^30 bytes. Times are None for a device without known rates."""
         step_s = self.step_s
         hours = self.num_steps * step_s / 3600 if step_s else None
         return {
@@ -99,67 +109,68 @@ class Plan:
 
 
 def roofline_assumptions(topology: devices.Topology) -> tuple[str, ...]:
-    """Returns what the step time takes for granted."""
+    """Returns the assumptions of the step time, one phrase each."""
     if topology.device is None:
         return ()
-    network = f"{topology.device.network_bandwidth / 1e9:g} GB/s a device between {topology.beyond}"
+    network = f"{topology.device.network_bandwidth / 1e9:g} GB/s a device between {topology.domains}"
     return (
         f"products at {devices.COMPUTE_SHARE:.0%} of the bf16 peak, memory at {devices.BANDWIDTH_SHARE:.0%} of its "
         f"bandwidth, collectives in a ring along their axis at {topology.device.link_bandwidth / 1e9:g} GB/s"
-        + (f", {network}" if topology.count > topology.linked else "")
+        + (f", {network}" if topology.count > topology.domain_size else "")
         + ", and not overlapped",
         "the input pipeline keeps up; validation, samples and checkpoints take no time",
     )
 
 
-def of_program(
+def cost_of_compiled(
     compiled: jax.stages.Compiled,
-    held: Mapping[str, float | int],
+    array_bytes: Mapping[str, float | int],
     mesh_shape: Mapping[str, int],
     topology: devices.Topology,
-) -> dict:
-    """Reads a compiled step: {"memory": bytes by kind, "bytes_accessed", "collectives"}.
+) -> StepCost:
+    """Reads memory, memory traffic and collectives from a compiled step.
 
     Args:
-      held: what lives from step to step, and the gradients, as `memory.held` counts it.
+      array_bytes: of the step's arguments and gradients, by `memory.array_bytes`.
     """
-    found, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    analysis, cost = compiled.memory_analysis(), compiled.cost_analysis()
     cost = cost[0] if isinstance(cost, list) else cost
-    given = sum(held.values()) - held["gradients"]
-    within = found.temp_size_in_bytes + max(found.output_size_in_bytes - found.alias_size_in_bytes, 0)
-    if topology.platform == "tpu":  # The others' compilers do not tell the peak.
-        within = found.peak_memory_in_bytes - found.argument_size_in_bytes
-    more = {
-        "gradients": min(held["gradients"], within),
-        "padding": max(found.argument_size_in_bytes - given, 0),
-        "temporaries": max(within - held["gradients"], 0),
-        "generated code": found.generated_code_size_in_bytes,
+    within_step = analysis.temp_size_in_bytes + max(analysis.output_size_in_bytes - analysis.alias_size_in_bytes, 0)
+    if topology.platform == "tpu":  # Compilers for other platforms do not report the peak.
+        within_step = analysis.peak_memory_in_bytes - analysis.argument_size_in_bytes
+    gradients = array_bytes["gradients"]
+    sizes = {
+        **array_bytes,
+        "gradients": min(gradients, within_step),
+        "padding": max(analysis.argument_size_in_bytes - (sum(array_bytes.values()) - gradients), 0),
+        "temporaries": max(within_step - gradients, 0),
+        "generated code": analysis.generated_code_size_in_bytes,
     }
-    alone = math.prod(mesh_shape.values()) == 1
-    return {
-        "memory": {kind: float(size) for kind, size in {**held, **more}.items()},
-        "bytes_accessed": float(cost.get("bytes accessed", 0.0)),
-        "collectives": [] if alone else collectives_lib.parse(compiled.as_text(), mesh_shape, topology.linked),
-    }
+    several = math.prod(mesh_shape.values()) > 1
+    return StepCost(
+        {kind: float(size) for kind, size in sizes.items()},
+        float(cost.get("bytes accessed", 0.0)),
+        collectives_lib.read(compiled.as_text(), mesh_shape, topology.domain_size) if several else [],
+    )
 
 
-def of_distillation(run: Distillation, compiled: jax.stages.Compiled, batch: Batch) -> Plan:
-    """Returns the plan of a run on this machine's devices, read off its compiled step."""
-    config, mesh = run.config, run.mesh
-    topology = devices.here(mesh.devices.flatten().tolist())
-    arguments = run.abstract_state(), run.teachers, run.frozen, batch
-    found = of_program(compiled, memory.held(*arguments), mesh.shape, topology)
+def of_distillation(distillation: Distillation, compiled: jax.stages.Compiled, batch: Batch) -> Plan:
+    """Returns the plan of a run on the devices of this process, read from its compiled step."""
+    config, mesh = distillation.config, distillation.mesh
+    topology = devices.of_process(mesh.devices.flatten().tolist())
+    arguments = distillation.abstract_state(), distillation.teachers, distillation.frozen, batch
+    cost = cost_of_compiled(compiled, memory.array_bytes(*arguments), mesh.shape, topology)
     available = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     return Plan(
         topology=topology,
         mesh_shape=dict(mesh.shape),
         available=available,
-        fits=not available or sum(found["memory"].values()) <= available,
-        flops=flops.of_step(run, *arguments),
+        fits=not available or sum(cost.memory.values()) <= available,
+        flops=flops.of_step(distillation, *arguments),
         method=COMPILED,
         batch_size=config.batch_size,
         num_steps=config.num_steps,
         disk=disk.needed(config, arguments[0], batch),
         assumptions=roofline_assumptions(topology),
-        **found,
+        **cost._asdict(),
     )

@@ -1,4 +1,4 @@
-"""A plan as a person reads it: a table on a terminal."""
+"""Lays a plan out as a table for a terminal."""
 
 from collections.abc import Iterator
 
@@ -15,22 +15,23 @@ def _lines(plan: Plan) -> Iterator[str]:
     layout = " x ".join(f"{axis} {size}" for axis, size in plan.mesh_shape.items())
     yield f"{plan.topology.name}: {plan.topology.count} x {report['device']}, mesh {layout}"
     images = plan.batch_size / plan.topology.count
-    yield f"{plan.batch_size} images a step, {images:g} a device; {plan.num_steps:,} steps"
+    yield f"{plan.batch_size} images per step, {images:g} per device; {plan.num_steps:,} steps"
     yield ""
-    yield from _memory(plan, report)
+    yield from _memory_lines(plan, report)
     yield ""
     yield "Work per device and step"
+    estimated = " (estimated)" if plan.method == ESTIMATED else ""
     yield f"  {'products':<16}{report['tflop_per_device']:8.2f}  TFLOP"
-    yield f"  {'memory traffic':<16}{report['gb_accessed_per_device']:8.2f}  GiB" + _estimated(plan)
-    whose = "of the compiled program" if plan.method == COMPILED else "as the step asks for them"
-    yield f"  collectives, {whose}" + ("" if plan.collectives else ": none")
+    yield f"  {'memory traffic':<16}{report['gb_accessed_per_device']:8.2f}  GiB{estimated}"
+    source = "of the compiled program" if plan.method == COMPILED else "as the step requests them"
+    yield f"  collectives, {source}" + ("" if plan.collectives else ": none")
     for row in report["collectives"]:
-        across = f" between {plan.topology.beyond}" if row["over"] == "network" else ""
+        across = f" between {plan.topology.domains}" if row["over"] == "network" else ""
         yield f"    {row['kind']:<20}{row['axes']:<18}{row['count']:5}  {row['gb']:8.3f} GiB{across}"
     yield ""
     if report["step_s"]:
         parts = ", ".join(f"{name} {1e3 * seconds:.0f} ms" for name, seconds in plan.parts_s.items() if seconds)
-        yield f"Roofline: {report['step_s']:.3f} s a step ({parts})"
+        yield f"Roofline: {report['step_s']:.3f} s per step ({parts})"
         hours = f"{report['hours']:.1f} hours, {report['chip_hours']:.0f} chip-hours"
         yield f"  {report['images_per_s']:.0f} images/s, {hours}"
     else:
@@ -41,21 +42,17 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield "Assumed: " + "; ".join(plan.assumptions) + "."
 
 
-def _memory(plan, report):
-    how = "temporaries and their margin estimated, the rest exact" if plan.method == ESTIMATED else "the compiler's"
+def _memory_lines(plan, report):
+    source = "temporaries and their margin estimated, the rest exact" if plan.method == ESTIMATED else "the compiler's"
     total, fits = report["memory_total_gb"], ""
     unit, name = (1, "GiB") if total >= 1 else (1024, "MiB")
-    yield f"Memory per device, {name} ({how})"
+    yield f"Memory per device, {name} ({source})"
     for kind, size in report["memory_gb"].items():
         yield f"  {kind:<16}{size * unit:8.2f}"
     if plan.available is not None:
         verdict = "fits" if plan.fits else "DOES NOT FIT"
         fits = f"  of {plan.available / GIB * unit:.2f}: {verdict}"
     yield f"  {'total':<16}{total * unit:8.2f}{fits}"
-
-
-def _estimated(plan):
-    return " (estimated)" if plan.method == ESTIMATED else ""
 
 
 def _gib(size):

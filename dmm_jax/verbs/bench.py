@@ -1,4 +1,4 @@
-"""`dmm-jax bench`: its arguments, and how what is measured is printed."""
+"""`dmm-jax bench`: its arguments, and the printing of its rows."""
 
 import argparse
 import itertools
@@ -9,33 +9,33 @@ import sys
 from dmm_jax.runtime.errors import UserError
 
 
-def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """Describes the arguments of `dmm-jax bench`."""
-    verb.add_argument(
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the verb."""
+    parser.add_argument(
         "job",
         choices=("train", "sample", "host", "fid", "numerics", "scaling"),
-        help="host: what a step costs it alone; numerics: errors against float32; scaling: train on 1, 2, 4, ... "
+        help="host: the host's time of a step; numerics: errors relative to float32; scaling: train on 1, 2, 4, ... "
         "devices, divided in every way",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--config", default="", help="an experiment file; default: batch 48, for scaling on each device; eight teachers"
     )
-    verb.add_argument(
-        "--devices", type=_integers, default=[], metavar="N", help="train: on the first N; scaling: on each of 1,2,4,8"
+    parser.add_argument(
+        "--devices", type=_integers, default=[], metavar="N", help="train: the first N; scaling: each of 1,2,4,8"
     )
-    verb.add_argument("--results", default="", metavar="FILE", help="scaling: rows kept here are not measured again")
-    verb.add_argument("--figure", type=pathlib.Path, metavar="PNG", help="scaling: draw it; NAME_dark, too")
-    verb.add_argument("--size", default="sd15", help="of the networks: sd15, sd21, sdxl, tiny, narrow")
-    verb.add_argument("--num-steps", type=int, default=10, help="timed steps; the median counts")
-    verb.add_argument("--batch-size", type=int, default=16, help="images at once, for sample; train has the config's")
-    verb.add_argument("--against", choices=("torch",), help="also run the PyTorch peer here; needs the [torch] extra")
-    verb.add_argument("--profile", default="", help="a folder for a trace; its kernels are summed up on stderr")
-    verb.add_argument("--json", action="store_true", help="print one JSON object a line")
+    parser.add_argument("--results", default="", metavar="FILE", help="scaling: a file of rows, not measured again")
+    parser.add_argument("--figure", type=pathlib.Path, metavar="PNG", help="scaling: draw it, and NAME_dark.png")
+    parser.add_argument("--size", default="sd15", help="of the networks: sd15, sd21, sdxl, tiny, narrow")
+    parser.add_argument("--num-steps", type=int, default=10, help="timed steps; the median counts")
+    parser.add_argument("--batch-size", type=int, default=16, help="images at once, for sample; train has the config's")
+    parser.add_argument("--against", choices=("torch",), help="run the PyTorch peer as well; needs the [torch] extra")
+    parser.add_argument("--profile", default="", help="a folder for a trace; prints its kernels, summed, on stderr")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
 
 
 def main(args: argparse.Namespace) -> int | None:
-    """Measures what is asked for; with --json each line is printed as soon as it is there."""
-    from dmm_jax.bench import jobs
+    """Runs the job; with --json prints each row as soon as it is measured."""
+    from dmm_jax.bench import comparison, jobs, table
     from dmm_jax.config import arguments
     from dmm_jax.verbs import options
 
@@ -45,23 +45,25 @@ def main(args: argparse.Namespace) -> int | None:
     if args.against and args.job not in ("train", "sample"):
         raise UserError(f"--against is for `bench train` and `bench sample`; PyTorch has no peer of `{args.job}`.")
     if args.job == "scaling":
-        return _bench_scaling(args, config)
+        return _run_scaling(args, config)
     if len(args.devices) > 1:
         raise UserError(f"--devices of `{args.job}` is one number; `bench scaling` takes several.")
-    batch_size = config.batch_size if args.job == "train" else args.batch_size
-    others = jobs.peer(args.job, args.size, batch_size, args.num_steps, len(config.teachers)) if args.against else []
+    peer_rows = []
+    if args.against:
+        batch_size = config.batch_size if args.job == "train" else args.batch_size
+        peer_rows = comparison.run_peer(args.job, args.size, batch_size, args.num_steps, len(config.teachers))
     measured = jobs.bench(args.job, config, args.size, args.num_steps, args.batch_size, args.profile, sum(args.devices))
-    lines = []
-    for line in itertools.chain(others, jobs.with_ratios(measured, others) if others else measured):
-        lines.append(line)
+    rows = []
+    for row in itertools.chain(peer_rows, comparison.with_ratios(measured, peer_rows) if peer_rows else measured):
+        rows.append(row)
         if args.json:
-            print(json.dumps(line), flush=True)
+            print(json.dumps(row), flush=True)
     if not args.json:
-        print(jobs.table(lines))
+        print(table.render(rows))
 
 
-def _bench_scaling(args, config):
-    from dmm_jax.bench import jobs, scaling
+def _run_scaling(args, config):
+    from dmm_jax.bench import scaling, table
 
     def say(row):
         print(json.dumps(row), file=sys.stdout if args.json else sys.stderr, flush=True)
@@ -69,7 +71,7 @@ def _bench_scaling(args, config):
     options = {"profile": args.profile, "results": args.results, "say": say}
     rows = scaling.scaling(config, args.size, args.num_steps, args.devices, **options)
     if not args.json:
-        print(jobs.table(rows, scaling.COLUMNS))
+        print(table.render(rows, scaling.COLUMNS))
     if args.figure:
         scaling.write_figure(rows, args.figure)
     return 1 if all("failed" in row for row in rows) else 0

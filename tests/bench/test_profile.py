@@ -1,4 +1,4 @@
-"""Kernels are summed by name for one device, and collectives are told from what runs beside them."""
+"""Kernels are summed by name per device, and the shares of collectives are those of a small trace."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def ran(pid, tid, text, microseconds, start=0):
     return {"ph": "X", "pid": pid, "tid": tid, "name": text, "ts": start, "dur": microseconds}
 
 
-def test_kernels_are_summed_by_name_a_call_and_device():
+def test_times_are_sums_by_name_per_call_and_device():
     events = [
         name("process_name", 1, 0, "/device:GPU:0"), name("process_name", 2, 0, "/host:CPU"),
         name("process_name", 3, 0, "/device:GPU:1"), name("thread_name", 3, 7, "Stream #7(Compute)"),
@@ -24,14 +24,14 @@ def test_kernels_are_summed_by_name_a_call_and_device():
         ran(3, 7, "loop_fusion_1", 2000), ran(3, 7, "loop_fusion_12_3", 4000), ran(3, 7, "gemm", 14000),
         ran(3, 7, "gemm", 14000),
     ]  # fmt: skip
-    kernels = profile.summed(profile.on_devices(events))
+    kernels = profile.time_by_name(profile.device_kernels(events))
     assert kernels == {"gemm": (12.0, 1), "loop_fusion": (3.0, 1)}
     assert list(kernels) == ["gemm", "loop_fusion"]
     assert "gemm" in profile.table(kernels).splitlines()[1]
 
 
-def test_the_share_of_collectives_and_what_nothing_hides():
-    """Of 100: on one GPU two overlapping collectives of 10 to 40, 25 of it behind a kernel; on the other, 20 alone."""
+def test_collective_shares_are_all_time_and_exposed_time():
+    """One GPU overlaps two collectives from 10 to 40 of 100, and 25 with a kernel; the other runs one of 20 alone."""
     all_reduce = "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
     events = [
         name("process_name", 1, 0, "/device:GPU:0"), name("process_name", 2, 0, "/device:GPU:1"),
@@ -40,15 +40,15 @@ def test_the_share_of_collectives_and_what_nothing_hides():
         ran(1, 8, all_reduce, 20, start=10), ran(1, 9, "ncclDevKernel_AllGather_RING_LL", 20, start=20),
         ran(2, 7, "gemm", 80, start=0), ran(2, 8, "stream_executor::gpu::AllReduceKernelImpl<float>", 20, start=80),
     ]  # fmt: skip
-    shares = profile.collective_shares(profile.on_devices(events))
+    shares = profile.collective_shares(profile.device_kernels(events))
     assert shares == {
         "collective_share": pytest.approx((0.3 + 0.2) / 2),
         "exposed_collective_share": pytest.approx((0.05 + 0.2) / 2),
     }
-    assert profile.collective_shares([]) == {}  # A CPU tells nothing.
+    assert profile.collective_shares([]) == {}  # A CPU records no kernels.
 
 
-def test_a_tpus_operations_count_but_neither_loops_around_them_nor_its_other_transfers():
+def test_tpu_loops_and_copies_are_not_operations():
     events = [
         name("process_name", 1, 0, "/device:TPU:0"), name("thread_name", 1, 1, "XLA Ops"),
         name("thread_name", 1, 2, "Async XLA Ops"), name("thread_name", 1, 3, "XLA Modules"),
@@ -56,9 +56,8 @@ def test_a_tpus_operations_count_but_neither_loops_around_them_nor_its_other_tra
         ran(1, 2, "all-gather-start.3", 30, start=50), ran(1, 1, "all-gather-done.3", 20, start=60),
         ran(1, 2, "copy-start.7", 100), ran(1, 1, "fusion.2", 20, start=80),
     ]  # fmt: skip
-    found = list(profile.on_devices(events))
-    shares = profile.collective_shares(found)
-    assert shares == {
+    kernels = list(profile.device_kernels(events))
+    assert profile.collective_shares(kernels) == {
         "collective_share": pytest.approx(0.3), "exposed_collective_share": pytest.approx(0.2),
     }  # fmt: skip
-    assert "while" not in profile.summed(found) and "fusion" in profile.summed(found)
+    assert "while" not in profile.time_by_name(kernels) and "fusion" in profile.time_by_name(kernels)

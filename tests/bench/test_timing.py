@@ -1,4 +1,4 @@
-"""What `bench` reads of a GPU's clock and power, from an `nvidia-smi` that answers as the real one."""
+"""Clock and power of GPUs, read from a fake `nvidia-smi`, and the timing of queued calls."""
 
 import os
 
@@ -15,7 +15,7 @@ LINES = """1665, 1980, 686.73, 700.00, 0x0000000000000004
 17"""
 
 
-def test_medians_of_clock_and_power_and_how_often_the_limit_held_the_clock_back():
+def test_power_readings_are_medians_and_the_capped_share():
     read = timing.read_power(LINES)
     assert read == {
         "sm_clock_mhz": 1755, "max_sm_clock_mhz": 1980, "power_w": 686.73, "power_limit_w": 700,
@@ -24,11 +24,11 @@ def test_medians_of_clock_and_power_and_how_often_the_limit_held_the_clock_back(
     assert timing.read_power("No devices were found\n") == {}
 
 
-def test_the_gpus_that_run_are_read_while_they_run(tmp_path, monkeypatch):
-    """The second of the visible ones is not among one device; the reading ends with the block, also by an error."""
-    tool, asked, ended = (tmp_path / name for name in ("nvidia-smi", "asked", "ended"))
+def test_only_the_used_gpus_are_read_during_the_block(tmp_path, monkeypatch):
+    """With one device the second visible GPU is not read; an error in the block ends the reading too."""
+    tool, query, ended = (tmp_path / name for name in ("nvidia-smi", "query", "ended"))
     tool.write_text(
-        f"#!/bin/sh\ntrap 'touch {ended}; exit' TERM\ncat <<END\n{LINES}\nEND\necho \"$@\" > {asked}\n"
+        f"#!/bin/sh\ntrap 'touch {ended}; exit' TERM\ncat <<END\n{LINES}\nEND\necho \"$@\" > {query}\n"
         "while true; do sleep 0.01; done\n"
     )
     tool.chmod(0o755)
@@ -36,15 +36,15 @@ def test_the_gpus_that_run_are_read_while_they_run(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
     with timing.watched_power(1) as power:
         assert power == {}
-    assert power == {} and not asked.exists()  # Not on a CPU.
+    assert power == {} and not query.exists()  # Not on a CPU.
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(RuntimeError), timing.watched_power(1) as power:
-        while not (asked.exists() and asked.read_text()):
+        while not (query.exists() and query.read_text()):
             pass
         raise RuntimeError
-    assert ended.exists() and "--id=5 " in asked.read_text()
+    assert ended.exists() and "--id=5 " in query.read_text()
     with timing.watched_power(2) as power:
-        while "--id=5,3 " not in asked.read_text():
+        while "--id=5,3 " not in query.read_text():
             pass
     assert power == timing.read_power(LINES)
 

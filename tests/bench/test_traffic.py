@@ -1,6 +1,4 @@
-"""What a fusion moves is read off a program's text: whole arrays, slices of them, and what is updated in place."""
-
-import pytest
+"""The bytes of fusions in a program's text: whole arrays, slices of them, and updates in place."""
 
 from dmm_jax.bench import traffic
 
@@ -63,16 +61,16 @@ ENTRY %main (x: bf16[4,8], y: f32[8], s: bf16[100,8], r: s32[], t: f32[100,8], n
 """
 
 
-def test_a_fusion_moves_its_operands_and_results_but_of_slices_and_updates_only_these_and_no_array_twice():
-    whole = 4 * 8 * 2 + 8 * 4  # Read; and as much is written.
+def test_fusion_traffic_counts_slices_updates_and_arrays_once():
+    reads_of_whole = 4 * 8 * 2 + 8 * 4  # Its reads; its writes are as many.
     piece = 8 * 2 + 4 + 8 * 4
-    kept = 8 * 4 + 4 + 8 * 4
+    update = 8 * 4 + 4 + 8 * 4
     sums = 4 * 8 * 2 + 8 * 4  # Its two operands are the same array.
-    moved = {"sums.4": sums, "whole.1": 2 * whole, "piece.2": piece, "kept.3": kept}
-    assert traffic.of_fusions(PROGRAM) == moved
+    moved = {"sums.4": sums, "whole.1": 2 * reads_of_whole, "piece.2": piece, "kept.3": update}
+    assert traffic.fusion_bytes(PROGRAM) == moved
 
 
-def test_the_table_tells_bytes_and_speed_of_what_is_a_fusion_by_the_longest():
+def test_the_table_has_bytes_and_speed_of_the_longest_fusions():
     kernels = {"gemm": (9.0, 1), "whole_1": (2e-6, 2), "piece_2": (1e-6, 1)}
     total, first, second = traffic.table(kernels, PROGRAM).splitlines()
     assert "whole_1" in first and "piece_2" in second and "gemm" not in total + first + second
@@ -81,10 +79,5 @@ def test_the_table_tells_bytes_and_speed_of_what_is_a_fusion_by_the_longest():
 
 
 def test_a_program_without_fusions_moves_nothing():
-    assert traffic.of_fusions("HloModule empty") == {}
+    assert traffic.fusion_bytes("HloModule empty") == {}
     assert "0.00 GB" in traffic.table({"gemm": (1.0, 1)}, "")
-
-
-@pytest.mark.parametrize("shape, size", [("f32[]", 4), ("bf16[2,3]{1,0}", 12), ("(f32[2]{0}, s8[3]{0})", 11)])
-def test_shapes_have_the_bytes_of_their_numbers(shape, size):
-    assert traffic._bytes(shape) == size

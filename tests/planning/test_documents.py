@@ -1,4 +1,4 @@
-"""What README and docs tell to type: every `plan` and `train` can run on the machine that its page names."""
+"""Every `plan` and `train` command in README and docs can run on the machine that its page names."""
 
 import pathlib
 import re
@@ -7,17 +7,17 @@ import shlex
 import pytest
 
 from dmm_jax.config.files import read_config
-from dmm_jax.planning import devices, plan
+from dmm_jax.planning import devices, program
 
-ROOT = pathlib.Path(plan.__file__).parents[2]
-SLICES = {"v5litepod-16": "v5e:4x4"}  # As Cloud TPU and xpk call it.
+ROOT = pathlib.Path(program.__file__).parents[2]
+SLICES = {"v5litepod-16": "v5e:4x4"}  # The names of Cloud TPU and xpk.
 PROGRAMS = r"dmm-jax (?:plan|train)|launch/(?:tpu_pod|gke_xpk)\.sh train|launch/(?:slurm|local_processes)\.sh"
 COMMAND = re.compile(rf"(?:{PROGRAMS}) [^`|#\n]*--config=[^`|#\n]*")
 
 
 def commands():
     """Returns (page, command, topology): the machine is named by the command, its page, or the config's docstring."""
-    found = []
+    params = []
     for page in ("README.md", "docs/train.md", "docs/plan.md", "docs/pods.md"):
         text = (ROOT / page).read_text().replace("\\\n", " ")
         for match in COMMAND.finditer(text):
@@ -28,17 +28,16 @@ def commands():
             elif "slurm" in words[0]:
                 topology = f"gpu:{int(words[1]) * int(words[2])}x80GB"
             elif "local_processes" in words[0]:
-                fake = re.search(r"device_count=(\d+)", text)[1]
-                topology = f"gpu:{int(fake) * int(words[1])}x80GB"
+                per_process = re.search(r"device_count=(\d+)", text)[1]
+                topology = f"gpu:{int(per_process) * int(words[1])}x80GB"
             elif "launch" in words[0]:
                 name = "ACCELERATOR_TYPE" if "tpu_pod" in words[0] else "TPU_TYPE"
                 topology = SLICES[re.search(rf"{name}=([\w-]+)", text)[1]]
             else:
-                told = re.search(r"--topology (\S+?)`", config)
-                topology = told[1] if told else "gpu:1x80GB"
-
-            found.append(pytest.param(page, match[0], topology))
-    return found
+                in_docstring = re.search(r"--topology (\S+?)`", config)
+                topology = in_docstring[1] if in_docstring else "gpu:1x80GB"
+            params.append(pytest.param(page, match[0], topology))
+    return params
 
 
 def option(words, name):
@@ -46,24 +45,24 @@ def option(words, name):
 
 
 @pytest.mark.parametrize("page, command, topology", commands())
-def test_what_is_written_divides_and_the_arrays_alone_fit(page, command, topology):
+def test_a_documented_command_divides_and_its_arrays_fit(page, command, topology):
     words = shlex.split(command)
     overrides = [word for word in words if word.startswith("--config.")]
     config = read_config(str(ROOT / option(words, "--config=")), overrides)
     if config.grow.student:
         pytest.skip("its styles are read from a finished student")
     architecture = words[words.index("--architecture") + 1] if "--architecture" in words else "sd15"
-    program = plan.Program.planned(config, topology, architecture, compiled=False)
-    assert sum(program.held().values()) < devices.topology(topology).device.memory
+    planned = program.Program.on_topology(config, topology, architecture, compiled=False)
+    assert sum(planned.array_bytes().values()) < devices.topology(topology).device.memory
 
 
 def test_every_page_is_read():
-    pages = [found.values[0] for found in commands()]
+    pages = [param.values[0] for param in commands()]
     assert (pages.count("docs/pods.md"), pages.count("docs/plan.md")) == (4, 8)
     assert pages.count("README.md") >= 2 and pages.count("docs/train.md") >= 5
 
 
-def test_the_tables_estimates_are_not_below_what_was_compiled():
+def test_estimates_in_the_table_are_not_below_compiled_figures():
     rows = re.findall(r"\| ([\d.]+) of [\d.]+ \| ([\d.]+) \|", (ROOT / "docs" / "plan.md").read_text())
     assert len(rows) == 7
     for compiled, estimated in rows:

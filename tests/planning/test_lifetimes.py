@@ -1,4 +1,4 @@
-"""Estimated temporaries: sums that can be done by hand."""
+"""Estimated temporaries and traffic equal sums that a reader can do by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def squares(function, num_arguments=1):
     return temporaries(function, *[(SIDE, SIDE)] * num_arguments) / SQUARE
 
 
-def test_arguments_are_not_counted_and_a_product_is():
+def test_a_product_counts_and_arguments_do_not():
     assert squares(lambda x: x @ x) == 1
 
 
@@ -35,11 +35,11 @@ def test_a_value_lives_until_its_last_reader():
     assert squares(late) == 3
 
 
-def test_elementwise_chains_are_not_held():
+def test_elementwise_chains_occupy_nothing():
     assert squares(lambda x: jnp.exp(jnp.tanh(x @ x) * 2.0 + 1.0) @ x) == 2
 
 
-def test_a_residual_stream_is_held_once_not_by_all_that_was_added():
+def test_a_residual_stream_occupies_its_sum_not_its_terms():
     def residual(x):
         for _ in range(6):
             x = x + (x @ x)
@@ -48,7 +48,7 @@ def test_a_residual_stream_is_held_once_not_by_all_that_was_added():
     assert squares(residual) <= 3
 
 
-def test_what_the_backward_pass_reads_is_held_until_then():
+def test_values_live_until_the_backward_pass_reads_them():
     def loss(x):
         for _ in range(5):
             x = jnp.tanh(x @ x)
@@ -57,7 +57,7 @@ def test_what_the_backward_pass_reads_is_held_until_then():
     assert squares(jax.grad(loss)) >= 5
 
 
-def test_recomputation_saves_what_a_block_holds():
+def test_recomputation_saves_the_values_inside_a_block():
     def block(x):
         return jnp.tanh(jnp.tanh(jnp.tanh(x @ x) @ x) @ x)
 
@@ -70,15 +70,15 @@ def test_recomputation_saves_what_a_block_holds():
     assert squares(jax.grad(lambda x: loss(jax.checkpoint(block), x))) < 0.7 * plain
 
 
-def test_a_loop_holds_its_body_once_and_its_stacked_results_whole():
+def test_a_loop_occupies_its_body_once_and_all_stacked_results():
     def loop(x):
         return jax.lax.scan(lambda carry, _: ((carry @ x) @ x, carry), x, length=10)[1]
 
     assert 10 <= squares(loop) <= 13
 
 
-def test_what_a_product_reads_is_written_and_held_until_its_gradient():
-    """Five squares at once: with the hyperbolic tangent computed anew wherever it is read there would be four."""
+def test_operands_of_a_product_live_until_its_gradient():
+    """Five squares live at once; four if each reader recomputed the hyperbolic tangent."""
 
     def loss(weights, x):
         return ((jnp.tanh(x @ weights) @ weights) ** 2).sum()
@@ -86,7 +86,7 @@ def test_what_a_product_reads_is_written_and_held_until_its_gradient():
     assert squares(jax.grad(loss), 2) == 5
 
 
-def test_traffic_is_what_is_written_and_what_each_operation_reads():
+def test_traffic_is_every_write_and_the_reads_of_each_operation():
     def moved(function):
         shape = jax.ShapeDtypeStruct((SIDE, SIDE), jnp.float32)
         return lifetimes.traffic(jax.make_jaxpr(function)(shape).jaxpr) / SQUARE
@@ -97,8 +97,8 @@ def test_traffic_is_what_is_written_and_what_each_operation_reads():
     assert 10 * 3 <= looped <= 10 * 3 + 2
 
 
-def test_what_a_kernel_writes_as_wide_as_lanes_and_is_cut_at_once_is_not_held():
-    """The sums of a kernel's exponentials, which its gradient reads, come in rows of 128 equal numbers."""
+def test_lanes_that_are_cut_from_a_kernel_result_occupy_nothing():
+    """A kernel writes each sum of exponentials, which its gradient reads, 128 times, once per lane."""
     shape = jax.ShapeDtypeStruct((2, 4096, 1, 8), jnp.bfloat16)
     jaxpr = jax.make_jaxpr(jax.grad(lambda x: flash_attention.flash_attention(x, x, x).sum()))(shape).jaxpr
     assert 0 < lifetimes.temporaries(jaxpr) < 2 * 4096 * 128 * 4
