@@ -22,6 +22,7 @@ from dmm_jax.planning import requirements, text
 from dmm_jax.runtime import processes, storage
 from dmm_jax.runtime.metrics import MetricsLog
 from dmm_jax.runtime.processes import say
+from dmm_jax.runtime.stopping import stop_requests
 
 MAX_STEPS_AHEAD = 2  # Dispatched but not done: keeps the device busy, and a stop request waits for no more than these.
 ADVICE = "a lower learning_rate, more warmup_steps or a smaller max_grad_norm"
@@ -55,7 +56,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
     """
     failure = None
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(processes.stop_requests())
+        stop = stack.enter_context(stop_requests())
         config, workdir = _checked(config, workdir)
         distillation = Distillation(config)
         for line in distillation.notes:
@@ -176,7 +177,7 @@ def make_hooks(
         draw_samples(distillation, state, workdir)
 
     def save(state, _):
-        log.keep()  # Before the state, so that a run that resumes there has every line.
+        log.upload()  # Before the state, so that a run that resumes there has every line.
         try:
             distillation.store(store, state)
         except FloatingPointError as error:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole road on the embedded world, from a bare Python: inspect, merge, evaluate, export, sample, report.
+# Installs dmm_jax into .venv and runs `dmm-jax demo`; needs only Python.
 # usage: launch/demo.sh [--workdir DIR]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# One training run on TPU slices of a GKE cluster, by xpk (pip install xpk). docs/pods.md tells the whole way.
+# Runs one training on TPU slices of a GKE cluster with xpk (pip install xpk); docs/pods.md has every step.
 # usage: launch/gke_xpk.sh [--dry-run] VERB [ARGUMENTS]
 #   create [XPK ARGUMENTS]      make the cluster, for example with --spot
-#   train [TRAIN ARGUMENTS]     start the run NAME; it is started again up to 50 times, and resumes by itself
-#   state                       the cluster's runs
+#   train [TRAIN ARGUMENTS]     start the run NAME; xpk restarts it up to 50 times, and it resumes
+#   state                       list the cluster's runs
 #   stop                        end the run NAME
 #   delete                      delete the cluster
-# CLUSTER, ZONE, PROJECT, TPU_TYPE (v5litepod-16), NUM_SLICES (default 1) and NAME (of the run) are environment variables.
+# Environment variables: CLUSTER, ZONE, PROJECT, TPU_TYPE (v5litepod-16), NUM_SLICES (default 1), NAME (of the run).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 dry_run=${1:-}
@@ -30,8 +30,8 @@ case $verb in
   create) run xpk cluster create "${place[@]}" --tpu-type="${TPU_TYPE:?"set TPU_TYPE"}" --num-slices="$slices" "$@" ;;
   train)
     printf -v train '%q ' dmm-jax train --distributed "$@"
-    # xpk starts a run again whose exit code is 127 or more. One that was stopped by SIGTERM has saved its state and ends
-    # with 0, as if it had been finished: here it ends with 143.
+    # xpk restarts a run whose exit code is 127 or more. A run that SIGTERM stops has saved its state and exits with 0,
+    # like a finished run. Here it exits with 143.
     train="pip install --quiet --constraint launch/requirements.txt '.[tpu,gcs]' && { $train & child=\$!; \
 trap 'stopped=143; kill -TERM \$child' TERM; \
 while kill -0 \$child 2>/dev/null; do wait \$child; status=\$?; done; exit \${stopped:-\$status}; }"
@@ -42,7 +42,7 @@ while kill -0 \$child 2>/dev/null; do wait \$child; status=\$?; done; exit \${st
   stop) run xpk workload delete "${place[@]}" --workload="${NAME:?"set NAME"}" ;;
   delete) run xpk cluster delete "${place[@]}" ;;
   *)
-    echo "gke_xpk.sh: there is no verb $verb: create, train, state, stop, delete" >&2
+    echo "gke_xpk.sh: unknown verb $verb; the verbs are create, train, state, stop, delete" >&2
     exit 2
     ;;
 esac

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# One training run in N processes of this machine.
+# Runs one training in N processes on this machine.
 # usage: launch/local_processes.sh [--dry-run] [--one-gpu-each] N --config=configs/X.py --workdir=DIR [TRAIN ARGUMENTS]
-# --one-gpu-each gives process K the GPU K alone; without it every process takes all that there are.
-# PORT (default 9310) is where process 0 listens; SIGTERM to this script reaches all processes.
+# --one-gpu-each gives GPU K to process K; without it, every process uses all GPUs.
+# Process 0 listens on PORT (default 9310). SIGTERM to this script reaches all processes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 dry_run=${1:-}
@@ -11,10 +11,19 @@ one_gpu_each=${1:-}
 [ "$one_gpu_each" != --one-gpu-each ] || shift
 processes=${1:?"usage: launch/local_processes.sh [--dry-run] [--one-gpu-each] N --config=... --workdir=..."}
 shift
+if ! [[ $processes =~ ^[1-9][0-9]{0,4}$ ]]; then
+  echo "local_processes.sh: the number of processes must be a positive whole number; got '$processes'." >&2
+  exit 2
+fi
+port=${PORT:-9310}
+if [ "$dry_run" != --dry-run ] && (exec 3<> "/dev/tcp/localhost/$port") 2> /dev/null; then
+  echo "local_processes.sh: port $port is in use, perhaps by another run. Set PORT to a free port." >&2
+  exit 1
+fi
 children=()
 trap 'kill -TERM "${children[@]}" 2>/dev/null' TERM INT
 for ((process = 0; process < processes; process++)); do
-  command=(.venv/bin/python -m dmm_jax train "$@" --coordinator "localhost:${PORT:-9310}"
+  command=(.venv/bin/python -m dmm_jax train "$@" --coordinator "localhost:$port"
     --num-processes "$processes" --process-id "$process")
   [ "$one_gpu_each" != --one-gpu-each ] || command=(env "JAX_LOCAL_DEVICE_IDS=$process" "${command[@]}")
   if [ "$dry_run" = --dry-run ]; then
@@ -27,7 +36,7 @@ for ((process = 0; process < processes; process++)); do
 done
 status=0
 for child in "${children[@]}"; do
-  while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # A signal ends a wait early.
+  while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # A signal ends `wait` before the child ends.
   wait "$child" || status=$?
 done
 exit "$status"

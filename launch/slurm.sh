@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# One training run on Slurm, one process for each GPU; two minutes before the time limit it is told to save and end.
+# Runs one training on Slurm, one process per GPU; two minutes before the time limit SIGTERM makes it save and end.
 # usage: launch/slurm.sh [--dry-run] NODES GPUS_PER_NODE --config=configs/X.py --workdir=DIR [TRAIN ARGUMENTS]
-# SBATCH_ARGUMENTS holds more for sbatch (partition, account, time). Submitted several times, the jobs run in turn.
+# SBATCH_ARGUMENTS: further arguments of sbatch (partition, account, time). Jobs submitted repeatedly run one by one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 dry_run=${1:-}

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# One training run on a Cloud TPU slice that is asked for as a queued resource. docs/pods.md tells the whole way.
+# Runs one training on a Cloud TPU slice, requested as a queued resource; docs/pods.md has every step.
 # usage: launch/tpu_pod.sh [--dry-run] VERB [ARGUMENTS]
-#   create [GCLOUD ARGUMENTS]   ask for the slice, for example with --spot
-#   state                       what has become of the request
-#   install                     copy this folder to every host, install it; where SHARED is set, mount it at /mnt/runs
-#   one VERB [ARGUMENTS]        `dmm-jax VERB` on the first host alone, with its four chips
-#   train [TRAIN ARGUMENTS]     start `dmm-jax train --distributed` on every host; it goes on when you leave
-#   log                         the last lines of every host
-#   stop                        SIGTERM to every host: the step that was reached is saved
-#   delete                      give the slice back
-# TPU_NAME, ZONE, ACCELERATOR_TYPE (v5litepod-16), RUNTIME_VERSION (v2-alpha-tpuv5-lite) and, where all hosts share a
-# folder, SHARED (SERVER:/SHARE, NFS) are environment variables.
+#   create [GCLOUD ARGUMENTS]   request the slice, for example with --spot
+#   state                       print the state of the request
+#   install                     copy this folder to every host and install it; mount SHARED, if set, at /mnt/runs
+#   one VERB [ARGUMENTS]        run `dmm-jax VERB` on the first host only, with its four chips
+#   train [TRAIN ARGUMENTS]     start `dmm-jax train --distributed` on every host, in the background
+#   log                         print the last lines of every host
+#   stop                        send SIGTERM to every host: the run saves its step and ends
+#   delete                      delete the slice
+# Environment variables: TPU_NAME, ZONE, ACCELERATOR_TYPE (v5litepod-16), RUNTIME_VERSION (v2-alpha-tpuv5-lite) and, if
+# all hosts share a folder, SHARED (SERVER:/SHARE, NFS).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 dry_run=${1:-}
@@ -43,7 +43,7 @@ case $verb in
   install)
     run git archive --format=tar.gz --output=/tmp/dmm_jax.tar.gz HEAD
     run gcloud compute tpus tpu-vm scp /tmp/dmm_jax.tar.gz "$name": "${place[@]}" --worker=all
-    # The hosts' own Python is 3.10, too old; uv brings one.
+    # The hosts have Python 3.10, which is too old; uv installs another.
     on_every_host "mkdir -p dmm_jax && tar -xzf dmm_jax.tar.gz -C dmm_jax && cd dmm_jax && \
 python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --clear --python 3.11 .venv && \
 python3 -m uv pip install --quiet --constraint launch/requirements.txt --python .venv '.[tpu,gcs]'"
@@ -51,7 +51,7 @@ python3 -m uv pip install --quiet --constraint launch/requirements.txt --python 
 sudo mount -t nfs $SHARED /mnt/runs && sudo chmod a+rwx /mnt/runs"
     ;;
   one)
-    # Without these JAX would wait for the other hosts.
+    # Without these variables JAX waits for the remaining hosts.
     alone="TPU_PROCESS_BOUNDS=1,1,1 TPU_CHIPS_PER_PROCESS_BOUNDS=2,2,1 TPU_VISIBLE_DEVICES=0,1,2,3"
     printf -v command '%q ' .venv/bin/python -m dmm_jax "$@"
     run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=0 --command="cd dmm_jax; $alone $command"
@@ -64,7 +64,7 @@ sudo mount -t nfs $SHARED /mnt/runs && sudo chmod a+rwx /mnt/runs"
   stop) on_every_host "kill -TERM \$(cat dmm_jax/train.pid)" ;;
   delete) run gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force ;;
   *)
-    echo "tpu_pod.sh: there is no verb $verb: create, state, install, one, train, log, stop, delete" >&2
+    echo "tpu_pod.sh: unknown verb $verb; the verbs are create, state, install, one, train, log, stop, delete" >&2
     exit 2
     ;;
 esac

@@ -1,17 +1,20 @@
 """Test settings: CPU, exact float32 products, and run-time checks of every annotated shape."""
 
+import dis
 import gc
 import importlib.metadata
+import inspect
 import os
 import tempfile
+import types
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Nearly all of a test's time is compiling; programs that run once need no optimising.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # Later ones have no such flag, and end where it is set.
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # Later versions do not know this flag and exit.
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # Compiles in half the time.
-gc.set_threshold(100_000, 50, 100)  # Tracing makes many objects, nearly none of them in cycles.
+gc.set_threshold(100_000, 50, 100)  # Tracing makes many objects, few of them in cycles.
 
 import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
@@ -19,7 +22,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# What one test has compiled is loaded by the next, in every worker: most tests that train compile the same step.
+# All workers share one cache of compiled programs: most tests that train compile the same step.
 if "DMM_JAX_TEST_PROGRAMS" not in os.environ:
     compiled = tempfile.TemporaryDirectory(prefix="dmm_jax_compiled_")
     os.environ["DMM_JAX_TEST_PROGRAMS"] = compiled.name
@@ -30,17 +33,48 @@ install_import_hook("dmm_jax", "beartype.beartype")
 import pytest  # noqa: E402
 
 LONGEST = ("test_processes.py", "test_train.py", "test_sharding.py")  # Minutes each.
+SLOW_MODULES = {"subprocess", "multiprocessing", "dmm_jax.train"}
 
 
 def pytest_collection_modifyitems(items):
-    """Has the longest files come first, then all that train, so that no worker ends with a long one alone."""
+    """Marks slow tests; puts the longest files first, then those that train, so that no worker ends with a long one."""
+    for item in items:
+        fixtures = (definitions[-1].func for definitions in item._fixtureinfo.name2fixturedefs.values())
+        if SLOW_MODULES & set().union(*map(modules_used, (item.function, *fixtures))):
+            item.add_marker("slow")
     training = {item.path for item in items if "tiny" in item.fixturenames}
     items.sort(key=lambda item: (item.path.name not in LONGEST, item.path not in training))
 
 
+def modules_used(function, seen=None) -> set[str]:
+    """Returns the modules that a test's function names, and those that helpers of the tests name which it names."""
+    function, seen = inspect.unwrap(function), set() if seen is None else seen
+    modules, codes = set(), [getattr(function, "__code__", None)]
+    while codes:
+        if (code := codes.pop()) is None or code in seen:
+            continue
+        seen.add(code)
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+        package = ""
+        for instruction in dis.get_instructions(code):
+            if instruction.opname == "IMPORT_NAME":
+                package = instruction.argval
+                modules.add(package)
+            elif instruction.opname == "IMPORT_FROM":
+                modules.add(f"{package}.{instruction.argval}")
+            elif instruction.opname == "LOAD_GLOBAL":
+                value = function.__globals__.get(instruction.argval)
+                if inspect.ismodule(value):
+                    modules.add(value.__name__)
+                elif getattr(value, "__module__", "").startswith("tests."):
+                    helpers = [value] if inspect.isfunction(value) else filter(inspect.isfunction, vars(value).values())
+                    modules |= set().union(*(modules_used(helper, seen) for helper in helpers))
+    return modules
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _programs_of_one_module():
-    """Programs are let go after each module, and memory with them; what comes again is loaded from the folder."""
+    """Frees programs after each module, and their memory; the next module loads them from the cache again."""
     yield
     jax.clear_caches()
 

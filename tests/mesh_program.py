@@ -1,8 +1,8 @@
-"""`python -m tests.mesh_program CASES OUT`: a few whole steps of eight different teachers on each of several meshes.
+"""`python -m tests.mesh_program CASES OUT`: two steps of eight different teachers on each of several meshes.
 
-Run by `test_sharding` in a process with eight fake devices. CASES is a JSON list of [mesh, changes of the config]; of
-each, OUT/NUMBER.npz holds what the steps logged and where they led. OUT/places.json tells along which axes arrays are
-divided.
+`test_sharding` runs it in a process with eight fake devices. CASES is a JSON list of [mesh, changes of the config]. For
+each case, OUT/NUMBER.npz has the logged metrics and the changes of the state; OUT/places.json has, for the last case,
+the axes along which arrays are divided.
 """
 
 import json
@@ -27,7 +27,7 @@ from dmm_jax.world.architecture import SCHEDULER_CONFIG, TEXT_CONFIG
 from dmm_jax.world.random_checkpoints import random_tensors
 
 NUM_TEACHERS, NUM_STEPS, PER_TEACHER = 8, 2, 8
-WITH_ENCODERS = (2, 5)  # Teachers whose text encoder is their own.
+WITH_ENCODERS = (2, 5)  # Teachers with their own text encoder.
 TEXT = TEXT_CONFIG | {
     "num_hidden_layers": 1, "vocab_size": 64, "bos_token_id": 62, "eos_token_id": 63, "pad_token_id": 63,
 }  # fmt: skip
@@ -38,18 +38,18 @@ UNET = {
 }  # fmt: skip
 
 
-def checkpoint(seed: int, *names: str) -> Checkpoint:
-    """Returns networks of random numbers under the names given."""
+def random_checkpoint(seed: int, *networks: str) -> Checkpoint:
+    """Returns a checkpoint with random parameters of the networks."""
 
     def component(name, config):
         return Component(config, lambda: random_tensors(naming.torch_shapes(abstract_params(name, config)), seed))
 
-    parts = {name: component(name, {"unet": UNET, "text_encoder": TEXT}[name]) for name in names}
+    parts = {name: component(name, {"unet": UNET, "text_encoder": TEXT}[name]) for name in networks}
     return Checkpoint(pathlib.Path(f"random_{seed}"), "diffusers", parts, dict(SCHEDULER_CONFIG), None, None)
 
 
-def settings(changes: dict):
-    """Returns the config: every part of the step at work, and Adam kept from making noise large."""
+def make_config(changes: dict):
+    """Returns a config that uses every part of the step; a large epsilon keeps Adam from amplifying rounding."""
     config = config_lib.get_config()
     config.base, config.teachers = "random", tuple((f"style_{k}", "random") for k in range(NUM_TEACHERS))
     config.batch_size, config.data.resolution, config.dtype = NUM_TEACHERS * PER_TEACHER, 64, "float32"
@@ -61,7 +61,7 @@ def settings(changes: dict):
 
 
 def random_batch() -> Batch:
-    """Returns one batch as the latent cache gives it."""
+    """Returns a batch in the form of the latent cache's."""
     rng, lead = np.random.default_rng(0), (NUM_TEACHERS, PER_TEACHER)
     return Batch(
         latents=rng.standard_normal((*lead, 8, 8, 4), np.float32),
@@ -70,20 +70,20 @@ def random_batch() -> Batch:
     )
 
 
-def divided(tree, mesh) -> list[list[str]]:
-    """Returns for each array the axes along which devices hold different parts of it, read off the devices."""
+def divided_axes(tree, mesh) -> list[list[str]]:
+    """Returns, for each array, the axes along which devices hold different parts of it."""
 
-    def one(leaf):
+    def axes(leaf):
         parts = {shard.device: str(shard.index) for shard in leaf.addressable_shards}
         grid = np.vectorize(parts.get)(mesh.devices)
         return [axis for k, axis in enumerate(sharding.AXES) if (grid != grid.take([0], k)).any()]
 
-    return [one(leaf) for leaf in jax.tree.leaves(tree)]
+    return [axes(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def run(mesh_shape, changes: dict, base: Checkpoint, teachers) -> tuple[dict, dict]:
-    """Returns what NUM_STEPS steps log and where they lead, by name, and where the arrays live."""
-    config, (teacher, data, fsdp) = settings(changes), mesh_shape
+def run_case(mesh_shape, changes: dict, base: Checkpoint, teachers) -> tuple[dict, dict]:
+    """Takes NUM_STEPS steps; returns {name: array} of metrics and changes, and the divided axes of arrays."""
+    config, (teacher, data, fsdp) = make_config(changes), mesh_shape
     mesh = sharding.make_mesh(teacher, data, fsdp, devices=jax.devices()[: teacher * data * fsdp])
     distillation = Distillation(config, base=base, teachers=teachers, mesh=mesh)
     state = distillation.init()
@@ -103,8 +103,8 @@ def run(mesh_shape, changes: dict, base: Checkpoint, teachers) -> tuple[dict, di
     trees["student"]["average"] = jax.tree.map(lambda new, old: new - old, after.ema, before["student"])
     results = {f"{network} {kind}": tree for network, kinds in trees.items() for kind, tree in kinds.items()}
     results |= {f"logged {name}": [line[name] for line in logged] for name in logged[0]}
-    judge = discriminator.define(base.unet_config, NUM_TEACHERS, 8)
-    backbone = jax.tree.map(lambda leaf: np.zeros(leaf.shape), discriminator.abstract_params(judge)["backbone"])
+    network = discriminator.define(base.unet_config, NUM_TEACHERS, 8)
+    backbone = jax.tree.map(lambda leaf: np.zeros(leaf.shape), discriminator.abstract_params(network)["backbone"])
     leaves = jax.tree.leaves(after)
     places = {
         "batch": batch, "teachers": distillation.teachers, "text": distillation.frozen,
@@ -113,19 +113,19 @@ def run(mesh_shape, changes: dict, base: Checkpoint, teachers) -> tuple[dict, di
         "trained": [leaf for leaf in leaves if leaf.ndim],
     }  # fmt: skip
     arrays = {f"{name}.{k}": leaf for name, tree in results.items() for k, leaf in enumerate(jax.tree.leaves(tree))}
-    return arrays, {name: divided(tree, mesh) for name, tree in places.items()}
+    return arrays, {name: divided_axes(tree, mesh) for name, tree in places.items()}
 
 
 def main(cases: str, out: str) -> None:
-    """Runs every case and writes what it found."""
-    base = checkpoint(0, "unet", "text_encoder")
-    own = [("unet", "text_encoder") if k in WITH_ENCODERS else ("unet",) for k in range(NUM_TEACHERS)]
-    others = {f"style_{k}": checkpoint(1 + k, *names) for k, names in enumerate(own)}
+    """Runs every case and writes the results."""
+    base = random_checkpoint(0, "unet", "text_encoder")
+    networks = [("unet", "text_encoder") if k in WITH_ENCODERS else ("unet",) for k in range(NUM_TEACHERS)]
+    teachers = {f"style_{k}": random_checkpoint(1 + k, *names) for k, names in enumerate(networks)}
     for number, (mesh_shape, changes) in enumerate(json.loads(cases)):
-        found, places = run(mesh_shape, changes, base, others)
-        np.savez(f"{out}/{number}.npz", **found)
+        arrays, places = run_case(mesh_shape, changes, base, teachers)
+        np.savez(f"{out}/{number}.npz", **arrays)
         jax.clear_caches()  # Each case has a program of its own.
-    pathlib.Path(out, "places.json").write_text(json.dumps(places))  # Of the last.
+    pathlib.Path(out, "places.json").write_text(json.dumps(places))
 
 
 if __name__ == "__main__":

@@ -118,10 +118,7 @@ def _read_training_log(path: Location) -> list[dict]:
     Raises:
       ValueError: the file is damaged.
     """
-    try:
-        lines = metrics.read(path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not text ({error.reason} at byte {error.start}). Move it away.") from None
+    lines = metrics.read(path)
     for number, line in enumerate(lines, start=1):
         if not isinstance(line, dict) or "step" not in line:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Compiled programs are kept between runs, in a folder that nobody else can write to: JAX runs what it finds there."""
+"""Keeps compiled programs on disk between runs, in a folder that only this user can write: JAX executes its files."""
 
 import os
 import pathlib
@@ -10,20 +10,20 @@ import jax
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import check_local
 
-MIN_COMPILE_TIME_S = 0.1  # What compiles faster is not kept.
+MIN_COMPILE_TIME_S = 0.1  # Programs that compile faster are not kept.
 OFF, PER_USER = "off", ""
 
 
 def use_cache(folder: str = PER_USER) -> pathlib.Path | None:
-    """Has JAX load the programs that an earlier run compiled, and keep those of this one; returns where, if anywhere.
+    """Makes JAX load programs that an earlier run compiled and keep new ones; returns the folder, or None.
 
-    JAX_COMPILATION_CACHE_DIR and JAX_ENABLE_COMPILATION_CACHE, where they are set, come first.
+    The environment variables JAX_COMPILATION_CACHE_DIR and JAX_ENABLE_COMPILATION_CACHE have precedence.
 
     Args:
-      folder: "": `per_user_folder()`; "off": keep nothing.
+      folder: "" is `per_user_folder()`; "off" keeps nothing.
 
     Raises:
-      ValueError: `folder` cannot be made, or somebody else may write to it.
+      UserError: `folder` cannot be made, or another user may write to it.
     """
     if folder == OFF or not jax.config.jax_enable_compilation_cache:
         jax.config.update("jax_enable_compilation_cache", False)
@@ -31,8 +31,9 @@ def use_cache(folder: str = PER_USER) -> pathlib.Path | None:
     if jax.config.jax_compilation_cache_dir:
         return pathlib.Path(jax.config.jax_compilation_cache_dir)
     try:
-        path = checked(check_local(folder, "what is compiled").expanduser().absolute() if folder else per_user_folder())
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: there is no home.
+        path = check_local(folder, "compiled programs").expanduser().absolute() if folder else per_user_folder()
+        make_private(path)
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: the user has no home folder.
         if folder:
             raise UserError(f"compilation_cache: {error}") from error
         print(f"Compiled programs are not kept: {error}", file=sys.stderr)
@@ -44,21 +45,20 @@ def use_cache(folder: str = PER_USER) -> pathlib.Path | None:
 
 def per_user_folder() -> pathlib.Path:
     """Returns `dmm_jax/xla` under $XDG_CACHE_HOME, or under ~/.cache."""
-    told = os.environ.get("XDG_CACHE_HOME")
-    return (pathlib.Path(told) if told else pathlib.Path.home() / ".cache") / "dmm_jax" / "xla"
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (pathlib.Path(cache) if cache else pathlib.Path.home() / ".cache") / "dmm_jax" / "xla"
 
 
-def checked(path: pathlib.Path) -> pathlib.Path:
-    """Makes the folder for this user alone.
+def make_private(path: pathlib.Path) -> None:
+    """Makes a folder that only this user can write.
 
     Raises:
-      ValueError: it is there and is another user's, or others may write to it.
+      UserError: the folder exists and belongs to another user, or other users may write to it.
     """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = path.stat()
-    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    status = path.stat()
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise UserError(
-            f"{path} holds programs that would be run, and others may write to it ({stat.filemode(found.st_mode)}, "
-            f"owner {found.st_uid}). chmod 700 it, or name another folder."
+            f"{path} contains programs that would be executed, and others may write to it "
+            f"({stat.filemode(status.st_mode)}, owner {status.st_uid}). chmod 700 it, or name another folder."
         )
-    return path

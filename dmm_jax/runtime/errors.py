@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+REPORT = "this is a fault of dmm-jax; please open an issue with your command and the traceback above."
+
 
 class UserError(ValueError):
     """An error that the user can mend: a wrong option, file or checkpoint; the message says what to do.
@@ -22,9 +24,9 @@ def refuse(title: str, problems: Iterable[str | bool | None], error: type[UserEr
         raise error(f"{title}:\n" + "\n".join(f"  - {line}" for line in lines))
 
 
-def nearest(name: str, known: Iterable[str], cutoff: float = 0.0) -> str:
-    """Returns the known name that is most like `name`, or "" if none reaches the cutoff (0 to 1)."""
-    return next(iter(difflib.get_close_matches(name, list(known), 1, cutoff)), "")
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.0) -> str:
+    """Returns the one of `names` that is most like `name`, or "" if none reaches the cutoff (0 to 1)."""
+    return next(iter(difflib.get_close_matches(name, list(names), 1, cutoff)), "")
 
 
 def message(error: BaseException) -> str | None:

@@ -1,4 +1,4 @@
-"""Folders: where a run lives, here or in a bucket; what must lie here; outputs, looked at before any work is done."""
+"""Where files live: on a file system or in a bucket; outputs are checked before any work is done."""
 
 import contextlib
 import importlib.util
@@ -13,20 +13,20 @@ from etils import epath
 
 from dmm_jax.runtime.errors import UserError
 
-Location = pathlib.Path | epath.Path  # On a file system; in a bucket. Both have pathlib's methods.
+Location = pathlib.Path | epath.Path  # On a file system, or in a bucket; both have the methods of pathlib.
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+")  # pathlib folds the two slashes into one.
 
 
 def in_bucket(path: str | os.PathLike) -> bool:
-    """Tells whether a path names an object store, SCHEME://..., and no file system."""
+    """Returns whether a path names an object store, SCHEME://..., instead of a file system."""
     return bool(_URL.match(os.fspath(path)))
 
 
 def locate(path: str | os.PathLike) -> Location:
-    """Returns the path of a run: a folder, or gs://BUCKET/NAME; asks nobody whether it is there.
+    """Returns the path of a run, which is a folder or gs://BUCKET/NAME; does not look whether it exists.
 
     Raises:
-      ValueError: another scheme than gs, no bucket or no name in it, or the package that reads buckets is missing.
+      UserError: the scheme is not gs, the bucket or the name in it is missing, or the package gcsfs is.
     """
     url = _URL.match(os.fspath(path))
     if not url:
@@ -42,39 +42,38 @@ def locate(path: str | os.PathLike) -> Location:
         raise UserError(f"{path} names a whole bucket. Give a place in it: {path.rstrip('/') or 'gs:/'}/NAME.")
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{path} needs the package gcsfs: pip install gcsfs")
-    os.environ["EPATH_USE_TF"] = "false"  # Where TensorFlow is installed, epath would load it for this.
+    os.environ["EPATH_USE_TF"] = "false"  # epath would load TensorFlow if it is installed.
     return epath.Path(path)
 
 
 def check_bucket(path: Location) -> None:
-    """Asks the store of a path in a bucket for the bucket; does nothing for a folder.
+    """Looks whether the bucket of a path can be used; does nothing for a folder.
 
     Raises:
-      ValueError: there is no such bucket, nobody is logged in, or the permission is missing.
+      UserError: the bucket does not exist, no user is logged in, or the permission is missing.
     """
-    if not in_bucket(path):
-        return
-    with bucket_errors(path):
-        epath.Path(_bucket(path)).stat()
+    if in_bucket(path):
+        with bucket_errors(path):
+            epath.Path(_bucket(path)).stat()
 
 
 @contextlib.contextmanager
 def bucket_errors(path: Location) -> Iterator[None]:
-    """Says of what goes wrong in the block with a path in a bucket what to do; of a folder's errors nothing is changed.
+    """Turns errors of the block into one that tells how to make `path` usable, if `path` is in a bucket.
 
     Raises:
-      ValueError: there is no such bucket, nobody is logged in, or the permission is missing.
+      UserError: the bucket does not exist, no user is logged in, or the permission is missing.
     """
     try:
         yield
     except Exception as error:  # gcsfs, google.auth and aiohttp have no common class.
         if not in_bucket(path):
             raise
-        bucket, said = _bucket(path), " ".join(str(error).split()) or type(error).__name__
+        bucket, reason = _bucket(path), " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, FileNotFoundError):
-            said = f"there is no bucket {bucket}, or it is empty and may not be looked at ({said})"
+            reason = f"there is no bucket {bucket}, or it is empty and may not be listed ({reason})"
         raise UserError(
-            f"{path} cannot be used: {said}. Make the bucket: gcloud storage buckets create {bucket}; log in here: "
+            f"{path} cannot be used: {reason}. Make the bucket: gcloud storage buckets create {bucket}; log in here: "
             "gcloud auth application-default login; or let a cloud machine's service account use it: gcloud storage "
             f"buckets add-iam-policy-binding {bucket} --member=serviceAccount:NAME --role=roles/storage.admin"
         ) from error
@@ -84,16 +83,33 @@ def _bucket(path):
     return "/".join(os.fspath(path).split("/")[:3])
 
 
-def check_local(path: str | os.PathLike, what: str) -> pathlib.Path:
-    """Returns the path of `what` is read here.
+def read_text(path: Location) -> str:
+    """Reads a text file; a byte order mark is dropped.
 
     Raises:
-      ValueError: it is in a bucket.
+      UserError: the file is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8, or restore it."
+        ) from None
+
+
+def check_local(path: str | os.PathLike, description: str) -> pathlib.Path:
+    """Returns the path.
+
+    Args:
+      description: of the files there, for the error.
+
+    Raises:
+      UserError: the path is in a bucket.
     """
     if in_bucket(path):
         path = _URL.sub(r"\1://", os.fspath(path), count=1)
         raise UserError(
-            f"{path}: {what} must lie on a file system, not in a bucket. Copy it to a local disk: "
+            f"{path}: {description} must be on a file system, not in a bucket. Copy it to a local disk: "
             f"gcloud storage cp -r {path} FOLDER"
         )
     return pathlib.Path(path)
@@ -103,7 +119,7 @@ def check_output(folder: str | os.PathLike) -> pathlib.Path:
     """Returns `folder` if it is new or empty and can be written; makes nothing.
 
     Raises:
-      ValueError: it is a file, is not empty, lies where nothing can be written, or in a bucket.
+      UserError: it is a file, is not empty, cannot be written, or is in a bucket.
     """
     if in_bucket(folder):
         raise UserError(f"{folder}: an output is written to a folder. Give one, and copy it: gcloud storage cp -r")
@@ -117,10 +133,10 @@ def check_output(folder: str | os.PathLike) -> pathlib.Path:
 
 
 def check_writable(path: pathlib.Path) -> None:
-    """Looks whether a file or folder can be written at `path`, by its nearest parent that is there; makes nothing.
+    """Looks at the nearest existing parent of `path` whether a file or folder can be made there; makes nothing.
 
     Raises:
-      ValueError: it cannot.
+      UserError: it cannot.
     """
     parent = path
     while not parent.exists():
@@ -134,31 +150,31 @@ def check_writable(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def staged_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Yields a temporary folder beside `folder`, which takes its place at the end, or is deleted on an error.
+    """Yields a temporary folder that becomes `folder` at the end of the block, or is deleted after an error.
 
-    A folder that is there already keeps its other files: the new ones are moved in, `index.html` last. Into a bucket
-    they are copied.
+    If `folder` exists, its other files remain: the new ones are moved in, `index.html` last. Into a bucket the files
+    are copied.
     """
     if in_bucket(folder):
-        with tempfile.TemporaryDirectory() as part:
-            yield pathlib.Path(part)
-            for path in _page_last(pathlib.Path(part)):
+        with tempfile.TemporaryDirectory() as stage:
+            yield pathlib.Path(stage)
+            for path in _page_last(pathlib.Path(stage)):
                 (locate(folder) / path.name).write_bytes(path.read_bytes())
         return
     folder = pathlib.Path(folder).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.parent / f".{folder.name}.{os.getpid()}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
+    stage = folder.parent / f".{folder.name}.{os.getpid()}.part"
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir()
     try:
-        yield part
+        yield stage
         if folder.is_dir():
-            for path in _page_last(part):
+            for path in _page_last(stage):
                 os.replace(path, folder / path.name)
         else:
-            os.replace(part, folder)
+            os.replace(stage, folder)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 def _page_last(folder):

@@ -12,7 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
-from dmm_jax.runtime.errors import UsageError, message
+from dmm_jax.runtime.errors import REPORT, UsageError, message
 
 VERBS = {  # In the order of --help. The file of `fit-style` is fit_style.py.
     "demo": "run every step on the embedded world and write report/index.html",
@@ -28,7 +28,6 @@ VERBS = {  # In the order of --help. The file of `fit-style` is fit_style.py.
     "bench": "measure images/s and TFLOP/s on random data and compare with the device's peak",
 }
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
-REPORT = "this is a fault of dmm-jax; please open an issue with your command and the traceback above."
 
 
 def main(argv: Sequence[str] | None = None) -> int:

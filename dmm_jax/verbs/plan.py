@@ -34,15 +34,17 @@ def main(args: argparse.Namespace) -> int:
     options = {"architecture": args.architecture, "compiled": compiled, "full_effort": args.full_effort}
     planned = plan(config, args.topology, **options)
     change = None if planned.fits else smallest_change(config, args.topology, say=_print_progress, **options)
-    what, changed_plan = change or (None, None)
+    command, changed_plan = change or (None, None)
     if args.json:
-        changed = {"change": what, "changed": changed_plan and changed_plan.to_json()}
+        changed = {"change": command, "changed": changed_plan and changed_plan.to_json()}
         print(json.dumps(planned.to_json() | changed, indent=2))
     else:
         print(render(planned), end="")
     if planned.fits:
         return 0
-    _print_progress(f"It fits with {what}" if change else "No change that was tried makes it fit: use a larger device.")
+    _print_progress(
+        f"It fits with {command}" if change else "No change that was tried makes it fit: use a larger device."
+    )
     return 1
 
 

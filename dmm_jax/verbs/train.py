@@ -20,10 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Trains, or resumes the run in the workdir; SIGTERM saves the step that was reached and ends with exit code 0."""
-    from dmm_jax.runtime import processes
+    from dmm_jax.runtime import processes, stopping
 
     try:
-        with processes.stop_requests():  # Before all else: importing, and waiting for other processes, take long.
+        with stopping.stop_requests():  # Before all else: importing, and waiting for other processes, take long.
             from dmm_jax.train import run
 
             with processes.joined(args.distributed, args.coordinator, args.num_processes, args.process_id):

@@ -150,7 +150,7 @@ def test_too_few_pictures_for_a_distance_are_refused(workdir, count, no_drawing,
     [
         (b'{"step": 1}\ngarbage\n{"step": 2}\n', "line 2 .* JSON"),
         (b'{"step": 1}\n{"loss": 3}\n', "line 2: expected an object with a step"),
-        (b"\xff\xfe", "is not text"),
+        (b"\xff\xfe", "is not UTF-8 text"),
     ],
 )
 def test_damaged_training_metrics_are_refused(workdir, damaged, message, no_drawing):

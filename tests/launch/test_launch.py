@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ QUOTED = r"--config=configs/sd15.py --workdir=/mnt/runs/my\ run"
 
 
 def dry_run(script, *arguments, environment=CLOUD):
-    """Returns the commands, as words, that a launcher says it would run."""
+    """Returns the commands that a launcher prints in a dry run, each as a list of words."""
     path = {"PATH": "/usr/bin:/bin"}  # No gcloud, xpk or sbatch: a dry run needs none.
     command = ["bash", str(LAUNCH / script), "--dry-run", *arguments]
     done = subprocess.run(command, env=path | environment, capture_output=True, text=True)
@@ -51,7 +52,7 @@ def test_local_processes_gives_each_its_gpu():
     ]
 
 
-def test_slurm_submits_one_task_for_each_gpu_that_is_told_before_its_time_is_over():
+def test_slurm_stops_one_task_per_gpu_before_the_time_limit():
     (command,) = dry_run("slurm.sh", "2", "8", *TRAIN, environment={"SBATCH_ARGUMENTS": "--time=1:00:00 --account=a"})
     assert command == [
         "sbatch", "--job-name=dmm-jax", "--dependency=singleton", "--nodes=2", "--ntasks-per-node=8",
@@ -73,7 +74,7 @@ def test_tpu_pod_creates_a_queued_resource():
     ]  # fmt: skip
 
 
-def test_tpu_pod_installs_trains_logs_stops_and_deletes_on_every_host():
+def test_tpu_pod_runs_its_verbs_on_every_host():
     archive, copy, install, mount = dry_run("tpu_pod.sh", "install")
     assert archive[:2] == ["git", "archive"] and copy[:5] == ["gcloud", "compute", "tpus", "tpu-vm", "scp"]
     assert (
@@ -91,12 +92,12 @@ def test_tpu_pod_installs_trains_logs_stops_and_deletes_on_every_host():
     assert dry_run("tpu_pod.sh", "delete") == [[*queued, "delete", "pod", "--zone", "us-west4-a", "--force"]]
 
 
-def test_tpu_pod_mounts_nothing_where_no_folder_is_shared():
+def test_tpu_pod_mounts_no_folder_without_shared():
     bucket = {name: value for name, value in CLOUD.items() if name != "SHARED"}
     assert len(dry_run("tpu_pod.sh", "install", environment=bucket)) == 3
 
 
-def test_tpu_pod_runs_a_verb_on_one_host_that_waits_for_no_other():
+def test_tpu_pod_runs_a_verb_on_one_host_alone():
     (command,) = dry_run("tpu_pod.sh", "one", "export", "/mnt/runs/my run", "out", "--format=dmm")
     assert command[-2] == "--worker=0" and "cd dmm_jax; TPU_PROCESS_BOUNDS=1,1,1 TPU_CHIPS" in command[-1]
     assert command[-1].endswith(r".venv/bin/python -m dmm_jax export /mnt/runs/my\ run out --format=dmm ")
@@ -121,7 +122,7 @@ def test_gke_xpk_makes_a_cluster_and_runs_on_it():
 
 @pytest.fixture
 def pod(tmp_path):
-    """What xpk runs in a container, and where it finds a pip and a dmm-jax that waits for SIGTERM, or fails."""
+    """Starts what xpk runs in a container, in a folder with fake commands: a pip, and a dmm-jax that waits or fails."""
     train = '[ "$3" = wait ] || exit 3\ntrap "sleep 0.3; touch saved; exit 0" TERM\n'
     train += "touch up\nwhile true; do sleep 0.05; done"
     for name, script in (("pip", "exit 0"), ("dmm-jax", train)):
@@ -130,13 +131,13 @@ def pod(tmp_path):
 
     def start(argument):
         ((*_, program),) = dry_run("gke_xpk.sh", "train", argument)
-        command = ["bash", "-c", program.removeprefix("--command=")]  # As xpk's subshell, which it hands SIGTERM to.
+        command = ["bash", "-c", program.removeprefix("--command=")]  # xpk sends SIGTERM to such a shell.
         return subprocess.Popen(command, cwd=tmp_path, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
 
     return start, tmp_path
 
 
-def test_gke_xpk_starts_a_run_again_that_sigterm_has_stopped(pod):
+def test_gke_xpk_restarts_a_run_that_sigterm_stopped(pod):
     start, folder = pod
     child = start("wait")
     deadline = time.monotonic() + 20
@@ -144,25 +145,25 @@ def test_gke_xpk_starts_a_run_again_that_sigterm_has_stopped(pod):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     child.terminate()
-    assert child.wait(20) == 143 and (folder / "saved").exists()  # xpk starts again what ends with 127 or more.
+    assert child.wait(20) == 143 and (folder / "saved").exists()  # xpk restarts runs with codes of 127 or more.
 
 
-def test_gke_xpk_does_not_start_a_run_again_that_has_failed(pod):
+def test_gke_xpk_does_not_restart_a_run_that_failed(pod):
     assert pod[0]("fail").wait(20) == 3
 
 
 @pytest.mark.parametrize("script", ["tpu_pod.sh", "gke_xpk.sh"])
-def test_a_missing_variable_or_an_unknown_verb_is_told(script):
+def test_a_missing_variable_or_an_unknown_verb_is_named(script):
     command = ["bash", str(LAUNCH / script), "--dry-run", "fly"]
     bare = subprocess.run(command, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
     assert bare.returncode == 1 and "set " in bare.stderr
     done = subprocess.run(command, env={"PATH": "/usr/bin:/bin"} | CLOUD, capture_output=True, text=True)
-    assert done.returncode == 2 and "there is no verb fly: create" in done.stderr
+    assert done.returncode == 2 and "unknown verb fly; the verbs are create" in done.stderr
 
 
 @pytest.fixture
 def stub(tmp_path):
-    """A copy of the launcher beside a Python that waits for SIGTERM, or ends with the code it is given."""
+    """A folder with the launcher and a fake Python that waits for SIGTERM, or exits with the code in its arguments."""
     (tmp_path / "launch").mkdir()
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     shutil.copy(LAUNCH / "local_processes.sh", tmp_path / "launch")
@@ -175,7 +176,7 @@ def stub(tmp_path):
     return tmp_path
 
 
-def test_local_processes_hands_sigterm_on_and_waits_until_all_have_saved(stub):
+def test_local_processes_passes_sigterm_on_and_waits_for_all_to_save(stub):
     child = subprocess.Popen(["bash", str(stub / "launch" / "local_processes.sh"), "2", "wait"])
     deadline = time.monotonic() + 20
     while not all((stub / f"up_{k}").exists() for k in range(2)):
@@ -188,3 +189,22 @@ def test_local_processes_hands_sigterm_on_and_waits_until_all_have_saved(stub):
 
 def test_local_processes_fails_when_a_process_fails(stub):
     assert subprocess.run(["bash", str(stub / "launch" / "local_processes.sh"), "2", "3"]).returncode == 3
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "1e3", "2.5", "two", "", "a[$(touch executed)]"])
+def test_local_processes_refuses_a_number_that_is_not_positive(stub, number):
+    command = ["bash", str(stub / "launch" / "local_processes.sh"), number, "0"]
+    done = subprocess.run(command, cwd=stub, capture_output=True, text=True)
+    assert done.returncode == (2 if number else 1), done.stderr
+    assert "positive whole number" in done.stderr if number else "usage: " in done.stderr
+    assert not list(stub.rglob("executed"))
+
+
+def test_local_processes_names_a_port_in_use(stub):
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        command = ["bash", str(stub / "launch" / "local_processes.sh"), "2", "0"]
+        done = subprocess.run(command, env=os.environ | {"PORT": port}, capture_output=True, text=True)
+    assert done.returncode == 1 and f"port {port} is in use" in done.stderr and "Set PORT" in done.stderr

@@ -1,5 +1,6 @@
-"""Programs that were compiled once are loaded by the next process; nobody else can put one there."""
+"""The cache of compiled programs: the next process loads them, and no other user can write one."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -8,36 +9,17 @@ import sys
 import jax
 import pytest
 
+from dmm_jax.config import options
 from dmm_jax.runtime import compilation
+from dmm_jax.runtime.errors import UserError
 
-PROGRAM = """
-import sys
-import jax
-from jax import monitoring
-from dmm_jax import compilation, train
-import pathlib
-
-counts = {"hits": 0, "misses": 0}
-def count(event, **_):
-    for name in counts:
-        counts[name] += event == f"/jax/compilation_cache/cache_{name}"
-monitoring.register_event_listener(count)
-compilation.MIN_COMPILE_TIME_S = 0.0
-assert compilation.use_cache() is not None
-import ml_collections
-config = ml_collections.ConfigDict(__import__("json").loads(pathlib.Path(sys.argv[1]).read_text()))
-config.teachers = tuple(map(tuple, config.teachers))
-train.run(config, sys.argv[2])
-print("counts", counts["hits"], counts["misses"])
-"""
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
-def unset(monkeypatch):
-    """No cache is set, and what a test sets is taken back."""
-    names = (
-        "jax_compilation_cache_dir", "jax_enable_compilation_cache", "jax_persistent_cache_min_compile_time_secs",
-    )  # fmt: skip
+def unset():
+    """Unsets JAX's cache for a test and restores its settings."""
+    names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     jax.config.update("jax_compilation_cache_dir", None)
     yield
@@ -48,22 +30,23 @@ def unset(monkeypatch):
 def test_the_second_process_compiles_nothing(tiny, tmp_path):
     config = tiny[1].copy_and_resolve_references()
     config.num_steps, config.validation_every = 2, 0
-    (tmp_path / "config.json").write_text(config.to_json())
-    counted = []
-    for name in ("first", "second"):
-        environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, str(tmp_path / "config.json"), str(tmp_path / name)],
-            env=environment | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"},
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        counted.append([int(word) for word in done.stdout.split()[-2:]])
-    (_, compiled), (loaded, compiled_again) = counted
-    assert compiled > 0 and loaded == compiled and compiled_again == 0
+    (tmp_path / "config.json").write_text(options.to_json(config))
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+    def counts(workdir):
+        program = ["tests.runtime.programs", "train_and_count_compilations", tmp_path / "config.json", workdir]
+        process = subprocess.run(
+            [sys.executable, "-m", *map(str, program)], env=environment, capture_output=True, text=True
+        )
+        assert process.returncode == 0, process.stderr
+        return json.loads(process.stdout.splitlines()[-1])
+
+    first, second = counts(tmp_path / "first"), counts(tmp_path / "second")
+    assert first["misses"] > 0 and second == {"hits": first["misses"], "misses": 0}
 
 
-def test_the_folder_is_the_users_alone(unset, tmp_path, monkeypatch):
+def test_the_default_folder_belongs_to_the_user_alone(unset, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = compilation.use_cache()
     assert folder == tmp_path / "dmm_jax" / "xla" and folder.stat().st_mode & 0o777 == 0o700
@@ -74,7 +57,7 @@ def test_a_folder_that_others_may_write_to_is_refused(unset, tmp_path, monkeypat
     shared = tmp_path / "dmm_jax" / "xla"
     shared.mkdir(parents=True)
     shared.chmod(0o777)
-    with pytest.raises(ValueError, match="others may write to it"):
+    with pytest.raises(UserError, match="others may write to it"):
         compilation.use_cache(str(shared))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert compilation.use_cache() is None and "not kept" in capsys.readouterr().err
@@ -82,11 +65,11 @@ def test_a_folder_that_others_may_write_to_is_refused(unset, tmp_path, monkeypat
 
 
 def test_a_bucket_is_refused(unset):
-    with pytest.raises(ValueError, match="compilation_cache: gs://bucket/x: what is compiled must lie on a file"):
+    with pytest.raises(UserError, match="compilation_cache: gs://bucket/x: compiled programs must be on a file system"):
         compilation.use_cache("gs://bucket/x")
 
 
-def test_what_the_environment_says_comes_first(unset, tmp_path):
+def test_a_folder_that_the_environment_sets_has_precedence(unset, tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     assert compilation.use_cache() == pathlib.Path(tmp_path) and not any(tmp_path.iterdir())
 

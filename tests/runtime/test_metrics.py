@@ -1,4 +1,4 @@
-"""What a run says: scalars for TensorBoard, and silence from all processes but one."""
+"""metrics.jsonl and TensorBoard; a process that does not write is silent."""
 
 import struct
 import sys
@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from dmm_jax.runtime import metrics
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.metrics import HostClock, MetricsLog, read
 
 METRICS = {"score": np.array([1.0, 3.0]), "feature": np.array([10.0, 30.0]), "grad_norm": np.float32(0.5)}
 METRICS |= {"skipped_steps": np.int32(2), "skipped_in_a_row": np.int32(0)}
 
 
-def logged(folder, **options):
+def write_log(folder, **options):
     with MetricsLog(folder, 0, ["left", "right"], **options) as log:
         log.start_clock(0)
         log.train(4, 10, 8, {"score": 1.0, "feature": 0.1}, METRICS, None)
@@ -22,7 +23,7 @@ def logged(folder, **options):
     return log.last
 
 
-def events(folder):
+def tensorboard_events(folder):
     """Reads TensorBoard's files: records of length (8 bytes), checksum (4), event, checksum (4)."""
     from tensorboardX.proto.event_pb2 import Event
 
@@ -35,52 +36,61 @@ def events(folder):
 
 
 def test_tensorboard_gets_every_number_of_a_line(tmp_path):
-    last = logged(tmp_path, tensorboard=True)
-    found = {value.tag: (event.step, value.simple_value) for event in events(tmp_path) for value in event.summary.value}
-    assert found["loss"] == (4, pytest.approx(4.0)) and last["loss"] == 4.0
-    assert found["score/left"] == (4, 1.0) and found["feature/right"] == (4, 30.0)
-    assert found["skipped_steps"] == (4, 2.0) and found["validation_loss"] == (4, 1.5)
+    last = write_log(tmp_path, tensorboard=True)
+    scalars = {
+        value.tag: (event.step, value.simple_value)
+        for event in tensorboard_events(tmp_path)
+        for value in event.summary.value
+    }
+    assert scalars["loss"] == (4, pytest.approx(4.0)) and last["loss"] == 4.0
+    assert scalars["score/left"] == (4, 1.0) and scalars["feature/right"] == (4, 30.0)
+    assert scalars["skipped_steps"] == (4, 2.0) and scalars["validation_loss"] == (4, 1.5)
 
 
-def test_without_the_package_the_error_names_it(tmp_path, monkeypatch):
+def test_without_tensorboardx_the_error_names_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ValueError, match="pip install tensorboardX"):
+    with pytest.raises(UserError, match="pip install tensorboardX"):
         MetricsLog(tmp_path, 0, ["left"], tensorboard=True)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_process_that_does_not_write_knows_the_numbers_and_says_nothing(tmp_path, capsys):
-    (tmp_path / "quiet").mkdir()
-    (tmp_path / "loud").mkdir()
-    quiet = logged(tmp_path / "quiet", writes=False, tensorboard=True)
-    assert not list((tmp_path / "quiet").iterdir()) and capsys.readouterr().err == ""
-    loud = logged(tmp_path / "loud")
-    assert {k: v for k, v in quiet.items() if k not in ("images_per_s", "host_ms")} == {
-        k: v for k, v in loud.items() if k not in ("images_per_s", "host_ms")
-    }
-    assert len(read(tmp_path / "loud" / "metrics.jsonl")) == 2
+def test_a_process_that_does_not_write_has_the_same_numbers(tmp_path, capsys):
+    (tmp_path / "silent").mkdir()
+    (tmp_path / "writing").mkdir()
+    silent = write_log(tmp_path / "silent", writes=False, tensorboard=True)
+    assert not list((tmp_path / "silent").iterdir()) and capsys.readouterr().err == ""
+    writing = write_log(tmp_path / "writing")
+    for numbers in (silent, writing):
+        del numbers["images_per_s"], numbers["host_ms"]
+    assert silent == writing and len(read(tmp_path / "writing" / "metrics.jsonl")) == 2
     assert "2 steps skipped" in capsys.readouterr().err
 
 
-def test_the_hosts_time_of_a_step_leaves_out_the_waiting_and_is_the_median():
+def test_damage_before_the_last_line_is_refused(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    assert read(path) == [{"step": 1}]
+    path.write_text('{"st\n{"step": 2}\n')
+    with pytest.raises(UserError, match="metrics.jsonl, line 1 is not JSON"):
+        read(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="metrics.jsonl is not UTF-8 text"):
+        read(path)
+
+
+def test_host_time_is_the_median_without_waiting():
     clock = HostClock()
-    for worked in (0.02, 0.02, 0.2):
+    for busy_s in (0.02, 0.02, 0.2):
         clock.restart()
-        time.sleep(worked)
+        time.sleep(busy_s)
         with clock.waiting():
             time.sleep(0.1)
         clock.step_done()
     assert 20 <= clock.median_ms() < 100
-    assert clock.median_ms() is None  # Told already.
+    assert clock.median_ms() is None  # No step since the last call.
 
 
-def test_the_memory_that_is_told_is_the_fullest_devices(monkeypatch):
-    class Device:
-        def __init__(self, **told):
-            self.memory_stats = lambda: told or None
-
-    full, less, silent = Device(peak_bytes_in_use=3 * 2**30), Device(peak_bytes_in_use=2**30), Device()
-    monkeypatch.setattr(metrics.jax, "local_devices", lambda: [silent, less, full])
-    assert metrics.peak_memory() == {"peak_memory_gb": 3.0}
-    monkeypatch.setattr(metrics.jax, "local_devices", lambda: [silent])
-    assert metrics.peak_memory() == {}
+def test_peak_memory_is_that_of_the_fullest_device():
+    full, half = {"peak_bytes_in_use": 3 * 2**30}, {"peak_bytes_in_use": 2**30}
+    assert metrics.peak_of([None, half, full, {}]) == {"peak_memory_gb": 3.0}
+    assert metrics.peak_of([None, {}]) == {}

@@ -1,4 +1,4 @@
-"""Where a run lives: a bucket is as good as a folder, by a server on this machine; what cannot be there is told."""
+"""Runs in a bucket equal runs in a folder (a server on this machine is the bucket), and paths that are refused."""
 
 import os
 import pathlib
@@ -20,11 +20,12 @@ from dmm_jax.checkpoints.states import StateStore
 from dmm_jax.config import options as config
 from dmm_jax.data.cache import LatentCache
 from dmm_jax.runtime import metrics, storage
-from dmm_jax.runtime.storage import staged_folder
+from dmm_jax.runtime.errors import UserError
 from tests import fake_gcs
+from tests.experiments import write_experiment
 
 ROOT = pathlib.Path(dmm_jax.__file__).parent.parent
-BOUND_S = 240  # Nothing here may take longer, however busy the machine is.
+BOUND_S = 240  # The longest time for anything here, on a busy machine.
 
 
 @pytest.fixture(scope="module")
@@ -36,83 +37,80 @@ def store():
         yield store
 
 
-def killed_in_mid_save(store, config_file, workdir, step):
-    """Runs `dmm-jax train` until a write of checkpoint `step` is under way, and kills it by signal 9."""
-    command = [sys.executable, "-m", "dmm_jax", "train", f"--config={config_file}", f"--workdir={workdir}"]
-    settings = os.environ | {
+def kill_during_save(store, experiment, workdir, step):
+    """Runs `dmm-jax train` until it writes checkpoint `step`, and kills it by signal 9."""
+    command = [sys.executable, "-m", "dmm_jax", "train", f"--config={experiment}", f"--workdir={workdir}"]
+    environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
     }
     store.stalled = f"checkpoints/{step}/state/ocdbt"
-    child = subprocess.Popen(command, env=settings, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     arrived = store.arrived.wait(BOUND_S)
     child.kill()
-    said = child.communicate()[1]
+    stderr = child.communicate()[1]
     store.stalled = ""
     store.released.set()
-    assert arrived, said[-3000:]
+    assert arrived, stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
 def resumed(store, tiny, trained, tmp_path_factory):
-    """A run in the bucket that was killed while it saved step 4, and resumed to the end; what was there between."""
-    config_file = tmp_path_factory.mktemp("bucket") / "experiment.py"
-    text = config.to_json(tiny[1])
-    config_file.write_text(
-        f"from dmm_jax.config.options import from_json\n\ndef get_config():\n    return from_json({text!r})\n"
-    )
-    killed_in_mid_save(store, config_file, "gs://runs/deep/run", 4)
-    between = store.names()
+    """A finished run in the bucket that was killed while it saved step 4; its path, and the objects after the kill."""
+    experiment = write_experiment(tmp_path_factory.mktemp("bucket") / "experiment.py", tiny[1])
+    kill_during_save(store, experiment, "gs://runs/deep/run", 4)
+    names = store.names()
     train.run(tiny[1].copy_and_resolve_references(), "gs://runs/deep/run")
-    return "gs://runs/deep/run", between
+    return "gs://runs/deep/run", names
 
 
-def test_a_run_in_a_bucket_that_was_killed_in_mid_save_equals_one_in_a_folder_bit_for_bit(resumed, trained):
-    workdir, between = resumed
-    assert "deep/run/checkpoints/2/commit_success.txt" in between
-    assert any(name.startswith("deep/run/checkpoints/4/") for name in between)
-    assert "deep/run/checkpoints/4/commit_success.txt" not in between
-    ours, theirs = (open_checkpoint(path).tensors("unet") for path in (workdir, trained))
-    assert ours.keys() == theirs.keys() and all(np.array_equal(ours[key], theirs[key]) for key in ours)
+def test_a_run_that_a_save_was_killed_in_equals_one_in_a_folder(resumed, trained):
+    workdir, names = resumed
+    assert "deep/run/checkpoints/2/commit_success.txt" in names
+    assert any(name.startswith("deep/run/checkpoints/4/") for name in names)
+    assert "deep/run/checkpoints/4/commit_success.txt" not in names
+    actual, expected = (open_checkpoint(path).tensors("unet") for path in (workdir, trained))
+    assert actual.keys() == expected.keys() and all(np.array_equal(actual[key], expected[key]) for key in actual)
 
 
-def test_the_lines_of_the_metrics_are_those_of_a_run_in_a_folder(resumed, trained):
-    ours, theirs = (
-        [(line["step"], line.get("loss"), line.get("validation_loss")) for line in metrics.read(where)]
-        for where in (f"{resumed[0]}/metrics.jsonl", trained / "metrics.jsonl")
+def test_metrics_in_a_bucket_equal_those_in_a_folder(resumed, trained):
+    actual, expected = (
+        [(line["step"], line.get("loss"), line.get("validation_loss")) for line in metrics.read(path)]
+        for path in (f"{resumed[0]}/metrics.jsonl", trained / "metrics.jsonl")
     )
-    assert ours == theirs
+    assert actual == expected
 
 
 def test_a_run_in_a_bucket_is_inspected_and_exported(store, resumed, trained, tmp_path):
     store.write("deep/run/samples/step_0000006.png", b"picture")
-    report = inspect([pathlib.Path(resumed[0])])["checkpoints"][0]  # As the command line brings it: pathlib folds "//".
+    report = inspect([pathlib.Path(resumed[0])])["checkpoints"][0]  # pathlib folds "//", as on the command line.
     assert (report["path"], report["kind"], report["error"]) == (resumed[0], "workdir", "")
-    outs = {resumed[0]: tmp_path / "ours", trained: tmp_path / "theirs"}
-    exports = [export(run, out, ["dmm"], recipe=False) for run, out in outs.items()]
-    ours, theirs = (open_checkpoint(paths[0]).tensors("unet") for paths in exports)
-    assert all(np.array_equal(ours[key], theirs[key]) for key in theirs)
+    folders = {resumed[0]: tmp_path / "bucket", trained: tmp_path / "folder"}
+    exports = [export(run, folder, ["dmm"], recipe=False) for run, folder in folders.items()]
+    actual, expected = (open_checkpoint(paths[0]).tensors("unet") for paths in exports)
+    assert all(np.array_equal(actual[key], expected[key]) for key in expected)
     assert (exports[0][0] / "grid.png").read_bytes() == b"picture"
 
 
-def test_pages_and_sample_grids_go_into_the_bucket(store):
-    with staged_folder("gs://runs/shown/report") as part:
-        (part / "index.html").write_text("page")
-        (part / "a.png").write_bytes(b"picture")
+def test_a_staged_folder_is_copied_into_a_bucket_page_last(store):
+    with storage.staged_folder("gs://runs/shown/report") as stage:
+        (stage / "index.html").write_text("page")
+        (stage / "a.png").write_bytes(b"picture")
     assert store.names("shown/") == ["shown/report/a.png", "shown/report/index.html"]
+    assert store.objects["shown/report/a.png"][0] < store.objects["shown/report/index.html"][0]
 
 
 def test_a_save_returns_before_it_is_written(store):
     store.stalled, store.released = "later/checkpoints/1/state", threading.Event()
-    late = threading.Timer(BOUND_S / 4, store.released.set)
-    late.start()
+    timer = threading.Timer(BOUND_S / 4, store.released.set)
+    timer.start()
     with StateStore("gs://runs/later") as states:
         states.save(1, state_of(1))
         assert not store.released.is_set()
         store.stalled = ""
         store.released.set()
-    late.cancel()
+    timer.cancel()
     assert "later/checkpoints/1/commit_success.txt" in store.names()
 
 
@@ -120,7 +118,7 @@ def state_of(step):
     return {"step": jax.numpy.asarray(step), "params": {"kernel": jax.numpy.full((64, 8), step, jax.numpy.float32)}}
 
 
-def test_a_damaged_newest_state_in_a_bucket_is_named_and_the_one_before_it_used(store, capsys):
+def test_a_damaged_newest_state_is_named_and_the_previous_one_used(store, capsys):
     with StateStore("gs://runs/damaged") as states:
         for step in (2, 4):
             states.save(step, state_of(step))
@@ -130,63 +128,63 @@ def test_a_damaged_newest_state_in_a_bucket_is_named_and_the_one_before_it_used(
         step, state = states.resume(state_of(0))
         assert step == 2 and np.array_equal(state["params"]["kernel"], state_of(2)["params"]["kernel"])
         assert "gs://runs/damaged/checkpoints/4 is damaged" in capsys.readouterr().err
-        states.save(4, state_of(4))  # Its place is free again.
+        states.save(4, state_of(4))  # The damaged one has been moved away.
     assert store.names("damaged/checkpoints/damaged_4/")
     with StateStore("gs://runs/damaged") as states:
         assert states.resume(state_of(0))[0] == 4
 
 
-def test_the_last_ones_and_every_so_many_th_are_kept_in_a_bucket(store):
+def test_a_bucket_keeps_the_last_states_and_every_nth(store):
     with StateStore("gs://runs/kept", keep_last=1, keep_every=2) as states:
         for step in (1, 2, 3):
             states.save(step, state_of(step))
     assert {name.split("/")[2] for name in store.names("kept/checkpoints/")} == {"2", "3"}
 
 
-def test_a_bucket_that_is_not_there_is_told(store):
-    with pytest.raises(ValueError, match="gs://elsewhere/run cannot be used: there is no bucket.*buckets create"):
+def test_a_missing_bucket_is_named_with_the_command_that_makes_it(store):
+    with pytest.raises(UserError, match="gs://elsewhere/run cannot be used: there is no bucket.*buckets create"):
         config.load("gs://elsewhere/run")
 
 
-def test_a_place_in_a_bucket_that_holds_other_things_is_no_place_for_a_run(store, tiny):
+def test_a_workdir_in_a_bucket_with_other_files_is_refused(store, tiny):
     store.write("mine/thesis.tex", b"mine")
-    with pytest.raises(ValueError, match="gs://runs/mine is not empty and holds no run .*thesis.tex"):
+    with pytest.raises(UserError, match="gs://runs/mine is not empty and holds no run .*thesis.tex"):
         train.run(tiny[1], "gs://runs/mine")
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_a_missing_permission_is_told_with_the_role_that_gives_it(store, tiny, method, monkeypatch):
+def test_a_missing_permission_is_named_with_its_role(store, tiny, method, monkeypatch):
     monkeypatch.setattr(store, "denied", {method})
-    with pytest.raises(ValueError, match="gs://runs/new cannot be used: .*objects access.*roles/storage.admin"):
+    with pytest.raises(UserError, match="gs://runs/new cannot be used: .*objects access.*roles/storage.admin"):
         train.run(tiny[1].copy_and_resolve_references(), "gs://runs/new")
 
 
 @pytest.mark.parametrize(
-    "path, told",
+    "path, expected",
     [
         ("s3://bucket/run", r"s3://bucket/run: .*s3:// has not been tried.*all hosts share"),
         ("gs://bucket", r"gs://bucket names a whole bucket.*gs://bucket/NAME"),
     ],
 )
-def test_what_no_run_can_be_kept_in_is_told(path, told):
-    for given in (path, pathlib.Path(path)):
-        with pytest.raises(ValueError, match=told):
-            storage.locate(given)
+def test_other_stores_and_whole_buckets_are_refused(path, expected):
+    for form in (path, pathlib.Path(path)):
+        with pytest.raises(UserError, match=expected):
+            storage.locate(form)
 
 
-def test_the_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="gs://bucket/run needs the package gcsfs: pip install gcsfs"):
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UserError, match="gs://bucket/run needs the package gcsfs: pip install gcsfs"):
         storage.locate("gs://bucket/run")
 
 
-@pytest.mark.parametrize("use", [LatentCache, storage.check_output])
-def test_what_is_mapped_or_run_from_a_disk_is_refused_in_a_bucket(use):
-    with pytest.raises(ValueError, match=r"gs://bucket/x.*gcloud storage cp -r"):
-        use("gs://bucket/x")
+@pytest.mark.parametrize("function", [LatentCache, storage.check_output])
+def test_caches_and_outputs_are_refused_in_a_bucket(function):
+    with pytest.raises(UserError, match=r"gs://bucket/x.*gcloud storage cp -r"):
+        function("gs://bucket/x")
 
 
-def test_a_teacher_in_a_bucket_is_refused_with_the_command_that_copies_it(store):
+def test_a_teacher_in_a_bucket_is_refused_with_a_command(store):
     store.write("teacher/model_index.json", b"{}")
     with pytest.raises(CheckpointError, match="gcloud storage cp -r gs://runs/teacher FOLDER"):
         open_checkpoint("gs://runs/teacher")
@@ -194,3 +192,12 @@ def test_a_teacher_in_a_bucket_is_refused_with_the_command_that_copies_it(store)
 
 def test_a_path_without_a_scheme_is_a_folder(tmp_path):
     assert storage.locate(tmp_path) == tmp_path and not storage.in_bucket(tmp_path / "gs:" / "x")
+
+
+def test_text_that_is_not_utf8_is_refused_with_its_place(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_bytes("\ufeffgrün".encode())
+    assert storage.read_text(path) == "grün"
+    path.write_bytes("grün".encode("latin-1"))
+    with pytest.raises(UserError, match="notes.txt is not UTF-8 text .* at byte 2"):
+        storage.read_text(path)
