@@ -23,14 +23,12 @@ from dmm_jax.distill.teachers import put_params
 from dmm_jax.distillation import Distillation
 from dmm_jax.models.text_encoders import NUM_TIME_IDS
 from dmm_jax.runtime import sharding
-from dmm_jax.world.architecture import SCHEDULER_CONFIG, TEXT_CONFIG
+from dmm_jax.world.architecture import SCHEDULER_CONFIG, TEXT_CONFIG, VAE_CONFIG
 from dmm_jax.world.random_checkpoints import random_tensors
+from dmm_jax.world.tokenizer import tokenizer_fields, write_tokenizer
 
 NUM_TEACHERS, NUM_STEPS, PER_TEACHER = 8, 2, 8
 WITH_ENCODERS = (2, 5)  # Teachers with their own text encoder.
-TEXT = TEXT_CONFIG | {
-    "num_hidden_layers": 1, "vocab_size": 64, "bos_token_id": 62, "eos_token_id": 63, "pad_token_id": 63,
-}  # fmt: skip
 UNET = {
     "_class_name": "UNet2DConditionModel", "sample_size": 8, "down_block_types": ["DownBlock2D"],
     "up_block_types": ["UpBlock2D"], "block_out_channels": [64], "layers_per_block": 1,
@@ -38,14 +36,17 @@ UNET = {
 }  # fmt: skip
 
 
-def random_checkpoint(seed: int, *networks: str) -> Checkpoint:
+def random_checkpoint(seed: int, tokenizer: pathlib.Path, *networks: str) -> Checkpoint:
     """Returns a checkpoint with random parameters of the networks."""
+    text_encoder = TEXT_CONFIG | tokenizer_fields(tokenizer) | {"num_hidden_layers": 1}
+    configs = {"unet": UNET, "vae": VAE_CONFIG, "text_encoder": text_encoder}
 
-    def component(name, config):
-        return Component(config, lambda: random_tensors(naming.torch_shapes(abstract_params(name, config)), seed))
+    def component(name):
+        shapes = naming.torch_shapes(abstract_params(name, configs[name]))
+        return Component(configs[name], lambda: random_tensors(shapes, seed))
 
-    parts = {name: component(name, {"unet": UNET, "text_encoder": TEXT}[name]) for name in networks}
-    return Checkpoint(pathlib.Path(f"random_{seed}"), "diffusers", parts, dict(SCHEDULER_CONFIG), None, None)
+    parts = {name: component(name) for name in networks}
+    return Checkpoint(pathlib.Path(f"random_{seed}"), "diffusers", parts, dict(SCHEDULER_CONFIG), tokenizer, None)
 
 
 def make_config(changes: dict):
@@ -118,9 +119,11 @@ def run_case(mesh_shape, changes: dict, base: Checkpoint, teachers) -> tuple[dic
 
 def main(cases: str, out: str) -> None:
     """Runs every case and writes the results."""
-    base = random_checkpoint(0, "unet", "text_encoder")
+    tokenizer = pathlib.Path(out, "tokenizer")
+    write_tokenizer(tokenizer)
+    base = random_checkpoint(0, tokenizer, "unet", "vae", "text_encoder")
     networks = [("unet", "text_encoder") if k in WITH_ENCODERS else ("unet",) for k in range(NUM_TEACHERS)]
-    teachers = {f"style_{k}": random_checkpoint(1 + k, *names) for k, names in enumerate(networks)}
+    teachers = {f"style_{k}": random_checkpoint(1 + k, tokenizer, *names) for k, names in enumerate(networks)}
     for number, (mesh_shape, changes) in enumerate(json.loads(cases)):
         arrays, places = run_case(mesh_shape, changes, base, teachers)
         np.savez(f"{out}/{number}.npz", **arrays)
