@@ -368,7 +368,7 @@ class Distillation(Definition):
         arrays, metrics = self._step(state.arrays, self.teachers, self.frozen, batch)
         return RunState(arrays, state.step + 1, state.samples_seen + self.config.batch_size), metrics
 
-    def validate(self, state: RunState) -> dict[str, list[float]]:
+    def validate(self, state: RunState) -> dict[str, list[float | None]]:
         """Returns the score loss of each row per bin of timesteps, low noise first, on the fixed validation set.
 
         The student's own parameters are judged, not their average.
