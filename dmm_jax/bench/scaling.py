@@ -18,6 +18,7 @@ import ml_collections
 
 from dmm_jax.config import checks
 from dmm_jax.config import options as config_lib
+from dmm_jax.runtime import metrics
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.sharding import AXES
 
@@ -162,9 +163,7 @@ def _error_line(output: str) -> str:
 
 def _read(path: str) -> list[dict]:
     """Reads the rows of an earlier sweep, except failed ones, which are measured again."""
-    if not path or not pathlib.Path(path).is_file():
-        return []
-    rows = [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
+    rows = metrics.read(path, strict=True) if path else []
     return [row for row in rows if "failed" not in row]
 
 

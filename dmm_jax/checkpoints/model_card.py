@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from dmm_jax.checkpoints import licenses
 from dmm_jax.checkpoints.architecture import SDXL
-from dmm_jax.runtime.storage import Location
+from dmm_jax.runtime.errors import UserError
+from dmm_jax.runtime.storage import Location, read_text
 
 NAME, GRID = "README.md", "grid.png"
 HUB_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # The form of the licence names that hubs know.
@@ -158,9 +159,16 @@ def grid_of(workdir: Location) -> Location | None:
 
 
 def metrics_of(workdir: Location, styles: Sequence[str]) -> dict | None:
-    """Returns the metrics.json in a workdir, if `evaluate` has written it for these styles, else None."""
+    """Returns the metrics.json in a workdir, if `evaluate` has written it for these styles, else None.
+
+    Raises:
+      UserError: the file is damaged.
+    """
     path = workdir / "report" / "metrics.json"
     if not path.is_file():
         return None
-    metrics = json.loads(path.read_text(encoding="utf-8"))
-    return metrics if list(metrics["styles"]) == list(styles) else None
+    try:
+        metrics = json.loads(read_text(path))
+        return metrics if list(metrics["styles"]) == list(styles) else None
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged. Run `dmm-jax evaluate` again, or delete it.") from None

@@ -45,8 +45,9 @@ class StateStore:
     def __exit__(self, failed, *_):
         if failed and jax.process_count() > 1:
             return  # Another process may be gone: waiting for it would hang.
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with _full_disk_named(self._manager.directory):
+            self._manager.wait_until_finished()
+            self._manager.close()
 
     @property
     def steps(self) -> list[int]:
@@ -69,7 +70,8 @@ class StateStore:
         if step != self.latest_step:
             record = {"leaves": checksums.of_tree(state), "notes": dict(notes or {})}
             items = {STATE: ocp.args.StandardSave(state), RECORD: ocp.args.JsonSave(record | {"crc32": _crc(record)})}
-            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+            with _full_disk_named(self._manager.directory):
+                self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def resume(self, state) -> tuple[int, Any]:
         """Returns step and state of the newest sound checkpoint; 0 and `state` if nothing is saved.
@@ -204,6 +206,21 @@ def _compare(state, leaves) -> None:
     if differing:
         others = f" and {len(differing) - 1} other arrays" if len(differing) > 1 else ""
         raise Damaged(f"{differing[0]}{others}: the values are not those that were saved")
+
+
+@contextlib.contextmanager
+def _full_disk_named(folder) -> Iterator[None]:
+    """Raises UserError if the block fails because the disk is full, which TensorStore reports by a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        reason = next((text for text in ("No space left on device", "Disk quota exceeded") if text in str(error)), "")
+        if not reason:
+            raise
+        raise UserError(
+            f"{folder} cannot be written: {reason}. Free some space and run again: the run resumes from its last "
+            "complete checkpoint."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import numpy as np
 
 from dmm_jax.data.images import fit_square, load_rgb
 from dmm_jax.runtime.errors import UserError
+from dmm_jax.runtime.storage import read_text
 
 SHAPES_WORLD, TEACHERS = "shapes_world", "teachers"  # Values of `config.data.source` that do not name a folder.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -87,9 +88,12 @@ class FolderSource:
 def read_captions(path: pathlib.Path) -> Iterator[tuple[str, str]]:
     """Yields (file, caption) from the lines of a captions.jsonl."""
     with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_CHARS + 1), ""), start=1):
-            if line.strip():
-                yield _parse_line(line, f"{path}, line {number}")
+        try:
+            for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_CHARS + 1), ""), start=1):
+                if line.strip():
+                    yield _parse_line(line, f"{path}, line {number}")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from None
 
 
 def read_side_files(folder: pathlib.Path) -> Iterator[tuple[str, str]]:
@@ -99,7 +103,7 @@ def read_side_files(folder: pathlib.Path) -> Iterator[tuple[str, str]]:
         if image.suffix.lower() in IMAGE_SUFFIXES and text.is_file():
             if not text.resolve().is_relative_to(folder):
                 raise UserError(f"{text} is a link to a file outside {folder}. Replace the link by the file.")
-            yield str(image.relative_to(folder)), text.read_text(encoding="utf-8").strip()
+            yield str(image.relative_to(folder)), read_text(text).strip()
 
 
 def _parse_line(line: str, where: str) -> tuple[str, str]:

@@ -40,6 +40,8 @@ def message(error: BaseException) -> str | None:
         return f"a kernel does not fit the chip's fast memory: {first_line} Avoid it with --config.attention=xla."
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return f"out of memory: {first_line} Compute fewer images at once (batch size), or smaller ones."
+    if first_line.startswith("Unable to initialize backend"):  # A driver is missing, or another program has the device.
+        return first_line
     if type(error).__name__ == "JaxRuntimeError":  # By its name, since importing JAX takes seconds.
         return f"the device cannot continue: {first_line}"
     return None

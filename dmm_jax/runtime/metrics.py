@@ -179,8 +179,11 @@ def peak_of(device_stats: Iterable[Mapping | None]) -> dict[str, float]:
     return {"peak_memory_gb": max(peaks) / 2**30} if peaks else {}
 
 
-def read(path: str | os.PathLike) -> list[dict]:
-    """Reads the lines of a metrics.jsonl; omits a last line that a kill cut off.
+def read(path: str | os.PathLike, *, strict: bool = False) -> list[dict]:
+    """Reads a file of one JSON object per line, or none if it is missing; omits a last line that a kill cut off.
+
+    Args:
+      strict: refuse a cut line, too.
 
     Raises:
       UserError: the file is not UTF-8, or another line is not JSON.
@@ -192,7 +195,7 @@ def read(path: str | os.PathLike) -> list[dict]:
         try:
             parsed.append(json.loads(line))
         except json.JSONDecodeError:
-            if number < len(lines):
+            if strict or number < len(lines):
                 raise UserError(
                     f"{path}, line {number} is not JSON: {line[:80]!r}. Move the file away to start a new one."
                 ) from None

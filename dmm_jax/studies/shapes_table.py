@@ -1,6 +1,5 @@
 """The study's results as a Markdown table and a figure."""
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -8,12 +7,13 @@ import numpy as np
 
 from dmm_jax.checkpoints.merge_methods import METHODS
 from dmm_jax.evaluation import figures
+from dmm_jax.runtime import metrics
 from dmm_jax.studies.shapes_rows import ROWS
 
 
 def read(path: pathlib.Path) -> list[dict]:
     """Returns the lines of a results.jsonl; none if the file is missing."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return metrics.read(path, strict=True)
 
 
 def trace(distances: Mapping[str, Mapping[str, float]], pictures: str = "all") -> float:

@@ -15,6 +15,7 @@ from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.config.files import read_config
 from dmm_jax.models.unet_config import merged_config
 from dmm_jax.planning.devices import GIB
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.verbs import main as cli
 from tests.bench.test_jobs import CONTRACT
 
@@ -92,6 +93,12 @@ def test_failed_rows_have_errors_and_are_measured_by_the_next_sweep(children, tm
     ]
     scaling.scaling(config(batch_size=32), results=results, devices=[1])
     assert len(children) == measured + 3  # Another config is another row.
+
+
+def test_damaged_results_of_an_earlier_sweep_are_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"devices": 1}\n{"devi')
+    with pytest.raises(UserError, match="rows.jsonl, line 2 is not JSON"):
+        scaling._read(str(tmp_path / "rows.jsonl"))
 
 
 def test_the_verb_prints_rows_and_draws_a_light_and_a_dark_figure(children, tmp_path, capsys):

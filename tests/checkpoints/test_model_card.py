@@ -15,6 +15,7 @@ from dmm_jax.checkpoints.inspect_text import render
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.config import checks
 from dmm_jax.config import options as config_lib
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.verbs import main as cli
 
 FILE = {"file": "x.safetensors", "sha256": 64 * "a", "autov2": 10 * "a"}
@@ -79,6 +80,14 @@ def test_a_card_says_how_to_sample_from_a_velocity_model(zero):
     options = 'prediction_type="v_prediction"' + ", rescale_betas_zero_snr=True" * zero
     assert f"config, {options})" in in_file.replace("'v_prediction'", '"v_prediction"') and "strength 1" in in_file
     assert "v-prediction" not in card()
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff"])
+def test_damaged_metrics_are_refused(tmp_path, content):
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "metrics.json").write_bytes(content)
+    with pytest.raises(UserError, match="metrics.json is (damaged|not UTF-8)"):
+        model_card.metrics_of(tmp_path, ["left"])
 
 
 def test_names_do_not_break_out_of_the_card():

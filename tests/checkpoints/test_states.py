@@ -15,6 +15,7 @@ import pytest
 
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.states import StateStore, restore_student
+from dmm_jax.runtime.errors import UserError
 
 # After a failed read, Orbax does not wait for its other reads.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -59,6 +60,17 @@ def test_a_step_is_saved_once(tmp_path):
     saved(tmp_path, (2, 2))
     with StateStore(tmp_path) as store:
         assert store.steps == [2]
+
+
+@pytest.mark.parametrize("reason", ["No space left on device", "Disk quota exceeded"])
+def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path, reason):
+    def save(*_, **__):
+        raise ValueError(f'RESOURCE_EXHAUSTED: Error writing "kernel/0.0" in a database: {reason} [os_error_code=1]')
+
+    with StateStore(tmp_path) as store:
+        store._manager.save = save
+        with pytest.raises(UserError, match=f"checkpoints cannot be written: {reason}.*run again"):
+            store.save(2, state_of(2))
 
 
 def test_without_a_save_the_state_is_unchanged(tmp_path):

@@ -8,6 +8,7 @@ from PIL import Image
 
 from dmm_jax.data import sources
 from dmm_jax.data.sources import FolderSource
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.world.scenes import parse_all
 from dmm_jax.world.source import ShapesSource
 from dmm_jax.world.styles import STYLES
@@ -83,6 +84,14 @@ def test_errors_in_a_listing_name_the_line(tmp_path, row, message):
     _image(tmp_path / "a.png")
     _listing(tmp_path, row)
     with pytest.raises(ValueError, match=message):
+        FolderSource(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "captions.jsonl"])
+def test_captions_that_are_not_utf8_are_refused(tmp_path, name):
+    _image(tmp_path / "a.png")
+    (tmp_path / name).write_bytes('{"file": "a.png", "caption": "grün"}'.encode("latin-1"))
+    with pytest.raises(UserError, match=f"{name} is not UTF-8 text"):
         FolderSource(tmp_path)
 
 

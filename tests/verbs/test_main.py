@@ -67,6 +67,11 @@ def test_help_texts_do_not_import_jax():
         (MemoryError("Unable to allocate 9 TiB"), 1, "out of memory: Unable to allocate 9 TiB"),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n#0 x"), 1, "out of memory"),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: E1: CompileTimeScopedVmemOom:\n"), 1, "config.attention=xla"),
+        (
+            RuntimeError("Unable to initialize backend 'tpu': busy"),
+            1,
+            "error: Unable to initialize backend 'tpu': busy",
+        ),
         (jax.errors.JaxRuntimeError("INTERNAL: gone\nframes"), 1, "the device cannot continue: INTERNAL: gone\n"),
     ],
 )
