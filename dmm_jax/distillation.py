@@ -58,6 +58,7 @@ from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
 from dmm_jax.models.unet_config import merged_config
 from dmm_jax.pipeline import Pipeline, cast_params
 from dmm_jax.runtime import processes, sharding
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.text.tokenizer import Tokenizers
 
 
@@ -90,6 +91,12 @@ class Definition:
         self.teacher_config = merged_config(base.unet_config, num_kept) if num_kept else base.unet_config
         self.networks = self._networks(choose_implementation(config.attention, self.dtype, platform))
         self.objective = self._objective(tokenizer or self._zero_ids)
+        if config.adversarial.weight and base.prediction_type == "epsilon" and self.objective.alphas_cumprod[-1] == 0.0:
+            raise UserError(
+                "adversarial.weight needs one-step predictions of the clean latents, which epsilon prediction does not "
+                "give at a zero terminal SNR (rescale_betas_zero_snr). Set adversarial.weight=0, or use a base that "
+                "predicts v."
+            )
         self.optimizers = make_optimizers(config)
 
     def with_attention(self, attention: str) -> "Definition":

@@ -89,9 +89,11 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
             log.host.step_done()
             for hook in hooks:
                 due = batch is None or stopping or hook.is_due(state.step)
-                if due and not failure and (hook.after_stop or not stopping):
-                    failure = hook.function(state, metrics)
-                    stopping = stopping or (not hook.after_stop and stop())
+                if failure or not due or (stopping and not hook.after_stop):
+                    continue
+                failure = hook.function(state, metrics)
+                if not (stopping or hook.after_stop):  # Validation and samples take long: ask again.
+                    stopping = stop()
             bar.update()
     if failure:
         raise FloatingPointError(failure)
@@ -128,14 +130,18 @@ class Progress:
     """Writes the metrics of steps, and notices when too many in a row were skipped."""
 
     def __init__(self, log: MetricsLog, bar: tqdm, config: ml_collections.ConfigDict, weights: Mapping[str, float]):
-        """Args: weights: of the errors' means in the student's loss."""
-        self._log, self.bar, self._config, self._weights = log, bar, config, weights
+        """Starts without a step.
+
+        Args:
+          weights: {name of an error: its weight in the student's loss}.
+        """
+        self.log, self.bar, self._config, self._weights = log, bar, config, weights
         self._running = collections.deque()
 
     def write(self, step: int, metrics: Mapping) -> None:
         """Waits for a step and writes its line."""
         sizes = {"num_steps": self._config.num_steps, "batch_size": self._config.batch_size}
-        self._log.train(step, **sizes, weights=self._weights, metrics=metrics, bar=self.bar)
+        self.log.train(step, **sizes, weights=self._weights, metrics=metrics, bar=self.bar)
 
     def wait(self, step: int, metrics: Mapping) -> str:
         """Waits until at most MAX_STEPS_AHEAD steps are running; returns why the run must end, or ""."""
@@ -143,18 +149,20 @@ class Progress:
         if len(self._running) <= MAX_STEPS_AHEAD:
             return ""
         done, metrics = self._running.popleft()
-        with self._log.host.waiting():
+        with self.log.host.waiting():
             jax.block_until_ready(metrics)
         return self.judge(done, metrics)
 
     def judge(self, step: int, metrics: Mapping) -> str:
         """Returns why a run cannot go on after a step that is done, or ""."""
-        last = self._log.last.get("step", 0)
-        if last > step or int(metrics["skipped_in_a_row"]) < self._config.max_skipped_in_a_row:
-            return ""  # A later step that has been written was judged by its own numbers.
+        last = self.log.last.get("step", 0)
+        if last > step:  # A later step is in the log, and was judged there.
+            return ""
+        if int(metrics["skipped_in_a_row"]) < self._config.max_skipped_in_a_row:
+            return ""
         if last < step:
             self.write(step, metrics)
-        return diagnosis(self._log.last, self._config)
+        return diagnosis(self.log.last, self._config)
 
 
 def make_hooks(
@@ -164,7 +172,7 @@ def make_hooks(
 
     A hook returns why the run must end, or None.
     """
-    config, log = distillation.config, progress._log
+    config, log = distillation.config, progress.log
 
     def write(state, metrics):
         progress.write(state.step, metrics)

@@ -14,6 +14,12 @@ from dmm_jax.checkpoints.formats.open_clip import drop_unused_layer, open_clip_k
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, Tensors
 from dmm_jax.checkpoints.formats.single_file_config import read_config
 
+PREDICTION_FIELDS = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type")  # Of the metadata.
+PREDICTION_TYPES = {
+    "epsilon": "epsilon", "eps": "epsilon",
+    "v": "v_prediction", "v_prediction": "v_prediction", "v_pred": "v_prediction", "vpred": "v_prediction",
+}  # fmt: skip
+
 
 def open_single_file(path: pathlib.Path) -> Checkpoint:
     """Opens a single file; reads its header alone.
@@ -100,13 +106,21 @@ def _why_unsupported(file: TensorFile, keys_of: Mapping[str, Mapping[str, str]],
 
 
 def _explicit_schedule(file: TensorFile) -> dict:
-    """Returns the fields of a scheduler config that a file states: by empty tensors, or by ModelSpec's metadata."""
+    """Returns the fields of a scheduler config that a file states: by empty tensors, or by metadata.
+
+    Raises:
+      CheckpointError: the file states a prediction type that this package does not know.
+    """
     scheduler = {}
-    stated = file.metadata.get("modelspec.prediction_type") or file.metadata.get("modelspec.predict_key") or ""
-    if "v_pred" in file or stated.lower() in ("v", "v_prediction"):
-        scheduler["prediction_type"] = "v_prediction"
-    elif stated.lower() in ("epsilon", "eps"):
-        scheduler["prediction_type"] = "epsilon"
+    stated = next(filter(None, (file.metadata.get(name) for name in PREDICTION_FIELDS)), "")
+    kind = "v_prediction" if "v_pred" in file else PREDICTION_TYPES.get(stated.lower().replace("-", "_"))
+    if stated and not kind:
+        raise CheckpointError(
+            f"{file.path} states the prediction type {naming.printable(stated)!r}; expected one of "
+            f"{', '.join(PREDICTION_TYPES)}. Correct its metadata, or give the checkpoint as a diffusers folder."
+        )
+    if kind:
+        scheduler["prediction_type"] = kind
     if "ztsnr" in file:
         scheduler["rescale_betas_zero_snr"] = True
     return scheduler

@@ -1,6 +1,6 @@
 """Every option of a distillation run, once, with meaning and unit; `config.checks` holds the rules.
 
-Defaults are the recipe of DMM (arXiv:2504.12364, A.3) where it states one.
+Defaults follow the recipe of DMM (arXiv:2504.12364, A.3), unless the comment names a difference.
 """
 
 import json
@@ -31,12 +31,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.teachers = ()
 
     # The student.
-    config.student_init = "average"  # The mean of the teachers' weights (docs/study.md); or "base".
-    config.style_init = "zero"  # "zero": the style MLP's last layer is 0, so step 0 equals the start; or "paper".
+    config.student_init = "average"  # The mean of the teachers' weights (docs/study.md); or "base", the paper's.
+    config.style_init = "zero"  # "zero": the style MLP's last layer is 0, so step 0 equals the start; "paper" draws it.
     config.ema_decay = 0.0  # Per step; 0 keeps no average. Exports and samples use the average if there is one.
 
     # The loss: score + feature_loss_weight * mean over the UNet's blocks.
-    config.feature_loss_weight = 0.002  # The released code's reading; the paper's (0.001 times the sum) is 0.009.
+    config.feature_loss_weight = 0.002  # As in the released code; the paper's 0.001 times the sum of 9 is 0.009 here.
     config.feature_loss = "l2"  # Mean squared error; "normalized": over the teacher's variance; "cosine": 1 - cosine.
     config.prompt_dropout = 0.1  # Share of samples whose prompt becomes "", for student and teacher alike.
 
@@ -158,7 +158,8 @@ def style_names(config: ml_collections.ConfigDict) -> list[str]:
 
 def licenses(config: ml_collections.ConfigDict) -> dict[str, str]:
     """Returns the licences in the config, by "base" or the teacher's name."""
-    return dict(entry.partition("=")[::2] for entry in config.licenses)
+    pairs = (entry.partition("=") for entry in config.licenses)
+    return {name: licence for name, _, licence in pairs}
 
 
 def num_rows(config: ml_collections.ConfigDict) -> int:
@@ -192,7 +193,7 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 
 
 def from_json(text: str, source: str = "config.json") -> ml_collections.ConfigDict:
-    """Reads what `to_json` wrote; options that the text lacks keep their defaults.
+    """Reads what `to_json` wrote; options that the text lacks keep their defaults, unknown ones are ignored.
 
     Args:
       source: the name of the text in errors.

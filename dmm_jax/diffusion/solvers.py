@@ -54,7 +54,9 @@ class SamplingPlan:
     stochastic: bool = dataclasses.field(metadata={"static": True})
 
 
-COLUMNS = tuple(field.name for field in dataclasses.fields(SamplingPlan))[:-2]
+COLUMNS = tuple(
+    field.name for field in dataclasses.fields(SamplingPlan) if field.name not in ("init_noise_sigma", "stochastic")
+)
 
 
 def plan(solver: str, schedule: NoiseSchedule, num_inference_steps: int) -> SamplingPlan:
@@ -65,7 +67,7 @@ def plan(solver: str, schedule: NoiseSchedule, num_inference_steps: int) -> Samp
         (arXiv:2211.01095, alg. 2); with "_karras" on the noise levels of arXiv:2206.00364, eq. 5.
 
     Raises:
-      ValueError: an unknown solver (the nearest is named), more steps than noise levels, or a schedule that the solver
+      UserError: an unknown solver (the nearest is named), more steps than noise levels, or a schedule that the solver
         cannot run on.
     """
     if solver not in SOLVERS:
@@ -105,7 +107,7 @@ def sample(
       tables: further arguments of `denoise`, one row per evaluation.
 
     Raises:
-      ValueError: a stochastic solver without keys.
+      UserError: a stochastic solver without keys.
     """
     if plan.stochastic and keys is None:
         raise UserError(f"{STOCHASTIC[0]} draws noise at every step: give `keys`, one per image.")
@@ -164,11 +166,12 @@ def _dpmpp(schedule, num_steps, karras, order):
     signal = 1.0 / np.sqrt(sigmas**2 + 1.0)
     spread = sigmas * signal
     c_skip, c_out = _x0_columns(sigmas, schedule.prediction_type, state_scale=signal)
-    log_snr_steps = np.append(-np.diff(np.log(sigmas)), np.inf)  # The last one leads to sigma 0.
-    first = np.append(signal[1:], 1.0) * -np.expm1(-log_snr_steps)
+    # The signal-to-noise ratio is 1 / sigma^2, so its half logarithm is -log(sigma). The last step leads to sigma 0.
+    half_log_snr_steps = np.append(-np.diff(np.log(sigmas)), np.inf)
+    first = np.append(signal[1:], 1.0) * -np.expm1(-half_log_snr_steps)
     second = np.zeros(num_steps)
     if order == 2:
-        second[1:-1] = 0.5 * log_snr_steps[1:-1] / log_snr_steps[:-2]
+        second[1:-1] = 0.5 * half_log_snr_steps[1:-1] / half_log_snr_steps[:-2]
     return dict(
         timesteps=timesteps, c_in=np.ones(num_steps), c_skip=c_skip, c_out=c_out,
         keep=np.append(spread[1:], 0.0) / spread, pull=first * (1.0 + second), recall=-first * second,
@@ -215,8 +218,9 @@ def _heun(sigmas, next_sigmas):
     columns["keep"][predict], columns["pull"][predict] = ratio, 1.0 - ratio
     # The memory holds the latents after half of the step.
     columns["store_latents"][predict], columns["store_x0"][predict] = 0.5 + 0.5 * ratio, 0.5 - 0.5 * ratio
-    half = 0.5 * (ratio - 1.0)[:-1] * sigmas[:-1] / next_sigmas[:-1]
-    columns["keep"][correct], columns["pull"][correct], columns["recall"][correct] = half, -half, 1.0
+    # The correction adds the other half, with the slope at next_sigma: memory + slope_share * (latents - x0).
+    slope_share = 0.5 * (ratio - 1.0)[:-1] * sigmas[:-1] / next_sigmas[:-1]
+    columns["keep"][correct], columns["pull"][correct], columns["recall"][correct] = slope_share, -slope_share, 1.0
     return rows, columns
 
 
@@ -224,6 +228,7 @@ def _x0_columns(sigmas, prediction_type, state_scale):
     """Returns c_skip and c_out for latents that are `state_scale` times (x0 + sigma noise)."""
     if prediction_type == "epsilon":
         return np.ones_like(sigmas) / state_scale, -sigmas
+    assert prediction_type == "v_prediction", prediction_type  # `NoiseSchedule` knows these two alone.
     signal = 1.0 / np.sqrt(sigmas**2 + 1.0)
     return signal**2 / state_scale, -sigmas * signal
 

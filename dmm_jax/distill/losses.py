@@ -44,5 +44,6 @@ def _normalized(student, teacher):
 
 def _one_minus_cosine(student, teacher):
     student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
-    lengths = jnp.sqrt(jnp.sum(jnp.square(student), -1) * jnp.sum(jnp.square(teacher), -1))
-    return jnp.mean(1.0 - jnp.sum(student * teacher, -1) / jnp.maximum(lengths, 1e-8), axis=(1, 2))
+    squares = jnp.sum(jnp.square(student), -1) * jnp.sum(jnp.square(teacher), -1)
+    lengths = jnp.sqrt(jnp.maximum(squares, 1e-16))  # The root's gradient at 0 is infinite: NaN for a zero vector.
+    return jnp.mean(1.0 - jnp.sum(student * teacher, -1) / lengths, axis=(1, 2))

@@ -4,6 +4,9 @@ Teachers, student and gradients run under one `shard_map`: a `vmap` over teacher
 silently wrong numbers on several devices. Clipping, AdamW and the average are elementwise; the partitioner places them.
 Every random number is a function of (seed, step, sample), so the result depends neither on the mesh nor on how often
 the run was resumed.
+
+Shapes: N rows of the batch, one per teacher; T of them on this device; b samples per row on this device; A
+micro-batches; V samples of the validation set.
 """
 
 import dataclasses
@@ -20,7 +23,7 @@ from dmm_jax.distill.objective import Inputs, Networks, Objective, draw_inputs, 
 from dmm_jax.distill.state import Trained, TrainState
 from dmm_jax.runtime import sharding
 
-ONCE = ("teacher", "data")  # Along these axes a step gathers the student and sums its gradients once.
+GATHERED_ONCE = ("teacher", "data")  # Axes along which a step gathers the student, and sums its gradients, once.
 
 
 def gather(path, param: jax.Array, spec: P, dtype, axes=sharding.AXES) -> jax.Array:
@@ -37,7 +40,7 @@ def gather(path, param: jax.Array, spec: P, dtype, axes=sharding.AXES) -> jax.Ar
 def sum_gradient(grad: jax.Array, spec: P) -> jax.Array:
     """Sums a gradient over all devices; each device keeps the part of the parameter that it holds."""
     dims = sharding.divided_dims(spec)
-    for axis in reversed(ONCE):
+    for axis in reversed(GATHERED_ONCE):
         if axis in dims:
             grad = jax.lax.psum_scatter(grad, axis, scatter_dimension=dims[axis], tiled=True)
     return _on_missing_axes(jax.lax.psum, grad, spec)
@@ -79,14 +82,16 @@ def build_gradients(
         gathered = jax.tree.map_with_path(partial(gather, dtype=dtype, axes=("fsdp",)), trained, specs)
         inputs = jax.vmap(partial(draw_inputs, objective, step_key))(sample_ids, teachers.styles, batch)
         errors = sample_errors(networks, objective, gathered, teachers, frozen, inputs)
-        weights = objective.weights | {"discriminator": 1.0}  # Neither of the two moves the other's parameters.
+        # The student's loss has no gradient in the discriminator, nor the discriminator's error in the student.
+        weights = objective.weights | {"discriminator": 1.0}
         loss = sum(weights[name] * jnp.mean(error) for name, error in errors.items() if name in weights)
+        # The loss is averaged over all devices and micro-batches; errors are averaged per teacher, below.
         return loss / (mesh.size * gradient_accumulation), jax.tree.map(lambda error: jnp.mean(error, 1), errors)
 
     def local(trained, teachers, frozen, batch, step):
         sample_ids = local_ids(mesh, *batch.input_ids.shape[:2])
         step_key = jax.random.fold_in(jax.random.key(seed), step)
-        trained = jax.tree.map_with_path(partial(gather, dtype=dtype, axes=ONCE), trained, specs)
+        trained = jax.tree.map_with_path(partial(gather, dtype=dtype, axes=GATHERED_ONCE), trained, specs)
         trained = jax.tree.map(partial(_on_missing_axes, varying), trained, specs)
         if frozen.backbone is not None:  # Gradients pass through it, and custom gradients need every input to vary.
             backbone = jax.tree.map(lambda leaf: varying(leaf, sharding.AXES), frozen.backbone)

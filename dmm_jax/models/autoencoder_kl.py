@@ -4,6 +4,7 @@ A port of diffusers' AutoencoderKL. Latents here are unscaled: callers multiply 
 """
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -199,6 +200,11 @@ class AutoencoderKL(nnx.Module):
           force_upcast: computes in float32 instead of float16, which overflows.
           dtype: the dtype of the arithmetic.
         """
+        if not 0.0 < scaling_factor < math.inf:
+            raise UserError(
+                f"scaling_factor of the VAE must be a positive number; got {scaling_factor}. Correct its config.json: "
+                "0.18215 for Stable Diffusion 1 and 2, 0.13025 for XL."
+            )
         dtype = jnp.float32 if force_upcast and jnp.dtype(dtype) == jnp.float16 else dtype
         self.scaling_factor = scaling_factor
         self.dtype = jnp.dtype(dtype)

@@ -85,11 +85,20 @@ def test_a_single_files_flags_override_the_bases_schedule(single, folder):
 @pytest.mark.parametrize(
     "metadata, prediction_type",
     [({"modelspec.prediction_type": "v"}, "v_prediction"), ({"modelspec.predict_key": "v"}, "v_prediction"),
-     ({"modelspec.prediction_type": "epsilon"}, "epsilon"), ({}, "epsilon")],
+     ({"modelspec.prediction_type": "epsilon"}, "epsilon"), ({}, "epsilon"),
+     ({"prediction_type": "v-prediction"}, "v_prediction"), ({"modelspec.prediction_type": "vpred"}, "v_prediction")],
 )  # fmt: skip
 def test_modelspec_states_the_prediction_type(single, metadata, prediction_type):
     rewrite(single, lambda tensors: None, metadata)
     assert open_checkpoint(single).prediction_type == prediction_type
+
+
+@pytest.mark.parametrize("name", ["modelspec.prediction_type", "modelspec.predict_key", "prediction_type"])
+@pytest.mark.parametrize("stated", ["flow", "velocity", "sample"])
+def test_a_stated_prediction_type_that_is_not_known_is_refused(single, name, stated):
+    rewrite(single, lambda tensors: None, {name: stated})
+    with pytest.raises(CheckpointError, match=f"states the prediction type '{stated}'; expected one of epsilon"):
+        open_checkpoint(single)
 
 
 @pytest.mark.parametrize(

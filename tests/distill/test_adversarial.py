@@ -1,5 +1,7 @@
 """The adversarial term: who moves what, which class is whose, and a run with a discriminator in it."""
 
+import contextlib
+import dataclasses
 import shutil
 
 import jax
@@ -8,7 +10,11 @@ import numpy as np
 import pytest
 
 from dmm_jax import train
+from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.distill import adversarial
+from dmm_jax.distillation import Definition
+from dmm_jax.runtime import sharding
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.metrics import read
 
 STYLES = jnp.array([0, 1, 1])
@@ -42,6 +48,19 @@ def test_classes_are_teachers_first_then_the_student_in_each_style():
     values = adversarial.errors(judge, 50.0, student, teacher, STYLES, 2)
     assert np.abs(values["discriminator"]).max() < 1e-6
     np.testing.assert_allclose(values["adversarial"], 50.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type, refused", [("epsilon", True), ("v_prediction", False)])
+def test_epsilon_with_zero_terminal_snr_is_refused(tiny, prediction_type, refused):
+    """The clean latents of a one-step prediction are infinite at the last timestep: such steps would be skipped."""
+    config = tiny[1].copy_and_resolve_references()
+    config.adversarial.weight = 0.01
+    base = open_checkpoint(tiny[0]["base"])
+    schedule = base.scheduler_config | {"rescale_betas_zero_snr": True, "prediction_type": prediction_type}
+    base = dataclasses.replace(base, scheduler_config=schedule)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    with pytest.raises(UserError, match="zero terminal SNR") if refused else contextlib.nullcontext():
+        Definition(config, base, mesh)
 
 
 def steps(workdir):

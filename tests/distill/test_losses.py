@@ -40,3 +40,13 @@ def test_errors_are_computed_in_float32():
     a, b = jnp.full((1, 2, 2, 1), 256.0, jnp.bfloat16), jnp.full((1, 2, 2, 1), 257.0, jnp.float32)
     assert losses.score_error(a, b).dtype == jnp.float32
     assert np.allclose(losses.score_error(a, b), 1.0)
+
+
+@pytest.mark.parametrize("kind", ["l2", "normalized", "cosine"])
+def test_a_zero_feature_vector_has_a_finite_gradient(kind):
+    zeros, ones = jnp.zeros((1, 2, 2, 3)), jnp.ones((1, 2, 2, 3))
+    for student, teacher in ((zeros, ones), (ones, zeros), (zeros, zeros)):
+        grad = jax.grad(lambda student, teacher=teacher: losses.feature_error([student], [teacher], kind).sum())(
+            student
+        )
+        assert jnp.isfinite(grad).all()

@@ -203,3 +203,9 @@ def test_the_split_model_runs_under_jit_and_differentiates():
     gradients = jax.jit(jax.grad(loss))(nnx.to_pure_dict(params))
     assert jnp.isfinite(gradients["encoder"]["conv_in"]["kernel"]).all()
     assert (gradients["encoder"]["conv_in"]["kernel"] != 0).any()
+
+
+@pytest.mark.parametrize("scaling_factor", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scaling_factor_that_is_not_positive_is_refused(scaling_factor):
+    with pytest.raises(ValueError, match="scaling_factor of the VAE must be a positive number"):
+        AutoencoderKL(scaling_factor=scaling_factor, rngs=nnx.Rngs(0))

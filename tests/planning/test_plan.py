@@ -101,7 +101,7 @@ def test_kernels_travel_in_bfloat16_and_gradients_in_float32(config):
     program = Program.on_mesh(config, "sd15", "gpu", sharding.abstract_mesh(**config.mesh, num_devices=8))
     function, arguments = program.gradients("xla")
     gathered = {("all_gather", axis): {"bfloat16"} for axis in sharding.AXES}
-    once_per_step = {("reduce_scatter", axis): {"float32"} for axis in distill_step.ONCE}
+    once_per_step = {("reduce_scatter", axis): {"float32"} for axis in distill_step.GATHERED_ONCE}
     per_micro_batch = {("reduce_scatter", "fsdp"): {"bfloat16"}}
     dtypes = collective_dtypes(jax.make_jaxpr(function)(*arguments).jaxpr)
     assert dtypes == gathered | once_per_step | per_micro_batch
