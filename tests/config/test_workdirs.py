@@ -54,7 +54,7 @@ def test_options_that_change_the_arrays_of_a_checkpoint_are_refused(tiny, traine
     before = (trained / "config.json").read_bytes()
     config = copied(tiny[1])
     config.update_from_flattened_dict({name: value})
-    with pytest.raises(ValueError, match=f"cannot go on with {name}: .* -> {value}: its checkpoints hold other arrays"):
+    with pytest.raises(ValueError, match=f"cannot resume with {name}: .* -> {value}: its checkpoints hold other"):
         train.run(config, trained)
     assert (trained / "config.json").read_bytes() == before
 
