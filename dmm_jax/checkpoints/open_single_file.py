@@ -14,7 +14,7 @@ from dmm_jax.checkpoints.formats.open_clip import drop_unused_layer, open_clip_k
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, Tensors
 from dmm_jax.checkpoints.formats.single_file_config import read_config
 
-PREDICTION_FIELDS = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type")  # Of the metadata.
+PREDICTION_FIELDS = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type")  # Metadata fields.
 PREDICTION_TYPES = {
     "epsilon": "epsilon", "eps": "epsilon",
     "v": "v_prediction", "v_prediction": "v_prediction", "v_pred": "v_prediction", "vpred": "v_prediction",
