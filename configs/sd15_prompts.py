@@ -26,7 +26,7 @@ def get_config():
     config.data.prompts = "data/prompts.txt"
     config.data.num_examples = 12_000
     config.data.cache = "data/cache_teachers_512"
-    config.data.sampling.batch_size = 32
+    config.sampling.batch_size = 32
     config.num_steps = 10_000
     config.batch_size = 80
     return config

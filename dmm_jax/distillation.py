@@ -266,7 +266,7 @@ class Distillation(Definition):
         self.rows = incremental.batch_rows(teachers, self.old_student, config.grow.replay)
         if config.samples.every:  # Refuses a solver or a number of steps that cannot run.
             schedule = NoiseSchedule.from_config(base.scheduler_config)
-            solvers.plan(config.samples.solver, schedule, config.samples.num_inference_steps)
+            solvers.plan(config.sampling.solver, schedule, config.sampling.num_inference_steps)
         self.notes = (*base.fallbacks, *missing_text_encoders(base, teachers))
         tokenizer = Tokenizers.from_folders(base.tokenizer_folders) if base.tokenizer_folders else None
         self.cache = _open_cache(config, base, tokenizer) if config.data.cache else None

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from dmm_jax.checkpoints import provenance
 from dmm_jax.checkpoints.states import StateStore
 from dmm_jax.config import checks, workdirs
+from dmm_jax.config.options import solver_options
 from dmm_jax.distill import incremental
 from dmm_jax.distill.optimizer import learning_rate_schedule
 from dmm_jax.distillation import Distillation, RunState
@@ -40,11 +41,14 @@ class Hook(NamedTuple):
         return bool(self.every) and step % self.every == 0
 
 
-def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
+def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, tensorboard: bool = False) -> dict:
     """Distils the teachers into one student under `workdir`; resumes from its newest checkpoint.
 
     Writes config.json, parents.json, metrics.jsonl, checkpoints/ and, if asked for, samples/. The result of a run that
     was stopped and resumed equals one that never stopped, bit for bit where the device is deterministic.
+
+    Args:
+      tensorboard: writes event files too.
 
     Returns:
       The last logged metrics.
@@ -66,7 +70,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict:
         workdirs.write_config(workdir, config)  # Everything that can be refused has been read.
         stack.enter_context(provenance.record_parents(workdir, config))
         _say_resumed(state, config)
-        options = {"tensorboard": config.tensorboard, "writes": processes.is_first()}
+        options = {"tensorboard": tensorboard, "writes": processes.is_first()}
         names = [row.name for row in distillation.rows]
         log = stack.enter_context(MetricsLog(workdir, state.step, names, **options))
         bar = stack.enter_context(_progress_bar(config.num_steps, state.step))
@@ -218,9 +222,8 @@ def draw_samples(distillation: Distillation, state: RunState, workdir: storage.L
     pipeline = distillation.pipeline(state)  # Every process takes part; the first one draws.
     if not processes.is_first():
         return
-    config, names = distillation.config.samples, list(distillation.styles)
-    prompts = list(config.prompts)
-    options = {key: config[key] for key in ("num_inference_steps", "guidance_scale", "solver")}
+    config, names = distillation.config, list(distillation.styles)
+    prompts, options = list(config.samples.prompts), solver_options(config)
     pictures = pipeline([prompt for prompt in prompts for _ in names], styles=names * len(prompts), **options)
     grid = labelled_grid(pictures.reshape((-1, len(names)) + pictures.shape[1:]), prompts, names)
     (workdir / "samples").mkdir(exist_ok=True)

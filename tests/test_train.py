@@ -276,7 +276,7 @@ def with_and_without(tiny, tmp_path_factory):
             patch.setitem(COMPILER_OPTIONS, "cpu", {"xla_cpu_use_fusion_emitters": True})
         train.run(config, without)
         config.ema_decay = 0.5
-        config.samples.every, config.samples.prompts, config.samples.num_inference_steps = 2, ("a star", "a square"), 2
+        config.samples.every, config.samples.prompts = 2, ("a star", "a square")
         train.run(config, workdir)
     return workdir, without
 

@@ -74,7 +74,7 @@ def tiny_config(paths: dict[str, pathlib.Path], cache: pathlib.Path):
     config.validation_every = 3
     config.validation_size = 4
     config.checkpoint_every = 2
-    config.evaluation.num_inference_steps = 2
+    config.sampling.num_inference_steps = 2
     return config
 
 

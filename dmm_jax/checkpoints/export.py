@@ -37,6 +37,7 @@ def export(
     lora_for: Sequence[str] = ("comfyui",),
     keep: Sequence[str] = (),
     extra_styles: Sequence[pathlib.Path] = (),
+    stated_licenses: Sequence[str] = (),
 ) -> list[pathlib.Path]:
     """Writes a student in each of `formats` below the folder `out`; returns the paths, in the order of the formats.
 
@@ -61,6 +62,7 @@ def export(
       lora_for: the tools that can read the style-lora: comfyui, diffusers, a1111.
       keep: the styles to export, in this order, as "name" or "new name=name"; () for all.
       extra_styles: files of `dmm-jax fit-style`, one style each, which are added to the student's own.
+      stated_licenses: "NAME=LICENCE" for "base" or a teacher whose files state no licence, or a wrong one.
 
     Raises:
       UserError: a format, style or dtype is unknown, or `out` is not empty. Nothing is written then.
@@ -72,6 +74,7 @@ def export(
     weights = _weights_to_fold(formats, style, student)
     base_weights = _row(lora_base, student.styles) if lora_base else style_lora.equal_parts(student.styles)
     parents = provenance.parents_of_workdir(run, hashed=recipe) if student.kind == "workdir" else {}
+    parents = provenance.with_licenses(parents, stated_licenses)
     license = licenses.together(parent["license"] for parent in parents.values()) or student.license
     merged_from, details, card_parents = list(student.styles), None, {}
     if recipe:

@@ -9,7 +9,7 @@ import json
 import pathlib
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from dmm_jax.checkpoints import licenses
 from dmm_jax.checkpoints.checkpoint import Checkpoint
@@ -17,6 +17,7 @@ from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.config import options as config_lib
 from dmm_jax.runtime import processes
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import Location, locate
 
 SHORT_HASH = 10  # Hexadecimal digits of a file's SHA-256 that hubs show ("AutoV2").
@@ -95,7 +96,7 @@ def record_parents(workdir: Location, config) -> Iterator[None]:
 
 
 def parents_of_workdir(workdir: Location, hashed: bool = True) -> dict[str, dict]:
-    """Returns the `record` of each of a run's parents, by "base" and style, with the licences that its config states.
+    """Returns the `record` of each of a run's parents, by "base" and style.
 
     Args:
       hashed: whether the files' hashes are needed. Without them, a parent that is missing has an unknown licence.
@@ -104,8 +105,22 @@ def parents_of_workdir(workdir: Location, hashed: bool = True) -> dict[str, dict
       CheckpointError: the run has no complete parents.json, and a parent cannot be opened.
     """
     config = config_lib.load(workdir)
-    stated = config_lib.licenses(config)
-    parents = _read_parents(workdir, config) or parents_of_config(config, hashed)
+    return _read_parents(workdir, config) or parents_of_config(config, hashed)
+
+
+def with_licenses(parents: Mapping[str, Mapping], entries: Sequence[str]) -> dict[str, dict]:
+    """Returns the records with the licences of ("NAME=LICENCE", ...) where NAME is "base" or a style.
+
+    Raises:
+      UserError: an entry has another form, or names no parent.
+    """
+    stated = {name: licence.strip() for name, _, licence in (entry.partition("=") for entry in entries)}
+    for name, licence in stated.items():
+        if name not in parents or not licence:
+            raise UserError(
+                f"a licence is given as NAME=LICENCE, with a name of {', '.join(parents) or 'a run (this is none)'}; "
+                f"got {name!r} with {licence!r}."
+            )
     return {name: parent | {"license": stated.get(name) or parent["license"]} for name, parent in parents.items()}
 
 

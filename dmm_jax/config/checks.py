@@ -19,10 +19,9 @@ CHOICES = {
     "prediction_type": ("", "epsilon", "v_prediction"),
     "learning_rate_schedule": ("constant", "cosine"),
 }
-WEIGHT_MERGES = ("average", "task_arithmetic", "ties", "dare")
 SHARES = ("prompt_dropout", "ema_decay", "adam_b1", "adam_b2")
-COUNTS = ("num_steps", "gradient_accumulation", "max_skipped_in_a_row", "num_inference_steps", "num_pairs",
-          "resolution", "batch_size", "teacher", "fsdp")  # fmt: skip
+COUNTS = ("num_steps", "gradient_accumulation", "max_skipped_in_a_row", "num_inference_steps", "resolution",
+          "batch_size", "teacher", "fsdp")  # fmt: skip
 FLOAT32_MAX, FLOAT32_TINY = 3.4e38, 1.2e-38
 
 
@@ -80,11 +79,6 @@ def _problems(config):
     for name in names:
         if not is_writable(name):
             yield f"style name {name!r} is empty or holds '=', ',' or a line break: such a mix could not be written."
-    parents = ("base", *(teacher for teacher, _ in config.teachers))
-    for name, licence in config_lib.licenses(config).items():
-        yield (name not in parents or not licence.strip()) and (
-            f"licenses has {name!r} with {licence!r}; expected 'NAME=LICENCE' with a name of {', '.join(parents)}."
-        )
     yield bool(config.grow.styles) and not config.grow.student and "grow.styles needs grow.student: set the student."
     parts = max(rows, 1) * max(config.gradient_accumulation, 1)
     if config.batch_size < parts or config.batch_size % parts:
@@ -94,7 +88,6 @@ def _problems(config):
             f"got {config.batch_size}. Use {fit}."
         )
     yield from _values(config)
-    yield _merges_missed(config.evaluation)
     if config.samples.every and not config.samples.prompts:
         yield "samples.every is set but samples.prompts is empty: list the prompts to draw, or set samples.every=0."
     shards = config.mesh.teacher
@@ -102,33 +95,15 @@ def _problems(config):
         yield f"mesh.teacher must divide the {describe_rows(config)}; got {shards}. Use a divisor of {rows}, or 1."
 
 
-def check_evaluation(evaluation: ml_collections.ConfigDict) -> None:
-    """As `check`, for `config.evaluation` alone: nothing else may change after training."""
-    refuse(TITLE, [*_ranges(ml_collections.ConfigDict({"evaluation": evaluation})), _merges_missed(evaluation)])
-
-
-def _merges_missed(evaluation):
-    merges = tuple(evaluation.weight_merges)
-    if "average" not in merges or not set(merges) <= set(WEIGHT_MERGES) or len(set(merges)) < len(merges):
-        return (
-            f"evaluation.weight_merges must hold 'average', and each of {', '.join(WEIGHT_MERGES)} at most once; "
-            f"got {merges}."
-        )
-
-
 def check_values(config: ml_collections.ConfigDict) -> None:
     """As `check`, for each option by itself: rules that training and preparing data share."""
     refuse(TITLE, _values(config))
 
 
-def _ranges(config):
+def _values(config):
     for name, value in config_lib.flat(config.to_dict()).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and (rule := _broken_rule(name, value)):
             yield f"{name} must {rule}; got {value}."
-
-
-def _values(config):
-    yield from _ranges(config)
     for name, allowed in CHOICES.items():
         yield config[name] not in allowed and f"{name} must be one of {', '.join(allowed)}; got {config[name]!r}."
 
@@ -140,8 +115,6 @@ def _broken_rule(name: str, value: int | float) -> str:
         return "be a finite number"
     if own in SHARES and not 0 <= value < 1:
         return "lie in [0, 1)"
-    if own == "num_images" and value < 2:
-        return "be at least 2"  # A distance needs a variance.
     if own in COUNTS and value < 1:
         return "be at least 1"
     if name == "adam_eps" and value < FLOAT32_TINY:

@@ -24,7 +24,6 @@ def get_config() -> ml_collections.ConfigDict:
 
     # Checkpoints: diffusers folders or single files.
     config.base = ""  # The checkpoint whose text encoder, VAE, tokenizer and schedule serve all styles.
-    config.licenses = ()  # ("NAME=LICENCE", ...) for "base" and teachers whose files state none, or a wrong one.
     config.prediction_type = ""  # "epsilon" or "v_prediction", for single files that do not say it.
     # ((style name, path), ...): one style per teacher, in this order. The name "none" is the null style, for requests
     # without a style; its teacher is the base: ("none", config.base).
@@ -80,8 +79,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.mesh.data = 0  # 0: all remaining devices.
     config.mesh.fsdp = 1  # As `data`, but gradients are summed in `dtype`, half the bytes; within a TPU slice.
 
-    config.compilation_cache = ""  # Folder of compiled programs; "": ~/.cache/dmm_jax/xla; "off": none.
-
     # Data: what `dmm-jax prepare` reads and writes.
     config.data = ml_collections.ConfigDict()
     config.data.source = ""  # Folder of images and captions; "teachers" for images that they draw; "shapes_world".
@@ -89,11 +86,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.cache = ""  # Folder of the latent cache.
     config.data.resolution = 512  # Pixels per side; images are scaled by their short side and cropped.
     config.data.num_examples = 0  # How many to prepare; 0: the whole folder, each prompt once. shapes_world needs it.
-    config.data.sampling = ml_collections.ConfigDict()  # How the teachers draw.
-    config.data.sampling.num_inference_steps = 25
-    config.data.sampling.guidance_scale = 7.0
-    config.data.sampling.solver = "dpmpp_2m"
-    config.data.sampling.batch_size = 16  # Images computed at once.
+
+    # How pictures are drawn: by teachers for `data.prompts`, along the way, and by `dmm-jax evaluate`.
+    config.sampling = ml_collections.ConfigDict()
+    config.sampling.num_inference_steps = 25
+    config.sampling.guidance_scale = 7.0
+    config.sampling.solver = "dpmpp_2m"
+    config.sampling.batch_size = 16  # Images computed at once.
 
     # Written along the way. With 0, logs, validations and checkpoints are written at the last step only.
     config.log_every = 50  # Steps between lines of metrics.jsonl.
@@ -102,27 +101,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.checkpoints_kept_every = 0  # Also every checkpoint whose step is a multiple of this.
     config.validation_every = 1000
     config.validation_size = 16  # Images per teacher in the fixed validation set; 0: no validation.
-    config.tensorboard = False  # Writes event files too; needs the tensorboardX package.
     config.samples = ml_collections.ConfigDict()
     config.samples.every = 0  # Steps between sample grids (rows: prompts, columns: styles); 0: none.
     config.samples.prompts = ()
-    config.samples.num_inference_steps = 25
-    config.samples.guidance_scale = 7.0
-    config.samples.solver = "dpmpp_2m"
-
-    # What `dmm-jax evaluate` draws. Prompts and noise are the same for every model.
-    config.evaluation = ml_collections.ConfigDict()
-    config.evaluation.num_images = 2000  # Per style and model; the distances' bias falls with it.
-    config.evaluation.num_pairs = 32  # Pictures per style that teacher and student draw from the same noise.
-    # Text file, one prompt per line, best with prompts outside the training data. "": the embedded world's, or the
-    # run's own.
-    config.evaluation.prompts = ""
-    config.evaluation.negative_prompt = ""  # "": none, which means zeros for Stable Diffusion XL.
-    config.evaluation.batch_size = 50  # Images computed at once.
-    config.evaluation.num_inference_steps = 25
-    config.evaluation.guidance_scale = 7.0
-    config.evaluation.solver = "dpmpp_2m"
-    config.evaluation.weight_merges = ("average",)  # Compared with the student: "average" and others.
     return config
 
 
@@ -156,10 +137,9 @@ def style_names(config: ml_collections.ConfigDict) -> list[str]:
     return [*kept_styles(config), *(name for name, _ in config.teachers)]
 
 
-def licenses(config: ml_collections.ConfigDict) -> dict[str, str]:
-    """Returns the licences in the config, by "base" or the teacher's name."""
-    pairs = (entry.partition("=") for entry in config.licenses)
-    return {name: licence for name, _, licence in pairs}
+def solver_options(config: ml_collections.ConfigDict) -> dict[str, object]:
+    """Returns the options of `config.sampling` that `Pipeline.__call__` takes."""
+    return {name: config.sampling[name] for name in ("num_inference_steps", "guidance_scale", "solver")}
 
 
 def num_rows(config: ml_collections.ConfigDict) -> int:

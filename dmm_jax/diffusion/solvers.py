@@ -210,17 +210,21 @@ def _euler_ancestral(sigmas, next_sigmas):
 
 
 def _heun(sigmas, next_sigmas):
-    """Averages the slopes at sigma and, after Euler's step, at next_sigma; the step to 0 is Euler's."""
+    """Averages the slopes at both ends of a step; the step to sigma 0 is Euler's.
+
+    With slope(x, sigma) = (x - x0) / sigma:
+
+        predict: x' = x + (next - sigma) slope(x, sigma);      m = x + (next - sigma) / 2 slope(x, sigma)
+        correct: x'' = m + (next - sigma) / 2 slope(x', next)
+    """
     num_steps, ratio = len(sigmas), next_sigmas / sigmas
     rows = np.repeat(np.arange(num_steps), 2)[1:]  # 0, 1, 1, 2, 2, ...: the noise level of each evaluation.
     predict, correct = slice(0, None, 2), slice(1, None, 2)
     columns = {name: np.zeros(2 * num_steps - 1) for name in ("keep", "pull", "recall", "store_latents", "store_x0")}
     columns["keep"][predict], columns["pull"][predict] = ratio, 1.0 - ratio
-    # The memory holds the latents after half of the step.
     columns["store_latents"][predict], columns["store_x0"][predict] = 0.5 + 0.5 * ratio, 0.5 - 0.5 * ratio
-    # The correction adds the other half, with the slope at next_sigma: memory + slope_share * (latents - x0).
-    slope_share = 0.5 * (ratio - 1.0)[:-1] * sigmas[:-1] / next_sigmas[:-1]
-    columns["keep"][correct], columns["pull"][correct], columns["recall"][correct] = slope_share, -slope_share, 1.0
+    half_step = 0.5 * (next_sigmas - sigmas)[:-1] / next_sigmas[:-1]
+    columns["keep"][correct], columns["pull"][correct], columns["recall"][correct] = half_step, -half_step, 1.0
     return rows, columns
 
 

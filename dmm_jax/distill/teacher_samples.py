@@ -45,19 +45,18 @@ def prepare_teacher_samples(config) -> LatentCache:
     """
     prepare.check_config(config)
     config = incremental.resolved(config)
-    draws, sampling = _draws(config), config.data.sampling
+    draws, options = _draws(config), config_lib.solver_options(config)
     arguments.pixels("data.resolution", config.data.resolution, CELL)
     base = open_checkpoint(config.base, prediction_type=config.prediction_type)
     teachers = incremental.origins(config)
     check_mergeable(base, teachers)
-    options = {name: sampling[name] for name in ("solver", "num_inference_steps", "guidance_scale")}
     sampler = TeacherSampler(base, list(teachers.values()), config.data.resolution, config.dtype, options)
     return sample_prompts(
         draws,
         sampler,
         sampler.pipeline.tokenizers,
         config.data.cache,
-        min(sampling.batch_size, len(draws)),
+        min(config.sampling.batch_size, len(draws)),
         resolution=config.data.resolution,
         latent_shape=sampler.latent_shape,
         scaling_factor=sampler.pipeline.vae.merged().scaling_factor,

@@ -6,17 +6,15 @@ comparable.
 """
 
 import os
-import shlex
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from dmm_jax.checkpoints.open import open_checkpoint
-from dmm_jax.config import checks
 from dmm_jax.config import options as config_lib
 from dmm_jax.data.prepare import SHAPES_WORLD
 from dmm_jax.evaluation import clip, lpips
@@ -24,6 +22,7 @@ from dmm_jax.evaluation.compared_models import OTHER_DTYPE, ComparedModels, merg
 from dmm_jax.evaluation.feature_networks import SHAPES, draws_shapes_world, open_feature_network
 from dmm_jax.evaluation.fidelity import paired_fidelity
 from dmm_jax.evaluation.kernel_distances import NUM_SUBSETS, SUBSET_SIZE
+from dmm_jax.evaluation.options import Options
 from dmm_jax.evaluation.prompts import choose_prompts
 from dmm_jax.evaluation.published_weights import Weights
 from dmm_jax.evaluation.report import write_report
@@ -46,43 +45,23 @@ class Evaluation(NamedTuple):
     page: Location
 
 
-def evaluate(
-    workdir: str | os.PathLike,
-    num_images: int = 0,
-    features: str = SHAPES,
-    clip_folder: str = "",
-    lpips_file: str = "",
-    prompts_file: str = "",
-    negative_prompt: str = "",
-) -> Evaluation:
+def evaluate(workdir: str | os.PathLike, options: Options | None = None) -> Evaluation:
     """Evaluates a training workdir; writes `report/index.html` and `report/metrics.json` there.
 
-    Args:
-      num_images: per style and model; 0 takes the config's number.
-      features: the network that measures, as `feature_networks.open_feature_network` takes it.
-      clip_folder: a CLIP, which adds CLIPScore.
-      lpips_file: the weights of LPIPS, which adds it to the fidelity.
-      prompts_file: a text file with one prompt per line; "" takes the config's.
-      negative_prompt: for every picture; "" takes the config's.
-
     Raises:
-      ValueError: the workdir holds no student, an option or the network cannot be used, or the network does not suit
+      UserError: the workdir holds no student, an option or the network cannot be used, or the network does not suit
         these pictures. Every check comes before any drawing.
     """
-    started, workdir = time.perf_counter(), locate(workdir)
+    started, workdir, options = time.perf_counter(), locate(workdir), options or Options()
     config = config_lib.load(workdir)
-    options = config.evaluation
-    options.num_images = num_images or options.num_images
-    options.negative_prompt = negative_prompt or options.negative_prompt
-    checks.check_evaluation(options)
     _check_report(workdir / "report")
     training_log = _read_training_log(workdir / "metrics.jsonl")
-    _check_features(features, config)
-    prompts = choose_prompts(config, max(options.num_images, options.num_pairs), prompts_file)
-    network = open_feature_network(features)
-    perceptual = lpips.load(lpips_file) if lpips_file else None
-    scorer = clip.Scorer.open(clip_folder, prompts.lines) if clip_folder else None
-    sampler = Sampler(network, scorer, prompts.lines, options)
+    _check_features(options.features, config)
+    prompts = choose_prompts(config, max(options.num_images, options.num_pairs), options.prompts_file)
+    network = open_feature_network(options.features)
+    perceptual = lpips.load(options.lpips_file) if options.lpips_file else None
+    scorer = clip.Scorer.open(options.clip_folder, prompts.lines) if options.clip_folder else None
+    sampler = Sampler(network, scorer, prompts.lines, options, options.solver_options(config))
     models = ComparedModels(config, workdir)
     results, pairs = _compare(models, sampler, perceptual, options.weight_merges)
     results["settings"] |= sampler.settings | prompts.settings | _conditions(config)
@@ -90,9 +69,7 @@ def evaluate(
     results["settings"] |= {} if perceptual is None else lpips.settings(perceptual)
     results["settings"]["fidelity's floor"] = f"the teacher in {OTHER_DTYPE[config.dtype]} against {config.dtype}"
     results["weights"] = models.digests()
-    arguments = {"n": options.num_images, "features": features, "clip": clip_folder, "lpips": lpips_file}
-    arguments |= {"prompts": prompts_file, "negative-prompt": negative_prompt}
-    results["command"] = _command(workdir.name, arguments)
+    results["command"] = options.command(workdir.name)
     results["timings"] = {"evaluation (s)": time.perf_counter() - started}
     interpolation = _interpolation(models, sampler)
     page = write_report(workdir / "report", results, pairs, interpolation, training_log)
@@ -179,12 +156,6 @@ def _compare(
     if sampler.scorer is not None:
         results["clip_score"] = {"name": sampler.scorer.name} | scores
     return results, pairs
-
-
-def _command(workdir: str, arguments: Mapping[str, str | int]) -> str:
-    """Returns the command that computes the same numbers; empty arguments are left out."""
-    options = [f"--{name} {shlex.quote(str(value))}" for name, value in arguments.items() if value]
-    return " ".join(["dmm-jax evaluate", workdir, *options])
 
 
 def _conditions(config) -> dict[str, str | int]:

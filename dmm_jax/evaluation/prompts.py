@@ -24,13 +24,13 @@ class Prompts(NamedTuple):
 def choose_prompts(config, count: int, file: str = "") -> Prompts:
     """Returns `count` prompts; a shorter list starts again from its beginning.
 
-    The source is `file`, else `config.evaluation.prompts`, both in their order; else the run's own data: new captions
-    of the embedded world, or the training prompts in random order.
+    The source is `file`, in its order; else the run's own data: new captions of the embedded world, or the training
+    prompts in random order.
 
     Raises:
       ValueError: the file cannot be used, or the training prompts are missing.
     """
-    file, rng = file or config.evaluation.prompts, np.random.default_rng(PROMPT_SEED)
+    rng = np.random.default_rng(PROMPT_SEED)
     if file:
         lines, source = read_prompts(file), str(file)
     elif config.data.source == SHAPES_WORLD:

@@ -1,6 +1,6 @@
 """Pictures that every model draws from the same prompts, measured batch by batch."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,10 +9,9 @@ from jaxtyping import Float, UInt8
 from dmm_jax.evaluation import clip
 from dmm_jax.evaluation.feature_networks import FeatureNetwork, Summary
 from dmm_jax.evaluation.kernel_distances import SUBSET_SIZE, Features, kernel_inception_distance
+from dmm_jax.evaluation.options import Options
 from dmm_jax.gallery.sample import draw
 from dmm_jax.pipeline import Pipeline
-
-SAMPLING_OPTIONS = ("num_inference_steps", "guidance_scale", "solver")  # In `config.evaluation`.
 
 
 class Pictures(NamedTuple):
@@ -41,12 +40,18 @@ class Sample(NamedTuple):
 class Sampler:
     """Draws the same prompts with any model and measures the pictures."""
 
-    def __init__(self, network: FeatureNetwork, scorer: clip.Scorer | None, prompts: Sequence[str], options):
-        """Takes `config.evaluation` as `options`."""
+    def __init__(
+        self,
+        network: FeatureNetwork,
+        scorer: clip.Scorer | None,
+        prompts: Sequence[str],
+        options: Options,
+        sampling: Mapping,
+    ):
+        """Takes the solver's options of `Pipeline.__call__` as `sampling`."""
         self.network, self.scorer, self.prompts = network, scorer, prompts
         self.num_images, self.num_pairs, self.batch_size = options.num_images, options.num_pairs, options.batch_size
-        self.sampling = {name: options[name] for name in SAMPLING_OPTIONS}
-        self.negative_prompt = options.negative_prompt
+        self.negative_prompt, self.sampling = options.negative_prompt, dict(sampling)
 
     @property
     def settings(self) -> dict:

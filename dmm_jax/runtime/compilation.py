@@ -8,34 +8,23 @@ import sys
 import jax
 
 from dmm_jax.runtime.errors import UserError
-from dmm_jax.runtime.storage import check_local
 
 MIN_COMPILE_TIME_S = 0.1  # Programs that compile faster are not kept.
-OFF, PER_USER = "off", ""
 
 
-def use_cache(folder: str = PER_USER) -> pathlib.Path | None:
+def use_cache() -> pathlib.Path | None:
     """Makes JAX load programs that an earlier run compiled and keep new ones; returns the folder, or None.
 
-    The environment variables JAX_COMPILATION_CACHE_DIR and JAX_ENABLE_COMPILATION_CACHE have precedence.
-
-    Args:
-      folder: "" is `per_user_folder()`; "off" keeps nothing.
-
-    Raises:
-      UserError: `folder` cannot be made, or another user may write to it.
+    The folder is $JAX_COMPILATION_CACHE_DIR, or `per_user_folder()`. JAX_ENABLE_COMPILATION_CACHE=0 keeps nothing.
     """
-    if folder == OFF or not jax.config.jax_enable_compilation_cache:
-        jax.config.update("jax_enable_compilation_cache", False)
+    if not jax.config.jax_enable_compilation_cache:
         return None
     if jax.config.jax_compilation_cache_dir:
         return pathlib.Path(jax.config.jax_compilation_cache_dir)
     try:
-        path = check_local(folder, "compiled programs").expanduser().absolute() if folder else per_user_folder()
+        path = per_user_folder()
         make_private(path)
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: the user has no home folder.
-        if folder:
-            raise UserError(f"compilation_cache: {error}") from error
+    except (OSError, RuntimeError, UserError) as error:  # RuntimeError: the user has no home folder.
         print(f"Compiled programs are not kept: {error}", file=sys.stderr)
         return None
     jax.config.update("jax_compilation_cache_dir", str(path))
@@ -60,5 +49,5 @@ def make_private(path: pathlib.Path) -> None:
     if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise UserError(
             f"{path} contains programs that would be executed, and others may write to it "
-            f"({stat.filemode(status.st_mode)}, owner {status.st_uid}). chmod 700 it, or name another folder."
+            f"({stat.filemode(status.st_mode)}, owner {status.st_uid}). chmod 700 it, or set JAX_COMPILATION_CACHE_DIR."
         )

@@ -215,6 +215,6 @@ def _open_tensorboard(workdir):
         from tensorboardX import SummaryWriter
     except ImportError:
         raise UserError(
-            "tensorboard=True needs the package tensorboardX: pip install tensorboardX, or set it to False."
+            "--tensorboard needs the package tensorboardX: pip install tensorboardX, or omit the flag."
         ) from None
     return SummaryWriter(str(workdir))

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from dmm_jax.checkpoints.merge_methods import METHODS, merge_networks, parse_method
 from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.config.options import solver_options
 from dmm_jax.evaluation.evaluate import OTHER_SEED, TEACHER_SEED
 from dmm_jax.evaluation.feature_networks import SHAPES, open_feature_network
 from dmm_jax.evaluation.frechet import Statistics, frechet_distance
@@ -20,6 +21,7 @@ from dmm_jax.studies.shapes_rows import STYLES, study_config, teacher_path
 from dmm_jax.world.scenes import sample_scenes
 
 FEW = 78  # Pictures per distance: 2.4 per feature (32 here), as the paper has 5,000 for Inception's 2,048 (4.2).
+BATCH_SIZE, NUM_INFERENCE_STEPS = 500, 8
 SEED_STRIDE = 1_000_000  # Difference between the first picture's seeds of two draws of the references.
 
 
@@ -30,6 +32,7 @@ class Judge:
         self.out, self.num_images = out, num_images
         self.network = open_feature_network(SHAPES)
         self.config = study_config(out, STYLES, 1, 0)
+        self.sampling = solver_options(self.config) | {"num_inference_steps": NUM_INFERENCE_STEPS}
         self.prompts = sample_scenes(np.random.default_rng(PROMPT_SEED), num_images)[1]
         self.base = open_checkpoint(self.config.base)
         self.stock = Pipeline.for_unet(self.base, self.base.unet_config, (), dtype=self.config.dtype)
@@ -72,9 +75,8 @@ class Judge:
 
     def _sample(self, pipeline, style, seed) -> Float[np.ndarray, "n D"]:
         """Returns the features of a model's pictures."""
-        options = {k: self.config.evaluation[k] for k in ("num_inference_steps", "guidance_scale", "solver")}
         jobs = [(prompt, style, seed + k) for k, prompt in enumerate(self.prompts)]
-        batches = draw(pipeline, jobs, min(self.config.evaluation.batch_size, len(jobs)), **options)
+        batches = draw(pipeline, jobs, min(BATCH_SIZE, len(jobs)), **self.sampling)
         return np.concatenate([self.network.features(images) for images, _ in batches])[: self.num_images]
 
     def _distances(self, features) -> dict[str, dict[str, float]]:

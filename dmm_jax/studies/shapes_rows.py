@@ -96,10 +96,9 @@ def study_config(out: pathlib.Path, styles: Sequence[str], num_steps: int, seed:
     config.batch_size = 240  # Divides by 8, 4 + 1 and 2 + 1, the numbers of teachers with replay.
     config.data.num_examples = NUM_PICTURES
     config.data.cache = cache_path(out, RENDERED)
-    config.data.sampling.update({"num_inference_steps": 10, "guidance_scale": 2.5, "batch_size": 512})
+    config.sampling.batch_size = 512
     config.warmup_steps, config.validation_size, config.validation_every = 20, 0, 0
     config.log_every, config.checkpoint_every, config.checkpoints_kept = 250, 500, 2
-    config.evaluation.batch_size = 500
     return config
 
 

@@ -10,6 +10,7 @@ import time
 from dmm_jax.verbs import options
 
 MIX = "comic=0.5,neon=0.5"
+EVALUATION = {"num_images": 200, "num_inference_steps": 8, "weight_merges": ("average", "ties")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,7 @@ def main(args: argparse.Namespace) -> None:
     from dmm_jax.config import checks
     from dmm_jax.data.prepare import prepare_images
     from dmm_jax.evaluation.evaluate import evaluate
+    from dmm_jax.evaluation.options import Options
     from dmm_jax.runtime.storage import check_output
     from dmm_jax.world import demo_config
 
@@ -43,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
     with _step("Merge: distil the teachers into one student with one style vector per teacher"):
         train.run(config, workdir)
     with _step("Evaluate: compare the student with its teachers, the base and merged weights"):
-        page = evaluate(workdir).page
+        page = evaluate(workdir, Options(**EVALUATION)).page
     with _step(f"Export: DMM folder, stock diffusers folder, stock single file (style {MIX})"):
         shutil.rmtree(workdir / "export", ignore_errors=True)
         for path in export(workdir, workdir / "export", ("dmm", "diffusers", "single-file"), MIX):
@@ -55,6 +57,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _sample(config, workdir: pathlib.Path) -> pathlib.Path:
+    from dmm_jax.config.options import solver_options
     from dmm_jax.config.styles import parse_style
     from dmm_jax.gallery.gallery import write_gallery
     from dmm_jax.gallery.sample import sample
@@ -67,9 +70,7 @@ def _sample(config, workdir: pathlib.Path) -> pathlib.Path:
         prompts,
         list(map(parse_style, styles)),
         negative_prompt="",
-        num_inference_steps=config.samples.num_inference_steps,
-        guidance_scale=config.samples.guidance_scale,
-        solver=config.samples.solver,
+        **solver_options(config),
         batch_size=len(styles) * len(prompts),
     )
     return write_gallery(workdir / "samples" / "gallery", *samples, row_labels=prompts, column_labels=styles)

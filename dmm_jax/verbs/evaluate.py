@@ -9,39 +9,45 @@ from dmm_jax.verbs import options
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
     parser.add_argument("workdir", type=pathlib.Path, metavar="WORKDIR")
-    parser.add_argument(
-        "--n",
-        dest="num_images",
-        type=int,
-        default=0,
-        help="images per style and model, at least 2; default: the config's",
-    )
-    parser.add_argument(
+
+    def add(flag, name, help, **arguments):
+        parser.add_argument(flag, dest=name, help=help, default=argparse.SUPPRESS, **arguments)
+
+    add("--n", "num_images", "images per style and model, at least 2; default: 2000", type=int)
+    add(
         "--prompts",
-        dest="prompts_file",
-        default="",
+        "prompts_file",
+        "one prompt per line; default: new captions of the embedded world, or the captions of the run",
         metavar="FILE",
-        help="one prompt per line; default: the config's, or the captions that the run was trained on",
     )
-    parser.add_argument("--negative-prompt", default="", help="for every picture; default: the config's")
-    parser.add_argument(
+    add("--negative-prompt", "negative_prompt", "for every picture; default: none")
+    add("--pairs", "num_pairs", "images per style that teacher and student draw from one noise; default: 32", type=int)
+    add("--batch-size", "batch_size", "images computed at once; default: 50", type=int)
+    add("--steps", "num_inference_steps", "default: config.sampling's of the run, and so for the next two", type=int)
+    add("--guidance-scale", "guidance_scale", "1 is none", type=float)
+    add("--solver", "solver", "for example euler, dpmpp_2m")
+    add(
+        "--merges",
+        "weight_merges",
+        "comma list of average, task_arithmetic, ties, dare, for comparison; default: average",
+        type=lambda text: tuple(text.split(",")),
+    )
+    add(
         "--features",
-        default="shapes",
-        help="shapes (for the embedded world, default), inception:PATH or clean-inception:PATH (FID's weights), "
+        "features",
+        "shapes (for the embedded world, default), inception:PATH or clean-inception:PATH (FID's weights), "
         "clip:PATH (folder of a CLIP: CMMD with ViT-L/14 at 336 pixels, else MMD)",
     )
-    parser.add_argument(
-        "--clip", dest="clip_folder", default="", metavar="PATH", help="folder of a CLIP: adds CLIPScore"
-    )
-    parser.add_argument(
-        "--lpips", dest="lpips_file", default="", metavar="PATH", help="weights of LPIPS: adds it to the fidelity"
-    )
+    add("--clip", "clip_folder", "folder of a CLIP: adds CLIPScore", metavar="PATH")
+    add("--lpips", "lpips_file", "weights of LPIPS: adds it to the fidelity", metavar="PATH")
 
 
 def main(args: argparse.Namespace) -> None:
     """Writes metrics.json and the report, and prints the path of its page."""
     from dmm_jax.evaluation.evaluate import evaluate
+    from dmm_jax.evaluation.options import Options
     from dmm_jax.runtime import compilation
 
+    arguments = options.keywords(args)
     compilation.use_cache()
-    print(evaluate(**options.keywords(args)).page)
+    print(evaluate(arguments.pop("workdir"), Options(**arguments)).page)

@@ -34,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="NAME or mix of the export that style-lora is applied to; default: equal parts",
     )
     parser.add_argument("--lora-for", default="comfyui", help="comma list of comfyui, diffusers, a1111 (adds 3.3 MB)")
+    parser.add_argument(
+        "--license",
+        action="append",
+        default=[],
+        metavar="NAME=LICENCE",
+        help="for base or a teacher whose files state none, or a wrong one; repeat",
+    )
     parser.add_argument("--no-recipe", action="store_true", help="omit the recipe from the files' metadata")
     parser.add_argument("--verify", action="store_true", help="compare with stock diffusers; needs the [torch] extra")
 
@@ -56,6 +63,7 @@ def main(args: argparse.Namespace) -> None:
         lora_base=args.lora_base,
         lora_for=args.lora_for.split(","),
         extra_styles=args.extra_style,
+        stated_licenses=args.license,
     )
     if args.verify:
         from dmm_jax.evaluation.verify_export import verify_export

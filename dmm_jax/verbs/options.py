@@ -41,9 +41,8 @@ def keywords(args: argparse.Namespace) -> dict:
 
 
 def read_experiment(path: str, overrides: list[str]):
-    """Reads a config as `read_config` does, and keeps compiled programs in the folder that it names."""
+    """Reads a config as `read_config` does, and keeps compiled programs for the next run."""
     from dmm_jax.runtime import compilation
 
-    config = read_config(path, overrides)
-    compilation.use_cache(config.compilation_cache)
-    return config
+    compilation.use_cache()
+    return read_config(path, overrides)

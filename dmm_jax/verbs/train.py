@@ -11,6 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
     parser.add_argument("--config", required=True, help="an experiment file; --config.NAME=VALUE changes an option")
     parser.add_argument("--workdir", required=True, type=pathlib.Path)
+    parser.add_argument("--tensorboard", action="store_true", help="write event files too; needs tensorboardX")
     group = parser.add_argument_group("as one of several processes")
     group.add_argument("--distributed", action="store_true", help="ask the cluster (Cloud TPU, GKE, Slurm, Open MPI)")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, without a cluster to ask")
@@ -27,6 +28,6 @@ def main(args: argparse.Namespace) -> None:
             from dmm_jax.train import run
 
             with processes.joined(args.distributed, args.coordinator, args.num_processes, args.process_id):
-                run(options.read_experiment(args.config, args.overrides), args.workdir)
+                run(options.read_experiment(args.config, args.overrides), args.workdir, args.tensorboard)
     except processes.Preempted as preempted:
         print(f"dmm-jax train: {preempted} Run it again to resume.", file=sys.stderr)

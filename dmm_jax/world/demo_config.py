@@ -34,10 +34,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.validation_size = 8
     config.checkpoint_every = 140
     config.samples.prompts = PROMPTS
-    config.samples.num_inference_steps = 10
-    config.samples.guidance_scale = 2.5
-    config.evaluation.num_images = 200
-    config.evaluation.num_inference_steps = 8
-    config.evaluation.guidance_scale = 2.5
-    config.evaluation.weight_merges = ("average", "ties")
+    config.sampling.num_inference_steps = 10
+    config.sampling.guidance_scale = 2.5
     return config

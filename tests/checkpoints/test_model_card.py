@@ -13,7 +13,6 @@ from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
 from dmm_jax.checkpoints.inspect import inspect
 from dmm_jax.checkpoints.inspect_text import render
 from dmm_jax.checkpoints.open import open_checkpoint
-from dmm_jax.config import checks
 from dmm_jax.config import options as config_lib
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.verbs import main as cli
@@ -100,17 +99,14 @@ def test_names_do_not_break_out_of_the_card():
 
 @pytest.fixture(scope="module")
 def copied(trained, tmp_path_factory):
-    """A copy of the tiny run whose config states two licences."""
-    copy = shutil.copytree(trained, tmp_path_factory.mktemp("copied") / "run")
-    config = json.loads((copy / "config.json").read_text())
-    config["licenses"] = ["base=openrail", "left=faipl-1.0-sd"]
-    (copy / "config.json").write_text(json.dumps(config))
-    return copy
+    """A copy of the tiny run."""
+    return shutil.copytree(trained, tmp_path_factory.mktemp("copied") / "run")
 
 
 def test_an_export_names_the_licences_of_all_parents(copied, tmp_path):
     out = tmp_path / "out"
-    assert cli.main(["export", str(copied), str(out), "--format", "dmm,single-file", "--style", "left"]) == 0
+    stated = ["--license", "base=openrail", "--license", "left=faipl-1.0-sd"]
+    assert cli.main(["export", str(copied), str(out), "--format", "dmm,single-file", "--style", "left", *stated]) == 0
     together = "openrail; faipl-1.0-sd; unknown"
     for path in (out / "dmm", out / "model.safetensors"):
         assert open_checkpoint(path).license == together
@@ -156,8 +152,8 @@ def test_a_lora_adds_its_licence(tmp_path):
     assert licenses.together(["a; b", lora, "", "a"]) == "a; b; unknown"
 
 
-def test_licences_of_unknown_parents_are_refused(tiny):
-    config = tiny[1].copy_and_resolve_references()
-    config.licenses = ("nobody=mit",)
-    with pytest.raises(ValueError, match="licenses has 'nobody'.*base, left, right"):
-        checks.check(config)
+@pytest.mark.parametrize("entry", ["nobody=mit", "left=", "left"])
+def test_a_licence_without_a_parent_or_a_name_is_refused(entry):
+    parents = dict.fromkeys(("base", "left", "right"), {"license": "unknown"})
+    with pytest.raises(UserError, match="NAME=LICENCE.*base, left, right"):
+        provenance.with_licenses(parents, [entry])

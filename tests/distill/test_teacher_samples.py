@@ -27,8 +27,8 @@ def as_samples(config, folder):
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     config.data.source, config.data.prompts = "teachers", str(folder / "prompts.txt")
     config.data.num_examples, config.data.cache, config.seed = COUNT, str(folder / "cache"), 7
-    config.data.sampling.num_inference_steps, config.data.sampling.guidance_scale = 2, 2.0
-    config.data.sampling.batch_size = 4
+    config.sampling.num_inference_steps, config.sampling.guidance_scale = 2, 2.0
+    config.sampling.batch_size = 4
     return config
 
 
@@ -113,7 +113,7 @@ def test_interrupted_work_resumes_after_the_last_complete_shard(made, config, mo
 
 
 def test_a_batch_size_changes_nothing_but_rounding(made, config):
-    config.data.sampling.batch_size = 3
+    config.sampling.batch_size = 3
     cache = prepare_cache(config)
     for k in range(COUNT):
         np.testing.assert_allclose(cache[k]["latents"], made[1][k]["latents"], rtol=2e-3, atol=2e-3)
@@ -177,7 +177,7 @@ def test_a_cache_that_other_things_made_is_refused(made, tmp_path, change):
         (tmp_path / "other.txt").write_text("a star")
     else:
         values = {"seed": 8, "data.num_examples": 11, "dtype": "bfloat16"}
-        values |= {"data.sampling.solver": "euler", "data.sampling.guidance_scale": 3.0}
+        values |= {"sampling.solver": "euler", "sampling.guidance_scale": 3.0}
         name = next(name for name in values if name.endswith(change))
         config.update_from_flattened_dict({name: values[name]})
     with pytest.raises(ValueError, match="seed: expected 8" if change == "seed" else "source: expected 'teachers: "):

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from dmm_jax.checkpoints.formats import safetensors_io
+from dmm_jax.checkpoints.merge_methods import METHODS
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.evaluation import evaluate as module
+from dmm_jax.evaluation.options import Options
 from dmm_jax.models.lpips_alex import LPIPS
 from dmm_jax.verbs import main as cli
 from dmm_jax.world.shipped_checkpoints import CLASSIFIER, FOLDER
@@ -18,14 +20,14 @@ from tests.evaluation.test_clip import write_clip
 from tests.evaluation.test_samples import corner_network
 from tests.models.torch_parity import abstract, draw, state_dict
 
+FEW = ["--pairs", "2", "--batch-size", "4"]
+
 
 @pytest.fixture
 def workdir(trained, tmp_path, monkeypatch):
     """A copy of the tiny run that draws few pictures at a time."""
     monkeypatch.setattr(module, "NUM_MIXES", 2)
-    copy = shutil.copytree(trained, tmp_path / "run")
-    change(copy, evaluation={"batch_size": 4, "num_pairs": 2})
-    return copy
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 @pytest.fixture
@@ -54,8 +56,8 @@ def reported(trained, tmp_path_factory):
     own.write_text("a large red circle\na small blue square\na large green star\n")
     other.write_text("a small blue square\na small green circle\n")
     change(copy, data={"source": "teachers", "prompts": str(own), "num_examples": 0})
-    change(copy, evaluation={"batch_size": 4, "num_pairs": 2})
-    assert cli.main(["evaluate", str(copy), "--n", "3", "--prompts", str(other), "--negative-prompt", "a star"]) == 0
+    arguments = ["--n", "3", "--prompts", str(other), "--negative-prompt", "a star"]
+    assert cli.main(["evaluate", str(copy), *arguments, *FEW]) == 0
     return copy
 
 
@@ -65,18 +67,19 @@ def test_teacher_made_data_is_evaluated_with_other_prompts(reported):
     assert results["distance"] == "FD (shapes)" and results["n"] == 3
     assert settings["prompts"] == f"2 of {reported / 'other.txt'}, again and again for 3 pictures"
     assert settings["prompts trained on"] == "1 of 2" and settings["negative prompt"] == "a star"
-    assert results["command"].endswith(f"--prompts {reported / 'other.txt'} --negative-prompt 'a star'")
+    arguments = f"--prompts {reported / 'other.txt'} --negative-prompt 'a star' {' '.join(FEW)}"
+    assert results["command"] == f"dmm-jax evaluate run --n 3 {arguments}"
 
 
 def test_the_report_names_the_network_and_its_weights(workdir, monkeypatch, capsys):
     monkeypatch.setattr(module, "open_feature_network", lambda spec: corner_network())
-    assert cli.main(["evaluate", str(workdir), "--n", "4", "--features", "inception:weights.safetensors"]) == 0
+    assert cli.main(["evaluate", str(workdir), "--n", "4", "--features", "inception:weights.safetensors", *FEW]) == 0
     page = capsys.readouterr().out.strip()
     results = read_results(workdir)
     kernel, settings = results["kernel"], results["settings"]
     assert (results["distance"], results["n"], kernel["distance"]) == ("FD (corners)", 4, "KD (corners)")
     assert settings["weights SHA-256"] == "0123" and "dpmpp_2m" in settings.values()
-    assert results["command"].endswith("--n 4 --features inception:weights.safetensors")
+    assert results["command"].endswith(f"--n 4 --features inception:weights.safetensors {' '.join(FEW)}")
     assert settings["prompts trained on"].endswith(" of 4") and settings["negative prompt"] == "none"
     assert set(kernel["student"]) == set(kernel["floor"]) == set(results["styles"])
     text = open(page, encoding="utf-8").read()
@@ -108,9 +111,9 @@ def test_results_hold_the_digest_of_every_network(reported, tiny):
 
 
 def test_each_weight_merge_has_its_own_row(workdir, monkeypatch):
-    change(workdir, evaluation={"weight_merges": ["average", "ties"]})
     monkeypatch.setattr(module, "open_feature_network", lambda spec: corner_network(kernel_name=""))
-    evaluation = module.evaluate(workdir, 4, "inception:weights.safetensors")
+    options = {"num_pairs": 2, "batch_size": 4, "weight_merges": ("average", "ties")}
+    evaluation = module.evaluate(workdir, Options(4, "inception:weights.safetensors", **options))
     results = evaluation.results
     assert results["weight_merges"] == ["average", "ties"] and results["settings"]["ties"] == "scale 1, density 0.2"
     assert len({tuple(results[model]) for model in ("average", "ties", "base")}) == 3
@@ -123,7 +126,7 @@ def test_clip_and_lpips_add_their_measures(workdir, tmp_path):
     write_clip(tmp_path / "clip", max_position_embeddings=77, **tokenizer_fields(tmp_path / "clip"))
     safetensors_io.save(tmp_path / "lpips.safetensors", state_dict(draw(abstract(LPIPS))))
     options = ["--features", f"clip:{tmp_path / 'clip'}", "--clip", str(tmp_path / "clip")]
-    options += ["--lpips", str(tmp_path / "lpips.safetensors")]
+    options += ["--lpips", str(tmp_path / "lpips.safetensors"), *FEW]
     assert cli.main(["evaluate", str(workdir), "--n", "4", *options]) == 0
     results = read_results(workdir)
     assert results["command"].endswith(" ".join(["--n 4", *options]))
@@ -142,7 +145,7 @@ def test_clip_and_lpips_add_their_measures(workdir, tmp_path):
 @pytest.mark.parametrize("count", ["-3", "1"])
 def test_too_few_pictures_for_a_distance_are_refused(workdir, count, no_drawing, capsys):
     assert cli.main(["evaluate", str(workdir), "--n", count]) == 1
-    assert f"evaluation.num_images must be at least 2; got {count}." in capsys.readouterr().err
+    assert f"num_images must be a whole number of at least 2; got {count}." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -174,3 +177,10 @@ def test_the_embedded_worlds_distance_is_refused_for_other_worlds(workdir, no_dr
     change(workdir, data={"source": "pictures"})
     with pytest.raises(ValueError, match="FD .shapes. is a distance of the embedded world's pictures"):
         module.evaluate(workdir)
+
+
+@pytest.mark.parametrize("merges", [(), ("ties",), ("average", "soup"), ("average", "average")])
+def test_weight_merges_are_the_average_and_others_that_there_are(merges):
+    with pytest.raises(ValueError, match="must hold average, and each of average, task_arithmetic, ties, dare"):
+        Options(weight_merges=merges)
+    assert Options(weight_merges=tuple(METHODS)).command("run").endswith("--merges average,task_arithmetic,ties,dare")

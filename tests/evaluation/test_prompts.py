@@ -38,11 +38,8 @@ def test_teacher_made_data_gives_its_own_prompts(config, tmp_path):
     assert sorted(prompts.lines) == ["a", "b", "c"] and prompts.settings["prompts trained on"] == "3 of 3"
 
 
-def test_a_file_keeps_its_order_and_has_precedence_over_the_config(config, tmp_path):
-    for name in ("early", "late"):
-        (tmp_path / f"{name}.txt").write_text(f"{name}\ncaption 3\n")
-    config.evaluation.prompts = str(tmp_path / "early.txt")
-    assert choose_prompts(config, 2).lines == ["early", "caption 3"]
+def test_a_file_keeps_its_order_and_has_precedence_over_the_run(config, tmp_path):
+    (tmp_path / "late.txt").write_text("late\ncaption 3\n")
     prompts = choose_prompts(config, 2, str(tmp_path / "late.txt"))
     assert prompts.lines == ["late", "caption 3"]
     assert prompts.settings == {"prompts": f"2 of {tmp_path / 'late.txt'}", "prompts trained on": "1 of 2"}

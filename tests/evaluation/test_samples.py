@@ -10,6 +10,7 @@ from dmm_jax.evaluation import samples
 from dmm_jax.evaluation.feature_networks import FeatureNetwork
 from dmm_jax.evaluation.frechet import Statistics, frechet_distance
 from dmm_jax.evaluation.kernel_distances import kernel_inception_distance
+from dmm_jax.evaluation.options import Options
 from dmm_jax.evaluation.samples import measure
 from dmm_jax.pipeline import Pipeline
 
@@ -59,9 +60,9 @@ def test_score_is_the_mean_over_pictures_with_their_own_prompts(batch_size):
 
 
 def test_prompts_seeds_and_negative_prompt_reach_the_pipeline(monkeypatch):
-    options, calls = get_config().evaluation, []
-    options.negative_prompt, options.num_pairs = "blurred", 2
-    sampler = samples.Sampler(corner_network(), None, ["first", "second", "third"], options)
+    options, calls = Options(negative_prompt="blurred", num_pairs=2), []
+    sampling = options.solver_options(get_config())
+    sampler = samples.Sampler(corner_network(), None, ["first", "second", "third"], options, sampling)
 
     def draw(pipeline, jobs, batch_size, **arguments):
         calls.append((jobs, batch_size, arguments))

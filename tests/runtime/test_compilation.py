@@ -11,7 +11,6 @@ import pytest
 
 from dmm_jax.config import options
 from dmm_jax.runtime import compilation
-from dmm_jax.runtime.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -57,16 +56,11 @@ def test_a_folder_that_others_may_write_to_is_refused(unset, tmp_path, monkeypat
     shared = tmp_path / "dmm_jax" / "xla"
     shared.mkdir(parents=True)
     shared.chmod(0o777)
-    with pytest.raises(UserError, match="others may write to it"):
-        compilation.use_cache(str(shared))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert compilation.use_cache() is None and "not kept" in capsys.readouterr().err
+    assert compilation.use_cache() is None
+    message = capsys.readouterr().err
+    assert "not kept" in message and "others may write to it" in message
     assert not jax.config.jax_compilation_cache_dir
-
-
-def test_a_bucket_is_refused(unset):
-    with pytest.raises(UserError, match="compilation_cache: gs://bucket/x: compiled programs must be on a file system"):
-        compilation.use_cache("gs://bucket/x")
 
 
 def test_a_folder_that_the_environment_sets_has_precedence(unset, tmp_path):
@@ -74,5 +68,6 @@ def test_a_folder_that_the_environment_sets_has_precedence(unset, tmp_path):
     assert compilation.use_cache() == pathlib.Path(tmp_path) and not any(tmp_path.iterdir())
 
 
-def test_off_keeps_nothing(unset):
-    assert compilation.use_cache("off") is None and not jax.config.jax_enable_compilation_cache
+def test_a_cache_that_the_environment_disables_keeps_nothing(unset):
+    jax.config.update("jax_enable_compilation_cache", False)
+    assert compilation.use_cache() is None and not jax.config.jax_compilation_cache_dir

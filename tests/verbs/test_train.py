@@ -59,5 +59,5 @@ def test_a_cache_of_another_resolution_is_refused(failing, experiment, tmp_path)
     "option, expected", [("solver=foo", "there is no solver 'foo'"), ("num_inference_steps=0", "at least 1")]
 )
 def test_impossible_sample_grids_are_refused(failing, experiment, tmp_path, option, expected):
-    grids = ["--config.samples.every=2", "--config.samples.prompts=a", f"--config.samples.{option}"]
+    grids = ["--config.samples.every=2", "--config.samples.prompts=a", f"--config.sampling.{option}"]
     assert expected in failing("train", *experiment(), *grids) and not (tmp_path / "work").exists()
