@@ -33,7 +33,7 @@ class Hook(NamedTuple):
     """Something that happens every so many steps, and after the last one."""
 
     every: int  # Steps; 0: after the last step only.
-    function: Callable[[RunState, Mapping], None]  # Gets the state and the metrics of its step.
+    function: Callable[[RunState, Mapping], str | None]  # (state, its step's metrics) -> why the run must end, or None.
     after_stop: bool  # Whether it also runs after a stop request, or is left out to end quickly.
 
     def is_due(self, step: int) -> bool:
@@ -82,7 +82,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, tensorboa
         progress = Progress(log, bar, config, distillation.objective.weights)
         hooks = make_hooks(distillation, workdir, progress, store)
 
-        stop.begin()  # From here on there is something to save.
+        stop.begin()  # Until here SIGTERM exits at once; from here on the loop sees it, and saves first.
         log.start_clock(state.step)
         stopping = False
         while batch is not None and not (stopping or failure):
@@ -172,10 +172,7 @@ class Progress:
 def make_hooks(
     distillation: Distillation, workdir: storage.Location, progress: Progress, store: StateStore
 ) -> list[Hook]:
-    """Returns what a run does along the way, in this order: log, validation, samples, checkpoints.
-
-    A hook returns why the run must end, or None.
-    """
+    """Returns what a run does along the way, in this order: log, validation, samples, checkpoints."""
     config, log = distillation.config, progress.log
 
     def write(state, metrics):

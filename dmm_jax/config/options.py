@@ -31,15 +31,18 @@ def get_config() -> ml_collections.ConfigDict:
 
     # The student.
     config.student_init = "average"  # The mean of the teachers' weights (docs/study.md); or "base", the paper's.
-    config.style_init = "zero"  # "zero": the style MLP's last layer is 0, so step 0 equals the start; "paper" draws it.
+    config.style_init = (
+        "zero"  # "zero": the style MLP's last layer is 0, so the first step equals the start; "paper": random.
+    )
     config.ema_decay = 0.0  # Per step; 0 keeps no average. Exports and samples use the average if there is one.
 
     # The loss: score + feature_loss_weight * mean over the UNet's blocks.
-    config.feature_loss_weight = 0.002  # As in the released code; the paper's 0.001 times the sum of 9 is 0.009 here.
+    config.feature_loss_weight = 0.002  # The released code's; the paper's 0.001 of a sum over 9 blocks is 0.009 here.
     config.feature_loss = "l2"  # Mean squared error; "normalized": over the teacher's variance; "cosine": 1 - cosine.
     config.prompt_dropout = 0.1  # Share of samples whose prompt becomes "", for student and teacher alike.
 
-    # The adversarial term: a discriminator of 2 N classes judges one-step predictions of the clean latents.
+    # The adversarial term: a discriminator judges one-step predictions of the clean latents. It has two classes per
+    # style: drawn by the teacher, and by the student.
     config.adversarial = ml_collections.ConfigDict()
     config.adversarial.weight = 0.0  # Weight of the student's term (the paper: 0.01); 0 trains without a discriminator.
     config.adversarial.learning_rate = 1e-5  # The discriminator's, constant.
@@ -77,7 +80,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.mesh = ml_collections.ConfigDict()  # Devices along each axis; their product is the number of devices.
     config.mesh.teacher = 1  # Must divide the number of teachers (+ grow.replay).
     config.mesh.data = 0  # 0: all remaining devices.
-    config.mesh.fsdp = 1  # As `data`, but gradients are summed in `dtype`, half the bytes; within a TPU slice.
+    # As `data`, but gradients are summed in `dtype`, which sends half the bytes; its devices must be of one TPU slice.
+    config.mesh.fsdp = 1
 
     # Data: what `dmm-jax prepare` reads and writes.
     config.data = ml_collections.ConfigDict()

@@ -92,19 +92,19 @@ def plan(solver: str, schedule: NoiseSchedule, num_inference_steps: int) -> Samp
 
 def sample(
     plan: SamplingPlan,
-    denoise: Callable[..., Array],
+    predict: Callable[..., Array],
     noise: Float[Array, "B h w C"],
     keys: Key[Array, " B"] | None = None,
-    *tables: Shaped[Array | np.ndarray, "S ..."],
+    *extra_inputs: Shaped[Array | np.ndarray, "S ..."],
 ) -> Float[Array, "B h w C"]:
     """Runs a solver from unit noise to clean latents: one `lax.scan`, one iteration per evaluation.
 
     Args:
-      denoise: maps (latents scaled as the network expects them, timestep (), one row of each table) to the network's
-        prediction.
+      predict: maps (latents scaled as the network expects them, timestep (), one row of each extra input) to
+        the network's prediction.
       noise: unit normal.
       keys: one PRNG key per image, for the stochastic solvers; an image's noise does not depend on its batch.
-      tables: further arguments of `denoise`, one row per evaluation.
+      extra_inputs: further arguments of `predict`, one row per evaluation.
 
     Raises:
       UserError: a stochastic solver without keys.
@@ -115,7 +115,7 @@ def sample(
     def evaluate(carry, numbered_row):
         latents, memory = carry
         number, row, others = numbered_row
-        prediction = denoise(latents * row["c_in"], row["timesteps"], *others)
+        prediction = predict(latents * row["c_in"], row["timesteps"], *others)
         x0 = row["c_skip"] * latents + row["c_out"] * prediction
         stepped = row["keep"] * latents + row["pull"] * x0 + row["recall"] * memory
         if plan.stochastic:
@@ -124,7 +124,7 @@ def sample(
 
     rows = {name: jnp.asarray(getattr(plan, name)) for name in COLUMNS}
     start = noise.astype(jnp.float32) * plan.init_noise_sigma
-    evaluations = (jnp.arange(len(plan.timesteps)), rows, tables)
+    evaluations = (jnp.arange(len(plan.timesteps)), rows, extra_inputs)
     (latents, _), _ = jax.lax.scan(evaluate, (start, jnp.zeros_like(start)), evaluations)
     return latents
 
@@ -137,13 +137,12 @@ def step_noise(
 
 
 def _ddim(schedule, num_steps):
-    """Returns the tables of DDIM, eta 0, on alpha_bar itself: no other tables can start from a signal of exactly 0."""
+    """Returns the columns of DDIM, eta 0. Without sigma, which is infinite at zero terminal SNR: it can start there."""
     timesteps = np.round(_spaced(schedule.timestep_spacing or "leading", schedule, num_steps)).astype(int)
-    table = schedule.alpha_bars
-    alpha_bar = table[timesteps]
+    alpha_bar = schedule.alpha_bars[timesteps]
     following = timesteps - schedule.num_train_timesteps // num_steps
-    last = 1.0 if schedule.set_alpha_to_one else table[0]
-    next_alpha_bar = np.where(following >= 0, table[np.maximum(following, 0)], last)
+    last = 1.0 if schedule.set_alpha_to_one else schedule.alpha_bars[0]
+    next_alpha_bar = np.where(following >= 0, schedule.alpha_bars[np.maximum(following, 0)], last)
     if schedule.prediction_type == "v_prediction":
         c_skip, c_out = np.sqrt(alpha_bar), -np.sqrt(1.0 - alpha_bar)
     elif alpha_bar[0] > 0.0:
@@ -161,33 +160,39 @@ def _ddim(schedule, num_steps):
 
 
 def _dpmpp(schedule, num_steps, karras, order):
-    """Returns the tables of DPM-Solver++ (midpoint, first order at both ends); order 1 is DDIM on these levels."""
+    """Returns the columns of DPM-Solver++ (midpoint, first order at both ends); order 1 is DDIM on these noise levels.
+
+    With signal = alpha and noise = alpha sigma, and the previous x0 as memory:
+
+        x' = (next noise / noise) x + x0_weight ((1 + extrapolation) x0 - extrapolation previous x0)
+    """
     timesteps, sigmas = _dpmpp_karras(schedule, num_steps) if karras else _dpmpp_spaced(schedule, num_steps)
     signal = 1.0 / np.sqrt(sigmas**2 + 1.0)
-    spread = sigmas * signal
+    noise_scale = sigmas * signal
     c_skip, c_out = _x0_columns(sigmas, schedule.prediction_type, state_scale=signal)
     # The signal-to-noise ratio is 1 / sigma^2, so its half logarithm is -log(sigma). The last step leads to sigma 0.
     half_log_snr_steps = np.append(-np.diff(np.log(sigmas)), np.inf)
-    first = np.append(signal[1:], 1.0) * -np.expm1(-half_log_snr_steps)
-    second = np.zeros(num_steps)
+    x0_weight = np.append(signal[1:], 1.0) * -np.expm1(-half_log_snr_steps)
+    extrapolation = np.zeros(num_steps)
     if order == 2:
-        second[1:-1] = 0.5 * half_log_snr_steps[1:-1] / half_log_snr_steps[:-2]
+        extrapolation[1:-1] = 0.5 * half_log_snr_steps[1:-1] / half_log_snr_steps[:-2]
     return dict(
         timesteps=timesteps, c_in=np.ones(num_steps), c_skip=c_skip, c_out=c_out,
-        keep=np.append(spread[1:], 0.0) / spread, pull=first * (1.0 + second), recall=-first * second,
-        store_x0=np.ones(num_steps), init_noise_sigma=1.0,
+        keep=np.append(noise_scale[1:], 0.0) / noise_scale, pull=x0_weight * (1.0 + extrapolation),
+        recall=-x0_weight * extrapolation, store_x0=np.ones(num_steps), init_noise_sigma=1.0,
     )  # fmt: skip
 
 
 def _euler_family(base, schedule, num_steps, karras):
-    """Returns the tables of the solvers whose latents are x0 + sigma noise, unscaled."""
-    spacing, table = schedule.timestep_spacing or "linspace", schedule.sigmas
+    """Returns the columns of the solvers whose latents are x0 + sigma noise, unscaled."""
+    spacing, all_sigmas = schedule.timestep_spacing or "linspace", schedule.sigmas
     # Timesteps are rounded before their noise levels are looked up, so that both belong together for the network.
     timesteps = _spaced(spacing, schedule, num_steps).astype(np.float32)
-    sigmas = np.interp(timesteps, np.arange(len(table)), table)
+    sigmas = np.interp(timesteps, np.arange(len(all_sigmas)), all_sigmas)
     if karras:
         sigmas = _karras(sigmas[-1], sigmas[0], num_steps)
-        timesteps = _timesteps_of(sigmas, table)
+        timesteps = _timesteps_of(sigmas, all_sigmas)
+    # diffusers adds the variance of the image to the noise's with "leading" alone.
     init_noise_sigma = np.sqrt(sigmas[0] ** 2 + 1.0) if spacing == "leading" else sigmas[0]
     make = {"euler": _euler, "euler_ancestral": _euler_ancestral, "heun": _heun}[base]
     rows, columns = make(sigmas, np.append(sigmas[1:], 0.0))
@@ -239,22 +244,21 @@ def _x0_columns(sigmas, prediction_type, state_scale):
 
 def _dpmpp_spaced(schedule, num_steps):
     """Spaces one step more than the solver takes and drops the last, except for "trailing"."""
-    spacing, table = schedule.timestep_spacing or "linspace", schedule.sigmas
+    spacing, all_sigmas = schedule.timestep_spacing or "linspace", schedule.sigmas
     if spacing == "trailing":
         timesteps = _spaced(spacing, schedule, num_steps)
     else:
         timesteps = np.round(_spaced(spacing, schedule, num_steps + 1))[:-1]
     if np.any(np.diff(timesteps) >= 0.0):
         raise UserError(f"dpmpp_2m has no {num_steps} different timesteps on this schedule: take fewer steps.")
-    return timesteps, np.interp(timesteps, np.arange(len(table)), table)
+    return timesteps, np.interp(timesteps, np.arange(len(all_sigmas)), all_sigmas)
 
 
 def _dpmpp_karras(schedule, num_steps):
-    """Spans the whole table whatever the spacing; the network gets whole timesteps, so they may repeat."""
-    # diffusers rounds cosine schedules down, by accident; here 998.99999 still becomes 999.
-    table = schedule.sigmas
-    sigmas = _karras(table[0], table[-1], num_steps)
-    timesteps = _timesteps_of(sigmas, table)
+    """Spans all noise levels whatever the spacing; the network gets whole timesteps, so they may repeat."""
+    sigmas = _karras(schedule.sigmas[0], schedule.sigmas[-1], num_steps)
+    timesteps = _timesteps_of(sigmas, schedule.sigmas)
+    # diffusers rounds the timesteps of cosine schedules down. The 1e-6 makes 998.9999999, an error of rounding, 999.
     return np.floor(timesteps + 1e-6) if schedule.beta_schedule == "squaredcos_cap_v2" else np.round(timesteps), sigmas
 
 
@@ -281,6 +285,6 @@ def _karras(low, high, num_steps):
     return (high + np.linspace(0.0, 1.0, num_steps) * (low - high)) ** KARRAS_RHO
 
 
-def _timesteps_of(sigmas, table):
+def _timesteps_of(sigmas, all_sigmas):
     """Returns the fractional timesteps of noise levels, linear in the logarithm of sigma."""
-    return np.interp(np.log(sigmas), np.log(table), np.arange(len(table)))
+    return np.interp(np.log(sigmas), np.log(all_sigmas), np.arange(len(all_sigmas)))

@@ -25,7 +25,7 @@ class Networks:
     teacher: nnx.GraphDef
     text_encoders: nnx.GraphDef  # One encoder, or the two of SDXL.
     discriminator: nnx.GraphDef | None = None  # None without an adversarial term.
-    check_vma: bool = True  # Whether shard_map checks which values vary over the mesh; not with Pallas kernels.
+    check_vma: bool = True  # Whether shard_map checks which values differ between devices; Pallas kernels forbid it.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +84,12 @@ def draw_inputs(
         return noise, timestep, jax.random.uniform(drop_key), style_id, renoising
 
     noise, timesteps, uniform, style_ids, renoising = jax.vmap(draw)(sample_ids)
-    empty = jnp.asarray(objective.empty_ids)  # (R, L)
-    row = jnp.floor(uniform / max(objective.prompt_dropout, 1e-9) * len(empty))  # Past the last row: keep the prompt.
-    empty = empty[jnp.clip(row, 0, len(empty) - 1).astype(jnp.int32)]
-    input_ids = jnp.where((uniform < objective.prompt_dropout)[:, None], empty, batch.input_ids)
+    # One number decides whether a prompt is dropped, and which empty prompt replaces it: given that it is below the
+    # dropout, their ratio is uniform in [0, 1) again.
+    is_dropped, ratio = uniform < objective.prompt_dropout, uniform / max(objective.prompt_dropout, 1e-9)
+    empty_prompts = jnp.asarray(objective.empty_ids)  # (R, L)
+    choice = jnp.clip(jnp.floor(ratio * len(empty_prompts)), 0, len(empty_prompts) - 1).astype(jnp.int32)
+    input_ids = jnp.where(is_dropped[:, None], empty_prompts[choice], batch.input_ids)
     return Inputs(batch.latents, input_ids, batch.time_ids, noise, timesteps, style_ids, renoising)
 
 
@@ -102,7 +104,7 @@ def sample_errors(
     Returns:
       {"score", "feature"}; with a discriminator also "adversarial" (the student's term) and "discriminator" (its own).
     """
-    rows = inputs.timesteps.shape
+    teachers_and_samples = inputs.timesteps.shape  # (T, b)
     samples = jax.tree.map(_merge_rows, inputs)
     alphas_cumprod = jnp.asarray(objective.alphas_cumprod, jnp.float32)
     noisy = add_noise(samples.latents, samples.noise, samples.timesteps, alphas_cumprod)
@@ -119,11 +121,11 @@ def sample_errors(
         errors["feature"] = losses.feature_error(output.features, target.features, objective.feature_loss)
     if objective.adversarial_weight:
         alpha_bar = alphas_cumprod[samples.timesteps]
-        clean = [to_x0(it.sample, noisy, alpha_bar, objective.prediction_type) for it in (output, target)]
+        clean = [to_x0(unet.sample, noisy, alpha_bar, objective.prediction_type) for unet in (output, target)]
         params = {"backbone": frozen.backbone} | trained["discriminator"]
         judge = adversarial.judge(networks.discriminator, samples.renoising, alphas_cumprod, text, added_cond)
         errors |= adversarial.errors(judge, params, *clean, samples.style_ids, student.num_models)
-    return jax.tree.map(lambda error: error.reshape(rows), errors)
+    return jax.tree.map(lambda error: error.reshape(teachers_and_samples), errors)
 
 
 def predict_teachers(

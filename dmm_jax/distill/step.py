@@ -5,8 +5,8 @@ silently wrong numbers on several devices. Clipping, AdamW and the average are e
 Every random number is a function of (seed, step, sample), so the result depends neither on the mesh nor on how often
 the run was resumed.
 
-Shapes: N rows of the batch, one per teacher; T of them on this device; b samples per row on this device; A
-micro-batches; V samples of the validation set.
+Shapes: N teachers, T of them on this device; b samples of each teacher on this device; A micro-batches; V samples of
+the validation set.
 """
 
 import dataclasses
@@ -43,12 +43,13 @@ def sum_gradient(grad: jax.Array, spec: P) -> jax.Array:
     for axis in reversed(GATHERED_ONCE):
         if axis in dims:
             grad = jax.lax.psum_scatter(grad, axis, scatter_dimension=dims[axis], tiled=True)
-    return _on_missing_axes(jax.lax.psum, grad, spec)
+    axes = copied_axes(spec)
+    return jax.lax.psum(grad, axes) if axes else grad
 
 
-def _on_missing_axes(function, leaf, spec):
-    axes = tuple(axis for axis in sharding.AXES if axis not in sharding.divided_dims(spec))
-    return function(leaf, axes) if axes else leaf
+def copied_axes(spec: P) -> tuple[str, ...]:
+    """Returns the axes of the mesh along which every device has a copy of the parameter."""
+    return tuple(axis for axis in sharding.AXES if axis not in sharding.divided_dims(spec))
 
 
 def local_ids(mesh: Mesh | AbstractMesh, num_teachers: int, per_teacher: int) -> jax.Array:
@@ -72,30 +73,31 @@ def build_gradients(
     """Returns `f(trained, teachers, frozen, batch, step) -> (grads, errors)` under one shard_map.
 
     grads are of the mean over the whole batch and placed like the parameters: the student's of its loss, the
-    discriminator's of its own. errors are means per teacher, (N,), on every device. Along `teacher` and `data` the step
-    gathers parameters once and sums gradients in float32; along `fsdp` every micro-batch does both, in the compute
-    dtype.
+    discriminator's of its own. errors are means per teacher, (N,), on every device.
+
+    Along `teacher` and `data` the step gathers parameters once, and `sum_gradient` sums their gradients in float32.
+    Along `fsdp` every micro-batch gathers them in the compute dtype, inside the differentiated function: the transpose
+    of this gather is the sum of the gradients over `fsdp`.
     """
-    varying = partial(jax.lax.pcast, to="varying")
 
     def loss_fn(trained, sample_ids, batch, teachers, frozen, step_key):
         gathered = jax.tree.map_with_path(partial(gather, dtype=dtype, axes=("fsdp",)), trained, specs)
         inputs = jax.vmap(partial(draw_inputs, objective, step_key))(sample_ids, teachers.styles, batch)
         errors = sample_errors(networks, objective, gathered, teachers, frozen, inputs)
-        # The student's loss has no gradient in the discriminator, nor the discriminator's error in the student.
+        # `adversarial.errors` stops the gradient of the student's term in the discriminator, and of the
+        # discriminator's error in the student, so one backward pass serves both.
         weights = objective.weights | {"discriminator": 1.0}
         loss = sum(weights[name] * jnp.mean(error) for name, error in errors.items() if name in weights)
-        # The loss is averaged over all devices and micro-batches; errors are averaged per teacher, below.
-        return loss / (mesh.size * gradient_accumulation), jax.tree.map(lambda error: jnp.mean(error, 1), errors)
+        share = mesh.size * gradient_accumulation  # The gradients of all devices and micro-batches are summed.
+        return loss / share, jax.tree.map(lambda error: jnp.mean(error, 1), errors)
 
-    def local(trained, teachers, frozen, batch, step):
+    def on_one_device(trained, teachers, frozen, batch, step):
         sample_ids = local_ids(mesh, *batch.input_ids.shape[:2])
         step_key = jax.random.fold_in(jax.random.key(seed), step)
         trained = jax.tree.map_with_path(partial(gather, dtype=dtype, axes=GATHERED_ONCE), trained, specs)
-        trained = jax.tree.map(partial(_on_missing_axes, varying), trained, specs)
+        trained = jax.tree.map(lambda leaf, spec: _varying(leaf, copied_axes(spec)), trained, specs)
         if frozen.backbone is not None:  # Gradients pass through it, and custom gradients need every input to vary.
-            backbone = jax.tree.map(lambda leaf: varying(leaf, sharding.AXES), frozen.backbone)
-            frozen = frozen._replace(backbone=backbone)
+            frozen = frozen._replace(backbone=jax.tree.map(lambda leaf: _varying(leaf, sharding.AXES), frozen.backbone))
 
         def grads_of(sample_ids, batch):
             differentiate = jax.value_and_grad(loss_fn, has_aux=True)
@@ -109,7 +111,12 @@ def build_gradients(
 
     in_specs = (specs, sharding.TEACHERS, sharding.COPY, sharding.BATCH, sharding.COPY)
     out_specs = (specs, sharding.COPY)
-    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=networks.check_vma)
+    return jax.shard_map(on_one_device, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=networks.check_vma)
+
+
+def _varying(leaf, axes):
+    """Marks a leaf as different on every device, so that no gradient is summed before `sum_gradient`."""
+    return jax.lax.pcast(leaf, axes, to="varying") if axes else leaf
 
 
 def _gather_teachers(error, mesh):
@@ -130,11 +137,10 @@ def _sum_over_micro_batches(function, num_micro_batches, *batch):
         return jnp.moveaxis(leaf, 1, 0)  # (A, T, b / A, ...)
 
     slices = jax.tree.map(split, batch)
-    first, rest = (jax.tree.map(lambda leaf, part=part: leaf[part], slices) for part in (0, slice(1, None)))
-    total, _ = jax.lax.scan(
-        lambda total, part: (jax.tree.map(jnp.add, total, function(*part)), None), function(*first), rest
-    )
-    return total
+    first = jax.tree.map(lambda leaf: leaf[0], slices)
+    rest = jax.tree.map(lambda leaf: leaf[1:], slices)
+    add = lambda total, part: (jax.tree.map(jnp.add, total, function(*part)), None)  # noqa: E731
+    return jax.lax.scan(add, function(*first), rest)[0]
 
 
 def build_step(gradients: Callable, norms_of: Callable, optimizers: Mapping, ema_decay: float) -> Callable:
@@ -174,10 +180,11 @@ def build_validation(networks: Networks, objective: Objective, mesh: Mesh, specs
     """Returns `f(student params, teachers, frozen, inputs) -> score errors (N, V)` of fixed `Inputs`."""
     objective = dataclasses.replace(objective, feature_loss_weight=0.0, adversarial_weight=0.0)
 
-    def local(params, teachers, frozen, inputs: Inputs):
+    def on_one_device(params, teachers, frozen, inputs: Inputs):
         student = jax.tree.map_with_path(partial(gather, dtype=dtype), params, specs)
         return sample_errors(networks, objective, {"student": student}, teachers, frozen, inputs)["score"]
 
     in_specs = (specs, sharding.TEACHERS, sharding.COPY, sharding.BATCH)
-    check_vma = networks.check_vma
-    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=sharding.BATCH, check_vma=check_vma)
+    return jax.shard_map(
+        on_one_device, mesh=mesh, in_specs=in_specs, out_specs=sharding.BATCH, check_vma=networks.check_vma
+    )

@@ -21,12 +21,12 @@ class Attention(nnx.Module):
         self.to_q = layers.Linear(width, width, use_bias=False, **common)
         self.to_k = layers.Linear(context_width, width, use_bias=False, **common)
         self.to_v = layers.Linear(context_width, width, use_bias=False, **common)
-        self.to_out = nnx.List([layers.Linear(width, width, **common), layers.Identity()])
+        self.to_out = nnx.List([layers.Linear(width, width, **common), layers.Identity()])  # diffusers: and Dropout.
 
     def __call__(
         self, hidden: Float[Array, "B L D"], states: Float[Array, "BP S C"] | None = None
     ) -> Float[Array, "BP L D"]:
-        """Returns the attended values, one row per prompt: P adjacent rows of `states` share a row of `hidden`."""
+        """Returns the attended values, one row per prompt; each row of `hidden` serves P adjacent rows of `states`."""
         states = hidden if states is None else states
         query = per_prompt(self.to_q(hidden), len(states))
         query, key, value = (

@@ -146,7 +146,7 @@ class LayerNorm(nnx.LayerNorm):
 
 
 class Identity(nnx.Module):
-    """No operation. In lists it takes the index of diffusers' Dropout, which does nothing in a trained model."""
+    """Takes the place of diffusers' Dropout in a list, so that the names of the parameters agree; does nothing."""
 
     def __call__(self, hidden):
         """Returns its argument."""

@@ -1,4 +1,8 @@
-"""The levels of the UNet: resnets, each followed by a transformer if the level attends, then a resampling."""
+"""The levels of the UNet: resnets, each followed by a transformer if the level attends, then a resampling.
+
+Shapes: B latents, each with P adjacent prompts (two for guidance). Up to the first cross-attention the prompts of a
+latent share one row; from there on there are BP rows. `_B` is either.
+"""
 
 from collections.abc import Sequence
 
