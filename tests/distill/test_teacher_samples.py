@@ -136,17 +136,17 @@ def test_teachers_and_prompts_get_even_shares(num_prompts, num_teachers, count):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"prompts": "a.txt"}, "no prompt file a.txt"),
-        ({"prompts": ""}, "data.prompts is empty"),
+        ({"data.prompts": "a.txt"}, "no prompt file a.txt"),
+        ({"data.prompts": ""}, "data.prompts is empty"),
         ({"sampling.solver": "eular"}, "did you mean 'euler'"),
         ({"sampling.num_inference_steps": 1001}, "must be 1 to 1000"),
         ({"sampling.batch_size": 0}, "at least 1; got 0"),
-        ({"num_examples": -1}, "num_examples must not be negative"),
-        ({"resolution": 60}, "Use 56"),
+        ({"data.num_examples": -1}, "num_examples must not be negative"),
+        ({"data.resolution": 60}, "Use 56"),
     ],
 )
 def test_unusable_configs_are_refused(config, change, message):
-    config.data.update_from_flattened_dict(change)
+    config.update_from_flattened_dict(change)
     with pytest.raises(ValueError, match=message):
         prepare_cache(config)
 
