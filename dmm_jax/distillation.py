@@ -35,7 +35,7 @@ from dmm_jax.data.batches import Batch
 from dmm_jax.data.cache import LatentCache
 from dmm_jax.diffusion import solvers
 from dmm_jax.diffusion.schedule import NoiseSchedule
-from dmm_jax.distill import clipping, discriminator, incremental, validation
+from dmm_jax.distill import average, clipping, discriminator, incremental, validation
 from dmm_jax.distill.layout import Packing, compile_step, teacher_formats
 from dmm_jax.distill.objective import Inputs, Networks, Objective
 from dmm_jax.distill.optimizer import make_optimizers
@@ -142,6 +142,9 @@ class Definition:
             adversarial_weight=config.adversarial.weight,
             prompt_dropout=config.prompt_dropout,
             empty_ids=tuple(map(tuple, np.unique(tokenizer(["", None]), axis=0).tolist())),
+            score_loss=config.score_loss,
+            timestep_draw=config.timestep_draw,
+            timestep_power=config.timestep_power,
         )
 
     @property
@@ -159,7 +162,7 @@ class Definition:
         trained = {"student": abstract_params("unet", self.student_config)}
         if self.config.adversarial.weight:
             trained["discriminator"], _ = self.abstract_discriminator()
-        state = abstract_state(trained, self.optimizers, self.config.ema_decay)
+        state = abstract_state(trained, self.optimizers, config_lib.keeps_average(self.config))
         return sharding.abstract_arrays(state, sharding.state_specs(state, self.mesh), self.mesh)
 
     def abstract_frozen(self, num_encoders: int) -> tuple[Teachers, Frozen]:
@@ -213,7 +216,7 @@ class Definition:
           state, teachers: arrays or shapes.
         """
         norms = clipping.build_norm(self.mesh, sharding.state_specs(state.trained, self.mesh))
-        step = build_step(self.gradients(state.trained), norms, self.optimizers, self.config.ema_decay)
+        step = build_step(self.gradients(state.trained), norms, self.optimizers, average.decay_schedule(self.config))
         return jax.jit(
             packing.around(step),
             donate_argnums=0,
@@ -298,7 +301,7 @@ class Distillation(Definition):
         trained = {"student": put_student(unets, style, self.student_config, self.mesh)}
         if self.config.adversarial.weight:
             trained["discriminator"] = put_trained(self._judge, self.mesh)
-        return init_state(trained, self.optimizers, self.mesh, self.config.ema_decay)
+        return init_state(trained, self.optimizers, self.mesh, config_lib.keeps_average(self.config))
 
     def restore(self, workdir: str | os.PathLike) -> RunState:
         """Returns the state of a workdir's newest sound checkpoint, or the one at step 0 if it has none."""

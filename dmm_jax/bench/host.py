@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from dmm_jax.bench import networks as bench_networks
 from dmm_jax.bench import timing
 from dmm_jax.checkpoints.abstract import abstract_params
+from dmm_jax.config.options import keeps_average
 from dmm_jax.distill.layout import Packing
 from dmm_jax.distill.optimizer import make_optimizers
 from dmm_jax.distill.state import init_state
@@ -50,7 +51,7 @@ def measure(config, size: str, num_steps: int) -> list[dict]:
     mesh = bench_networks.make_mesh(config)
     student_config = merged_config(base.unet_config, len(names))
     trained = {"student": bench_networks.random_params(abstract_params("unet", student_config), mesh, fsdp=True)}
-    state = init_state(trained, make_optimizers(config), mesh, config.ema_decay)
+    state = init_state(trained, make_optimizers(config), mesh, keeps_average(config))
     make_params = partial(bench_networks.random_params, mesh=mesh, dtype=jnp.dtype(config.dtype))
     teachers = make_params(base.abstract("unet"), copies=len(names))
     encoders = {name: make_params(base.abstract(name)) for name in base.text_encoders}

@@ -9,6 +9,7 @@ from dmm_jax.bench import profile as bench_profile
 from dmm_jax.bench import timing, work
 from dmm_jax.bench.host import StepLoop
 from dmm_jax.config import checks
+from dmm_jax.config.options import keeps_average
 from dmm_jax.data.batches import Batch
 from dmm_jax.distill.layout import Packing, compile_step
 from dmm_jax.distill.state import init_state
@@ -62,7 +63,7 @@ def measure(config, size: str, num_steps: int, profile: str = "", num_devices: i
 def _compile(definition: Definition, batch: Batch):
     """Returns the compiled step, its (state, teachers, frozen) of random numbers, and the seconds of compilation."""
     trained, teachers, frozen = bench_networks.random_networks(definition)
-    state = init_state(trained, definition.optimizers, definition.mesh, definition.config.ema_decay)
+    state = init_state(trained, definition.optimizers, definition.mesh, keeps_average(definition.config))
     del trained
     packing = Packing(state, definition.mesh)
     step = definition.jitted_step(state, teachers, packing)

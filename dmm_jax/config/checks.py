@@ -13,15 +13,19 @@ TITLE = "The config cannot be run"
 CHOICES = {
     "student_init": ("base", "average"),
     "style_init": ("zero", "paper"),
+    "score_loss": ("l2", "pseudo_huber"),
     "feature_loss": ("l2", "normalized", "cosine"),
+    "timestep_draw": ("independent", "spread"),
     "dtype": DTYPES,
     "attention": ("auto", "xla", "cudnn", "flash"),
     "prediction_type": ("", "epsilon", "v_prediction"),
+    "optimizer": ("adamw", "muon"),
     "learning_rate_schedule": ("constant", "cosine"),
 }
-SHARES = ("prompt_dropout", "ema_decay", "adam_b1", "adam_b2")
+SHARES = ("prompt_dropout", "ema_decay", "decay_share", "adam_b1", "adam_b2")
 COUNTS = ("num_steps", "gradient_accumulation", "max_skipped_in_a_row", "num_inference_steps", "resolution",
           "batch_size", "teacher", "fsdp")  # fmt: skip
+MAX_EMA_WIDTH = 0.28  # The width of a plain mean of all steps is 0.289.
 FLOAT32_MAX, FLOAT32_TINY = 3.4e38, 1.2e-38
 
 
@@ -88,6 +92,10 @@ def _problems(config):
             f"got {config.batch_size}. Use {fit}."
         )
     yield from _values(config)
+    if config.ema_decay and config.ema_width:
+        yield "ema_decay and ema_width are two averages: set one of them to 0."
+    if config.decay_share and config.learning_rate_schedule != "constant":
+        yield "decay_share ends a constant rate: set learning_rate_schedule='constant', or decay_share=0."
     if config.samples.every and not config.samples.prompts:
         yield "samples.every is set but samples.prompts is empty: list the prompts to draw, or set samples.every=0."
     shards = config.mesh.teacher
@@ -115,6 +123,10 @@ def _broken_rule(name: str, value: int | float) -> str:
         return "be a finite number"
     if own in SHARES and not 0 <= value < 1:
         return "lie in [0, 1)"
+    if own == "ema_width" and value > MAX_EMA_WIDTH:
+        return f"be at most {MAX_EMA_WIDTH}"
+    if own == "timestep_power" and value < 0.1:
+        return "be at least 0.1"
     if own in COUNTS and value < 1:
         return "be at least 1"
     if name == "adam_eps" and value < FLOAT32_TINY:

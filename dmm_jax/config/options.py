@@ -35,10 +35,15 @@ def get_config() -> ml_collections.ConfigDict:
         "zero"  # "zero": the style MLP's last layer is 0, so the first step equals the start; "paper": random.
     )
     config.ema_decay = 0.0  # Per step; 0 keeps no average. Exports and samples use the average if there is one.
+    # Keeps the average whose width is this share of the steps so far (EDM2, arXiv:2312.02696); 0.05 to 0.1 is usual.
+    config.ema_width = 0.0
 
     # The loss: score + feature_loss_weight * mean over the UNet's blocks.
+    config.score_loss = "l2"  # Mean squared error; "pseudo_huber": about its root, so no timestep counts for more.
     config.feature_loss_weight = 0.002  # The released code's; the paper's 0.001 of a sum over 9 blocks is 0.009 here.
     config.feature_loss = "l2"  # Mean squared error; "normalized": over the teacher's variance; "cosine": 1 - cosine.
+    config.timestep_draw = "independent"  # Uniform per sample; "spread": evenly over the samples of each step.
+    config.timestep_power = 1.0  # Raises the uniform number behind a timestep: above 1 prefers low noise.
     config.prompt_dropout = 0.1  # Share of samples whose prompt becomes "", for student and teacher alike.
 
     # The adversarial term: a discriminator judges one-step predictions of the clean latents. It has two classes per
@@ -60,8 +65,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.num_steps = 100_000
     config.batch_size = 48  # Images per step over all rows and devices: a multiple of teachers + grow.replay.
     config.gradient_accumulation = 1  # Micro-batches per step; the result does not depend on it.
+    config.optimizer = "adamw"  # "muon" orthogonalises the updates of kernels (arXiv:2502.16982); AdamW has the rest.
     config.learning_rate = 1e-5
     config.learning_rate_schedule = "constant"  # After the warm-up; or "cosine" down to 0 at num_steps.
+    config.decay_share = 0.0  # A constant rate falls linearly to 0 over this last share of num_steps.
     config.style_learning_rate_scale = 1.0  # Times learning_rate, for the style table and its MLP alone.
     config.warmup_steps = 500
     config.adam_b1 = 0.9
@@ -109,6 +116,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.samples.every = 0  # Steps between sample grids (rows: prompts, columns: styles); 0: none.
     config.samples.prompts = ()
     return config
+
+
+def keeps_average(config: ml_collections.ConfigDict) -> bool:
+    """Tells whether a run keeps an average of the student's weights over steps."""
+    return bool(config.ema_decay or config.ema_width)
 
 
 def kept_styles(config: ml_collections.ConfigDict) -> dict[str, str]:

@@ -45,7 +45,9 @@ def check(workdir: storage.Location, config) -> list[str]:
 def _check_state(workdir, old, new):
     """Refuses changes of the arrays that a checkpoint holds: the newest one could not be read."""
     arrays = {
-        "ema_decay": lambda config: bool(config.ema_decay),
+        "optimizer": lambda config: config.optimizer,
+        "ema_decay": config_lib.keeps_average,
+        "ema_width": config_lib.keeps_average,
         "max_grad_norm": lambda config: bool(config.max_grad_norm),
         "style_learning_rate_scale": lambda config: config.style_learning_rate_scale != 1.0,
         "adversarial.weight": lambda config: bool(config.adversarial.weight),

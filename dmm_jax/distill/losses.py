@@ -18,6 +18,16 @@ def score_error(student: Float[Array, "B h w C"], teacher: Float[Array, "B h w C
     return jnp.mean(jnp.square(student.astype(jnp.float32) - teacher.astype(jnp.float32)), axis=(1, 2, 3))
 
 
+def pseudo_huber_error(
+    student: Float[Array, "B h w C"], teacher: Float[Array, "B h w C"], softness: float = 5.4e-4
+) -> Float[Array, " B"]:
+    """Returns the root of the mean squared error, quadratic below `softness` (arXiv:2310.14189), in float32.
+
+    Its gradient has about the same size for all samples: those with small errors count as much as others.
+    """
+    return jnp.sqrt(score_error(student, teacher) + softness**2) - softness
+
+
 def feature_error(
     student: Sequence[Float[Array, "B _ _ _"]], teacher: Sequence[Float[Array, "B _ _ _"]], kind: str = "l2"
 ) -> Float[Array, " B"]:

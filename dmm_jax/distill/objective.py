@@ -16,6 +16,9 @@ from dmm_jax.distill.teachers import Frozen, Teachers, stacked
 from dmm_jax.models.text_encoders import TextConditioning
 from dmm_jax.models.unet_2d_condition import UNetOutput
 
+GOLDEN_RATIO = 2_654_435_769  # Its fractional part, times 2^32.
+START_ID = 2**32 - 1  # Names the random number that all samples of a step share; no sample has this id.
+
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
@@ -39,6 +42,9 @@ class Objective:
     adversarial_weight: float
     prompt_dropout: float
     empty_ids: tuple[tuple[int, ...], ...]  # Token rows for "no prompt", drawn equally often: "", and SDXL's zeros.
+    score_loss: str = "l2"
+    timestep_draw: str = "independent"
+    timestep_power: float = 1.0
 
     @property
     def weights(self) -> dict[str, float]:
@@ -62,7 +68,7 @@ class Inputs(NamedTuple):
 def draw_inputs(
     objective: Objective, step_key: jax.Array, sample_ids: jax.Array, styles: jax.Array, batch: Batch
 ) -> Inputs:
-    """Draws noise, uniform timesteps, dropped prompts and styles for the samples (B,) of one teacher.
+    """Draws noise, timesteps, dropped prompts and styles for the samples (B,) of one teacher.
 
     Each number follows from the key of its own sample. ONE drop mask serves student and teacher: with two, guidance of
     the student would be ruined (a fault of the released code).
@@ -76,7 +82,7 @@ def draw_inputs(
         keys = jax.random.split(jax.random.fold_in(step_key, sample_id), 5)
         noise_key, timestep_key, drop_key, style_key, renoising_key = keys
         noise = jax.random.normal(noise_key, batch.latents.shape[1:])
-        timestep = jax.random.randint(timestep_key, (), 0, num_timesteps)
+        timestep = _draw_timestep(objective, timestep_key, step_key, sample_id)
         style_id = styles[0] + jax.random.randint(style_key, (), 0, styles[1])
         renoising = None
         if objective.adversarial_weight:
@@ -91,6 +97,22 @@ def draw_inputs(
     choice = jnp.clip(jnp.floor(ratio * len(empty_prompts)), 0, len(empty_prompts) - 1).astype(jnp.int32)
     input_ids = jnp.where(is_dropped[:, None], empty_prompts[choice], batch.input_ids)
     return Inputs(batch.latents, input_ids, batch.time_ids, noise, timesteps, style_ids, renoising)
+
+
+def _draw_timestep(objective: Objective, sample_key: jax.Array, step_key: jax.Array, sample_id: jax.Array) -> jax.Array:
+    """Draws the timestep () of one sample.
+
+    With "spread", the samples of a step are multiples of the golden ratio after a common random start, modulo 1: any
+    consecutive ones are spread evenly, so the mean over a batch varies less from step to step.
+    """
+    num_timesteps = len(objective.alphas_cumprod)
+    if objective.timestep_draw == "independent" and objective.timestep_power == 1.0:
+        return jax.random.randint(sample_key, (), 0, num_timesteps)
+    uniform = jax.random.uniform(sample_key)
+    if objective.timestep_draw == "spread":
+        start = jax.random.bits(jax.random.fold_in(step_key, START_ID))
+        uniform = (start + sample_id.astype(jnp.uint32) * jnp.uint32(GOLDEN_RATIO)).astype(jnp.float32) / 2.0**32
+    return jnp.minimum(num_timesteps * uniform**objective.timestep_power, num_timesteps - 1).astype(jnp.int32)
 
 
 def sample_errors(
@@ -115,7 +137,8 @@ def sample_errors(
     style = student.style_embedding(jax.nn.one_hot(samples.style_ids, student.num_models))
     added_cond = text.added_cond(samples.time_ids)
     output = student(noisy, samples.timesteps, text.encoder_hidden_states, style_embedding=style, added_cond=added_cond)
-    errors = {"score": losses.score_error(output.sample, target.sample)}
+    score_error = {"l2": losses.score_error, "pseudo_huber": losses.pseudo_huber_error}[objective.score_loss]
+    errors = {"score": score_error(output.sample, target.sample)}
     errors["feature"] = jnp.zeros_like(errors["score"])
     if objective.feature_loss_weight:
         errors["feature"] = losses.feature_error(output.features, target.features, objective.feature_loss)

@@ -49,26 +49,28 @@ class TrainState(NamedTuple):
         return cls(student=student, discriminator=discriminator and Trained(**discriminator), **parts)
 
 
-def init_state(trained: Mapping, optimizers: Mapping, mesh: Mesh, ema_decay: float) -> TrainState:
+def init_state(trained: Mapping, optimizers: Mapping, mesh: Mesh, keeps_average: bool) -> TrainState:
     """Returns the state at step 0, placed on the mesh.
 
     Args:
       trained: parameters on the mesh, by network: "student", and "discriminator" if there is one.
       optimizers: optax's, by network.
     """
-    specs = sharding.state_specs(abstract_state(trained, optimizers, ema_decay), mesh)
-    init = jax.jit(lambda trained: _init(trained, optimizers, ema_decay), out_shardings=sharding.shardings(mesh, specs))
+    specs = sharding.state_specs(abstract_state(trained, optimizers, keeps_average), mesh)
+    init = jax.jit(
+        lambda trained: _init(trained, optimizers, keeps_average), out_shardings=sharding.shardings(mesh, specs)
+    )
     return init(trained)
 
 
-def abstract_state(trained: Mapping, optimizers: Mapping, ema_decay: float) -> TrainState:
+def abstract_state(trained: Mapping, optimizers: Mapping, keeps_average: bool) -> TrainState:
     """Returns the shapes of the state around arrays or shapes of the trained parameters."""
-    return jax.eval_shape(lambda trained: _init(trained, optimizers, ema_decay), trained)
+    return jax.eval_shape(lambda trained: _init(trained, optimizers, keeps_average), trained)
 
 
-def _init(trained, optimizers, ema_decay):
+def _init(trained, optimizers, keeps_average):
     networks = {name: Trained(params, optimizers[name].init(params)) for name, params in trained.items()}
-    average = jax.tree.map(jnp.copy, trained["student"]) if ema_decay else None
+    average = jax.tree.map(jnp.copy, trained["student"]) if keeps_average else None
     zero = jnp.int32(0)
     return TrainState(zero, zero, zero, networks["student"], average, networks.get("discriminator"))
 

@@ -143,7 +143,9 @@ def _sum_over_micro_batches(function, num_micro_batches, *batch):
     return jax.lax.scan(add, function(*first), rest)[0]
 
 
-def build_step(gradients: Callable, norms_of: Callable, optimizers: Mapping, ema_decay: float) -> Callable:
+def build_step(
+    gradients: Callable, norms_of: Callable, optimizers: Mapping, ema_decay: optax.Schedule | None
+) -> Callable:
     """Returns `step(state, teachers, frozen, batch) -> (state, metrics)`: one update, ready to be compiled.
 
     If the gradient or a loss is not finite, parameters, moments and average stay as they are; the step counts as
@@ -152,6 +154,7 @@ def build_step(gradients: Callable, norms_of: Callable, optimizers: Mapping, ema
     Args:
       norms_of: see `clipping.build_norm`.
       optimizers: optax's, by network; their `update` gets the gradient's `norm`.
+      ema_decay: see `average.decay_schedule`.
     """
 
     def update(name, network, grads, norms):
@@ -164,7 +167,8 @@ def build_step(gradients: Callable, norms_of: Callable, optimizers: Mapping, ema
         norms = norms_of(grads)
         new = {name: update(name, getattr(state, name), grads, norms) for name in grads}
         if ema_decay:
-            new["ema"] = optax.incremental_update(new["student"].params, state.ema, 1.0 - ema_decay)
+            decay = ema_decay(state.step - state.skipped_steps)
+            new["ema"] = optax.incremental_update(new["student"].params, state.ema, 1.0 - decay)
         finite = jnp.isfinite(jnp.stack([sum(norms.values()), *(error.sum() for error in errors.values())])).all()
         new = jax.tree.map(partial(jnp.where, finite), new, {name: getattr(state, name) for name in new})
         skipped = {
@@ -178,7 +182,7 @@ def build_step(gradients: Callable, norms_of: Callable, optimizers: Mapping, ema
 
 def build_validation(networks: Networks, objective: Objective, mesh: Mesh, specs, *, dtype) -> Callable:
     """Returns `f(student params, teachers, frozen, inputs) -> score errors (N, V)` of fixed `Inputs`."""
-    objective = dataclasses.replace(objective, feature_loss_weight=0.0, adversarial_weight=0.0)
+    objective = dataclasses.replace(objective, score_loss="l2", feature_loss_weight=0.0, adversarial_weight=0.0)
 
     def on_one_device(params, teachers, frozen, inputs: Inputs):
         student = jax.tree.map_with_path(partial(gather, dtype=dtype), params, specs)

@@ -33,11 +33,27 @@ def test_a_valid_config_passes():
         ("prompt_dropout", 1.0, r"\[0, 1\)"),
         ("dtype", "float8", "float32, bfloat16"),
         ("feature_loss", "l1", "l2, normalized, cosine"),
+        ("ema_width", 0.3, "at most 0.28"),
+        ("timestep_power", 0.0, "at least 0.1"),
     ],
 )
 def test_each_wrong_option_is_named_with_what_to_do(name, value, message):
     config = valid()
     config[name] = value
+    with pytest.raises(ValueError, match=message):
+        checks.check(config)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"ema_decay": 0.9, "ema_width": 0.1}, "two averages"),
+        ({"learning_rate_schedule": "cosine", "decay_share": 0.2}, "decay_share ends a constant"),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(changes, message):
+    config = valid()
+    config.update(changes)
     with pytest.raises(ValueError, match=message):
         checks.check(config)
 

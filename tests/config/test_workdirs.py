@@ -48,13 +48,20 @@ def test_nan_in_the_base_is_refused_whatever_the_student_starts_from(tiny, tmp_p
 
 @pytest.mark.parametrize(
     "name, value",
-    [("ema_decay", 0.9), ("max_grad_norm", 0.0), ("style_learning_rate_scale", 2.0), ("adversarial.weight", 0.1)],
+    [
+        ("ema_decay", 0.9),
+        ("ema_width", 0.1),
+        ("optimizer", "muon"),
+        ("max_grad_norm", 0.0),
+        ("style_learning_rate_scale", 2.0),
+        ("adversarial.weight", 0.1),
+    ],
 )
 def test_options_that_change_the_arrays_of_a_checkpoint_are_refused(tiny, trained, name, value):
     before = (trained / "config.json").read_bytes()
     config = copied(tiny[1])
     config.update_from_flattened_dict({name: value})
-    with pytest.raises(ValueError, match=f"cannot resume with {name}: .* -> {value}: its checkpoints hold other"):
+    with pytest.raises(ValueError, match=f"cannot resume with {name}: .* -> {value!r}: its checkpoints hold other"):
         train.run(config, trained)
     assert (trained / "config.json").read_bytes() == before
 

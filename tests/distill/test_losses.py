@@ -50,3 +50,11 @@ def test_a_zero_feature_vector_has_a_finite_gradient(kind):
             student
         )
         assert jnp.isfinite(grad).all()
+
+
+def test_the_pseudo_huber_error_is_the_root_of_the_squared_error():
+    student, teacher = jnp.full((2, 4, 4, 4), 3.0), jnp.zeros((2, 4, 4, 4))
+    np.testing.assert_allclose(losses.pseudo_huber_error(student, teacher), 3.0, rtol=1e-3)
+    gradient = jax.grad(lambda x: losses.pseudo_huber_error(x, teacher).sum())
+    assert float(jnp.abs(gradient(teacher)).max()) == 0.0  # Finite where the root's own gradient is not.
+    np.testing.assert_allclose(gradient(student), gradient(10 * student), rtol=1e-3)

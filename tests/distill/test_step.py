@@ -92,6 +92,28 @@ def test_random_numbers_follow_from_seed_step_and_sample(run, arguments):
     assert len(set(whole.timesteps.tolist())) > 1
 
 
+def drawn_timesteps(run, batch, **changes):
+    """Returns the timesteps of 500 samples, as shares of all timesteps."""
+    objective = dataclasses.replace(run.objective, **changes)
+    batch = jax.tree.map(lambda leaf: jnp.repeat(leaf[0][:1], 500, 0), batch)
+    timesteps = draw_inputs(objective, jax.random.key(2), jnp.arange(500), ONE_STYLE, batch).timesteps
+    return np.asarray(timesteps) / len(objective.alphas_cumprod)
+
+
+def test_a_power_of_two_prefers_low_noise(run, arguments):
+    shares = drawn_timesteps(run, arguments[3], timestep_power=2.0)
+    assert shares.mean() == pytest.approx(1 / 3, abs=0.04) and shares.max() < 1
+    assert (shares < 0.25).mean() == pytest.approx(0.5, abs=0.06)
+
+
+def test_spread_timesteps_cover_every_part_of_a_batch_evenly(run, arguments):
+    shares = drawn_timesteps(run, arguments[3], timestep_draw="spread")
+    for first in (0, 100, 377):
+        gaps = np.diff(np.sort(shares[first : first + 30]), prepend=0, append=1)
+        assert gaps.max() < 2.7 / 30  # Of 30 independent samples, the largest gap is about 4 / 30.
+    assert len(set(drawn_timesteps(run, arguments[3], timestep_draw="spread", timestep_power=2.0).tolist())) > 100
+
+
 def drawn_ids(objective, input_ids):
     """Returns the token ids of a batch after prompts were dropped."""
     batch = Batch(jnp.zeros((len(input_ids), 1, 1, 4)), input_ids, jnp.zeros((len(input_ids), 6)))
@@ -152,14 +174,14 @@ def toy_steps(grad_at, numbers):
     config = options.get_config()
     config.learning_rate, config.warmup_steps = 0.1, 2
     optimizers = make_optimizers(config)
-    state = init_state({"student": {"w": jnp.arange(3.0)}}, optimizers, ONE_DEVICE, ema_decay=0.5)
+    state = init_state({"student": {"w": jnp.arange(3.0)}}, optimizers, ONE_DEVICE, keeps_average=True)
 
     def gradients(trained, teachers, frozen, batch, step):
         errors = {"score": jnp.ones(2), "feature": jnp.where(batch == 7, jnp.inf, jnp.ones(2))}
         return {"student": {"w": trained["student"]["w"] * grad_at(batch)}}, errors
 
     norms = clipping.build_norm(ONE_DEVICE, {"student": {"w": sharding.COPY}})
-    step = jax.jit(build_step(gradients, norms, optimizers, ema_decay=0.5))
+    step = jax.jit(build_step(gradients, norms, optimizers, optax.constant_schedule(0.5)))
     states, logged = [], []
     for number in numbers:
         state, metrics = step(state, None, None, jnp.float32(number))

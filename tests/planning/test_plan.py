@@ -39,7 +39,7 @@ def test_planned_memory_equals_that_of_the_arrays_of_train(tiny, config, plan_of
     student_config = merged_config(base.unet_config, 2)
     style = student.style_params(student_config, "zero", 0)
     params = student.put_student([base.params("unet")], style, student_config, mesh)
-    state = init_state({"student": params}, make_optimizers(config), mesh, 0.0)
+    state = init_state({"student": params}, make_optimizers(config), mesh, keeps_average=False)
 
     def num_bytes(tree):
         return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

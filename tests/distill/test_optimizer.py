@@ -1,0 +1,107 @@
+"""The optimisers, the learning rate's schedule and the average of the weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dmm_jax.config import options
+from dmm_jax.distill import average
+from dmm_jax.distill.optimizer import learning_rate_schedule, make_optimizers
+
+SHAPES = {
+    "conv_in": {"kernel": (3, 3, 4, 8), "bias": (8,)},
+    "mid": {"conv": {"kernel": (3, 3, 8, 16), "bias": (16,)}, "to_q": {"kernel": (16, 8)}, "to_v": {"kernel": (8, 16)}},
+    "model_embedding": {"embedding": (2, 16)},
+}
+
+
+def config_with(**changes):
+    config = options.get_config()
+    config.update({"learning_rate": 0.1, "warmup_steps": 0, "max_grad_norm": 0.0, "weight_decay": 0.0} | changes)
+    return config
+
+
+def random_tree(seed):
+    """Returns random arrays of SHAPES."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.standard_normal(shape), jnp.float32), SHAPES, is_leaf=lambda x: type(x) is tuple
+    )
+
+
+def first_update(**changes):
+    """Returns the first update of parameters and the state after it."""
+    optimizer = make_optimizers(config_with(**changes))["student"]
+    params = random_tree(0)
+    return optimizer.update(random_tree(1), optimizer.init(params), params, norm=1.0)
+
+
+def test_muon_orthogonalises_kernels_from_inputs_to_outputs():
+    updates, _ = first_update(optimizer="muon")
+    for kernel in (
+        updates["mid"]["conv"]["kernel"],
+        updates["mid"]["to_q"]["kernel"],
+        updates["mid"]["to_v"]["kernel"],
+    ):
+        matrix = np.asarray(kernel).reshape(-1, kernel.shape[-1])
+        values = np.linalg.svd(matrix, compute_uv=False) / (0.1 * 0.2 * np.sqrt(max(matrix.shape)))
+        assert values.min() > 0.5 and values.max() < 1.3
+
+
+def test_muon_leaves_tables_vectors_and_outer_layers_to_adamw():
+    updates, state = first_update(optimizer="muon")
+    adamw = optax.adamw(0.1, weight_decay=0.0, nesterov=True)
+    expected, _ = adamw.update(random_tree(1), adamw.init(random_tree(0)), random_tree(0))
+    for keys in (("model_embedding", "embedding"), ("conv_in", "kernel"), ("conv_in", "bias")):
+        np.testing.assert_allclose(updates[keys[0]][keys[1]], expected[keys[0]][keys[1]], rtol=1e-5)
+    np.testing.assert_allclose(updates["mid"]["conv"]["bias"], expected["mid"]["conv"]["bias"], rtol=1e-5)
+    squares = [leaf.shape for leaf in jax.tree.leaves(optax.tree.get(state, "nu"))]
+    assert sorted(squares) == sorted([(3, 3, 4, 8), (8,), (16,), (2, 16)])  # No second moments of other kernels.
+
+
+def test_weight_decay_reaches_all_parameters_of_muon():
+    without, _ = first_update(optimizer="muon")
+    decayed, _ = first_update(optimizer="muon", weight_decay=0.5)
+    jax.tree.map(
+        lambda a, b, param: np.testing.assert_allclose(b - a, -0.1 * 0.5 * param, rtol=1e-3, atol=1e-6),
+        without, decayed, random_tree(0),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_styles_rate_can_be_larger(optimizer):
+    plain, _ = first_update(optimizer=optimizer)
+    scaled, _ = first_update(optimizer=optimizer, style_learning_rate_scale=3.0)
+    for name, factor in (("model_embedding", 3.0), ("mid", 1.0)):
+        jax.tree.map(lambda a, b, k=factor: np.testing.assert_allclose(b, k * a, rtol=1e-6), plain[name], scaled[name])
+
+
+def test_a_constant_rate_falls_linearly_over_its_last_share():
+    rate = learning_rate_schedule(config_with(num_steps=100, warmup_steps=10, decay_share=0.2))
+    rates = [float(rate(step)) for step in (0, 10, 79, 80, 90, 99, 100)]
+    assert rates == pytest.approx([0.0, 0.1, 0.1, 0.1, 0.05, 0.005, 0.0], abs=1e-8)
+
+
+def test_a_decay_longer_than_the_run_begins_after_the_warm_up():
+    rate = learning_rate_schedule(config_with(num_steps=20, warmup_steps=10, decay_share=0.9))
+    assert [float(rate(step)) for step in (10, 15, 20)] == pytest.approx([0.1, 0.05, 0.0], abs=1e-8)
+
+
+@pytest.mark.parametrize("width", [0.05, 0.1, 0.2])
+def test_the_average_has_the_width_that_the_config_names(width):
+    decay = average.decay_schedule(config_with(ema_width=width))
+    num_steps, weights = 4000, np.zeros(4000)
+    for step in range(num_steps):
+        weights *= decay(step)
+        weights[step] += 1.0 - decay(step)
+    steps = np.arange(num_steps) / num_steps
+    mean = np.sum(weights * steps)
+    assert weights.sum() == pytest.approx(1.0)
+    assert np.sqrt(np.sum(weights * (steps - mean) ** 2)) == pytest.approx(width, rel=0.01)
+
+
+def test_a_run_without_an_average_has_no_decay():
+    assert average.decay_schedule(config_with()) is None
+    assert average.decay_schedule(config_with(ema_decay=0.9))(7) == 0.9
