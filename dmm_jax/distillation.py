@@ -26,7 +26,7 @@ from dmm_jax.checkpoints.abstract import abstract_model, abstract_params
 from dmm_jax.checkpoints.architecture import CELL
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.compare import check_mergeable
-from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
+from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.states import StateStore
 from dmm_jax.config import checks
 from dmm_jax.config import options as config_lib
@@ -53,10 +53,11 @@ from dmm_jax.distill.teachers import (
 )
 from dmm_jax.kernels.attention import choose_implementation
 from dmm_jax.models import layers
+from dmm_jax.models.network import cast_params
 from dmm_jax.models.text_encoders import NUM_TIME_IDS, TextEncoders
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
 from dmm_jax.models.unet_config import merged_config
-from dmm_jax.pipeline import Pipeline, cast_params
+from dmm_jax.pipeline import Pipeline
 from dmm_jax.runtime import processes, sharding
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.text.tokenizer import Tokenizers
@@ -259,10 +260,9 @@ class Distillation(Definition):
         processes.check_joined()
         mesh = mesh or sharding.make_mesh(**config.mesh)
         checks.check_mesh(config, mesh.shape)
-        overrides = {"prediction_type": config.prediction_type}
-        base = base or open_checkpoint(config.base, **overrides)
+        base = base or open_checkpoint(config.base, **config_lib.opening(config, "base"))
         if teachers is None:
-            teachers = {name: open_teacher(path, config.base, **overrides) for name, path in config.teachers}
+            teachers = incremental.open_teachers(config)
         check_mergeable(base, teachers)
         base.params("unet")  # Reports compare with the base: refuse damaged tensors now, not after the training.
         self.old_student = incremental.old_student(config, base)
@@ -417,7 +417,8 @@ class Distillation(Definition):
 
     @functools.cached_property
     def _empty_pipeline(self) -> Pipeline:
-        return Pipeline.for_unet(self.base, self.student_config, self.styles, dtype=self.config.dtype)
+        options = {"dtype": self.config.dtype, "prompt_grammar": self.config.sampling.prompt_grammar}
+        return Pipeline.for_unet(self.base, self.student_config, self.styles, **options)
 
 
 def _open_cache(config, base: Checkpoint, tokenizer: Tokenizers) -> LatentCache:

@@ -21,6 +21,7 @@ from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.compare import standalone_problems
 from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.formats.embedding import read_embeddings
 from dmm_jax.checkpoints.formats.fitted_style import with_fitted_styles
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.config import arguments
@@ -29,45 +30,20 @@ from dmm_jax.config.styles import Style, is_schedule, style_rows
 from dmm_jax.diffusion import guidance, solvers
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.kernels.attention import choose_implementation
-from dmm_jax.models import layers
+from dmm_jax.models import text_encoders
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
+from dmm_jax.models.network import Network, place_params
 from dmm_jax.models.text_encoders import TextConditioning, TextEncoders
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
 from dmm_jax.runtime import sharding
 from dmm_jax.runtime.errors import UserError
+from dmm_jax.text.prompt_chunks import PromptTokens, tokenize
+from dmm_jax.text.prompt_grammar import A1111, GRAMMARS
 from dmm_jax.text.tokenizer import Tokenizers
 
 PIXELS_DECODED = 2**21  # Per device and call: two images of 1024 x 1024, under 6 GiB by v5e's compiler.
 
 Pixels = tuple[int, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """A network's structure and parameters; calls and attributes are those of its NNX module."""
-
-    graph: nnx.GraphDef
-    params: Mapping
-
-    def merged(self) -> nnx.Module:
-        """Returns the NNX module."""
-        return nnx.merge(self.graph, self.params)
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.merged(), name)
-
-    def __call__(self, *args, **kwargs):
-        return self.merged()(*args, **kwargs)
-
-    def __repr__(self) -> str:
-        return f"Network({self.graph.nodes[0].type.__name__}, {self.num_parameters:,} parameters)"
-
-    @property
-    def num_parameters(self) -> int:
-        """The number of parameters; 0 if the network has none yet."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +57,9 @@ class Pipeline:
     schedule: NoiseSchedule
     styles: tuple[str, ...]  # Names in row order; empty for a stock checkpoint.
     source: Checkpoint
+    # {name: its number of vectors}, in the order of their rows in the text encoders' tables.
+    embeddings: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    prompt_grammar: str = A1111  # How prompts are read; "plain": as text, cut after one chunk.
 
     def __repr__(self) -> str:
         unet = f"{self.unet.num_parameters:,} UNet parameters"
@@ -103,7 +82,15 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(
-        cls, path, dtype: str = "float32", base=None, extra_styles: Sequence = (), prediction_type: str = ""
+        cls,
+        path,
+        dtype: str = "float32",
+        base=None,
+        extra_styles: Sequence = (),
+        prediction_type: str = "",
+        clip_skip: int = 1,
+        embeddings: Sequence = (),
+        prompt_grammar: str = A1111,
     ) -> "Pipeline":
         """Opens a diffusers folder (stock or DMM), a single file, or the workdir of a training run.
 
@@ -113,17 +100,31 @@ class Pipeline:
           base: a second checkpoint that provides what `path` lacks (a single file has no tokenizer).
           extra_styles: files written by `dmm-jax fit-style`; each adds one style after the checkpoint's own.
           prediction_type: "epsilon" or "v_prediction", for a single file that does not record it.
+          clip_skip: the layer of Stable Diffusion 1's text encoder that conditions, from its end: 1 is the last.
+          embeddings: files of textual inversion, or "NAME=FILE"; prompts use them by name, in the grammar "a1111".
+          prompt_grammar: "a1111", the weights and chunks of `text.prompt_grammar`, or "plain".
 
         Raises:
           ValueError: the checkpoint is damaged, incomplete or of an unknown architecture, or an extra style was fitted
             to another checkpoint.
         """
-        checkpoint = with_fitted_styles(open_checkpoint(path, base=base, prediction_type=prediction_type), extra_styles)
-        pipeline = cls.for_unet(checkpoint, checkpoint.unet_config, checkpoint.styles or (), dtype=dtype)
-        return pipeline.with_unet(checkpoint.params("unet"))
+        arguments.whole_number("clip_skip", clip_skip, 1)
+        checkpoint = open_checkpoint(path, base=base, prediction_type=prediction_type, clip_skip=clip_skip)
+        checkpoint = with_fitted_styles(checkpoint, extra_styles)
+        options = {"dtype": dtype, "prompt_grammar": prompt_grammar}
+        pipeline = cls.for_unet(checkpoint, checkpoint.unet_config, checkpoint.styles or (), **options)
+        return pipeline.with_unet(checkpoint.params("unet")).with_embeddings(embeddings)
 
     @classmethod
-    def for_unet(cls, base: Checkpoint, unet_config: Mapping, styles: Sequence[str], *, dtype: str) -> "Pipeline":
+    def for_unet(
+        cls,
+        base: Checkpoint,
+        unet_config: Mapping,
+        styles: Sequence[str],
+        *,
+        dtype: str,
+        prompt_grammar: str = A1111,
+    ) -> "Pipeline":
         """Returns a pipeline with `base`'s VAE, text encoders and tokenizers; `with_unet` adds the UNet's parameters.
 
         Raises:
@@ -140,6 +141,8 @@ class Pipeline:
             raise CheckpointError(" ".join(problems))
         if str(dtype) not in DTYPES:
             raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
+        if prompt_grammar not in GRAMMARS:
+            raise UserError(f"prompt_grammar must be one of {', '.join(GRAMMARS)}; got {prompt_grammar!r}.")
         dtype = jnp.dtype(dtype)
         implementation = choose_implementation("auto", dtype, num_devices=jax.local_device_count())
         builders = {
@@ -158,6 +161,7 @@ class Pipeline:
             schedule=NoiseSchedule.from_config(base.scheduler_config),
             styles=tuple(styles),
             source=base,
+            prompt_grammar=prompt_grammar,
         )
 
     def with_unet(self, params: Mapping) -> "Pipeline":
@@ -165,9 +169,32 @@ class Pipeline:
         return dataclasses.replace(self, unet=Network(self.unet.graph, place_params(params, self.dtype)))
 
     def with_text_encoders(self, params: Mapping) -> "Pipeline":
-        """Returns this pipeline with other text encoders, keyed by name; nothing is compiled again."""
+        """Returns this pipeline with other text encoders, keyed by name, without embeddings; compiles nothing again."""
         encoders = Network(self.text_encoders.graph, place_params(params, self.dtype))
-        return dataclasses.replace(self, text_encoders=encoders)
+        return dataclasses.replace(self, text_encoders=encoders, embeddings={})
+
+    def with_checkpoint(self, checkpoint: Checkpoint, base: Checkpoint, embeddings: Sequence = ()) -> "Pipeline":
+        """Returns this pipeline with a checkpoint's UNet, text encoders (or else the base's) and embeddings."""
+        pipeline = self.with_unet(checkpoint.params("unet")).with_text_encoders(checkpoint.text_params(base))
+        return pipeline.with_embeddings(embeddings)
+
+    def with_embeddings(self, files: Sequence) -> "Pipeline":
+        """Returns this pipeline with more embeddings, as rows after those of the text encoders' tables.
+
+        Raises:
+          CheckpointError: a file cannot be read (`formats.embedding`), or is for other text encoders.
+        """
+        if not files:
+            return self
+        tables = text_encoders.token_tables(self.text_encoders.params)
+        widths = {name: table.shape[1] for name, table in tables.items()}
+        added = read_embeddings(files, widths, min(tokenizer.room for tokenizer in self.tokenizers.tokenizers))
+        rows = {name: [embedding.vectors[name] for embedding in added] for name in tables}
+        pipeline = self.with_text_encoders(text_encoders.with_rows(self.text_encoders.params, rows))
+        counts = {embedding.name: embedding.num_vectors for embedding in added}
+        if taken := set(counts) & set(self.embeddings):
+            raise CheckpointError(f"two embeddings are called {', '.join(taken)}: give one a name, NAME=FILE.")
+        return dataclasses.replace(pipeline, embeddings={**self.embeddings, **counts})
 
     def style_weights(
         self, styles: Style | Sequence[Style], batch_size: int, timesteps: Float[np.ndarray, " S"]
@@ -188,13 +215,29 @@ class Pipeline:
         last = self.schedule.num_train_timesteps
         return np.stack([style_rows(style, self.styles, timesteps, last) for style in styles])
 
-    def encode_prompts(self, prompts: Sequence[str | None]) -> TextConditioning:
-        """Returns encoder_hidden_states (B, 77, D) and, for SDXL, pooled (B, P), both float32; pooled is else None.
+    def tokenize(self, prompts: Sequence[str | None], num_chunks: int = 1) -> PromptTokens:
+        """Returns the token ids and weights of prompts, all of as many chunks as the longest, at least `num_chunks`.
 
-        The prompt None means "no prompt": "" for Stable Diffusion 1 and 2, zeros for SDXL.
+        Raises:
+          UserError: a prompt does not follow the grammar, or the text encoder has no row for one of its tokens.
         """
-        input_ids = sharding.spread(self.tokenizers(prompts))
-        return _encode(self.text_encoders.graph, self.text_encoders.params, input_ids)
+        ids_of_names = text_encoders.embedding_ids(self.text_encoders.params, self.embeddings)
+        tokens = tokenize(self.tokenizers, prompts, self.prompt_grammar, num_chunks, ids_of_names)
+        text_encoders.check_rows(self.text_encoders.params, self.tokenizers.tokenizers, tokens.input_ids)
+        return tokens
+
+    def num_chunks(self, prompts: Sequence[str | None]) -> int:
+        """Returns the chunks of the longest prompt. Images do not depend on their batch if all batches have so many."""
+        return self.tokenize(list(dict.fromkeys(prompts))).input_ids.shape[1]
+
+    def encode_prompts(self, prompts: Sequence[str | None], num_chunks: int = 1) -> TextConditioning:
+        """Returns encoder_hidden_states (B, 77 K, D) and, for SDXL, pooled (B, P), both float32; pooled is else None.
+
+        K is the number of chunks of the longest prompt, at least `num_chunks`. The prompt None means "no prompt": ""
+        for Stable Diffusion 1 and 2, zeros for SDXL.
+        """
+        tokens = sharding.spread(self.tokenize(prompts, num_chunks))
+        return _encode(self.text_encoders.graph, self.text_encoders.params, *tokens)
 
     def decode(self, latents):
         """Decodes scaled latents (B, h, w, 4) to uint8 images (B, H, W, 3); large batches in parts (PIXELS_DECODED)."""
@@ -213,11 +256,13 @@ class Pipeline:
         width: int = 0,
         num_inference_steps: int = 25,
         guidance_scale: float | Sequence[float] = 7.0,
+        guidance_rescale: float | Sequence[float] = 0.0,
         solver: str = "dpmpp_2m",
         output: str = "images",
         original_size: Pixels | None = None,
         crops_coords_top_left: Pixels = (0, 0),
         target_size: Pixels | None = None,
+        num_chunks: int = 1,
     ) -> np.ndarray:
         """Draws one image per prompt.
 
@@ -234,10 +279,14 @@ class Pipeline:
           height, width: pixels; 0 takes the size from `latents`, or from the model's training size.
           num_inference_steps: steps of the solver.
           guidance_scale: one number, or one per image; 1.0 is off (arXiv:2207.12598).
+          guidance_rescale: one share from 0 to 1, or one per image; 0.7 keeps models with zero terminal SNR from
+            overexposure (arXiv:2305.08891, 3.4).
           solver: a name in `dmm_jax.diffusion.solvers.SOLVERS`.
           output: "images", uint8 (B, H, W, 3), or "latents", float32 scaled latents (B, h, w, C).
           original_size, crops_coords_top_left, target_size: SDXL's size conditioning, (height, width) or (top, left) in
             pixels (arXiv:2307.01952, 2.2); the sizes default to (height, width). Other models ignore it.
+          num_chunks: empty chunks fill every prompt up to the longest of the batch, and to this number. Batches of one
+            number share a compiled program, and an image is the same in each.
 
         Raises:
           ValueError: an argument does not fit; the message names what does.
@@ -254,13 +303,14 @@ class Pipeline:
         plan = solvers.plan(str(solver), self.schedule, num_inference_steps)
         weights = self.style_weights(styles, batch_size, plan.timesteps)
         keys = _keys(seeds, batch_size)
-        scales = _guidance_scales(guidance_scale, batch_size)
+        scales = _per_image("guidance_scale", guidance_scale, batch_size)
+        rescales = _per_image("guidance_rescale", guidance_rescale, batch_size, 0.0, 1.0)
         guided = bool(np.any(scales != 1.0))
         height, width = self._image_size(height, width, latents)
         noise = self._noise(keys, latents, height, width)
         if guided:
             prompts = [text for pair in zip(negatives, prompts, strict=True) for text in pair]
-        text = self.encode_prompts(prompts)
+        text = self.encode_prompts(prompts, num_chunks)
         time_ids = (
             *arguments.pixel_pair("original_size", original_size or (height, width)),
             *arguments.pixel_pair("crops_coords_top_left", crops_coords_top_left),
@@ -268,9 +318,10 @@ class Pipeline:
         )
         states = text.encoder_hidden_states
         added = text.added_cond(jnp.tile(jnp.array(time_ids, jnp.float32), (len(states), 1)))
+        scales = scales, rescales if np.any(rescales) else None
         noise, keys, weights, scales = sharding.spread((noise, keys, weights, scales))
         unet = self.unet
-        latents = _denoise(unet.graph, guided, unet.params, plan, noise, keys, states, added, weights, scales)
+        latents = _denoise(unet.graph, guided, unet.params, plan, noise, keys, states, added, weights, *scales)
         return np.asarray(latents if output == "latents" else self.decode(latents))
 
     def _image_size(self, height, width, latents) -> Pixels:
@@ -308,21 +359,11 @@ def _keys(seeds, batch_size):
     return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
 
 
-def _guidance_scales(guidance_scale, batch_size) -> np.ndarray:
-    """Returns one guidance scale per image (B,)."""
-    scales = [guidance_scale] * batch_size if np.ndim(guidance_scale) == 0 else guidance_scale
-    scales = arguments.per_prompt("guidance_scale", scales, batch_size)
-    return np.array([arguments.number("guidance_scale", scale) for scale in scales], np.float32)
-
-
-def place_params(params: Mapping, dtype):
-    """Casts parameters with `cast_params` and copies them to every device of this process."""
-    return sharding.on_each_device(cast_params(params, dtype))
-
-
-def cast_params(params: Mapping, dtype):
-    """Returns parameters as layers of this compute dtype store them (`layers.stored_dtype`)."""
-    return jax.tree.map_with_path(lambda path, leaf: jnp.asarray(leaf, layers.stored_dtype(path, dtype)), params)
+def _per_image(name, values, batch_size, *bounds) -> np.ndarray:
+    """Returns one number per image (B,)."""
+    values = [values] * batch_size if np.ndim(values) == 0 else values
+    values = arguments.per_prompt(name, values, batch_size)
+    return np.array([arguments.number(name, value, *bounds) for value in values], np.float32)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -331,8 +372,9 @@ def _unit_noise(keys, shape):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(graph, params, input_ids):
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.merge(graph, params)(input_ids))
+def _encode(graph, params, input_ids, weights):
+    text = nnx.merge(graph, params).encode_chunks(input_ids, weights)
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), text)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -343,8 +385,8 @@ def _decode(graph, params, latents):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _denoise(graph, guided, params, plan, noise, keys, text, added, weights, guidance_scales):
-    """Runs the solver and returns clean latents (B, h, w, C).
+def _denoise(graph, guided, params, plan, noise, keys, text, added, weights, guidance_scales, rescales=None):
+    """Runs the solver and returns clean latents (B, h, w, C); without rescales it is a program without that work.
 
     With guidance, `text` holds (negative, prompt) pairs in adjacent rows, so both are on their image's device.
     """
@@ -357,6 +399,9 @@ def _denoise(graph, guided, params, plan, noise, keys, text, added, weights, gui
         latents = jnp.repeat(latents, repeats, axis=0)
         timesteps = jnp.broadcast_to(timestep, latents.shape[:1])
         prediction = unet(latents, timesteps, text, style_embedding=style, added_cond=added).sample
-        return guidance.guide(prediction[0::2], prediction[1::2], guidance_scales) if guided else prediction
+        if not guided:
+            return prediction
+        result = guidance.guide(prediction[0::2], prediction[1::2], guidance_scales)
+        return result if rescales is None else guidance.rescale(result, prediction[1::2], rescales)
 
     return solvers.sample(plan, denoise, noise, keys, *([] if weights is None else [jnp.swapaxes(weights, 0, 1)]))

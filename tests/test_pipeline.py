@@ -1,5 +1,6 @@
 """The pipeline: styles, mixes, seeds, one compilation per batch shape, any number of devices."""
 
+import dataclasses
 import os
 import pathlib
 import re
@@ -16,8 +17,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dmm_jax import pipeline as pipeline_lib
 from dmm_jax.bench import networks
 from dmm_jax.checkpoints.abstract import abstract_model
+from dmm_jax.checkpoints.formats.safetensors_io import save
 from dmm_jax.data import prepare
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
+from dmm_jax.models.network import Network, cast_params
 from dmm_jax.pipeline import Pipeline
 from dmm_jax.planning import compiler, devices
 from tests import worlds
@@ -69,6 +72,60 @@ def test_guidance_of_one_is_no_guidance(student):
     assert np.abs(off[1] - mixed[1]).max() > 1e-3 * np.abs(off).max()
 
 
+def test_rescale_is_per_image_and_needs_guidance(student):
+    options = {"styles": "left", "num_inference_steps": 2, "output": "latents"}
+    plain = student(PROMPTS, guidance_scale=5.0, **options)
+    mixed = student(PROMPTS, guidance_scale=5.0, guidance_rescale=[0.0, 0.7], **options)
+    assert np.abs(plain[0] - mixed[0]).max() < 1e-5 * np.abs(plain).max() < np.abs(plain[1] - mixed[1]).max()
+    unguided = [student(PROMPTS, guidance_scale=1.0, guidance_rescale=share, **options) for share in (0.0, 0.7)]
+    assert np.array_equal(*unguided)
+
+
+def test_weights_and_long_prompts_change_images(student):
+    options = QUICK | {"styles": "left", "output": "latents"}
+    plain = student(["a (large:1.0) red circle"], **options)
+    assert np.array_equal(plain, student(["a large red circle"], **options))
+    assert not np.array_equal(plain, student(["a (large:1.5) red circle"], **options))
+    both = student(["a large red circle", "a red circle BREAK a star"], **options)
+    alone = student(["a large red circle"], num_chunks=2, **options)
+    assert both.shape[0] == 2 and np.abs(both[0] - alone[0]).max() < 1e-5 * np.abs(both).max()
+    assert student.encode_prompts(["a BREAK b"]).encoder_hidden_states.shape[1] == 154
+
+
+def test_plain_grammar_reads_brackets_as_text(student):
+    plain = dataclasses.replace(student, prompt_grammar="plain")
+    assert plain.tokenize(["(star) BREAK"]).input_ids.shape[1] == 1
+    assert not np.array_equal(plain.tokenize(["(star)"]).input_ids, student.tokenize(["(star)"]).input_ids)
+
+
+def test_an_embedding_of_words_draws_as_these_words(student, tmp_path):
+    """An embedding that holds the vectors of two words is these words, at any place and weight."""
+    tokenizer, params = student.tokenizers.tokenizers[0], student.text_encoders.params["text_encoder"]
+    rows = np.asarray(params["text_model"]["embeddings"]["token_embedding"]["embedding"])
+    save(tmp_path / "shape.safetensors", {"emb_params": rows[tokenizer.token_ids("red circle")]}, {})
+    taught = student.with_embeddings([tmp_path / "shape.safetensors"])
+    assert taught.embeddings == {"shape": 2}
+    prompts = ["a large (Shape:1.3), a <shape>", "embedding:shape on a star"]
+    words = ["a large (red circle:1.3), a red circle", "red circle on a star"]
+    options = QUICK | {"styles": "left", "output": "latents"}
+    assert np.array_equal(taught(prompts, **options), student(words, **options))
+    with pytest.raises(ValueError, match="no embedding '<shap>': did you mean '<shape>'"):
+        taught(["a <shap>"], **options)
+    with pytest.raises(ValueError, match="no embedding 'shape': give its file"):
+        student(["a embedding:shape"], **options)
+    with pytest.raises(ValueError, match="two embeddings are called shape"):
+        taught.with_embeddings([tmp_path / "shape.safetensors"])
+
+
+def test_a_token_without_a_row_is_refused(student):
+    params = jax.tree.map(lambda leaf: leaf, student.text_encoders.params)
+    embeddings = params["text_encoder"]["text_model"]["embeddings"]["token_embedding"]
+    embeddings["embedding"] = embeddings["embedding"][:-1]
+    short = dataclasses.replace(student, text_encoders=Network(student.text_encoders.graph, params))
+    with pytest.raises(ValueError, match="has no row for the token '<.endoftext.>'"):
+        short(PROMPTS, styles="left", **QUICK)
+
+
 def test_new_prompts_styles_seeds_and_scales_compile_nothing(student):
     student(PROMPTS, styles="left", **QUICK)
     before = pipeline_lib._denoise._cache_size()
@@ -113,6 +170,12 @@ def test_unfit_arguments_are_refused(student, arguments, message):
 def test_unfit_guidance_scales_are_refused(student, scale, message):
     with pytest.raises(ValueError, match=f"guidance_scale .*{message}"):
         student(PROMPTS, styles="left", num_inference_steps=2, guidance_scale=scale)
+
+
+@pytest.mark.parametrize("share, message", [(1.5, "from 0 to 1"), ([0.5], "has 1 entries for 2 prompts")])
+def test_unfit_rescales_are_refused(student, share, message):
+    with pytest.raises(ValueError, match=f"guidance_rescale .*{message}"):
+        student(PROMPTS, styles="left", guidance_rescale=share)
 
 
 def test_empty_prompts_and_unknown_dtypes_are_refused(student, trained):
@@ -208,7 +271,7 @@ def test_a_decoded_part_of_xl_images_fits_a_v5e():
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), tree)
 
     def temporaries(run, *batch):
-        params = jax.eval_shape(lambda params: pipeline_lib.cast_params(params, jnp.bfloat16), nnx.to_pure_dict(state))
+        params = jax.eval_shape(lambda params: cast_params(params, jnp.bfloat16), nnx.to_pure_dict(state))
         with jax.default_matmul_precision("default"):
             compiled = run.lower(graph, put(params), *put(batch)).compile(compiler_options=compiler.LEAST_EFFORT)
         return compiled.memory_analysis().temp_size_in_bytes / devices.GIB

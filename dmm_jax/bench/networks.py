@@ -19,10 +19,11 @@ from dmm_jax.distillation import Definition
 from dmm_jax.kernels.attention import choose_implementation
 from dmm_jax.models import layers
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
+from dmm_jax.models.network import Network
 from dmm_jax.models.text_encoders import NUM_TIME_IDS, TextEncoders
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
 from dmm_jax.models.unet_config import merged_config
-from dmm_jax.pipeline import Network, Pipeline
+from dmm_jax.pipeline import Pipeline
 from dmm_jax.runtime import sharding
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.text.tokenizer import Tokenizers

@@ -146,6 +146,7 @@ class Checkpoint:
     loras: Sequence[FoldedLora] = ()  # The LoRAs that are folded in; `path` is then the text that the user wrote.
     unfolded_path: pathlib.Path | None = None  # With LoRAs, the path of the checkpoint that they are folded into.
     hub_name: str = ""  # The name of its repository, if it was fetched from a hub.
+    clip_skip: int = 1  # The layer of the text encoder that conditions, from its end; `clip_skip.with_clip_skip`.
     explicit_fields: Collection[str] = ()  # Fields of `scheduler_config` that its files state; the rest are defaults.
 
     @property

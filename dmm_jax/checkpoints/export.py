@@ -155,7 +155,7 @@ def _write_card(folder, formats, about, student, workdir, parents):
         (folder / model_card.GRID).write_bytes(grid.read_bytes())
     text = model_card.card(
         formats, about.title, student.styles, student.architecture, parents, about.license, metrics, bool(grid),
-        student.scheduler_config,
+        student.scheduler_config, student.clip_skip,
     )  # fmt: skip
     (folder / model_card.NAME).write_text(text, encoding="utf-8")
 

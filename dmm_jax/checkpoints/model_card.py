@@ -44,6 +44,9 @@ SCHEDULE_IN_FILES = """The file says so by empty tensors, which ComfyUI and A111
 ```python
 pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, OPTIONS)
 ```"""
+RESCALE = "A guidance rescale of 0.7 (`guidance_rescale`, or CFG rescale) keeps its pictures from overexposure."
+CLIP_SKIP = """The text encoder has clip skip {0} built in: leave the clip skip of every tool at 1 (all up to {0} draw
+the same)."""
 
 
 def card(
@@ -56,6 +59,7 @@ def card(
     metrics: Mapping | None,
     has_grid: bool,
     schedule: Mapping,
+    clip_skip: int = 1,
 ) -> str:
     """Returns the text of a card, Markdown under a YAML head.
 
@@ -68,6 +72,7 @@ def card(
       metrics: the metrics.json that `evaluate` wrote, or None.
       has_grid: whether the card's folder holds grid.png.
       schedule: the scheduler's config.
+      clip_skip: of the text encoder in the folder.
     """
     merged = f"{len(styles)} checkpoints distilled into one UNet (DMM, arXiv:2504.12364) with dmm_jax"
     has_all_styles = formats == ["dmm"]
@@ -83,6 +88,7 @@ def card(
         parts += ["## Measured", _table(_metric_rows(metrics)), _metric_notes(metrics)]
     parts += ["## Use", *(USE[fmt].replace("{styles}", json.dumps(styles[0])) for fmt in formats)]
     parts += _schedule(schedule, "single-file" in formats)
+    parts += [CLIP_SKIP.format(clip_skip)] if clip_skip != 1 else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -124,7 +130,8 @@ def _schedule(config, in_a_file) -> list[str]:
     facts = " and ".join(text for name, text in SCHEDULES.items() if name in (*options, *options.values()))
     arguments = ", ".join(f"{name}={value!r}" for name, value in options.items())
     where = SCHEDULE_IN_FILES.replace("OPTIONS", arguments) if in_a_file else SCHEDULE_IN_FOLDERS
-    return [f"This UNet {facts}: with other settings its pictures are noise. {where}"]
+    parts = [f"This UNet {facts}: with other settings its pictures are noise. {where}"]
+    return parts + [RESCALE] * ("rescale_betas_zero_snr" in options)
 
 
 def _metric_rows(metrics):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dmm_jax.checkpoints import licenses
 from dmm_jax.checkpoints.architecture import CELL, SD2, UNKNOWN
 from dmm_jax.checkpoints.checkpoint import Checkpoint
+from dmm_jax.checkpoints.clip_skip import METADATA_KEY
 from dmm_jax.checkpoints.formats.diffusers_folder import STYLES_KEY
 from dmm_jax.checkpoints.formats.safetensors_io import HASH_PLACEHOLDER
 
@@ -49,6 +50,8 @@ def metadata(source: Checkpoint, recipe: Recipe, implementation: str) -> dict[st
         fields[licenses.MODELSPEC] = recipe.license
     if recipe.merged_from:
         fields[MERGED_FROM] = ", ".join(name.replace(",", " ") for name in recipe.merged_from)
+    if source.clip_skip != 1:
+        fields[METADATA_KEY] = str(source.clip_skip)
     if source.styles:
         fields[STYLES_KEY] = json.dumps(list(source.styles))
     if recipe.details is not None:

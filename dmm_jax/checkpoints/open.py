@@ -10,6 +10,7 @@ import pathlib
 from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
+from dmm_jax.checkpoints.clip_skip import with_clip_skip
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats import hub, lora
 from dmm_jax.checkpoints.formats.diffusers_folder import open_folder
@@ -24,6 +25,7 @@ def open_checkpoint(
     base: str | os.PathLike | None = None,
     *,
     prediction_type: str = "",
+    clip_skip: int = 1,
     allow_unsupported: bool = False,
 ) -> Checkpoint:
     """Opens a checkpoint without reading its weights. It uses the network only for a path that begins with `hf:`.
@@ -34,12 +36,16 @@ def open_checkpoint(
         in, `BASE + LORA.safetensors*0.8 + OTHER.safetensors` (the default weight is 1).
       base: another checkpoint, for the networks, tokenizers and sizes that `path` lacks.
       prediction_type: "epsilon" or "v_prediction", for a checkpoint that does not state it, such as most single files.
+      clip_skip: the layer of Stable Diffusion 1's text encoder that conditions, from its end: 1 is the last.
       allow_unsupported: also open a checkpoint that can be inspected but neither trained nor sampled from.
 
     Raises:
       CheckpointError: it is missing, damaged, a pickle, of an unknown or unsupported kind, or it states another
         prediction type.
     """
+    if clip_skip != 1:
+        opened = open_checkpoint(path, base, prediction_type=prediction_type, allow_unsupported=allow_unsupported)
+        return with_clip_skip(opened, clip_skip)
     if in_bucket(path):
         return _completed(_open_in_bucket(path), base)
     path = pathlib.Path(path)
@@ -78,16 +84,17 @@ def open_teacher(
     base: str | os.PathLike,
     *,
     prediction_type: str = "",
+    clip_skip: int = 1,
     allow_unsupported: bool = False,
 ) -> Checkpoint:
-    """Opens a teacher of a merge on `base`. LoRAs of the teacher may change text encoders that only the base holds.
+    """Opens a teacher of a merge on `base`. LoRAs and clip skip may change a text encoder that only the base holds.
 
     Raises:
       CheckpointError: see `open_checkpoint`.
     """
-    # A teacher without LoRAs keeps what it holds, so that callers can tell which networks are the base's.
-    completed_by = base if lora.PLUS in str(path) else None
-    options = {"prediction_type": prediction_type, "allow_unsupported": allow_unsupported}
+    # Any other teacher keeps what it holds, so that callers can tell which networks are the base's.
+    completed_by = base if lora.PLUS in str(path) or clip_skip != 1 else None
+    options = {"prediction_type": prediction_type, "clip_skip": clip_skip, "allow_unsupported": allow_unsupported}
     return open_checkpoint(path, completed_by, **options)
 
 
@@ -160,7 +167,7 @@ def _open_workdir(path: Location) -> Checkpoint:
     from dmm_jax.config import options as config_lib
 
     config = config_lib.load(path)
-    base = open_checkpoint(config.base, prediction_type=config.prediction_type)
+    base = open_checkpoint(config.base, **config_lib.opening(config, "base"))
     styles = tuple(config_lib.style_names(config))
     unet = merged_config(base.unet_config, len(styles))
 
@@ -172,6 +179,7 @@ def _open_workdir(path: Location) -> Checkpoint:
         kind="workdir",
         components={**base.components, "unet": Component(unet, load)},
         scheduler_config=base.scheduler_config,
+        clip_skip=base.clip_skip,
         explicit_fields=base.explicit_fields,
         tokenizer_folder=base.tokenizer_folder,
         tokenizer_2_folder=base.tokenizer_2_folder,

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dmm_jax.checkpoints import licenses
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
 from dmm_jax.config import options as config_lib
 from dmm_jax.runtime import processes
 from dmm_jax.runtime.errors import UserError
@@ -35,9 +35,11 @@ def record(checkpoint: Checkpoint, hashed: bool = True) -> dict:
     Returns:
       file: the checkpoint's name. license: the licence that it states, or "unknown". files: the files of its UNet, by
       name, with their SHA-256 and its first ten digits. loras: the same for the LoRAs that are folded in, with their
-      weights. hub: its name on the hub, if its path shows that it is a copy from there.
+      weights. clip_skip: if it is not 1. hub: its name on the hub, if its path shows that it is a copy from there.
     """
     entry = {"file": checkpoint.name, "license": checkpoint.license or licenses.UNKNOWN}
+    if checkpoint.clip_skip != 1:
+        entry["clip_skip"] = checkpoint.clip_skip
     hub = HUB_CACHE.search(str(checkpoint.root))
     if hub:
         entry["hub"] = f"{hub[1]}/{hub[2]}"
@@ -156,7 +158,7 @@ def parents_of_config(config, hashed: bool = True) -> dict[str, dict]:
 
 def _record_of_path(name, path, config, hashed) -> dict:
     try:
-        return record(open_checkpoint(path, prediction_type=config.prediction_type), hashed)
+        return record(_open(name, path, config), hashed)
     except (CheckpointError, OSError) as error:
         if not hashed:
             return {"file": pathlib.Path(path).name, "license": licenses.UNKNOWN}
@@ -164,6 +166,11 @@ def _record_of_path(name, path, config, hashed) -> dict:
             f"the recipe names every parent with its hash, and {name} cannot be read: {error} Put it back, or leave "
             "the recipe out: --no-recipe."
         ) from error
+
+
+def _open(name, path, config) -> Checkpoint:
+    options = config_lib.opening(config, name)
+    return open_checkpoint(path, **options) if name == BASE else open_teacher(path, config.base, **options)
 
 
 def parent_names(parents: Mapping[str, Mapping]) -> list[str]:

@@ -31,11 +31,18 @@ def _plain(value):
     return value.item() if getattr(value, "ndim", None) == 0 else value  # NumPy and JAX scalars have no dimensions.
 
 
-def number(name: str, value: Any, least: float = -math.inf) -> float:
-    """Returns a finite number of at least `least`."""
+def number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
+    """Returns a finite number from `least` to `most`."""
     value = _plain(value)
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or value < least:
-        bound = "" if least == -math.inf else f" of at least {least:g}"
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not least <= value <= most:
+        bound = (
+            ""
+            if least == -math.inf
+            else f" of at least {least:g}"
+            if most == math.inf
+            else (f" from {least:g} to {most:g}")
+        )
         raise UserError(f"{name} must be a finite number{bound}; got {value!r}.")
     return float(value)
 

@@ -7,7 +7,8 @@ import ml_collections
 from dmm_jax.config import options as config_lib
 from dmm_jax.config.options import DTYPES
 from dmm_jax.config.styles import is_writable
-from dmm_jax.runtime.errors import refuse
+from dmm_jax.runtime.errors import UserError, refuse
+from dmm_jax.text.prompt_grammar import A1111, GRAMMARS, parse
 
 TITLE = "The config cannot be run"
 CHOICES = {
@@ -20,6 +21,7 @@ CHOICES = {
     "attention": ("auto", "xla", "cudnn", "flash"),
     "prediction_type": ("", "epsilon", "v_prediction"),
     "optimizer": ("adamw", "muon"),
+    "sampling.prompt_grammar": GRAMMARS,
     "learning_rate_schedule": ("constant", "cosine"),
 }
 SHARES = ("prompt_dropout", "ema_decay", "decay_share", "adam_b1", "adam_b2")
@@ -83,6 +85,15 @@ def _problems(config):
     for name in names:
         if not is_writable(name):
             yield f"style name {name!r} is empty or holds '=', ',' or a line break: such a mix could not be written."
+    parents = ("base", *(teacher for teacher, _ in config.teachers))
+    for name, number in config_lib.clip_skips(config).items():
+        yield (name not in parents or number < 1) and (
+            f"clip_skip has {name!r} with {number}; expected 'NAME=2' with a name of {', '.join(parents)}."
+        )
+    for entry in config.embeddings:
+        yield (entry.partition("=")[0] not in parents or not entry.partition("=")[2]) and (
+            f"embeddings has {entry!r}; expected 'NAME=FILE' with a name of {', '.join(parents)}."
+        )
     yield bool(config.grow.styles) and not config.grow.student and "grow.styles needs grow.student: set the student."
     parts = max(rows, 1) * max(config.gradient_accumulation, 1)
     if config.batch_size < parts or config.batch_size % parts:
@@ -98,6 +109,12 @@ def _problems(config):
         yield "decay_share ends a constant rate: set learning_rate_schedule='constant', or decay_share=0."
     if config.samples.every and not config.samples.prompts:
         yield "samples.every is set but samples.prompts is empty: list the prompts to draw, or set samples.every=0."
+    if config.samples.every and config.sampling.prompt_grammar == A1111:
+        for prompt in config.samples.prompts:
+            try:
+                parse(prompt)
+            except UserError as error:
+                yield f"samples.prompts: {error}"
     shards = config.mesh.teacher
     if shards > 0 and rows % shards:
         yield f"mesh.teacher must divide the {describe_rows(config)}; got {shards}. Use a divisor of {rows}, or 1."
@@ -109,11 +126,12 @@ def check_values(config: ml_collections.ConfigDict) -> None:
 
 
 def _values(config):
-    for name, value in config_lib.flat(config.to_dict()).items():
+    values = config_lib.flat(config.to_dict())
+    for name, value in values.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and (rule := _broken_rule(name, value)):
             yield f"{name} must {rule}; got {value}."
     for name, allowed in CHOICES.items():
-        yield config[name] not in allowed and f"{name} must be one of {', '.join(allowed)}; got {config[name]!r}."
+        yield values[name] not in allowed and f"{name} must be one of {', '.join(allowed)}; got {values[name]!r}."
 
 
 def _broken_rule(name: str, value: int | float) -> str:
@@ -127,6 +145,8 @@ def _broken_rule(name: str, value: int | float) -> str:
         return f"be at most {MAX_EMA_WIDTH}"
     if own == "timestep_power" and value < 0.1:
         return "be at least 0.1"
+    if own == "guidance_rescale" and not 0 <= value <= 1:
+        return "be from 0 to 1"
     if own in COUNTS and value < 1:
         return "be at least 1"
     if name == "adam_eps" and value < FLOAT32_TINY:

@@ -24,6 +24,11 @@ def get_config() -> ml_collections.ConfigDict:
 
     # Checkpoints: diffusers folders or single files.
     config.base = ""  # The checkpoint whose text encoder, VAE, tokenizer and schedule serve all styles.
+    # ("NAME=2", ...) for "base" and teachers of Stable Diffusion 1 that are used with clip skip; 1 is the last layer.
+    config.clip_skip = ()
+    # ("NAME=FILE", ...) textual inversions of "base", which the student uses, and of teachers; prompts name them by the
+    # file's name, or by WORD with "NAME=WORD=FILE".
+    config.embeddings = ()
     config.prediction_type = ""  # "epsilon" or "v_prediction", for single files that do not say it.
     # ((style name, path), ...): one style per teacher, in this order. The name "none" is the null style, for requests
     # without a style; its teacher is the base: ("none", config.base).
@@ -102,7 +107,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.sampling = ml_collections.ConfigDict()
     config.sampling.num_inference_steps = 25
     config.sampling.guidance_scale = 7.0
+    config.sampling.guidance_rescale = 0.0  # From 0 to 1; 0.7 for models with zero terminal SNR.
     config.sampling.solver = "dpmpp_2m"
+    config.sampling.prompt_grammar = "a1111"  # Weights, BREAK and long prompts; or "plain". Captions are always plain.
     config.sampling.batch_size = 16  # Images computed at once.
 
     # Written along the way. With 0, logs, validations and checkpoints are written at the last step only.
@@ -155,7 +162,24 @@ def style_names(config: ml_collections.ConfigDict) -> list[str]:
 
 def solver_options(config: ml_collections.ConfigDict) -> dict[str, object]:
     """Returns the options of `config.sampling` that `Pipeline.__call__` takes."""
-    return {name: config.sampling[name] for name in ("num_inference_steps", "guidance_scale", "solver")}
+    names = ("num_inference_steps", "guidance_scale", "guidance_rescale", "solver")
+    return {name: config.sampling[name] for name in names}
+
+
+def clip_skips(config: ml_collections.ConfigDict) -> dict[str, int]:
+    """Returns the clip skips in the config, by "base" or the teacher's name; 0 for what is not a number."""
+    pairs = (entry.partition("=") for entry in config.clip_skip)
+    return {name: int(number) if number.isdecimal() else 0 for name, _, number in pairs}
+
+
+def embeddings(config: ml_collections.ConfigDict, name: str) -> list[str]:
+    """Returns the embeddings of "base" or a teacher, as `Pipeline.with_embeddings` takes them."""
+    return [entry.partition("=")[2] for entry in config.embeddings if entry.partition("=")[0] == name]
+
+
+def opening(config: ml_collections.ConfigDict, name: str) -> dict:
+    """Returns how to open a parent, as arguments of `open_checkpoint`; `name` is "base" or a teacher's."""
+    return {"prediction_type": config.prediction_type, "clip_skip": clip_skips(config).get(name, 1)}
 
 
 def num_rows(config: ml_collections.ConfigDict) -> int:

@@ -15,7 +15,7 @@ from dmm_jax.data.cache import LatentCache
 from dmm_jax.data.fill_cache import check_place, encode_images
 from dmm_jax.data.sources import SHAPES_WORLD, TEACHERS, FolderSource, ImageSource
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
-from dmm_jax.pipeline import place_params
+from dmm_jax.models.network import place_params
 from dmm_jax.runtime import sharding
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.text.tokenizer import Tokenizers

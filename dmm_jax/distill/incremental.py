@@ -102,6 +102,11 @@ def _fresh_row(table: np.ndarray, name: str, seed: int) -> np.ndarray:
             return row
 
 
+def open_teachers(config) -> dict[str, Checkpoint]:
+    """Opens the teachers of a config, by name."""
+    return {name: open_teacher(path, config.base, **config_lib.opening(config, name)) for name, path in config.teachers}
+
+
 def origins(config) -> dict[str, Checkpoint]:
     """Returns the checkpoint that each style of a run comes from, in row order; growing may have had several rounds.
 
@@ -117,5 +122,4 @@ def origins(config) -> dict[str, Checkpoint]:
             student = open_checkpoint(path)
             older = {name: fold_style(student, one_hot(student, row)) for row, name in enumerate(student.styles)}
         teachers = {name: older[old] for name, old in config_lib.kept_styles(config).items()}
-    overrides = {"prediction_type": config.prediction_type}
-    return teachers | {name: open_teacher(path, config.base, **overrides) for name, path in config.teachers}
+    return teachers | open_teachers(config)

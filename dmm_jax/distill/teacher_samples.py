@@ -5,6 +5,7 @@ DMM's second stage fine-tunes on such images (arXiv:2504.12364, A.3).
 
 import hashlib
 import json
+import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from dmm_jax.checkpoints.architecture import CELL
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.compare import check_mergeable
 from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.provenance import sha256
 from dmm_jax.config import arguments
 from dmm_jax.config import options as config_lib
 from dmm_jax.data import prepare
@@ -20,10 +22,12 @@ from dmm_jax.data.cache import LatentCache
 from dmm_jax.data.fill_cache import sample_prompts
 from dmm_jax.data.prompts import Draws, read_prompts
 from dmm_jax.data.sources import TEACHERS
-from dmm_jax.diffusion import solvers
+from dmm_jax.diffusion import guidance, solvers
 from dmm_jax.distill import incremental
 from dmm_jax.pipeline import Pipeline
+from dmm_jax.runtime import processes
 from dmm_jax.runtime.errors import UserError
+from dmm_jax.text.prompt_grammar import A1111, plain_text
 
 
 def prepare_cache(config) -> LatentCache:
@@ -47,14 +51,23 @@ def prepare_teacher_samples(config) -> LatentCache:
     config = incremental.resolved(config)
     draws, options = _draws(config), config_lib.solver_options(config)
     arguments.pixels("data.resolution", config.data.resolution, CELL)
-    base = open_checkpoint(config.base, prediction_type=config.prediction_type)
+    base = open_checkpoint(config.base, **config_lib.opening(config, "base"))
     teachers = incremental.origins(config)
     check_mergeable(base, teachers)
-    sampler = TeacherSampler(base, list(teachers.values()), config.data.resolution, config.dtype, options)
+    if not options["guidance_rescale"]:
+        del options["guidance_rescale"]  # Caches are compared by their options, and older ones have none.
+    sampler = TeacherSampler(config, base, teachers, draws.prompts, options)
+    if sampler.pipeline.schedule.rescale_betas_zero_snr and "guidance_rescale" not in options:
+        processes.say(f"{guidance.ADVICE} Set sampling.guidance_rescale.")
+    if config.embeddings:
+        files = [pathlib.Path(entry.rpartition("=")[2]) for entry in config.embeddings]
+        options["embeddings"] = " ".join(sha256(file)[:16] for file in files)
+    if not _are_plain(sampler.pipeline, draws.prompts):
+        options["prompt_grammar"] = config.sampling.prompt_grammar
     return sample_prompts(
         draws,
         sampler,
-        sampler.pipeline.tokenizers,
+        sampler.caption_ids,
         config.data.cache,
         min(config.sampling.batch_size, len(draws)),
         resolution=config.data.resolution,
@@ -73,17 +86,23 @@ class TeacherSampler:
       UserError: the base is incomplete, or the solver cannot run.
     """
 
-    def __init__(self, base: Checkpoint, teachers: Sequence[Checkpoint], resolution: int, dtype: str, options: Mapping):
+    def __init__(
+        self, config, base: Checkpoint, teachers: Mapping[str, Checkpoint], prompts: Sequence[str], options: Mapping
+    ):
         """Builds the pipeline that the teachers share.
 
         Args:
-          resolution: pixels per side.
-          options: solver, num_inference_steps and guidance_scale of `Pipeline.__call__`.
+          prompts: all that will be drawn: a picture depends on the number of their chunks, and so not on its batch.
+          options: arguments of `Pipeline.__call__`, solver and num_inference_steps among them.
         """
-        self.base, self.teachers, self.resolution, self.options = base, teachers, resolution, dict(options)
-        self.pipeline = Pipeline.for_unet(base, base.unet_config, (), dtype=dtype)
+        self.base, self.teachers, self.prompts, self.options = base, list(teachers.values()), prompts, dict(options)
+        self.resolution = config.data.resolution
+        self.embeddings = [config_lib.embeddings(config, name) for name in teachers]
+        settings = {"dtype": config.dtype, "prompt_grammar": config.sampling.prompt_grammar}
+        self.pipeline = Pipeline.for_unet(base, base.unet_config, (), **settings)
         solvers.plan(options["solver"], self.pipeline.schedule, options["num_inference_steps"])  # Refuses early.
-        self._loaded: tuple[int, Pipeline] | None = None
+        self.pipeline.num_chunks(prompts)
+        self._loaded: tuple[int, Pipeline, int] | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -91,19 +110,21 @@ class TeacherSampler:
         side = self.resolution // self.pipeline.vae_scale_factor
         return side, side, self.pipeline.vae.params["decoder"]["conv_in"]["kernel"].shape[2]
 
+    def caption_ids(self, prompts: Sequence[str]) -> np.ndarray:
+        """Returns the token ids by which the student learns: of the prompts' words, in one chunk."""
+        if self.pipeline.prompt_grammar == A1111:
+            prompts = [plain_text(prompt) for prompt in prompts]
+        return self.pipeline.tokenizers(prompts)
+
     def __call__(self, teacher: int, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
         """Returns scaled latents (B, h, w, C), float32."""
-        pipeline = self._load(teacher)
-        size = {"height": self.resolution, "width": self.resolution}
-        return pipeline(prompts, seeds=seeds, output="latents", **size, **self.options)
-
-    def _load(self, teacher: int) -> Pipeline:
         if self._loaded is None or self._loaded[0] != teacher:
             self._loaded = None  # Frees the previous teacher before the next one is loaded.
-            checkpoint = self.teachers[teacher]
-            pipeline = self.pipeline.with_text_encoders(checkpoint.text_params(self.base))
-            self._loaded = teacher, pipeline.with_unet(checkpoint.params("unet"))
-        return self._loaded[1]
+            pipeline = self.pipeline.with_checkpoint(self.teachers[teacher], self.base, self.embeddings[teacher])
+            self._loaded = teacher, pipeline, pipeline.num_chunks(self.prompts)
+        _, pipeline, num_chunks = self._loaded
+        options = {"height": self.resolution, "width": self.resolution, "num_chunks": num_chunks, **self.options}
+        return pipeline(prompts, seeds=seeds, output="latents", **options)
 
 
 def _draws(config) -> Draws:
@@ -113,6 +134,14 @@ def _draws(config) -> Draws:
         raise UserError("teachers is empty: list at least one (style name, path) to draw the prompts.")
     prompts = read_prompts(config.data.prompts)
     return Draws(prompts, len(config_lib.style_names(config)), config.data.num_examples or len(prompts), config.seed)
+
+
+def _are_plain(pipeline: Pipeline, prompts: Sequence[str]) -> bool:
+    """Tells whether the grammar changes nothing: a cache from before there was one stays valid."""
+    tokens = pipeline.tokenize(prompts)
+    if tokens.input_ids.shape[1] > 1 or not (tokens.weights == 1.0).all():
+        return False
+    return np.array_equal(tokens.input_ids[:, 0], pipeline.tokenizers(prompts))
 
 
 def _describe_source(base: Checkpoint, teachers: Mapping[str, Checkpoint], draws: Draws, options: Mapping) -> str:

@@ -21,17 +21,19 @@ class ComparedModels:
     def __init__(self, config, workdir: Location):
         """Opens the run's checkpoints; each method moves its UNet to the device."""
         self.names = config_lib.style_names(config)
-        self.dtype = config.dtype
-        self._base = open_checkpoint(config.base, prediction_type=config.prediction_type)
+        self.dtype, self._options = config.dtype, {"prompt_grammar": config.sampling.prompt_grammar}
+        self._embeddings = {name: config_lib.embeddings(config, name) for name in ("base", *self.names)}
+        self._base = open_checkpoint(config.base, **config_lib.opening(config, "base"))
         self._teachers = origins(config)
         self._student = open_checkpoint(workdir)
-        pipeline = Pipeline.for_unet(self._base, self._student.unet_config, self.names, dtype=config.dtype)
-        self.student = pipeline.with_unet(self._student.params("unet"))
+        options = {"dtype": self.dtype, **self._options}
+        pipeline = Pipeline.for_unet(self._base, self._student.unet_config, self.names, **options)
+        self.student = pipeline.with_unet(self._student.params("unet")).with_embeddings(self._embeddings["base"])
 
     @property
     def base(self) -> Pipeline:
         """The base model."""
-        return self._stock.with_unet(self._base.params("unet"))
+        return self._stock.with_checkpoint(self._base, self._base, self._embeddings["base"])
 
     def teacher(self, name: str) -> Pipeline:
         """Returns one teacher, with its own text encoders if it has them."""
@@ -45,7 +47,7 @@ class ComparedModels:
         """Returns one network of the teachers' merged weights, text encoders included."""
         teachers = list(self._teachers.values())
         checkpoint = merge_networks(self._base, teachers, parse_method(method, len(teachers)), networks_of(self._base))
-        return self._stock.with_unet(checkpoint.params("unet")).with_text_encoders(checkpoint.text_params())
+        return self._stock.with_checkpoint(checkpoint, self._base, self._embeddings["base"])
 
     def digests(self) -> dict[str, dict[str, str]]:
         """Returns the SHA-256 of the contents of every network that draws, by model and network."""
@@ -55,16 +57,16 @@ class ComparedModels:
         return models | teachers
 
     def _with_teacher(self, pipeline: Pipeline, name: str) -> Pipeline:
-        teacher = self._teachers[name]
-        return pipeline.with_unet(teacher.params("unet")).with_text_encoders(teacher.text_params(self._base))
+        return pipeline.with_checkpoint(self._teachers[name], self._base, self._embeddings[name])
 
     @functools.cached_property
     def _stock(self) -> Pipeline:
-        return Pipeline.for_unet(self._base, self._base.unet_config, (), dtype=self.dtype)
+        return Pipeline.for_unet(self._base, self._base.unet_config, (), dtype=self.dtype, **self._options)
 
     @functools.cached_property
     def _stock_in_other_dtype(self) -> Pipeline:
-        return Pipeline.for_unet(self._base, self._base.unet_config, (), dtype=OTHER_DTYPE[self.dtype])
+        options = {"dtype": OTHER_DTYPE[self.dtype], **self._options}
+        return Pipeline.for_unet(self._base, self._base.unet_config, (), **options)
 
 
 def _digests(checkpoint: Checkpoint, networks: Sequence[str]) -> dict[str, str]:

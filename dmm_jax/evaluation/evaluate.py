@@ -32,6 +32,7 @@ from dmm_jax.evaluation.style_matrix import style_matrix
 from dmm_jax.runtime import metrics
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import Location, in_bucket, locate
+from dmm_jax.text.prompt_grammar import PLAIN
 
 TEACHER_SEED, OTHER_SEED = 10_000_000, 20_000_000  # Picture k's noise has this seed + k.
 NUM_SHOWN = 6  # Pairs of pictures per style in the report.
@@ -58,6 +59,8 @@ def evaluate(workdir: str | os.PathLike, options: Options | None = None) -> Eval
     training_log = _read_training_log(workdir / "metrics.jsonl")
     _check_features(options.features, config)
     prompts = choose_prompts(config, max(options.num_images, options.num_pairs), options.prompts_file)
+    grammar = PLAIN if prompts.are_captions else options.prompt_grammar or config.sampling.prompt_grammar
+    config.sampling.prompt_grammar = grammar
     network = open_feature_network(options.features)
     perceptual = lpips.load(options.lpips_file) if options.lpips_file else None
     scorer = clip.Scorer.open(options.clip_folder, prompts.lines) if options.clip_folder else None
@@ -65,6 +68,7 @@ def evaluate(workdir: str | os.PathLike, options: Options | None = None) -> Eval
     models = ComparedModels(config, workdir)
     results, pairs = _compare(models, sampler, perceptual, options.weight_merges)
     results["settings"] |= sampler.settings | prompts.settings | _conditions(config)
+    results["settings"]["prompt grammar"] = grammar
     results["settings"] |= merge_settings(options.weight_merges)
     results["settings"] |= {} if perceptual is None else lpips.settings(perceptual)
     results["settings"]["fidelity's floor"] = f"the teacher in {OTHER_DTYPE[config.dtype]} against {config.dtype}"

@@ -31,7 +31,7 @@ class Options:
       num_pairs: pictures per style that teacher and student draw from the same noise.
       batch_size: pictures computed at once.
       weight_merges: the weight merges that the student is compared with: "average", and others of `METHODS`.
-      num_inference_steps, guidance_scale, solver: None takes `config.sampling`.
+      num_inference_steps, guidance_scale, guidance_rescale, solver, prompt_grammar: None takes `config.sampling`.
     """
 
     num_images: int = 2000
@@ -45,7 +45,9 @@ class Options:
     weight_merges: tuple[str, ...] = ("average",)
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    guidance_rescale: float | None = None
     solver: str | None = None
+    prompt_grammar: str | None = None
 
     def __post_init__(self):
         arguments.whole_number("num_images", self.num_images, 2)  # A distance needs a variance.

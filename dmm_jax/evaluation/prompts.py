@@ -19,6 +19,7 @@ class Prompts(NamedTuple):
 
     lines: list[str]
     settings: dict[str, str]
+    are_captions: bool = False  # Plain text of the training images, written without the grammar of prompts.
 
 
 def choose_prompts(config, count: int, file: str = "") -> Prompts:
@@ -47,7 +48,8 @@ def choose_prompts(config, count: int, file: str = "") -> Prompts:
     used = lines[:count]
     repeats = f", again and again for {count} pictures" if len(used) < count else ""
     settings = {"prompts": f"{len(used)} of {source}{repeats}", "prompts trained on": _overlap(config, used)}
-    return Prompts([used[k % len(used)] for k in range(count)], settings)
+    are_captions = not file and config.data.source != TEACHERS
+    return Prompts([used[k % len(used)] for k in range(count)], settings, are_captions)
 
 
 def _overlap(config, prompts: Sequence[str]) -> str:

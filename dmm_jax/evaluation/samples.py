@@ -62,7 +62,9 @@ class Sampler:
 
     def draw(self, pipeline: Pipeline, jobs: Sequence) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields images and latents of (prompt, style, seed) jobs, batch by batch."""
-        return draw(pipeline, jobs, self.batch_size, negative_prompts=self.negative_prompt or None, **self.sampling)
+        negative = self.negative_prompt or None
+        options = self.sampling | {"num_chunks": pipeline.num_chunks([*self.prompts, negative])}
+        return draw(pipeline, jobs, self.batch_size, negative_prompts=negative, **options)
 
     def sample(self, pipeline: Pipeline, style: str | None, seed: int, num_drawn: int = 0) -> Sample:
         """Measures the first `num_images` pictures.

@@ -39,6 +39,9 @@ class Parameters:
     model: str
     model_hash: str
     styles: Style = None
+    guidance_rescale: float | int = 0.0
+    clip_skip: int = 1
+    prompt_grammar: str = "a1111"
 
     def a1111_text(self) -> str:
         """Returns the text that AUTOMATIC1111's web UI writes as `parameters`; its readers can parse the result.
@@ -55,6 +58,8 @@ class Parameters:
             "Model hash": self.model_hash,
             "Model": self.model,
             "Style": style_text(self.styles),
+            "Clip skip": self.clip_skip if self.clip_skip != 1 else None,
+            "CFG Rescale phi": f"{self.guidance_rescale:g}" if self.guidance_rescale else None,
         }
         lines = [self.prompt]
         if self.negative_prompt:

@@ -30,6 +30,7 @@ def sample(
     width: int = 0,
     num_inference_steps: int = 25,
     guidance_scale: float = 7.0,
+    guidance_rescale: float = 0.0,
     solver: str = "dpmpp_2m",
     batch_size: int = 8,
     progress: Callable[..., Iterable] = lambda batches, total: batches,
@@ -51,7 +52,8 @@ def sample(
     styles = list(styles) or list(pipeline.styles) or [None]
     pipeline.style_weights(styles, len(styles), timesteps=np.zeros(1))  # Refuses wrong styles before any drawing.
     jobs = [(prompt, style, seed + row) for row, prompt in enumerate(prompts) for style in styles]
-    options = {"solver": solver, "guidance_scale": guidance_scale}
+    options = {"solver": solver, "guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale}
+    options_of_all = options | {"num_chunks": pipeline.num_chunks([*prompts, negative_prompt])}
     batches = draw(
         pipeline,
         jobs,
@@ -60,7 +62,7 @@ def sample(
         num_inference_steps=num_inference_steps,
         height=height,
         width=width,
-        **options,
+        **options_of_all,
     )
     images = np.concatenate([batch for batch, _ in progress(batches, total=-(-len(jobs) // batch_size))])
     shared = options | {
@@ -68,6 +70,8 @@ def sample(
         "steps": num_inference_steps,
         "height": images.shape[1],
         "width": images.shape[2],
+        "clip_skip": pipeline.source.clip_skip,
+        "prompt_grammar": pipeline.prompt_grammar,
         "model": pipeline.name,
         "model_hash": pipeline.source.digest("unet")[:10],
     }

@@ -237,7 +237,8 @@ class CLIPTextModel(nnx.Module):
 
     def _end_of_text(self, input_ids: Int[Array, "B L"]) -> Int[Array, " B"]:
         if self.eos_token_id == LEGACY_EOS_TOKEN_ID:
-            return jnp.argmax(input_ids, axis=1)
+            own = input_ids < self.text_model.embeddings.token_embedding.num_embeddings  # Rows of embeddings follow.
+            return jnp.argmax(jnp.where(own, input_ids, 0), axis=1)
         return jnp.argmax(input_ids == self.eos_token_id, axis=1)  # The first: padding may be end tokens too.
 
 

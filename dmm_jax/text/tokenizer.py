@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dmm_jax.runtime.errors import UserError
-from dmm_jax.text.vocabulary import BUNDLED, read_bpe
+from dmm_jax.text.vocabulary import BUNDLED, WORD_END, read_bpe
 
 DEFAULT_MAX_LENGTH = 77
 NO_PROMPT = -1  # Fills a row of ids that stands for no prompt at all.
@@ -38,6 +38,7 @@ class Tokenizer:
             )
         length = clip_tokenizer.model_max_length
         self.max_length = length if length < _UNSET_LENGTH else DEFAULT_MAX_LENGTH
+        self.comma_id = vocab.get("," + WORD_END)  # A lone comma: a chunk may end after it.
         self._tokenizer = clip_tokenizer
 
     @classmethod
@@ -69,6 +70,24 @@ class Tokenizer:
         return self._tokenizer.pad_token_id
 
     @property
+    def end_id(self) -> int:
+        """The id of the end token."""
+        return self._tokenizer.eos_token_id
+
+    @property
+    def room(self) -> int:
+        """The tokens of a prompt that a row holds, without start and end."""
+        return self.max_length - 2
+
+    def token(self, number: int) -> str:
+        """Returns the token of an id."""
+        return self._tokenizer.convert_ids_to_tokens(number)
+
+    def token_ids(self, text: str) -> list[int]:
+        """Returns the ids of a text, as many as it has, without start and end."""
+        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    @property
     def vocab_size(self) -> int:
         """The number of ids including special ones, which a text encoder needs as rows of its table."""
         return len(self._tokenizer)
@@ -90,7 +109,7 @@ class Tokenizer:
         return rows
 
     def _ids(self, prompt: str) -> list[int]:
-        tokenizer, room = self._tokenizer, self.max_length - 2
+        tokenizer, room = self._tokenizer, self.room
         encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids = encoded["input_ids"]
         if len(ids) > room:

@@ -3,6 +3,7 @@
 import argparse
 import pathlib
 
+from dmm_jax.text.prompt_grammar import GRAMMARS
 from dmm_jax.verbs import options
 
 
@@ -23,8 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--negative-prompt", "negative_prompt", "for every picture; default: none")
     add("--pairs", "num_pairs", "images per style that teacher and student draw from one noise; default: 32", type=int)
     add("--batch-size", "batch_size", "images computed at once; default: 50", type=int)
-    add("--steps", "num_inference_steps", "default: config.sampling's of the run, and so for the next two", type=int)
+    add("--steps", "num_inference_steps", "default: config.sampling's of the run, and so for the next four", type=int)
     add("--guidance-scale", "guidance_scale", "1 is none", type=float)
+    add("--guidance-rescale", "guidance_rescale", "0 to 1; 0.7 for models with zero terminal SNR", type=float)
+    add("--prompt-grammar", "prompt_grammar", "a1111 or plain; captions of the run are always plain", choices=GRAMMARS)
     add("--solver", "solver", "for example euler, dpmpp_2m")
     add(
         "--merges",

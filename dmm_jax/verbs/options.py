@@ -4,6 +4,7 @@ import argparse
 
 from dmm_jax.config.files import read_config
 from dmm_jax.config.options import DTYPES
+from dmm_jax.text.prompt_grammar import A1111, GRAMMARS
 
 _OF_COMMAND_LINE = ("verb", "overrides")  # Arguments that no function of the library takes.
 
@@ -15,6 +16,16 @@ def add_prediction_type(parser: argparse.ArgumentParser) -> None:
         default="",
         choices=("epsilon", "v_prediction"),
         help="for single files whose metadata does not record it",
+    )
+
+
+def add_prompt_grammar(parser: argparse.ArgumentParser) -> None:
+    """Adds --prompt-grammar, by which prompts are read."""
+    parser.add_argument(
+        "--prompt-grammar",
+        default=A1111,
+        choices=GRAMMARS,
+        help="a1111 (default): (word:1.2), [word], BREAK and prompts of any length; plain: text, cut after 75 tokens",
     )
 
 

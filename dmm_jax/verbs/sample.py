@@ -28,11 +28,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_prediction_type(parser)
     parser.add_argument("--negative-prompt", default=None, help="default: none, which for SDXL differs from ''")
+    options.add_prompt_grammar(parser)
+    parser.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a textual inversion, or NAME=FILE; prompts use it by name; repeat",
+    )
+    parser.add_argument(
+        "--clip-skip",
+        type=int,
+        default=1,
+        metavar="N",
+        help="for Stable Diffusion 1: the text encoder's N-th layer from its end conditions; default: 1, the last",
+    )
     parser.add_argument(
         "--seed", type=int, default=0, help="of the first prompt; the next has seed + 1; the same for all styles"
     )
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance-scale", type=float, default=7.0)
+    parser.add_argument(
+        "--guidance-rescale", type=float, default=0.0, help="0 to 1; 0.7 for models with zero terminal SNR"
+    )
     parser.add_argument("--solver", default="dpmpp_2m")
     parser.add_argument("--height", type=int, default=0, help="pixels; default: the model's")
     parser.add_argument("--width", type=int, default=0)
@@ -46,6 +64,7 @@ def main(args: argparse.Namespace) -> None:
 
     from dmm_jax.config.styles import parse_style
     from dmm_jax.data.prompts import read_prompts
+    from dmm_jax.diffusion.guidance import ADVICE
     from dmm_jax.gallery.gallery import write_gallery
     from dmm_jax.gallery.sample import sample
     from dmm_jax.pipeline import Pipeline, default_dtype
@@ -61,8 +80,12 @@ def main(args: argparse.Namespace) -> None:
         base=args.base,
         extra_styles=args.extra_style,
         prediction_type=args.prediction_type,
+        clip_skip=args.clip_skip,
+        embeddings=args.embedding,
+        prompt_grammar=args.prompt_grammar,
     )
-    for line in pipeline.source.fallbacks:
+    needs_advice = pipeline.schedule.rescale_betas_zero_snr and not args.guidance_rescale
+    for line in pipeline.source.fallbacks + ([ADVICE] if needs_advice else []):
         print(line, file=sys.stderr, flush=True)
     samples = sample(
         pipeline,
@@ -74,6 +97,7 @@ def main(args: argparse.Namespace) -> None:
         width=args.width,
         num_inference_steps=args.steps,
         guidance_scale=args.guidance_scale,
+        guidance_rescale=args.guidance_rescale,
         solver=args.solver,
         batch_size=args.batch_size,
         progress=functools.partial(tqdm, disable=None),

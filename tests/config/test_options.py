@@ -105,6 +105,30 @@ def test_sample_grids_need_prompts():
         checks.check(config)
 
 
+def test_sample_prompts_that_cannot_be_read_are_refused():
+    config = valid()
+    config.samples.every, config.samples.prompts = 5, ("a (cat:nan)",)
+    with pytest.raises(ValueError, match="samples.prompts: .* not a finite number"):
+        checks.check(config)
+    config.sampling.prompt_grammar = "plain"
+    checks.check(config)
+
+
+@pytest.mark.parametrize(
+    "option, entries, message",
+    [
+        ("clip_skip", ("teachr=2",), "clip_skip has 'teachr' with 2; expected 'NAME=2'"),
+        ("clip_skip", ("base=two",), "clip_skip has 'base' with 0"),
+        ("embeddings", ("file.safetensors",), "embeddings has 'file.safetensors'; expected 'NAME=FILE'"),
+    ],
+)
+def test_options_of_parents_name_a_parent(option, entries, message):
+    config = valid()
+    config[option] = entries
+    with pytest.raises(ValueError, match=message):
+        checks.check(config)
+
+
 def test_one_error_lists_all_problems():
     config = valid()
     config.base, config.num_steps = "", 0

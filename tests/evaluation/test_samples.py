@@ -69,10 +69,12 @@ def test_prompts_seeds_and_negative_prompt_reach_the_pipeline(monkeypatch):
         return batches(90)
 
     monkeypatch.setattr(samples, "draw", draw)
+    monkeypatch.setattr(Pipeline, "num_chunks", lambda self, prompts: len(prompts))
     sampler.pictures(object.__new__(Pipeline), "ink", 7)
     ((jobs, batch_size, arguments),) = calls
     assert (jobs, batch_size) == ([("first", "ink", 7), ("second", "ink", 8)], 50)
     assert arguments["negative_prompts"] == "blurred" and arguments["num_inference_steps"] == 25
+    assert arguments["num_chunks"] == 4  # Those of all prompts, so that every draw conditions alike.
 
 
 def test_small_samples_have_kernel_subsets_of_their_size():

@@ -9,6 +9,7 @@ from flax import nnx
 from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.models.text_encoders import TextEncoders
+from dmm_jax.text.prompt_chunks import tokenize
 from dmm_jax.text.tokenizer import Tokenizers
 from dmm_jax.world.tokenizer import write_tokenizer
 from tests import families
@@ -70,6 +71,42 @@ def test_the_conditioning_is_that_of_diffusers(family, scale, folder):
     for zeros, expected in ((none.encoder_hidden_states, negatives), (none.pooled, negatives_pooled)):
         np.testing.assert_array_equal(zeros, expected.detach().numpy())
         assert not np.asarray(zeros).any()
+
+
+def emphasised(states, weights):
+    """A1111's emphasis of one prompt's chunk, in PyTorch."""
+    weighted = states * weights[:, None]
+    return weighted * (states.mean() / weighted.mean())
+
+
+@pytest.mark.parametrize("family", families.NAMES)
+def test_weighted_chunks_are_those_of_transformers(family, folder):
+    """Each chunk by transformers' encoders, then A1111's rule per encoder; the pooled state is the first chunk's."""
+    torch = pytest.importorskip("torch")
+    pipe = families.stock(family, seed=0)
+    for name in families.TEXTS[family]:
+        scaled(getattr(pipe, name), 1.7)
+        for key, parameter in getattr(pipe, name).named_parameters():
+            parameter.data += 0.2 * key.endswith("bias")  # Without a norm's bias the mean is 0, and cannot be restored.
+    tokenizers = Tokenizers.from_folders([folder / family / name for name in families.PADS[family]])
+    prompts = ["a (large:1.4) red circle BREAK [small] blue star", "a star"]
+    tokens = tokenize(tokenizers, prompts, "a1111")
+    text = with_weights_of(pipe, families.TEXTS[family]).encode_chunks(*map(jnp.asarray, tokens))
+    ids, weights = map(torch.tensor, tokens)
+    encoders = [getattr(pipe, name) for name in families.TEXTS[family]]
+    for row in range(len(prompts)):
+        chunks = []
+        for number in range(2):
+            own = [rows[row, number].chunk(len(encoders)) for rows in (ids, weights)]
+            parts = zip(encoders, *own, strict=True)
+            with torch.no_grad():
+                outputs = [(encoder(its_ids[None], output_hidden_states=True), its) for encoder, its_ids, its in parts]
+            states = [it.hidden_states[-2] if family == "sdxl" else it.last_hidden_state for it, _ in outputs]
+            pairs = zip(states, outputs, strict=True)
+            chunks.append(torch.cat([emphasised(state[0], its) for state, (_, its) in pairs], dim=-1))
+            if family == "sdxl" and number == 0:
+                assert families.error(text.pooled[row], outputs[1][0].text_embeds[0]) < TOLERANCE
+        assert families.error(text.encoder_hidden_states[row], torch.cat(chunks)) < TOLERANCE
 
 
 def test_each_encoder_reads_its_own_tokenizers_row(folder):
