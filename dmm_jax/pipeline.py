@@ -9,13 +9,14 @@ another mix at every evaluation of the UNet. The process's devices share a batch
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float
+from PIL import Image
 
 from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.checkpoint import Checkpoint
@@ -27,10 +28,10 @@ from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.config import arguments
 from dmm_jax.config.options import DTYPES
 from dmm_jax.config.styles import Style, is_schedule, style_rows
-from dmm_jax.diffusion import guidance, solvers
+from dmm_jax.diffusion import solvers
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.kernels.attention import choose_implementation
-from dmm_jax.models import text_encoders
+from dmm_jax.models import drawing, text_encoders
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.network import Network, place_params
 from dmm_jax.models.text_encoders import TextConditioning, TextEncoders
@@ -43,6 +44,13 @@ from dmm_jax.text.tokenizer import Tokenizers
 
 PIXELS_DECODED = 2**21  # Per device and call: two images of 1024 x 1024, under 6 GiB by v5e's compiler.
 
+OUTPUTS = ("images", "pil", "latents")
+# {argument of other libraries: what it is called here}
+OTHER_NAMES = {
+    "prompt": "prompts", "seed": "seeds", "generator": "seeds", "output_type": "output", "scheduler": "solver",
+    "sampler": "solver", "steps": "num_inference_steps", "cfg_scale": "guidance_scale", "style": "styles",
+    "callback_on_step_end": "callback", "clip_skip": "an argument of Pipeline.from_pretrained",
+}  # fmt: skip
 Pixels = tuple[int, int]
 
 
@@ -197,9 +205,12 @@ class Pipeline:
         return dataclasses.replace(pipeline, embeddings={**self.embeddings, **counts})
 
     def style_weights(
-        self, styles: Style | Sequence[Style], batch_size: int, timesteps: Float[np.ndarray, " S"]
+        self, styles: Style | Sequence[Style], batch_size: int, timesteps: Float[np.ndarray, " S"], repeats: int = 1
     ) -> np.ndarray | None:
         """Returns the weight of each style at each timestep (B, S, N); None for a stock checkpoint.
+
+        Args:
+          repeats: consecutive images that one of the styles may be for, if there are fewer than images.
 
         Raises:
           ValueError: an unknown name (the message suggests the nearest), no style for a merged model, or a style for a
@@ -207,7 +218,7 @@ class Pipeline:
         """
         if styles is None or isinstance(styles, (str, Mapping)) or is_schedule(styles):
             styles = [styles] * batch_size
-        styles = arguments.per_prompt("styles", styles, batch_size)
+        styles = arguments.per_prompt("styles", styles, batch_size, repeats)
         if not self.styles:
             if any(style is not None for style in styles):
                 raise UserError("this checkpoint has no styles: it is a stock one. Leave styles out.")
@@ -237,13 +248,13 @@ class Pipeline:
         for Stable Diffusion 1 and 2, zeros for SDXL.
         """
         tokens = sharding.spread(self.tokenize(prompts, num_chunks))
-        return _encode(self.text_encoders.graph, self.text_encoders.params, *tokens)
+        return drawing.encode(self.text_encoders.graph, self.text_encoders.params, *tokens)
 
     def decode(self, latents):
         """Decodes scaled latents (B, h, w, 4) to uint8 images (B, H, W, 3); large batches in parts (PIXELS_DECODED)."""
         latents = jnp.asarray(latents, jnp.float32)
         at_once = max(PIXELS_DECODED // (math.prod(latents.shape[1:3]) * self.vae_scale_factor**2), 1)
-        return sharding.in_parts(functools.partial(_decode, self.vae.graph, self.vae.params), at_once, latents)
+        return sharding.in_parts(functools.partial(drawing.decode, self.vae.graph, self.vae.params), at_once, latents)
 
     def __call__(
         self,
@@ -263,16 +274,20 @@ class Pipeline:
         crops_coords_top_left: Pixels = (0, 0),
         target_size: Pixels | None = None,
         num_chunks: int = 1,
-    ) -> np.ndarray:
-        """Draws one image per prompt.
+        num_images_per_prompt: int = 1,
+        callback: Callable[[int, float, np.ndarray], bool | None] | None = None,
+        **others,
+    ) -> np.ndarray | list:
+        """Draws one image per prompt, or `num_images_per_prompt`. What is "per image" may also be per prompt.
 
         Args:
-          prompts: B texts.
-          negative_prompts: one for all images, one per image, or None for none: "", and zeros for SDXL.
+          prompts: texts, or one text.
+          negative_prompts: one for all images, one per image, or None for none: "", and zeros for SDXL. Also as
+            `negative_prompt`.
           styles: a name, a mix such as {"anime": 0.7, "photo": 0.3} (rows are mixed before the MLP), a schedule of
             these over timesteps such as [(1000, "photo"), (600, "anime")] (`config.styles.style_rows`), or one of them
             per prompt. A merged model requires it; a stock one takes none.
-          seeds: one per prompt, 0 to 2**32 - 1 (default 0, 1, ...). A seed draws the same noise, bit for bit, in any
+          seeds: one per image, 0 to 2**32 - 1 (default 0, 1, ...). A seed draws the same noise, bit for bit, in any
             batch. The image is the same to float rounding, which depends on the batch's size: a uint8 value may differ
             by 1.
           latents: unit noise (B, h, w, C) instead of seeds.
@@ -281,30 +296,35 @@ class Pipeline:
           guidance_scale: one number, or one per image; 1.0 is off (arXiv:2207.12598).
           guidance_rescale: one share from 0 to 1, or one per image; 0.7 keeps models with zero terminal SNR from
             overexposure (arXiv:2305.08891, 3.4).
-          solver: a name in `dmm_jax.diffusion.solvers.SOLVERS`.
-          output: "images", uint8 (B, H, W, 3), or "latents", float32 scaled latents (B, h, w, C).
+          solver: a name in `dmm_jax.diffusion.solvers.SOLVERS`, or A1111's, such as "DPM++ 2M SDE Karras".
+          output: "images", uint8 (B, H, W, 3), "pil", a list, or "latents", float32 scaled latents (B, h, w, C).
           original_size, crops_coords_top_left, target_size: SDXL's size conditioning, (height, width) or (top, left) in
             pixels (arXiv:2307.01952, 2.2); the sizes default to (height, width). Other models ignore it.
           num_chunks: empty chunks fill every prompt up to the longest of the batch, and to this number. Batches of one
             number share a compiled program, and an image is the same in each.
+          callback: called after every evaluation of the network with its number, its timestep and the noisy latents
+            (B, h, w, C); drawing stops if it returns False. Evaluations then run one by one, a little slower.
 
         Raises:
           ValueError: an argument does not fit; the message names what does.
         """
-        if output not in ("images", "latents"):
-            raise UserError(f"output must be 'images' or 'latents'; got {output!r}.")
-        prompts = arguments.texts("prompts", prompts)
+        negative_prompts = others.pop("negative_prompt", negative_prompts)
+        arguments.refuse_unknown(others, Pipeline.__call__, OTHER_NAMES)
+        if output not in OUTPUTS:
+            raise UserError(f"output must be one of {', '.join(OUTPUTS)}; got {output!r}.")
+        arguments.whole_number("num_images_per_prompt", num_images_per_prompt, 1)
+        prompts = [text for text in arguments.texts("prompts", prompts) for _ in range(num_images_per_prompt)]
         batch_size = len(prompts)
         if isinstance(negative_prompts, (str, type(None))):
             negative_prompts = [negative_prompts] * batch_size
         negatives = arguments.texts("negative_prompts", negative_prompts)
-        negatives = arguments.per_prompt("negative_prompts", negatives, batch_size)
+        negatives = arguments.per_prompt("negative_prompts", negatives, batch_size, num_images_per_prompt)
         arguments.whole_number("num_inference_steps", num_inference_steps, 1)
         plan = solvers.plan(str(solver), self.schedule, num_inference_steps)
-        weights = self.style_weights(styles, batch_size, plan.timesteps)
+        weights = self.style_weights(styles, batch_size, plan.timesteps, num_images_per_prompt)
         keys = _keys(seeds, batch_size)
-        scales = _per_image("guidance_scale", guidance_scale, batch_size)
-        rescales = _per_image("guidance_rescale", guidance_rescale, batch_size, 0.0, 1.0)
+        scales = _per_image("guidance_scale", guidance_scale, batch_size, num_images_per_prompt)
+        rescales = _per_image("guidance_rescale", guidance_rescale, batch_size, num_images_per_prompt, 0.0, 1.0)
         guided = bool(np.any(scales != 1.0))
         height, width = self._image_size(height, width, latents)
         noise = self._noise(keys, latents, height, width)
@@ -320,9 +340,28 @@ class Pipeline:
         added = text.added_cond(jnp.tile(jnp.array(time_ids, jnp.float32), (len(states), 1)))
         scales = scales, rescales if np.any(rescales) else None
         noise, keys, weights, scales = sharding.spread((noise, keys, weights, scales))
-        unet = self.unet
-        latents = _denoise(unet.graph, guided, unet.params, plan, noise, keys, states, added, weights, *scales)
-        return np.asarray(latents if output == "latents" else self.decode(latents))
+        conditions = keys, states, added, weights, *scales
+        if callback is None:
+            latents = drawing.denoise(self.unet.graph, guided, self.unet.params, plan, noise, *conditions)
+        else:
+            latents = self._denoise_by_evaluation(callback, guided, plan, noise, *conditions)
+        if output == "latents":
+            return np.asarray(latents)
+        images = np.asarray(self.decode(latents))
+        return [Image.fromarray(image) for image in images] if output == "pil" else images
+
+    def _denoise_by_evaluation(self, callback, guided, plan, noise, keys, states, added, weights, *scales):
+        """Returns latents as `drawing.denoise`, or those of the evaluation after which the callback returned False."""
+        state = solvers.start(plan, noise)
+        for number, timestep in enumerate(plan.timesteps.tolist()):
+            rows = slice(number, number + 1)
+            part = jax.tree.map(lambda column, rows=rows: column[rows] if column.ndim else column, plan)
+            own = None if weights is None else weights[:, rows]
+            arguments = part, state, np.int32(number), keys, states, added, own, *scales
+            state = drawing.denoise_part(self.unet.graph, guided, self.unet.params, *arguments)
+            if callback(number, timestep, np.asarray(state[0])) is False:
+                break
+        return state[0]
 
     def _image_size(self, height, width, latents) -> Pixels:
         """Returns height and width in pixels; a 0 takes the side from the latents, or from the model's config."""
@@ -340,7 +379,7 @@ class Pipeline:
         factor = self.vae_scale_factor
         shape = (height // factor, width // factor, self.unet.merged().config["in_channels"])
         if latents is None:
-            return _unit_noise(keys, shape)
+            return drawing.unit_noise(keys, shape)
         latents = jnp.asarray(latents, jnp.float32)
         if latents.shape != (len(keys), *shape) or not jnp.isfinite(latents).all():
             raise UserError(f"latents must be finite unit noise of shape {(len(keys), *shape)}; got {latents.shape}.")
@@ -359,49 +398,8 @@ def _keys(seeds, batch_size):
     return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
 
 
-def _per_image(name, values, batch_size, *bounds) -> np.ndarray:
+def _per_image(name, values, batch_size, repeats, *bounds) -> np.ndarray:
     """Returns one number per image (B,)."""
     values = [values] * batch_size if np.ndim(values) == 0 else values
-    values = arguments.per_prompt(name, values, batch_size)
+    values = arguments.per_prompt(name, values, batch_size, repeats)
     return np.array([arguments.number(name, value, *bounds) for value in values], np.float32)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _unit_noise(keys, shape):
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(graph, params, input_ids, weights):
-    text = nnx.merge(graph, params).encode_chunks(input_ids, weights)
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), text)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _decode(graph, params, latents):
-    vae = nnx.merge(graph, params)
-    images = vae.decode(latents / vae.scaling_factor)
-    return jnp.round(jnp.clip(images.astype(jnp.float32) * 127.5 + 127.5, 0.0, 255.0)).astype(jnp.uint8)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _denoise(graph, guided, params, plan, noise, keys, text, added, weights, guidance_scales, rescales=None):
-    """Runs the solver and returns clean latents (B, h, w, C); without rescales it is a program without that work.
-
-    With guidance, `text` holds (negative, prompt) pairs in adjacent rows, so both are on their image's device.
-    """
-    unet = nnx.merge(graph, params)
-    # The UNet repeats latents itself at its first cross-attention, but SDXL's prompts also enter with the timestep.
-    repeats = 1 if added is None else len(text) // len(noise)
-
-    def denoise(latents, timestep, weights=None):
-        style = None if weights is None else jnp.repeat(unet.style_embedding(weights), repeats, axis=0)
-        latents = jnp.repeat(latents, repeats, axis=0)
-        timesteps = jnp.broadcast_to(timestep, latents.shape[:1])
-        prediction = unet(latents, timesteps, text, style_embedding=style, added_cond=added).sample
-        if not guided:
-            return prediction
-        result = guidance.guide(prediction[0::2], prediction[1::2], guidance_scales)
-        return result if rescales is None else guidance.rescale(result, prediction[1::2], rescales)
-
-    return solvers.sample(plan, denoise, noise, keys, *([] if weights is None else [jnp.swapaxes(weights, 0, 1)]))

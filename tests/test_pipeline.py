@@ -19,6 +19,7 @@ from dmm_jax.bench import networks
 from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.formats.safetensors_io import save
 from dmm_jax.data import prepare
+from dmm_jax.models import drawing
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.network import Network, cast_params
 from dmm_jax.pipeline import Pipeline
@@ -126,21 +127,46 @@ def test_a_token_without_a_row_is_refused(student):
         short(PROMPTS, styles="left", **QUICK)
 
 
+def test_several_images_per_prompt_have_their_own_seeds(student):
+    options = QUICK | {"styles": ["left", "right"], "output": "latents"}
+    four = student(PROMPTS, num_images_per_prompt=2, **options)
+    expanded = [text for text in PROMPTS for _ in range(2)]
+    assert np.array_equal(four, student(expanded, **{**options, "styles": ["left", "left", "right", "right"]}))
+
+
+def test_a_string_and_pil_are_accepted(student):
+    options = QUICK | {"styles": "left"}
+    (image,) = student(PROMPTS[0], output="pil", negative_prompt="blur", **options)
+    assert np.array_equal(image, student(PROMPTS[:1], negative_prompts="blur", **options)[0])
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpmpp_sde"])
+def test_a_callback_sees_every_evaluation_and_may_stop(student, solver):
+    options = QUICK | {"styles": SWITCHED, "output": "latents", "solver": solver}
+    seen = []
+    watched = student(PROMPTS, callback=lambda *event: seen.append(event), **options)
+    plain, count = student(PROMPTS, **options), {"unipc": 2, "dpmpp_sde": 3}[solver]
+    assert [number for number, _, _ in seen] == list(range(count)) and seen[0][1] == 999.0
+    assert np.abs(watched - plain).max() < 1e-5 * np.abs(plain).max()
+    stopped = student(PROMPTS, callback=lambda *_: False, **options)
+    np.testing.assert_array_equal(stopped, seen[0][2])
+
+
 def test_new_prompts_styles_seeds_and_scales_compile_nothing(student):
     student(PROMPTS, styles="left", **QUICK)
-    before = pipeline_lib._denoise._cache_size()
+    before = drawing.denoise._cache_size()
     student(["a small green square", "x"], styles=["right", {"left": 0.5, "right": 0.5}], seeds=[8, 9],
             num_inference_steps=2, guidance_scale=5.0, negative_prompts="blur", solver="euler")  # fmt: skip
-    assert pipeline_lib._denoise._cache_size() == before
+    assert drawing.denoise._cache_size() == before
 
 
 def test_decoding_in_parts_gives_the_same_images(student, monkeypatch):
     latents = np.random.default_rng(0).standard_normal((5, 8, 24, 4), np.float32)
-    at_once, num_programs = np.asarray(student.decode(latents), np.int32), pipeline_lib._decode._cache_size()
+    at_once, num_programs = np.asarray(student.decode(latents), np.int32), drawing.decode._cache_size()
     monkeypatch.setattr(pipeline_lib, "PIXELS_DECODED", 2 * 64 * 192)
     parts = np.asarray(student.decode(latents), np.int32)
     assert parts.shape == at_once.shape and np.abs(parts - at_once).max() <= 1
-    assert pipeline_lib._decode._cache_size() == num_programs + 1  # Parts of two; the last is padded.
+    assert drawing.decode._cache_size() == num_programs + 1  # Parts of two; the last is padded.
 
 
 @pytest.mark.parametrize(
@@ -158,7 +184,12 @@ def test_decoding_in_parts_gives_the_same_images(student, monkeypatch):
         ({"styles": "left", "latents": np.zeros((2, 8, 8, 4)), "height": 128}, r"shape \(2, 16, 8, 4\)"),
         ({"styles": "left", "seeds": [1, -1]}, "a seed must be a whole number from 0"),
         ({"styles": "left", "seeds": [1, 2**32]}, "a seed must be a whole number from 0"),
-        ({"styles": "left", "output": "png"}, "'images' or 'latents'"),
+        ({"styles": "left", "output": "png"}, "images, pil, latents; got 'png'"),
+        ({"styles": "left", "prompt": "x"}, "prompt: did you mean prompts?"),
+        ({"styles": "left", "hight": 64}, "hight: did you mean height?"),
+        ({"styles": "left", "clip_skip": 2}, "an argument of Pipeline.from_pretrained"),
+        ({"styles": "left", "num_images_per_prompt": 0}, "num_images_per_prompt must be"),
+        ({"styles": ["left"] * 3, "num_images_per_prompt": 2}, "styles has 3 entries for 4 prompts"),
     ],
 )
 def test_unfit_arguments_are_refused(student, arguments, message):
@@ -192,7 +223,7 @@ def test_a_seed_draws_the_same_noise_in_batches_of_any_size(student):
     single = student(PROMPTS[:1], seeds=[5], **options)
     assert np.abs(single[0] - five[2]).max() < 1e-5 * np.abs(single).max()
     keys = jax.vmap(jax.random.key)(np.arange(5, dtype=np.uint32))
-    noise = [pipeline_lib._unit_noise(part, (8, 8, 4)) for part in (keys, keys[3:4])]
+    noise = [drawing.unit_noise(part, (8, 8, 4)) for part in (keys, keys[3:4])]
     assert np.array_equal(noise[0][3], noise[1][0])
 
 
@@ -225,19 +256,20 @@ def test_each_image_has_its_own_schedule_and_nothing_compiles(student):
     options = QUICK | {"output": "latents", "seeds": [5, 6]}
     faded = [(1000, "right"), ((900, 100), {"left": 0.5, "right": 0.5})]
     alone = [student(PROMPTS, styles=style, **options) for style in (SWITCHED, faded)]
-    before = pipeline_lib._denoise._cache_size()
+    before = drawing.denoise._cache_size()
     both = student(PROMPTS, styles=[SWITCHED, faded], **options)
     assert np.array_equal(both, [alone[0][0], alone[1][1]])
     student(PROMPTS, styles=["left", SWITCHED], **options)
-    assert pipeline_lib._denoise._cache_size() == before
+    assert drawing.denoise._cache_size() == before
 
 
 ON_TWO_DEVICES = """
 import sys, jax, numpy as np
 from dmm_jax import pipeline as lib
+from dmm_jax.models import drawing
 shards = []
-denoise = lib._denoise
-lib._denoise = lambda *args: (shards.append(len(args[4].addressable_shards[0].data)), denoise(*args))[1]
+denoise = drawing.denoise
+drawing.denoise = lambda *args: (shards.append(len(args[4].addressable_shards[0].data)), denoise(*args))[1]
 student = lib.Pipeline.from_pretrained(sys.argv[1])
 options = {"num_inference_steps": 2, "guidance_scale": 2.0, "output": "latents"}
 latents = [student(["a large red circle"] * n, styles="left", **options) for n in (2, 3)]
@@ -278,5 +310,5 @@ def test_a_decoded_part_of_xl_images_fits_a_v5e():
 
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), encoded))
     images = jax.ShapeDtypeStruct((encoded, 1024, 1024, 3), jnp.uint8)
-    assert temporaries(pipeline_lib._decode, jax.ShapeDtypeStruct((decoded, 128, 128, 4), jnp.float32)) < 6
+    assert temporaries(drawing.decode, jax.ShapeDtypeStruct((decoded, 128, 128, 4), jnp.float32)) < 6
     assert temporaries(prepare._encode, images, keys) < 9

@@ -4,11 +4,13 @@
 name the argument.
 """
 
+import inspect
 import math
 import numbers
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from dmm_jax.runtime.errors import UserError
+from dmm_jax.runtime.errors import UserError, nearest, refuse
 
 MAX_SEED = 2**32 - 1  # The largest seed of a JAX key.
 MAX_PIXELS = 2**14  # Pixels per side.
@@ -56,10 +58,12 @@ def pixels(name: str, value: Any, multiple: int) -> int:
     return value
 
 
-def per_prompt(name: str, values: Any, count: int) -> list:
-    """Returns a list of one value per prompt."""
+def per_prompt(name: str, values: Any, count: int, repeats: int = 1) -> list:
+    """Returns a list of `count` values; each of `count` / `repeats` values is for so many consecutive images."""
     if isinstance(values, str) or not hasattr(values, "__len__") or not hasattr(values, "__iter__"):
         raise UserError(f"{name} must be a sequence, one for each of the {count} prompts; got {values!r}.")
+    if len(values) * repeats == count:
+        return [value for value in values for _ in range(repeats)]
     if len(values) != count:
         raise UserError(f"{name} has {len(values)} entries for {count} prompts: give one each.")
     return list(values)
@@ -74,6 +78,19 @@ def texts(name: str, values: Any) -> list:
     if not values:
         raise UserError(f"{name} is empty: give at least one.")
     return values
+
+
+def refuse_unknown(others: Mapping, function: Callable, other_names: Mapping[str, str]) -> None:
+    """Raises UserError if there are further keyword arguments; suggests what the function calls them.
+
+    Args:
+      other_names: {name in other libraries: name here}.
+    """
+    parameters = [name for name in inspect.signature(function).parameters if name not in ("self", "others")]
+    refuse(
+        "unknown arguments",
+        [f"{name}: did you mean {other_names.get(name) or nearest(name, parameters)}?" for name in others],
+    )
 
 
 def pixel_pair(name: str, value: Any) -> tuple[int, int]:

@@ -28,10 +28,10 @@ def rescale(
     conditional: Float[Array, "B h w C"],
     share: Float[Array | np.ndarray, " B"] | Float[Array | np.ndarray, ""] | float | int,
 ) -> Float[Array, "B h w C"]:
-    """Returns guided predictions, of which `share` gets the standard deviation of the conditional one, per image.
+    """Mixes guided predictions with those scaled to the standard deviation of the conditional ones, per image.
 
     Source: arXiv:2305.08891, equations 15 and 16. Guidance makes predictions too large, which overexposes images of
-    models with zero terminal SNR; the paper's share is 0.7.
+    models with zero terminal SNR; `share` is the scaled ones' part, 0.7 in the paper.
     """
     share = jnp.asarray(share, jnp.float32).reshape(-1, 1, 1, 1)
     before, after = (jnp.std(prediction, axis=(1, 2, 3), keepdims=True) for prediction in (conditional, guided))

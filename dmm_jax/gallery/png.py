@@ -10,15 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image, PngImagePlugin
 
 from dmm_jax.config.styles import Style, style_text
-from dmm_jax.runtime.errors import UserError
-
-SAMPLER_NAMES = {
-    "ddim": "DDIM",
-    "euler": "Euler",
-    "euler_ancestral": "Euler a",
-    "heun": "Heun",
-    "dpmpp_2m": "DPM++ 2M",
-}
+from dmm_jax.diffusion import solvers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +66,7 @@ def sampler_name(solver: str) -> str:
     Raises:
       ValueError: the solver is unknown.
     """
-    name = solver.removesuffix("_karras")
-    if name not in SAMPLER_NAMES:
-        raise UserError(f"unknown solver {solver!r}; use {', '.join(SAMPLER_NAMES)}, each also with _karras.")
-    return SAMPLER_NAMES[name] + (" Karras" if solver.endswith("_karras") else "")
+    return solvers.a1111_name(solvers.canonical(solver))
 
 
 def _quote(value):

@@ -4,7 +4,15 @@ import importlib
 
 import pytest
 
-SCHEDULER_FILES = ("ddim", "dpmsolver_multistep", "euler_discrete", "euler_ancestral_discrete", "heun_discrete")
+SCHEDULER_FILES = (
+    "ddim",
+    "dpmsolver_multistep",
+    "euler_discrete",
+    "euler_ancestral_discrete",
+    "heun_discrete",
+    "unipc_multistep",
+    "lcm",
+)
 
 
 class InDouble:

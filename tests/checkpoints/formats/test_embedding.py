@@ -28,8 +28,8 @@ def written(folder, name="bad-hands", **tensors):
 )
 def test_forms_have_names_and_vectors(tmp_path, tensors, widths, name):
     path = written(tmp_path, **tensors)
-    ((found, vectors),) = read_embeddings([path], widths, 75)
-    assert found == name and {encoder: rows.shape[1] for encoder, rows in vectors.items()} == widths
+    ((own_name, vectors),) = read_embeddings([path], widths, 75)
+    assert own_name == name and {encoder: rows.shape[1] for encoder, rows in vectors.items()} == widths
     assert read_embeddings([f"word={path}"], widths, 75)[0].name == "word"
 
 

@@ -1,0 +1,70 @@
+"""The compiled programs of a pipeline: prompts to states, noise to latents, latents to images."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dmm_jax.diffusion import guidance, solvers
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def unit_noise(keys, shape):
+    """Draws the unit noise (B, *shape) that denoising starts from, for each image from its own key."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode(graph, params, input_ids, weights):
+    """Returns the conditioning of prompts, float32."""
+    text = nnx.merge(graph, params).encode_chunks(input_ids, weights)
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), text)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def decode(graph, params, latents):
+    """Returns the images (B, H, W, 3), uint8, of scaled latents."""
+    vae = nnx.merge(graph, params)
+    images = vae.decode(latents / vae.scaling_factor)
+    return jnp.round(jnp.clip(images.astype(jnp.float32) * 127.5 + 127.5, 0.0, 255.0)).astype(jnp.uint8)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def denoise(graph, guided, params, plan, noise, keys, text, added, weights, guidance_scales, rescales=None):
+    """Runs the solver and returns clean latents (B, h, w, C); without rescales it is a program without that work.
+
+    With guidance, `text` holds (negative, prompt) pairs in adjacent rows, so both are on their image's device.
+    """
+    predict = _predictor(graph, guided, params, len(noise), text, added, guidance_scales, rescales)
+    return solvers.sample(plan, predict, noise, keys, *_by_evaluation(weights))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def denoise_part(graph, guided, params, plan, state, first, keys, text, added, weights, guidance_scales, rescales=None):
+    """Returns the solver's state after a part of a plan that begins at evaluation `first`; otherwise as `denoise`."""
+    predict = _predictor(graph, guided, params, len(state[0]), text, added, guidance_scales, rescales)
+    return solvers.advance(plan, predict, state, first, keys, *_by_evaluation(weights))
+
+
+def _by_evaluation(weights):
+    return [] if weights is None else [jnp.swapaxes(weights, 0, 1)]
+
+
+def _predictor(graph, guided, params, batch_size, text, added, guidance_scales, rescales):
+    """Returns the network, with guidance, as a function of latents, timestep and style weights."""
+    unet = nnx.merge(graph, params)
+    # The UNet repeats latents itself at its first cross-attention, but SDXL's prompts also enter with the timestep.
+    repeats = 1 if added is None else len(text) // batch_size
+
+    def predict(latents, timestep, weights=None):
+        style = None if weights is None else jnp.repeat(unet.style_embedding(weights), repeats, axis=0)
+        latents = jnp.repeat(latents, repeats, axis=0)
+        timesteps = jnp.broadcast_to(timestep, latents.shape[:1])
+        prediction = unet(latents, timesteps, text, style_embedding=style, added_cond=added).sample
+        if not guided:
+            return prediction
+        result = guidance.guide(prediction[0::2], prediction[1::2], guidance_scales)
+        return result if rescales is None else guidance.rescale(result, prediction[1::2], rescales)
+
+    return predict
