@@ -43,7 +43,6 @@ from dmm_jax.text.prompt_grammar import A1111, GRAMMARS
 from dmm_jax.text.tokenizer import Tokenizers
 
 PIXELS_DECODED = 2**21  # Per device and call: two images of 1024 x 1024, under 6 GiB by v5e's compiler.
-
 OUTPUTS = ("images", "pil", "latents")
 # {argument of other libraries: what it is called here}
 OTHER_NAMES = {
@@ -340,28 +339,13 @@ class Pipeline:
         added = text.added_cond(jnp.tile(jnp.array(time_ids, jnp.float32), (len(states), 1)))
         scales = scales, rescales if np.any(rescales) else None
         noise, keys, weights, scales = sharding.spread((noise, keys, weights, scales))
-        conditions = keys, states, added, weights, *scales
-        if callback is None:
-            latents = drawing.denoise(self.unet.graph, guided, self.unet.params, plan, noise, *conditions)
-        else:
-            latents = self._denoise_by_evaluation(callback, guided, plan, noise, *conditions)
+        denoise = drawing.denoise if callback is None else functools.partial(drawing.denoise_watched, callback)
+        network = self.unet.graph, guided, self.unet.params
+        latents = denoise(*network, plan, noise, keys, states, added, weights, *scales)
         if output == "latents":
             return np.asarray(latents)
         images = np.asarray(self.decode(latents))
         return [Image.fromarray(image) for image in images] if output == "pil" else images
-
-    def _denoise_by_evaluation(self, callback, guided, plan, noise, keys, states, added, weights, *scales):
-        """Returns latents as `drawing.denoise`, or those of the evaluation after which the callback returned False."""
-        state = solvers.start(plan, noise)
-        for number, timestep in enumerate(plan.timesteps.tolist()):
-            rows = slice(number, number + 1)
-            part = jax.tree.map(lambda column, rows=rows: column[rows] if column.ndim else column, plan)
-            own = None if weights is None else weights[:, rows]
-            arguments = part, state, np.int32(number), keys, states, added, own, *scales
-            state = drawing.denoise_part(self.unet.graph, guided, self.unet.params, *arguments)
-            if callback(number, timestep, np.asarray(state[0])) is False:
-                break
-        return state[0]
 
     def _image_size(self, height, width, latents) -> Pixels:
         """Returns height and width in pixels; a 0 takes the side from the latents, or from the model's config."""

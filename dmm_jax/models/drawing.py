@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dmm_jax.diffusion import guidance, solvers
@@ -45,6 +46,20 @@ def denoise_part(graph, guided, params, plan, state, first, keys, text, added, w
     """Returns the solver's state after a part of a plan that begins at evaluation `first`; otherwise as `denoise`."""
     predict = _predictor(graph, guided, params, len(state[0]), text, added, guidance_scales, rescales)
     return solvers.advance(plan, predict, state, first, keys, *_by_evaluation(weights))
+
+
+def denoise_watched(callback, graph, guided, params, plan, noise, keys, text, added, weights, *scales):
+    """Returns latents as `denoise`, evaluation by evaluation; stops after one whose callback returns False."""
+    state = solvers.start(plan, noise)
+    for number, timestep in enumerate(plan.timesteps.tolist()):
+        rows = slice(number, number + 1)
+        part = jax.tree.map(lambda column, rows=rows: column[rows] if column.ndim else column, plan)
+        own_weights = None if weights is None else weights[:, rows]
+        conditions = keys, text, added, own_weights, *scales
+        state = denoise_part(graph, guided, params, part, state, np.int32(number), *conditions)
+        if callback(number, timestep, np.asarray(state[0])) is False:
+            break
+    return state[0]
 
 
 def _by_evaluation(weights):
