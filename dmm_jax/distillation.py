@@ -270,8 +270,9 @@ class Distillation(Definition):
         if config.samples.every:  # Refuses a solver or a number of steps that cannot run.
             schedule = NoiseSchedule.from_config(base.scheduler_config)
             solvers.plan(config.sampling.solver, schedule, config.sampling.num_inference_steps)
-        self.notes = (*base.fallbacks, *missing_text_encoders(base, teachers))
-        tokenizer = Tokenizers.from_folders(base.tokenizer_folders) if base.tokenizer_folders else None
+        assumptions = [line for teacher in teachers.values() for line in teacher.assumptions(base)]
+        self.notes = (*base.fallbacks, *missing_text_encoders(base, teachers), *assumptions)
+        tokenizer = base.tokenizers() if base.tokenizer_folders else None
         self.cache = _open_cache(config, base, tokenizer) if config.data.cache else None
         super().__init__(config, base, mesh, tokenizer=tokenizer)
         self.teachers, self.frozen = put_teachers(base, self.rows, self.teacher_config, mesh, self.dtype)

@@ -27,7 +27,7 @@ from dmm_jax.checkpoints.formats.fitted_style import with_fitted_styles
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.config import arguments
 from dmm_jax.config.options import DTYPES
-from dmm_jax.config.styles import Style, is_schedule, style_rows
+from dmm_jax.config.styles import Style, image_names, is_schedule, style_rows
 from dmm_jax.diffusion import solvers
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.kernels.attention import choose_implementation
@@ -36,6 +36,7 @@ from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.network import Network, place_params
 from dmm_jax.models.text_encoders import TextConditioning, TextEncoders
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
+from dmm_jax.models.unet_config import per_axis
 from dmm_jax.runtime import sharding
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.text.prompt_chunks import PromptTokens, tokenize
@@ -164,7 +165,7 @@ class Pipeline:
             unet=Network(graphs["unet"], {}),
             vae=Network(graphs["vae"], place_params(base.params("vae"), dtype)),
             text_encoders=Network(graphs["text_encoders"], place_params(base.text_params(), dtype)),
-            tokenizers=Tokenizers.from_folders(base.tokenizer_folders),
+            tokenizers=base.tokenizers(),
             schedule=NoiseSchedule.from_config(base.scheduler_config),
             styles=tuple(styles),
             source=base,
@@ -249,11 +250,21 @@ class Pipeline:
         tokens = sharding.spread(self.tokenize(prompts, num_chunks))
         return drawing.encode(self.text_encoders.graph, self.text_encoders.params, *tokens)
 
-    def decode(self, latents):
-        """Decodes scaled latents (B, h, w, 4) to uint8 images (B, H, W, 3); large batches in parts (PIXELS_DECODED)."""
+    def decode(self, latents, names: Sequence[str] = ()):
+        """Decodes scaled latents (B, h, w, 4) to uint8 images (B, H, W, 3); large batches in parts (PIXELS_DECODED).
+
+        Args:
+          names: the name of each image in errors.
+
+        Raises:
+          UserError: an image is not finite.
+        """
         latents = jnp.asarray(latents, jnp.float32)
         at_once = max(PIXELS_DECODED // (math.prod(latents.shape[1:3]) * self.vae_scale_factor**2), 1)
-        return sharding.in_parts(functools.partial(drawing.decode, self.vae.graph, self.vae.params), at_once, latents)
+        decode = functools.partial(drawing.decode, self.vae.graph, self.vae.params)
+        images, finite = sharding.in_parts(decode, at_once, latents)
+        drawing.check_finite("pixels", finite, names)
+        return images
 
     def __call__(
         self,
@@ -321,6 +332,7 @@ class Pipeline:
         arguments.whole_number("num_inference_steps", num_inference_steps, 1)
         plan = solvers.plan(str(solver), self.schedule, num_inference_steps)
         weights = self.style_weights(styles, batch_size, plan.timesteps, num_images_per_prompt)
+        names = image_names(prompts, styles)
         keys = _keys(seeds, batch_size)
         scales = _per_image("guidance_scale", guidance_scale, batch_size, num_images_per_prompt)
         rescales = _per_image("guidance_rescale", guidance_rescale, batch_size, num_images_per_prompt, 0.0, 1.0)
@@ -342,15 +354,16 @@ class Pipeline:
         denoise = drawing.denoise if callback is None else functools.partial(drawing.denoise_watched, callback)
         network = self.unet.graph, guided, self.unet.params
         latents = denoise(*network, plan, noise, keys, states, added, weights, *scales)
+        drawing.check_finite("latents", np.isfinite(latents).all(axis=(1, 2, 3)), names)
         if output == "latents":
             return np.asarray(latents)
-        images = np.asarray(self.decode(latents))
+        images = np.asarray(self.decode(latents, names))
         return [Image.fromarray(image) for image in images] if output == "pil" else images
 
     def _image_size(self, height, width, latents) -> Pixels:
         """Returns height and width in pixels; a 0 takes the side from the latents, or from the model's config."""
         shape, factor = np.shape(latents), self.vae_scale_factor
-        cells = shape[1:3] if len(shape) == 4 else [self.unet.merged().config["sample_size"]] * 2
+        cells = shape[1:3] if len(shape) == 4 else per_axis(self.unet.merged().config["sample_size"])
         height = arguments.pixels("height", height or cells[0] * factor, factor)
         return height, arguments.pixels("width", width or cells[1] * factor, factor)
 

@@ -21,6 +21,7 @@ from dmm_jax.distill.optimizer import learning_rate_schedule
 from dmm_jax.distillation import Distillation, RunState
 from dmm_jax.planning import requirements, text
 from dmm_jax.runtime import processes, storage
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.metrics import MetricsLog
 from dmm_jax.runtime.processes import say
 from dmm_jax.runtime.stopping import stop_requests
@@ -101,6 +102,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, tensorboa
             bar.update()
     if failure:
         raise FloatingPointError(failure)
+    if log.last.get("skipped_steps"):
+        say(f"{log.last['skipped_steps']} steps had no finite gradient and changed nothing.")
     if stopping:
         raise processes.Preempted(f"stopped by SIGTERM after step {state.step} of {config.num_steps}, which is saved.")
     return log.last
@@ -162,7 +165,8 @@ class Progress:
         last = self.log.last.get("step", 0)
         if last > step:  # A later step is in the log, and was judged there.
             return ""
-        if int(metrics["skipped_in_a_row"]) < self._config.max_skipped_in_a_row:
+        # A run of fewer steps, of which each was skipped, has learned nothing either.
+        if int(metrics["skipped_in_a_row"]) < min(self._config.max_skipped_in_a_row, self._config.num_steps):
             return ""
         if last < step:
             self.write(step, metrics)
@@ -221,7 +225,11 @@ def draw_samples(distillation: Distillation, state: RunState, workdir: storage.L
         return
     config, names = distillation.config, list(distillation.styles)
     prompts, options = list(config.samples.prompts), solver_options(config)
-    pictures = pipeline([prompt for prompt in prompts for _ in names], styles=names * len(prompts), **options)
+    try:
+        pictures = pipeline([prompt for prompt in prompts for _ in names], styles=names * len(prompts), **options)
+    except UserError as error:  # A picture is not finite; the run is judged by its losses alone.
+        say(f"step {state.step}: no samples: {error}")
+        return
     grid = labelled_grid(pictures.reshape((-1, len(names)) + pictures.shape[1:]), prompts, names)
     (workdir / "samples").mkdir(exist_ok=True)
     with (workdir / "samples" / f"step_{state.step:07d}.png").open("wb") as file:

@@ -24,6 +24,7 @@ from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.network import Network, cast_params
 from dmm_jax.pipeline import Pipeline
 from dmm_jax.planning import compiler, devices
+from dmm_jax.runtime.errors import UserError
 from tests import worlds
 
 PROMPTS = ["a large red circle", "a small blue star"]
@@ -167,6 +168,18 @@ def test_decoding_in_parts_gives_the_same_images(student, monkeypatch):
     parts = np.asarray(student.decode(latents), np.int32)
     assert parts.shape == at_once.shape and np.abs(parts - at_once).max() <= 1
     assert drawing.decode._cache_size() == num_programs + 1  # Parts of two; the last is padded.
+
+
+def test_pictures_with_nan_are_refused_by_name(student):
+    params = student.unet.params
+    last = jax.tree.map(lambda leaf: leaf * np.nan, params["conv_out"])
+    broken = dataclasses.replace(student, unet=pipeline_lib.Network(student.unet.graph, {**params, "conv_out": last}))
+    with pytest.raises(UserError, match="latents of 'a large red circle' in style left; 'a small blue star' in style"):
+        broken(PROMPTS, styles=["left", "right"], **QUICK)
+    latents = np.zeros((2, 8, 8, 4), np.float32)
+    latents[1] = np.inf
+    with pytest.raises(UserError, match="pixels of image 1 hold NaN"):
+        student.decode(latents)
 
 
 @pytest.mark.parametrize(

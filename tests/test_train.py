@@ -331,3 +331,13 @@ def test_average_and_samples_do_not_change_the_student(with_and_without):
     lines = [[line for line in read(it / "metrics.jsonl") if "loss" in line] for it in with_and_without]
     losses = [[line["loss"] for line in run] for run in lines]
     assert len(losses[0]) == 3 and losses[0] == losses[1]
+
+
+def test_a_run_whose_every_step_was_skipped_fails(tiny, tmp_path):
+    config = changed(tiny[1], num_steps=2)  # Fewer than max_skipped_in_a_row.
+    metrics = {name: np.full(2, np.nan) for name in ("score", "feature")} | {"grad_norm": np.float32(np.nan)}
+    metrics |= {"skipped_steps": np.int32(2), "skipped_in_a_row": np.int32(2)}
+    with MetricsLog(tmp_path, 0, worlds.NAMES) as log:
+        progress = train.Progress(log, tqdm(disable=True), config, {"score": 1.0, "feature": 0.002})
+        log.start_clock(0)
+        assert "2 steps in a row" in progress.judge(2, metrics)

@@ -28,6 +28,7 @@ _SCHEDULERS = {
     | {"steps_offset": 1, "prediction_type": "epsilon"},
 }
 _TEXT_ENCODERS = {SD1: ("text_encoder",), SD2: ("text_encoder",), SDXL: ("text_encoder", "text_encoder_2")}
+_SAMPLE_SIZES = {SD1: 64, SD2: 96, SDXL: 128}  # Latent cells along the side of a training image.
 _VAE_SCALES = {SD1: 0.18215, SD2: 0.18215, SDXL: 0.13025}
 
 
@@ -51,6 +52,11 @@ def text_encoders(family: str) -> tuple[str, ...]:
 def components(family: str) -> tuple[str, ...]:
     """Returns the names of the networks that a complete checkpoint of a family holds."""
     return ("unet", "vae", *text_encoders(family))
+
+
+def sample_size(family: str) -> int:
+    """Returns the `sample_size` that a family's UNets were trained at, in latent cells."""
+    return _SAMPLE_SIZES[family]
 
 
 def vae_scale(family: str) -> float:

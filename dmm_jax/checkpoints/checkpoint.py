@@ -16,6 +16,7 @@ from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, dtype_of, raw_bytes, shape_of
 from dmm_jax.runtime.storage import Location
 from dmm_jax.text import vocabulary
+from dmm_jax.text.tokenizer import Tokenizers
 
 
 class Place(NamedTuple):
@@ -148,6 +149,8 @@ class Checkpoint:
     hub_name: str = ""  # The name of its repository, if it was fetched from a hub.
     clip_skip: int = 1  # The layer of the text encoder that conditions, from its end; `clip_skip.with_clip_skip`.
     explicit_fields: Collection[str] = ()  # Fields of `scheduler_config` that its files state; the rest are defaults.
+    # Whether XL's missing prompt is zeros or "", diffusers' `force_zeros_for_empty_prompt`; None: not stated, so zeros.
+    zeros_for_no_prompt: bool | None = None
 
     @property
     def root(self) -> Location:
@@ -182,12 +185,31 @@ class Checkpoint:
         folders = (self.tokenizer_folder, self.tokenizer_2_folder)
         return tuple(folder for folder in folders if folder is not None)
 
+    def tokenizers(self) -> Tokenizers:
+        """Reads the tokenizers; raises UserError if there is none or one cannot be read."""
+        return Tokenizers.from_folders(self.tokenizer_folders, self.zeros_for_no_prompt is not False)
+
+    def schedule_beside(self, base: "Checkpoint") -> dict:
+        """Returns the scheduler config of this checkpoint next to a base: a single file states only flags of it."""
+        if self.kind != "single-file":
+            return self.scheduler_config
+        return base.scheduler_config | {field: self.scheduler_config[field] for field in self.explicit_fields}
+
     @property
     def fallbacks(self) -> list[str]:
         """One sentence for each part that this checkpoint lacks and takes from its base or from this package."""
         lines = [f"{self.path} holds no {name}: the base's is used." for name in self.from_base]
         if any(folder.parent == vocabulary.BUNDLED for folder in self.tokenizer_folders):
             lines.append(f"{self.path} holds no tokenizer: CLIP's own is used, which comes with dmm_jax.")
+        return lines
+
+    def assumptions(self, base: "Checkpoint") -> list[str]:
+        """One sentence for each thing that a teacher does not state, or states otherwise, and that its base decides."""
+        lines, prediction_type = [], self.schedule_beside(base).get("prediction_type", "epsilon")
+        if prediction_type != self.prediction_type:
+            lines.append(f"{self.path} does not state what it predicts: {prediction_type} is used, as for the base.")
+        if self.zeros_for_no_prompt not in (None, base.zeros_for_no_prompt is not False):
+            lines.append(f"{self.path} and the base differ in force_zeros_for_empty_prompt: the base's is used.")
         return lines
 
     def has(self, component: str) -> bool:

@@ -82,14 +82,22 @@ def standalone_problems(checkpoint: Checkpoint, name: str) -> list[str]:
     missing += ["tokenizer", "tokenizer_2"][len(checkpoint.tokenizer_folders) : len(checkpoint.text_encoders)]
     if missing:
         return [f"{name} holds no {', '.join(missing)}; give a diffusers folder that has them as the base."]
-    problems = _conditioning_problems(checkpoint, name) + _prediction_problems(checkpoint, name)
-    if problems:
-        return problems
+    return contradictions(checkpoint, name) + _prediction_problems(checkpoint.prediction_type, name)
+
+
+def contradictions(checkpoint: Checkpoint, name: str) -> list[str]:
+    """Returns what prevents any use of a checkpoint although each of its files is sound by itself."""
+    for component in checkpoint.components:
+        checkpoint.abstract(component)
+    problems = []
+    if all(map(checkpoint.has, ("unet", *checkpoint.text_encoders))):
+        problems = _conditioning_problems(checkpoint, name)
     try:
-        _noise_levels(checkpoint, checkpoint)
+        if checkpoint.prediction_type != UNKNOWN:
+            _noise_levels(checkpoint, checkpoint)
     except (ValueError, TypeError) as error:
-        return [f"{name} has a scheduler_config.json that cannot be used: {printable(str(error), 500)}"]
-    return []
+        problems.append(f"{name} has a scheduler_config.json that cannot be used: {printable(str(error), 500)}")
+    return problems
 
 
 def _conditioning_problems(checkpoint, name) -> list[str]:
@@ -107,8 +115,8 @@ def _conditioning_problems(checkpoint, name) -> list[str]:
     ]
 
 
-def _prediction_problems(checkpoint, name) -> list[str]:
-    if checkpoint.prediction_type != UNKNOWN:
+def _prediction_problems(prediction_type, name) -> list[str]:
+    if prediction_type != UNKNOWN:
         return []
     return [
         f"{name} does not say whether it predicts the noise or the velocity, and its tensors do not show it. Give it "
@@ -122,15 +130,21 @@ def teacher_problems(base: Checkpoint, name: str, teacher: Checkpoint) -> list[s
         return [f"{name} holds no unet, and a teacher is one. Give the whole checkpoint."]
     if teacher.styles is not None:
         return [f"{name} is a merged model: export one of its styles and use that."]
+    if base.has("unet") and teacher.architecture != base.architecture:
+        return [
+            f"{name} is a model of the family {teacher.architecture}, the base of {base.architecture}: only models of "
+            "one family can be merged."
+        ]
     problems = []
     for component in COMPARED:
         if teacher.has(component) and base.has(component):
             problems += _differing_shapes(component, base, name, teacher) or _differing_fields(
                 component, base, name, teacher
             )
-    problems += _prediction_problems(teacher, name)
-    if UNKNOWN not in (teacher.prediction_type, base.prediction_type):
-        problems += _differing_targets(base, name, teacher)
+    prediction_type = teacher.schedule_beside(base).get("prediction_type", "epsilon")
+    problems += _prediction_problems(prediction_type, name)
+    if UNKNOWN not in (prediction_type, base.prediction_type):
+        problems += _differing_targets(base, name, teacher, prediction_type)
     return problems
 
 
@@ -173,12 +187,11 @@ def _shapeless_fields(component, config) -> dict:
     return fields
 
 
-def _differing_targets(base, name, teacher) -> list[str]:
-    if teacher.prediction_type != base.prediction_type:
-        predicts = printable(str(teacher.prediction_type))
+def _differing_targets(base, name, teacher, prediction_type) -> list[str]:
+    if prediction_type != base.prediction_type:
         return [
-            f"{name} predicts {predicts}, the base {base.prediction_type}: their errors cannot be compared. Use "
-            "teachers of one prediction type."
+            f"{name} predicts {printable(str(prediction_type))}, the base {base.prediction_type}: their errors cannot "
+            "be compared. Use teachers of one prediction type."
         ]
     try:
         base_levels, teacher_levels = (_noise_levels(base, checkpoint) for checkpoint in (base, teacher))
@@ -194,8 +207,5 @@ def _differing_targets(base, name, teacher) -> list[str]:
 
 
 def _noise_levels(base, checkpoint):
-    config = checkpoint.scheduler_config
-    if checkpoint.kind == "single-file":  # It states no more than this flag, and the flag only if somebody set it.
-        zero_snr = config.get("rescale_betas_zero_snr", False)
-        config = base.scheduler_config | ({"rescale_betas_zero_snr": True} if zero_snr else {})
+    config = checkpoint.schedule_beside(base)
     return NoiseSchedule.from_config({f: v for f, v in config.items() if f in NOISE_FIELDS}).alphas_cumprod

@@ -14,7 +14,7 @@ import numpy as np
 from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.architecture import SD1, SD2, SDXL, architecture
 from dmm_jax.checkpoints.checkpoint import Checkpoint, is_unused
-from dmm_jax.checkpoints.compare import COMPARED, Problem, base_problems, teacher_problems
+from dmm_jax.checkpoints.compare import COMPARED, Problem, base_problems, contradictions, teacher_problems
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats import single_file
 from dmm_jax.checkpoints.formats.safetensors_io import dtype_of, shape_of
@@ -35,6 +35,7 @@ MEANINGS = {  # For "config" and "unreadable", the error itself is the meaning.
     "missing": "the network cannot be built without them",
     "unexpected": "they have no place in this architecture, and no tensor is dropped in silence",
     "misshapen": "they do not fit the architecture",
+    "quantised": "they hold integers and not the weights; use the float16 file of this model",
     "not finite": "they hold NaN or infinity, which every image would inherit",
     "spare": "they hold NaN or infinity, but come after the layer that is used; they read as 0",
     "position_ids": "merging has damaged this buffer; positions are 0 to 76 here whatever it says",
@@ -75,6 +76,9 @@ def inspect(paths: Sequence[pathlib.Path], deep: bool = False, hashes: bool = Fa
     ]
     for report, checkpoint in zip(reports, checkpoints, strict=True):
         report["loans"] = _fallbacks(checkpoint, checkpoints[0])
+        if checkpoint and checkpoint.has("unet"):
+            schedule = checkpoint.schedule_beside(checkpoints[0] or checkpoint)
+            report["prediction_type"] = schedule.get("prediction_type", "epsilon")
     problems = [(report["path"], problem) for report in reports for problem in _own_problems(report)]
     problems += _merge_problems(checkpoints, reports)
     return {
@@ -111,9 +115,12 @@ def _own_problems(report) -> list[Problem]:
 
 def _merge_problems(checkpoints: Sequence[Checkpoint | None], reports) -> list[tuple[str, Problem]]:
     """Returns (path, problem) pairs from the comparison of the base with its teachers."""
-    if len(checkpoints) < 2 or checkpoints[0] is None:
+    if checkpoints[0] is None:
         return []
     base, *teachers = checkpoints
+    if not teachers:
+        unbuilt = any(damage["kind"] in ("config", "unreadable") for damage in reports[0]["damage"])
+        return [] if unbuilt else [(str(base.path), Problem(line)) for line in contradictions(base, str(base.path))]
     problems = [(base.path, text) for text in base_problems(base, f"{base.path} (the first path, so the base)")]
     comparable = [
         not any(damage["kind"] in ("config", "unreadable") and damage["component"] in COMPARED for damage in damages)
@@ -159,7 +166,6 @@ def _report(path: pathlib.Path, checkpoint: Checkpoint | None, error: str, deep,
     return report | {
         "kind": checkpoint.kind,
         "architecture": family(checkpoint.unet_config) if checkpoint.has("unet") else None,
-        "prediction_type": checkpoint.prediction_type if checkpoint.has("unet") else None,
         "license": checkpoint.license or None,
         "styles": list(checkpoint.styles) if checkpoint.styles else None,
         "tokenizer": checkpoint.tokenizer_folder is not None,
@@ -175,11 +181,12 @@ def _fallbacks(checkpoint, base) -> list[str]:
     if checkpoint is None or checkpoint is base:
         return checkpoint.fallbacks if checkpoint else []
     names = base.text_encoders if base and base.has("unet") else ()
-    return [
+    lines = [
         f"{checkpoint.path} holds no {name}: the base's is used."
         for name in names
         if not checkpoint.has(name) or name in checkpoint.from_base
     ]
+    return lines + (checkpoint.assumptions(base) if base else [])
 
 
 def _lora(lora) -> dict:

@@ -11,6 +11,7 @@ from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.clip_skip import METADATA_KEY
 from dmm_jax.checkpoints.formats.diffusers_folder import STYLES_KEY
 from dmm_jax.checkpoints.formats.safetensors_io import HASH_PLACEHOLDER
+from dmm_jax.models.unet_config import per_axis
 
 MERGED_FROM = "modelspec.merged_from"
 RECIPE_KEY = "dmm_jax.recipe"  # Its value is JSON.
@@ -41,9 +42,9 @@ def metadata(source: Checkpoint, recipe: Recipe, implementation: str) -> dict[st
         "modelspec.hash_sha256": HASH_PLACEHOLDER,
     }
     if source.has("unet"):
-        side = (source.unet_config.get("sample_size") or 64) * CELL
+        height, width = (cells * CELL for cells in per_axis(source.unet_config.get("sample_size") or 64))
         fields["modelspec.architecture"] = architecture(source) + ("/dmm" if source.styles else "")
-        fields["modelspec.resolution"] = f"{side}x{side}"
+        fields["modelspec.resolution"] = f"{width}x{height}"
     if source.prediction_type != UNKNOWN:
         fields["modelspec.prediction_type"] = "v" if source.prediction_type == "v_prediction" else "epsilon"
     if recipe.license:

@@ -157,7 +157,7 @@ def _not_finite(where, keys):
 
 
 def differences(expected: Mapping, tensors: Mapping) -> dict[str, list[str]]:
-    """Returns {"missing", "unexpected", "misshapen": keys as messages show them}.
+    """Returns {"missing", "unexpected", "misshapen", "quantised": keys as messages show them}.
 
     Args:
       expected: {key: shape} of the network.
@@ -173,11 +173,16 @@ def differences(expected: Mapping, tensors: Mapping) -> dict[str, list[str]]:
             for key, shape in shapes.items()
             if not _same_shape(key, expected[key], shape)
         ],
+        "quantised": [
+            f"{key} ({dtype_of(tensors, names[key])})"
+            for key in shapes
+            if not jnp.issubdtype(dtype_of(tensors, names[key]), jnp.floating)
+        ],
     }
 
 
 def check_keys(expected: Mapping, tensors: Mapping, where: str) -> None:
-    """Raises CheckpointError that lists all keys that are missing, unexpected or misshapen, if there are any."""
+    """Raises CheckpointError that lists all keys that `differences` returns, if there are any."""
     problems = differences(expected, tensors)
     lines = [f"  {len(keys)} {kind}: {listed(keys)}" for kind, keys in problems.items() if keys]
     if lines:

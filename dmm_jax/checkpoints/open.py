@@ -16,6 +16,7 @@ from dmm_jax.checkpoints.formats import hub, lora
 from dmm_jax.checkpoints.formats.diffusers_folder import open_folder
 from dmm_jax.checkpoints.open_single_file import open_single_file
 from dmm_jax.models.unet_config import merged_config
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import Location, check_bucket, check_local, in_bucket, locate
 from dmm_jax.text import vocabulary
 
@@ -43,6 +44,7 @@ def open_checkpoint(
       CheckpointError: it is missing, damaged, a pickle, of an unknown or unsupported kind, or it states another
         prediction type.
     """
+    hub.refuse_url(path)
     if clip_skip != 1:
         opened = open_checkpoint(path, base, prediction_type=prediction_type, allow_unsupported=allow_unsupported)
         return with_clip_skip(opened, clip_skip)
@@ -72,11 +74,12 @@ def open_checkpoint(
             f"{path} is no checkpoint: it holds neither model_index.json (a diffusers folder) nor a training run's "
             "config.json and checkpoints/. Give the folder that holds unet/, vae/, text_encoder/."
         )
+    if prediction_type and not checkpoint.unsupported:
+        checkpoint = _with_prediction_type(checkpoint, prediction_type)
+    checkpoint = _completed(checkpoint, base)
     if checkpoint.unsupported and not allow_unsupported:
         raise CheckpointError(f"{path} cannot be used: {checkpoint.unsupported}")
-    if prediction_type:
-        checkpoint = _with_prediction_type(checkpoint, prediction_type)
-    return _completed(checkpoint, base)
+    return checkpoint
 
 
 def open_teacher(
@@ -114,25 +117,24 @@ def _with_prediction_type(checkpoint: Checkpoint, prediction_type: str) -> Check
 
 def _completed(checkpoint: Checkpoint, base: str | os.PathLike | None) -> Checkpoint:
     """Returns a checkpoint with everything that it lacks: from the base, then from the tokenizers of this package."""
-    if base is not None:
+    if base is not None and not checkpoint.unsupported:
         checkpoint = _with_base(checkpoint, open_checkpoint(base))
-    return _with_bundled_tokenizers(checkpoint)
+    return _with_checked_vocabularies(_with_bundled_tokenizers(checkpoint))
 
 
 def _with_base(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
     """Adds the base's networks and tokenizers; a single file of the same architecture also takes its UNet's config."""
     components = {**base.components, **checkpoint.components}
-    scheduler = checkpoint.scheduler_config
-    if checkpoint.kind == "single-file":
-        if checkpoint.has("unet") and base.has("unet") and checkpoint.shapes("unet") == base.shapes("unet"):
-            components["unet"] = Component(dict(base.unet_config), checkpoint.components["unet"].load)
-        scheduler = base.scheduler_config | {field: scheduler[field] for field in checkpoint.explicit_fields}
+    is_file = checkpoint.kind == "single-file"
+    if is_file and checkpoint.has("unet") and base.has("unet") and checkpoint.shapes("unet") == base.shapes("unet"):
+        components["unet"] = Component(dict(base.unet_config), checkpoint.components["unet"].load)
     return dataclasses.replace(
         checkpoint,
         components=components,
         tokenizer_folder=checkpoint.tokenizer_folder or base.tokenizer_folder,
         tokenizer_2_folder=checkpoint.tokenizer_2_folder or base.tokenizer_2_folder,
-        scheduler_config=scheduler,
+        scheduler_config=checkpoint.schedule_beside(base),
+        zeros_for_no_prompt=(base if checkpoint.zeros_for_no_prompt is None else checkpoint).zeros_for_no_prompt,
         from_base=tuple(name for name in components if not checkpoint.has(name)),
     )
 
@@ -142,10 +144,41 @@ def _with_bundled_tokenizers(checkpoint: Checkpoint) -> Checkpoint:
     bundled, fields = {}, ("tokenizer_folder", "tokenizer_2_folder")
     for field, name in zip(fields, checkpoint.text_encoders if checkpoint.has("unet") else (), strict=False):
         config = checkpoint.config(name) if checkpoint.has(name) else {}
-        if getattr(checkpoint, field) is None and config.get("vocab_size") == vocabulary.CLIP_VOCAB_SIZE:
+        rows = config.get("vocab_size")
+        if getattr(checkpoint, field) is None and isinstance(rows, int) and rows >= vocabulary.CLIP_VOCAB_SIZE:
             # Only OpenCLIP's encoders have this activation; their tokenizers pad differently.
             bundled[field] = vocabulary.OPEN_CLIP if config.get("hidden_act") == "gelu" else vocabulary.CLIP
     return dataclasses.replace(checkpoint, **bundled)
+
+
+def _with_checked_vocabularies(checkpoint: Checkpoint) -> Checkpoint:
+    """Compares each text encoder with its tokenizer; a single file's encoders also learn their end token from it.
+
+    Token ids past an encoder's rows would read NaN. Training of textual inversions can leave such a tokenizer.
+    """
+    components, problems = dict(checkpoint.components), []
+    pairs = zip(checkpoint.text_encoders, checkpoint.tokenizer_folders, strict=False) if checkpoint.has("unet") else ()
+    for name, folder in pairs:
+        if not checkpoint.has(name):
+            continue
+        config = checkpoint.config(name)
+        try:
+            ids = vocabulary.all_ids(folder)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        rows, num_ids = config.get("vocab_size", vocabulary.CLIP_VOCAB_SIZE), max(ids.values(), default=-1) + 1
+        if isinstance(rows, int) and num_ids > rows:
+            problems.append(
+                f"its {name} has {rows} rows, but {folder} has {num_ids} tokens, so that some would read no row (NaN). "
+                "Give the text encoder that was trained with these tokens, or remove the added tokens."
+            )
+        if checkpoint.kind == "single-file" and vocabulary.END in ids:
+            end = ids[vocabulary.END]
+            config = config | {"eos_token_id": end, "bos_token_id": ids.get(vocabulary.START, end - 1)}
+            components[name] = Component(config, components[name].load)
+    unsupported = " ".join(filter(None, [checkpoint.unsupported, *problems]))
+    return dataclasses.replace(checkpoint, components=components, unsupported=unsupported)
 
 
 def _open_in_bucket(path: str | os.PathLike) -> Checkpoint:
@@ -160,6 +193,7 @@ def _open_in_bucket(path: str | os.PathLike) -> Checkpoint:
     return _open_workdir(path)
 
 
+@hub.cache_only()
 def _open_workdir(path: Location) -> Checkpoint:
     """Opens a training run: the newest student's UNet, with the other networks of its base."""
     # Imported here: a checkpoint from elsewhere opens without Orbax and ml_collections.
@@ -181,6 +215,7 @@ def _open_workdir(path: Location) -> Checkpoint:
         scheduler_config=base.scheduler_config,
         clip_skip=base.clip_skip,
         explicit_fields=base.explicit_fields,
+        zeros_for_no_prompt=base.zeros_for_no_prompt,
         tokenizer_folder=base.tokenizer_folder,
         tokenizer_2_folder=base.tokenizer_2_folder,
         styles=styles,

@@ -2,7 +2,10 @@
 
 import collections
 import pathlib
+import warnings
 from collections.abc import Mapping
+
+import numpy as np
 
 from dmm_jax.checkpoints import architecture, licenses, naming
 from dmm_jax.checkpoints.abstract import COMPONENTS
@@ -13,8 +16,12 @@ from dmm_jax.checkpoints.formats import lora, single_file
 from dmm_jax.checkpoints.formats.open_clip import drop_unused_layer, open_clip_key
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, Tensors
 from dmm_jax.checkpoints.formats.single_file_config import read_config
+from dmm_jax.diffusion.schedule import NoiseSchedule
 
 PREDICTION_FIELDS = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type")  # Metadata fields.
+ALPHAS, SIGMAS = "alphas_cumprod", "denoiser.sigmas"  # The noise levels in files of LDM and of SGM.
+MAX_ZERO_SNR = 1e-4  # The last of ALPHAS is 0.0047 in Stable Diffusion, and at most 1e-7 at zero terminal SNR.
+ALPHAS_TOLERANCE = 5e-3  # bfloat16 rounds by 4e-3.
 PREDICTION_TYPES = {
     "epsilon": "epsilon", "eps": "epsilon",
     "v": "v_prediction", "v_prediction": "v_prediction", "v_pred": "v_prediction", "vpred": "v_prediction",
@@ -30,11 +37,12 @@ def open_single_file(path: pathlib.Path) -> Checkpoint:
     file = TensorFile(path)
     keys_of = {component: _keys_of(component, file) for component in COMPONENTS}
     keys_of = {component: keys for component, keys in keys_of.items() if keys}
-    if not keys_of:
+    kind = single_file.other_network(file)
+    if not keys_of or kind:
         lora.refuse_alone(file)
+        reason = f"it is {kind}" if kind else f"no key begins with {single_file.UNET!r}"
         raise CheckpointError(
-            f"{path} is no Stable Diffusion checkpoint: no key begins with {single_file.UNET!r}. Its first keys: "
-            f"{naming.listed(list(file)[:5])}."
+            f"{path} is no Stable Diffusion checkpoint: {reason}. Its first keys: {naming.listed(list(file)[:5])}."
         )
     components = {component: _component(path, file, component, keys) for component, keys in keys_of.items()}
     family = architecture.architecture(components["unet"].config) if "unet" in components else architecture.SD1
@@ -121,9 +129,25 @@ def _explicit_schedule(file: TensorFile) -> dict:
         )
     if kind:
         scheduler["prediction_type"] = kind
-    if "ztsnr" in file:
+    if "ztsnr" in file or _ends_in_noise_alone(file):
         scheduler["rescale_betas_zero_snr"] = True
     return scheduler
+
+
+def _ends_in_noise_alone(file: TensorFile) -> bool:
+    """Tells whether the stored noise levels, which many files hold, fall to a signal of zero; warns of unknown ones."""
+    usual = NoiseSchedule().alphas_cumprod
+    if ALPHAS in file and file.shape(ALPHAS) == usual.shape:
+        stored = np.asarray(file[ALPHAS], np.float64)
+    elif SIGMAS in file and file.shape(SIGMAS) == usual.shape:
+        stored = np.sort(1.0 / (1.0 + np.asarray(file[SIGMAS], np.float64) ** 2))[::-1]
+    else:
+        return False
+    if stored[0] > 0.9 and stored[-1] < MAX_ZERO_SNR:
+        return True
+    if not np.allclose(stored, usual, atol=ALPHAS_TOLERANCE):
+        warnings.warn(f"{file.path}: its noise levels are none that is known; the usual ones are used.", stacklevel=2)
+    return False
 
 
 def _component(path, file: TensorFile, component: str, keys: Mapping[str, str]) -> Component:

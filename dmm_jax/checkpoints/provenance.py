@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dmm_jax.checkpoints import licenses
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.formats import hub
 from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
 from dmm_jax.config import options as config_lib
 from dmm_jax.runtime import processes
@@ -40,9 +41,8 @@ def record(checkpoint: Checkpoint, hashed: bool = True) -> dict:
     entry = {"file": checkpoint.name, "license": checkpoint.license or licenses.UNKNOWN}
     if checkpoint.clip_skip != 1:
         entry["clip_skip"] = checkpoint.clip_skip
-    hub = HUB_CACHE.search(str(checkpoint.root))
-    if hub:
-        entry["hub"] = f"{hub[1]}/{hub[2]}"
+    if repository := HUB_CACHE.search(str(checkpoint.root)):
+        entry["hub"] = f"{repository[1]}/{repository[2]}"
     if hashed:
         entry["files"] = [file_hashes(path, checkpoint.root) for path in unet_files(checkpoint)]
         if checkpoint.loras:
@@ -97,6 +97,7 @@ def record_parents(workdir: Location, config) -> Iterator[None]:
     thread.join()
 
 
+@hub.cache_only()
 def parents_of_workdir(workdir: Location, hashed: bool = True) -> dict[str, dict]:
     """Returns the `record` of each of a run's parents, by "base" and style.
 

@@ -14,7 +14,7 @@ from dmm_jax.checkpoints.architecture import SD1, SD2, SDXL, text_encoders
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats import single_file
-from dmm_jax.checkpoints.formats.diffusers_folder import WEIGHTS
+from dmm_jax.checkpoints.formats.diffusers_folder import EMPTY_PROMPT, WEIGHTS
 from dmm_jax.checkpoints.formats.open_clip import to_open_clip
 from dmm_jax.checkpoints.formats.safetensors_io import Computed, Tensors, save, save_parts
 from dmm_jax.checkpoints.modelspec import Recipe, metadata
@@ -45,7 +45,7 @@ UNCHECKED = {"safety_checker": [None, None], "requires_safety_checker": False}
 PIPELINES = {
     SD1: {"_class_name": "StableDiffusionPipeline"} | UNCHECKED,
     SD2: {"_class_name": "StableDiffusionPipeline"} | UNCHECKED,
-    SDXL: {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True},
+    SDXL: {"_class_name": "StableDiffusionXLPipeline"},
 }
 DMM_PIPELINE = "StableDiffusionDMMPipeline"  # XL has none: its DMM folder names the stock pipeline and DMM's UNet.
 # {family: {text encoder: its prefix in a single file}}
@@ -145,7 +145,9 @@ def _model_index(source, scheduler_class) -> dict:
         **{name: classes[name] if source.has(name) else [None, None] for name in ("unet", "vae", *encoders)},
         **ABSENT,
     }
-    return index | ({"_class_name": DMM_PIPELINE} if merged and family != SDXL else {})
+    if family == SDXL:
+        return index | {EMPTY_PROMPT: source.zeros_for_no_prompt is not False}
+    return index | ({"_class_name": DMM_PIPELINE} if merged else {})
 
 
 def stock_unet_config(config: Mapping) -> dict:

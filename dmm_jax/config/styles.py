@@ -169,3 +169,12 @@ def style_text(style: Style) -> str | None:
     for start, mix in style[1:]:
         parts += ["-".join(f"{at:g}" for at in np.atleast_1d(start)), style_text(mix)]
     return ":".join(parts)
+
+
+def image_names(prompts: Sequence[str], styles: Style | Sequence[Style]) -> list[str]:
+    """Returns the name of each image in errors: its prompt, and its style if it has one."""
+    shared = styles is None or isinstance(styles, (str, Mapping)) or is_schedule(styles)
+    each = [styles] if shared else list(styles)
+    repeats = len(prompts) // max(len(each), 1)
+    pairs = zip(prompts, [style for style in each for _ in range(repeats)], strict=False)
+    return [f"{text!r}" + (f" in style {style_text(style)}" if style else "") for text, style in pairs]

@@ -18,7 +18,6 @@ from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.network import place_params
 from dmm_jax.runtime import sharding
 from dmm_jax.runtime.errors import UserError
-from dmm_jax.text.tokenizer import Tokenizers
 from dmm_jax.world.source import ShapesSource
 
 IMAGES_AT_ONCE = 32
@@ -34,7 +33,7 @@ def prepare_images(config) -> LatentCache:
     check_config(config)
     base = open_checkpoint(config.base)
     arguments.pixels("data.resolution", config.data.resolution, CELL)
-    tokenizers = Tokenizers.from_folders(base.tokenizer_folders)
+    tokenizers = base.tokenizers()
     source = open_source(config)
     scaling_factor, encode = build_encoder(base, config.dtype)
     return encode_images(

@@ -16,6 +16,7 @@ from dmm_jax.runtime.errors import UserError
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 SPACINGS = ("linspace", "leading", "trailing")
+MAX_TIMESTEPS = 10_000  # Ten times those of any published model.
 # The defaults of diffusers' schedulers for absent fields; the defaults of NoiseSchedule are Stable Diffusion's.
 DIFFUSERS_DEFAULTS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 # Fields that change the result, each with the values under which they do not.
@@ -25,6 +26,8 @@ INERT = {
     "interpolation_type": (None, "linear"), "timestep_type": (None, "discrete"),
 }  # fmt: skip
 OTHER_FAMILIES = ("FlowMatch", "EDM")
+SPACING_FIELDS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
+UNFOLLOWED = ("use_lu_lambdas",)  # Noise levels of sampling that no solver here has; the model can be used without.
 # The stock schedulers that read rescale_betas_zero_snr; PNDM and several more ignore it.
 RESCALING_SCHEDULERS = (
     "DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler",
@@ -47,6 +50,10 @@ class NoiseSchedule:
     steps_offset: int = 0  # Added to every timestep of the spacing "leading".
     set_alpha_to_one: bool = True  # DDIM ends at alpha_bar 1; False: at that of timestep 0.
     clip_sample: bool = False  # To [-1, 1] at every step, for pixels. Solvers that would do so refuse it.
+    # The spacing of the solvers whose schedulers in diffusers have these fields.
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
     source: Mapping | None = dataclasses.field(default=None, repr=False, compare=False)  # The config that was read.
 
     def __post_init__(self):
@@ -55,10 +62,15 @@ class NoiseSchedule:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} must be one of {', '.join(map(str, allowed))}; got {getattr(self, name)!r}.")
-        if self.num_train_timesteps < 2 or not 0.0 < self.beta_start <= self.beta_end < 1.0:
+        for name in ("num_train_timesteps", "steps_offset"):
+            if type(getattr(self, name)) is not int:
+                raise UserError(f"{name} must be a whole number; got {getattr(self, name)!r}.")
+        betas = self.beta_start, self.beta_end
+        numeric = all(isinstance(beta, (int, float)) for beta in betas)
+        if not (2 <= self.num_train_timesteps <= MAX_TIMESTEPS and numeric and 0.0 < betas[0] <= betas[1] < 1.0):
             raise UserError(
-                "a schedule needs at least 2 timesteps and 0 < beta_start <= beta_end < 1; got "
-                f"{self.num_train_timesteps} timesteps, betas from {self.beta_start} to {self.beta_end}."
+                f"a schedule needs 2 to {MAX_TIMESTEPS} timesteps and 0 < beta_start <= beta_end < 1; got "
+                f"{self.num_train_timesteps} timesteps, betas from {self.beta_start!r} to {self.beta_end!r}."
             )
 
     @classmethod
@@ -76,7 +88,9 @@ class NoiseSchedule:
         family = str(config.get("_class_name") or "")
         if family.startswith(OTHER_FAMILIES):
             raise UserError(f"{family} does not diffuse by betas; expected the config of a DDPM-like scheduler.")
-        defaulted = config.get("_use_default_values", ())
+        defaulted = config.get("_use_default_values") or ()
+        if not isinstance(defaulted, (list, tuple)):
+            raise UserError(f"_use_default_values must be a list of fields; got {defaulted!r}.")
         written = {name: value for name, value in config.items() if name not in (*defaulted, "_use_default_values")}
         refused = [name for name, values in INERT.items() if written.get(name) not in values]
         if refused:
@@ -93,6 +107,9 @@ class NoiseSchedule:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "source"}
         if self.source is None:
             config = EXPORTED | fields
+            config = {
+                name: v for name, v in config.items() if v or name not in SPACING_FIELDS
+            }  # DDIM has none of them.
         else:
             read = NoiseSchedule.from_config(self.source)
             config = dict(self.source) | {name: value for name, value in fields.items() if value != getattr(read, name)}
@@ -101,6 +118,11 @@ class NoiseSchedule:
         if self.timestep_spacing is None:
             config.pop("timestep_spacing", None)
         return config
+
+    @property
+    def named_spacing(self) -> str:
+        """The name of the spacing that the config asks for (`spacing.SPACINGS`), or ""."""
+        return next((name for field, name in SPACING_FIELDS.items() if getattr(self, field)), "")
 
     @functools.cached_property
     def alphas_cumprod(self) -> Float[np.ndarray, " num_timesteps"]:

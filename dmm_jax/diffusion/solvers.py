@@ -40,6 +40,8 @@ NAMES = {
     "lcm": "LCM",
 }
 UNSPACED = ("lcm",)  # Distilled for its own timesteps.
+# The methods whose schedulers in diffusers have fields such as use_karras_sigmas.
+SPACED_BY_CONFIG = ("euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "unipc")
 # {solver: (its method, its spacing)}
 SOLVERS = {
     "_".join(filter(None, pair)): pair
@@ -127,13 +129,16 @@ def plan(solver: str, schedule: NoiseSchedule, num_inference_steps: int) -> Samp
     Args:
       solver: ddim (arXiv:2010.02502), euler and heun (arXiv:2206.00364, alg. 1), euler_ancestral, dpmpp_2m
         (arXiv:2211.01095, alg. 2), dpmpp_2m_sde, dpmpp_sde (of k-diffusion), unipc (arXiv:2302.04867, order 2, B2),
-        lcm (arXiv:2310.04378); all except lcm also with one of `spacing.SPACINGS`: "dpmpp_2m_karras".
+        lcm (arXiv:2310.04378); all except lcm also with one of `spacing.SPACINGS`: "dpmpp_2m_karras". Without one,
+        most follow the spacing that the schedule's config names.
 
     Raises:
       UserError: an unknown solver (the nearest is named), more steps than noise levels, or a schedule that the solver
         cannot run on.
     """
     method, spacing = SOLVERS[canonical(solver)]
+    if method in SPACED_BY_CONFIG:
+        spacing = spacing or schedule.named_spacing
     table = solver_tables.columns(method, spacing, schedule, num_inference_steps)
     zeros = np.zeros(len(table["timesteps"]))
     columns = {name: np.asarray(table.get(name, zeros), np.float32) for name in COLUMNS}

@@ -13,6 +13,7 @@ import numpy as np
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.compare import teacher_problems
 from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.formats import hub
 from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
 from dmm_jax.checkpoints.styles import fold_style, select_styles
 from dmm_jax.config import options as config_lib
@@ -117,7 +118,8 @@ def origins(config) -> dict[str, Checkpoint]:
     if config.grow.student:
         path = locate(config.grow.student)
         if (path / "config.json").is_file():
-            older = origins(config_lib.load(path))
+            with hub.cache_only():
+                older = origins(config_lib.load(path))
         else:
             student = open_checkpoint(path)
             older = {name: fold_style(student, one_hot(student, row)) for row, name in enumerate(student.styles)}

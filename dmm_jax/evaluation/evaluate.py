@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from dmm_jax.checkpoints.formats import hub
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.config import options as config_lib
 from dmm_jax.data.prepare import SHAPES_WORLD
@@ -46,6 +47,7 @@ class Evaluation(NamedTuple):
     page: Location
 
 
+@hub.cache_only()
 def evaluate(workdir: str | os.PathLike, options: Options | None = None) -> Evaluation:
     """Evaluates a training workdir; writes `report/index.html` and `report/metrics.json` there.
 

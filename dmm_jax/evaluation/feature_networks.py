@@ -69,7 +69,7 @@ def open_feature_network(spec: str) -> FeatureNetwork:
 def draws_shapes_world(base: Checkpoint) -> bool:
     """Tells whether a base checkpoint draws the embedded world, by its tokenizer: the world has its own."""
     shipped = Tokenizers.from_folders([FOLDER / BASE / "tokenizer"])
-    return Tokenizers.from_folders(base.tokenizer_folders).digest == shipped.digest
+    return base.tokenizers().digest == shipped.digest
 
 
 def _shapes_classifier() -> FeatureNetwork:

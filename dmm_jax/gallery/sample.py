@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from dmm_jax.config import arguments
-from dmm_jax.config.styles import Style
+from dmm_jax.config.styles import Style, image_names
 from dmm_jax.gallery.png import Parameters
 from dmm_jax.pipeline import Pipeline
 
@@ -96,4 +96,4 @@ def draw(
         padded = batch + [batch[-1]] * (batch_size - len(batch))
         prompts, styles, seeds = map(list, zip(*padded, strict=True))
         latents = pipeline(prompts, styles=styles, seeds=seeds, output="latents", **options)
-        yield np.asarray(pipeline.decode(latents))[: len(batch)], latents[: len(batch)]
+        yield np.asarray(pipeline.decode(latents, image_names(prompts, styles)))[: len(batch)], latents[: len(batch)]

@@ -17,10 +17,19 @@ from dmm_jax.models import config_json, layers
 from dmm_jax.runtime.errors import UserError
 
 LEGACY_EOS_TOKEN_ID = 2  # Old configs hold it by mistake: the end token is the one with the largest id.
-# Fields that transformers always writes, or that concern training or the tokenizer; `dtype` is the file's.
+# Fields that some version of transformers writes for every network, or that concern training, the tokenizer or the
+# generation of text; `dtype` is the file's.
 IGNORED_FIELDS = frozenset(
     "architectures attention_dropout bos_token_id dropout dtype gradient_checkpointing initializer_factor "
-    "initializer_range model_type pad_token_id tie_word_embeddings torch_dtype transformers_version use_cache".split()
+    "initializer_range model_type pad_token_id tie_word_embeddings torch_dtype transformers_version use_cache "
+    "add_cross_attention attn_implementation bad_words_ids begin_suppress_tokens chunk_size_feed_forward "
+    "cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample early_stopping "
+    "encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id "
+    "forced_eos_token_id id2label is_decoder is_encoder_decoder label2id length_penalty max_length min_length "
+    "name_or_path no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions "
+    "output_hidden_states output_scores prefix problem_type pruned_heads remove_invalid_values repetition_penalty "
+    "return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature "
+    "tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torchscript typical_p use_bfloat16".split()
 )
 
 

@@ -1,6 +1,7 @@
 """The compiled programs of a pipeline: prompts to states, noise to latents, latents to images."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from dmm_jax.diffusion import guidance, solvers
+from dmm_jax.runtime.errors import UserError
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -25,10 +27,11 @@ def encode(graph, params, input_ids, weights):
 
 @functools.partial(jax.jit, static_argnums=0)
 def decode(graph, params, latents):
-    """Returns the images (B, H, W, 3), uint8, of scaled latents."""
+    """Returns the images (B, H, W, 3), uint8, of scaled latents, and whether each is finite (B,)."""
     vae = nnx.merge(graph, params)
     images = vae.decode(latents / vae.scaling_factor)
-    return jnp.round(jnp.clip(images.astype(jnp.float32) * 127.5 + 127.5, 0.0, 255.0)).astype(jnp.uint8)
+    finite = jnp.isfinite(images).all(axis=(1, 2, 3))
+    return jnp.round(jnp.clip(images.astype(jnp.float32) * 127.5 + 127.5, 0.0, 255.0)).astype(jnp.uint8), finite
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -83,3 +86,12 @@ def _predictor(graph, guided, params, batch_size, text, added, guidance_scales, 
         return result if rescales is None else guidance.rescale(result, prediction[1::2], rescales)
 
     return predict
+
+
+def check_finite(values: str, finite: Sequence[bool], names: Sequence[str]) -> None:
+    """Raises UserError that names the images with NaN or infinity, which would be black."""
+    if bad := [names[row] if names else f"image {row}" for row in np.flatnonzero(~np.asarray(finite))]:
+        raise UserError(
+            f"the {values} of {'; '.join(dict.fromkeys(bad))} hold NaN or infinity. Look at the checkpoint with "
+            "`dmm-jax inspect --deep`, compute in float32, or take a lower guidance scale."
+        )

@@ -1,6 +1,6 @@
 """The fields of a UNet's config.json: what they mean for its blocks, and which values are refused."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dmm_jax.kernels.attention import IMPLEMENTATIONS
@@ -10,6 +10,7 @@ DOWN_TYPES = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # Whether the
 UP_TYPES = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 TEXT_TIME_TYPES = ("text_time", "model_merge_xl")  # SDXL's: pooled text, image size and crop join the time embedding.
 MERGED_TYPES = ("model_merge", "model_merge_xl")
+MAX_CELLS = 4096  # Latent cells along a side that a config can claim as its training size.
 ADDITION_TYPES = (None, "text_time", *MERGED_TYPES)
 # Fields that the constructor does not take, with the values under which they change nothing.
 INERT = {
@@ -88,6 +89,12 @@ def per_level(value, levels: int) -> list:
     return [value] * levels if isinstance(value, int) else list(value)
 
 
+def per_axis(sample_size: int | Sequence[int]) -> tuple:
+    """Returns a UNet's `sample_size` as height and width in latent cells."""
+    pair = tuple(sample_size) if isinstance(sample_size, (list, tuple)) else (sample_size,) * 2
+    return pair if len(pair) == 2 else (None, None)
+
+
 def check(config: Mapping) -> None:
     """Checks the fields against each other.
 
@@ -95,6 +102,11 @@ def check(config: Mapping) -> None:
       ValueError: names every field that does not fit.
     """
     problems = [*_level_problems(config), *_addition_problems(config)] or _width_problems(config)
+    size, width = config["sample_size"], config["cross_attention_dim"]
+    if size is not None and not all(type(side) is int and 0 < side <= MAX_CELLS for side in per_axis(size)):
+        problems.append(f"sample_size must be null, a number of latent cells up to {MAX_CELLS}, or two; got {size!r}")
+    if type(width) is not int:
+        problems.append(f"cross_attention_dim must be one number; got {width!r}")
     if config["num_attention_heads"] is not None:
         problems.append("num_attention_heads must be null: diffusers keeps the number of heads in attention_head_dim")
     implementation = config["attention_implementation"]

@@ -21,7 +21,7 @@ def refuse(title: str, problems: Iterable[str | bool | None], error: type[UserEr
     """Raises one error that lists every problem; does nothing if there is none. False and None are skipped."""
     lines = [problem for problem in problems if problem]
     if lines:
-        raise error(f"{title}:\n" + "\n".join(f"  - {line}" for line in lines))
+        raise error(visible(f"{title}:\n" + "\n".join(f"  - {line}" for line in lines)))
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.0) -> str:
@@ -29,8 +29,18 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.0) -> str:
     return next(iter(difflib.get_close_matches(name, list(names), 1, cutoff)), "")
 
 
+def visible(text: str) -> str:
+    """Returns text that is safe for a terminal: control characters, which files can hold, are written as \\x1b."""
+    return "".join(symbol if symbol.isprintable() or symbol == "\n" else ascii(symbol)[1:-1] for symbol in text)
+
+
 def message(error: BaseException) -> str | None:
     """Returns the message for an error caused by the user or the machine; None for a fault of this package."""
+    text = _message(error)
+    return None if text is None else visible(text)
+
+
+def _message(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, (UserError, OSError, FloatingPointError)):

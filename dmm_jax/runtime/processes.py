@@ -18,7 +18,7 @@ import jax
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from dmm_jax.runtime.errors import REPORT, UserError, message
+from dmm_jax.runtime.errors import REPORT, UserError, message, visible
 
 JOIN_TIMEOUT_S = 300  # How long processes wait for each other at the start.
 HEARTBEAT_TIMEOUT_S = 30  # A process without a heartbeat for this long counts as dead and ends the run.
@@ -136,7 +136,7 @@ def is_first() -> bool:
 def say(line: str) -> None:
     """Prints a line on stderr, once for all processes of a run."""
     if is_first():
-        print(line, file=sys.stderr, flush=True)
+        print(visible(line), file=sys.stderr, flush=True)
 
 
 def check_joined() -> None:

@@ -188,11 +188,11 @@ def spread(tree):
     return jax.tree.map(put_leaf, tree)
 
 
-def in_parts(function: Callable, rows_per_device: int, *batches) -> jax.Array:
+def in_parts(function: Callable, rows_per_device: int, *batches):
     """Returns `function(*batches)`, computed part by part: the memory does not grow with the batch.
 
     Args:
-      function: maps batches (B, ...), which are spread, to an array (B, ...), each row independently.
+      function: maps batches (B, ...), which are spread, to a tree of arrays (B, ...), each row independently.
       rows_per_device: at most. All parts have the same size, the last one is padded: one compiled program is enough.
     """
     num_rows, num_devices = len(batches[0]), _local_mesh().size
@@ -201,7 +201,8 @@ def in_parts(function: Callable, rows_per_device: int, *batches) -> jax.Array:
         return function(*spread(batches))
     size = -(-num_rows // (num_parts * num_devices)) * num_devices
     rows = np.minimum(np.arange(num_parts * size), num_rows - 1).reshape(num_parts, size)
-    return jnp.concatenate([function(*spread([batch[part] for batch in batches])) for part in rows])[:num_rows]
+    parts = [function(*spread([batch[part] for batch in batches])) for part in rows]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:num_rows], *parts)
 
 
 def _local_mesh() -> Mesh:

@@ -72,7 +72,7 @@ def tokenize(
     ]
     ids, weights = np.moveaxis(np.concatenate(rows, axis=-1), 1, 0)  # (B, K, EL) each
     ids = ids.astype(np.int32)
-    if len(tokenizers.tokenizers) > 1:
+    if tokenizers.has_zeros:
         ids[[prompt is None for prompt in prompts]] = NO_PROMPT
     return PromptTokens(ids, weights.astype(np.float32))
 

@@ -11,12 +11,11 @@ import numpy as np
 from jaxtyping import Int
 
 from dmm_jax.runtime.errors import UserError
-from dmm_jax.text.vocabulary import BUNDLED, WORD_END, read_bpe
+from dmm_jax.text.vocabulary import BUNDLED, SPECIAL_TOKENS, WORD_END, read_bpe
 
 DEFAULT_MAX_LENGTH = 77
 NO_PROMPT = -1  # Fills a row of ids that stands for no prompt at all.
 _UNSET_LENGTH = 10**6  # transformers sets 1e30 if a config has no length.
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class Tokenizer:
@@ -29,7 +28,7 @@ class Tokenizer:
           ValueError: a special token is not in the vocabulary, so that the text encoder has no row for it.
         """
         vocab = clip_tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
-        tokens = {name: getattr(clip_tokenizer, name) for name in _SPECIAL_TOKENS}
+        tokens = {name: getattr(clip_tokenizer, name) for name in SPECIAL_TOKENS}
         missing = [f"{name} {token!r}" for name, token in tokens.items() if token not in vocab]
         if missing:
             raise UserError(
@@ -55,14 +54,19 @@ class Tokenizer:
             return cls(_clip_tokenizer_class()(vocab=bpe.vocabulary, merges=bpe.merges, **config))
         try:
             tokenizer = _clip_tokenizer_class().from_pretrained(folder, local_files_only=True)
+            for name in ("local_files_only", "is_local"):  # Otherwise `save` writes down how the folder was opened.
+                tokenizer.init_kwargs.pop(name, None)
+            made = cls(tokenizer)
+            made([""])  # A config of wrong types fails here, not at the first prompt.
+            return made
+        except UserError:
+            raise
         except Exception as error:  # The tokenizers package raises bare Exceptions.
             reason = " ".join(str(error).split())[:300]
             raise UserError(
-                f"the tokenizer in {folder} cannot be read ({reason}). Get its vocab.json and merges.txt again."
+                f"the tokenizer in {folder} cannot be read ({reason}). Get its vocab.json, merges.txt and "
+                "tokenizer_config.json again."
             ) from error
-        for name in ("local_files_only", "is_local"):  # Otherwise `save` writes down how the folder was opened.
-            tokenizer.init_kwargs.pop(name, None)
-        return cls(tokenizer)
 
     @property
     def pad_id(self) -> int:
@@ -127,22 +131,27 @@ class Tokenizer:
         self._tokenizer.model_max_length = self.max_length
         self._tokenizer.save_pretrained(folder)  # tokenizer_config.json, and tokenizer.json for newer readers.
         self._tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt, for older readers.
-        special = {name: getattr(self._tokenizer, name) for name in _SPECIAL_TOKENS}
+        special = {name: getattr(self._tokenizer, name) for name in SPECIAL_TOKENS}
         (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2), encoding="utf-8")
 
 
 class Tokenizers:
     """The tokenizers of a checkpoint's text encoders, one or SDXL's two; concatenates their rows of ids."""
 
-    def __init__(self, tokenizers: Sequence[Tokenizer], digest: str = ""):
+    def __init__(self, tokenizers: Sequence[Tokenizer], digest: str = "", zeros_for_no_prompt: bool = True):
         """Joins tokenizers; see `from_folders`."""
         self.tokenizers, self.digest = tuple(tokenizers), digest
+        self.has_zeros = zeros_for_no_prompt and len(self.tokenizers) > 1  # Whether no prompt is a row of NO_PROMPT.
 
     @classmethod
-    def from_folders(cls, folders: Sequence[str | Path]) -> "Tokenizers":
+    def from_folders(cls, folders: Sequence[str | Path], zeros_for_no_prompt: bool = True) -> "Tokenizers":
         """Reads the folder `tokenizer`, and for SDXL `tokenizer_2`.
 
         `digest` is a hash of all that determines the ids of a prompt: vocabularies, merges, padding and length.
+
+        Args:
+          zeros_for_no_prompt: whether SDXL conditions on zeros without a prompt, or on "" like the other models:
+            diffusers' `force_zeros_for_empty_prompt`.
 
         Raises:
           ValueError: `folders` is empty, or a folder cannot be read.
@@ -154,16 +163,16 @@ class Tokenizers:
             bpe = read_bpe(Path(folder))
             contents = [sorted(bpe.vocabulary.items()), bpe.merges, tokenizer.pad_id, tokenizer.max_length]
             digest.update(json.dumps(contents).encode())
-        return cls(tokenizers, digest.hexdigest())
+        return cls(tokenizers, digest.hexdigest(), zeros_for_no_prompt)
 
     def __call__(self, prompts: Sequence[str | None]) -> Int[np.ndarray, "B EL"]:
         """Returns int32 ids: for each prompt, the rows of all tokenizers one after the other.
 
-        None means no prompt. One tokenizer encodes it as ""; two give a row of -1, and `models.text_encoders` outputs
-        zeros for it.
+        None means no prompt. It is encoded as ""; with two tokenizers and `zeros_for_no_prompt` it is a row of -1, for
+        which `models.text_encoders` outputs zeros.
         """
         ids = np.concatenate([tokenizer(prompts) for tokenizer in self.tokenizers], axis=1)
-        if len(self.tokenizers) > 1:
+        if self.has_zeros:
             ids[[prompt is None for prompt in prompts]] = NO_PROMPT
         return ids
 

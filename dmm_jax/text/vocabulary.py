@@ -16,6 +16,8 @@ from dmm_jax.runtime.errors import UserError
 BUNDLED = pathlib.Path(__file__).parent / "clip_bpe"
 CLIP, OPEN_CLIP = BUNDLED / "clip", BUNDLED / "open_clip"  # Tokenizer folders with CLIP's encoding, padded differently.
 OLD_FILES, NEW_FILE = ("vocab.json", "merges.txt"), "tokenizer.json"
+ADDED_FILE, SPECIAL_FILES = "added_tokens.json", ("tokenizer_config.json", "special_tokens_map.json")
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 CLIP_VOCAB_SIZE = 49408
@@ -63,6 +65,38 @@ def read_bpe(folder: pathlib.Path) -> Bpe:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise UserError(f"{path} is not a CLIP tokenizer's ({reason}). Fetch the tokenizer folder again.") from None
+
+
+def all_ids(folder: pathlib.Path) -> dict[str, int]:
+    """Returns {token: id} of a tokenizer folder as transformers numbers them: the vocabulary, then added tokens.
+
+    Raises:
+      UserError: a file cannot be read, or an id is not a whole number.
+    """
+    ids = dict(read_bpe(folder).vocabulary)
+    if folder.parent == BUNDLED:
+        return ids
+    try:
+        files = {
+            name: json.loads((folder / name).read_text(encoding="utf-8"))
+            for name in (ADDED_FILE, NEW_FILE, *SPECIAL_FILES)
+            if (folder / name).is_file()
+        }
+        ids |= files.get(ADDED_FILE) or {}
+        ids |= {token["content"]: token["id"] for token in files.get(NEW_FILE, {}).get("added_tokens") or ()}
+        specials = []
+        for fields in (files[name] for name in SPECIAL_FILES if name in files):
+            ids |= {token["content"]: int(key) for key, token in (fields.get("added_tokens_decoder") or {}).items()}
+            specials += [fields.get(name) for name in SPECIAL_TOKENS]
+            specials += fields.get("additional_special_tokens") or ()
+        for token in specials:
+            content = token["content"] if isinstance(token, dict) else token
+            if content is not None:
+                ids.setdefault(content, len(ids))
+        return _checked_vocabulary(ids)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UserError(f"the added tokens of {folder} cannot be read ({reason}). Fetch the folder again.") from None
 
 
 def _checked_vocabulary(vocabulary: Mapping) -> dict[str, int]:

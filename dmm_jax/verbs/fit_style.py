@@ -31,6 +31,7 @@ def main(args: argparse.Namespace) -> None:
     from dmm_jax.config import arguments
     from dmm_jax.data.sources import FolderSource
     from dmm_jax.distill.fit_style import check_arguments, fit_style
+    from dmm_jax.models.unet_config import per_axis
     from dmm_jax.pipeline import Pipeline, default_dtype
     from dmm_jax.runtime import compilation
 
@@ -42,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
     _check_out(args.out)
     compilation.use_cache()
     pipeline = Pipeline.from_pretrained(args.model, dtype=args.dtype or default_dtype(), base=args.base)
-    side = args.resolution or pipeline.unet.merged().config["sample_size"] * pipeline.vae_scale_factor
+    side = args.resolution or per_axis(pipeline.unet.merged().config["sample_size"])[0] * pipeline.vae_scale_factor
     images = FolderSource(args.images, arguments.pixels("resolution", side, pipeline.vae_scale_factor))
     fitted = fit_style(pipeline, images, args.name, start=args.start, mix_only=args.mix_only, **learning)
     fitted.save(args.out)

@@ -27,9 +27,10 @@ def main(args: argparse.Namespace) -> int:
     """Prints the report; returns 1 if the checkpoints cannot be merged, with the reasons on stderr."""
     from dmm_jax.checkpoints.inspect import inspect
     from dmm_jax.checkpoints.inspect_text import render
+    from dmm_jax.runtime.errors import visible
 
     report = inspect(args.checkpoints, args.deep, args.hash, args.prediction_type)
-    print(json.dumps(report, indent=2) if args.json else render(report))
+    print(json.dumps(report, indent=2) if args.json else visible(render(report)))
     for problem in report["obstacles"]:
-        print(f"dmm-jax inspect: error: {problem}", file=sys.stderr)
+        print(visible(f"dmm-jax inspect: error: {problem}"), file=sys.stderr)
     return 0 if report["mergeable"] else 1

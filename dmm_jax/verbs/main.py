@@ -6,13 +6,14 @@ imported when the verb is named, and imports the library inside `main`: `--help`
 
 import argparse
 import contextlib
+import faulthandler
 import importlib
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
-from dmm_jax.runtime.errors import REPORT, UsageError, message
+from dmm_jax.runtime.errors import REPORT, UsageError, message, visible
 
 VERBS = {  # In the order of --help. The file of `fit-style` is fit_style.py.
     "demo": "run every step on the embedded world and write report/index.html",
@@ -32,6 +33,8 @@ EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns its exit code: 0 success, 1 an error, 2 wrong usage, 130 Ctrl-C."""
+    with contextlib.suppress(OSError, RuntimeError):  # A stderr without a descriptor, as in notebooks.
+        faulthandler.enable()  # A mapped file that is cut short while it is read ends the process; this says where.
     argv = sys.argv[1:] if argv is None else list(argv)
     verb = next((argument for argument in argv if not argument.startswith("-")), "")
     parser = build_parser(verb)
@@ -89,7 +92,7 @@ def _warnings_in_one_line(verb: str) -> Iterator[None]:
 
         def show(text, category, *place, **options):
             if issubclass(category, UserWarning):
-                print(f"dmm-jax {verb}: warning: {text}", file=sys.stderr, flush=True)
+                print(f"dmm-jax {verb}: warning: {visible(str(text))}", file=sys.stderr, flush=True)
             else:
                 show_others(text, category, *place, **options)
 

@@ -3,7 +3,6 @@
 import argparse
 import functools
 import pathlib
-import sys
 
 from dmm_jax.verbs import options
 
@@ -69,6 +68,7 @@ def main(args: argparse.Namespace) -> None:
     from dmm_jax.gallery.sample import sample
     from dmm_jax.pipeline import Pipeline, default_dtype
     from dmm_jax.runtime import compilation
+    from dmm_jax.runtime.processes import say
     from dmm_jax.runtime.storage import check_output
 
     check_output(args.out)
@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
     )
     needs_advice = pipeline.schedule.rescale_betas_zero_snr and not args.guidance_rescale
     for line in pipeline.source.fallbacks + ([ADVICE] if needs_advice else []):
-        print(line, file=sys.stderr, flush=True)
+        say(line)
     samples = sample(
         pipeline,
         prompts,

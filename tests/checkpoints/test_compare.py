@@ -88,7 +88,8 @@ def test_a_single_file_differs_only_in_noise_levels_that_it_states(base):
     zero = scheduled(base, _class_name="DDIMScheduler", rescale_betas_zero_snr=True)
     silent = dataclasses.replace(base, kind="single-file")
     assert teacher_problems(zero, "X", silent) == []
-    (line,) = teacher_problems(base, "X", dataclasses.replace(zero, kind="single-file"))
+    stated = dataclasses.replace(zero, kind="single-file", explicit_fields={"rescale_betas_zero_snr"})
+    (line,) = teacher_problems(base, "X", stated)
     assert "noise levels" in line
 
 
@@ -133,3 +134,10 @@ def test_comparing_reads_no_tensor(base):
 
     components = {name: Component(component.config, load) for name, component in base.components.items()}
     assert merge_problems(base, [("X", dataclasses.replace(base, components=components))]) == []
+
+
+def test_a_silent_file_has_its_bases_prediction_and_says_so(base):
+    silent = dataclasses.replace(base, kind="single-file", explicit_fields=())
+    velocity = scheduled(base, prediction_type="v_prediction")
+    assert teacher_problems(velocity, "X", scheduled(silent, "single-file", prediction_type="unknown")) == []
+    assert silent.assumptions(base) == [] and "v_prediction is used" in silent.assumptions(velocity)[0]

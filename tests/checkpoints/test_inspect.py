@@ -331,3 +331,27 @@ def test_damage_after_the_layer_that_xl_uses_is_harmless_and_reads_0(xl, tmp_pat
     rewrite(second, lambda tensors: damage(tensors, unused[1:]))
     component, (key,), matters = damage_of(path)["not finite"]
     assert (component, matters) == ("text_encoder_2", True) and key.endswith(unused[1])
+
+
+def test_the_meaning_of_no_prompt_is_read_and_written(xl, tmp_path):
+    copy = shutil.copytree(xl, tmp_path / "copy")
+    rewrite_json(copy / "model_index.json", force_zeros_for_empty_prompt=False)
+    stock, other = open_checkpoint(xl), open_checkpoint(copy)
+    for opened, zeros in ((stock, True), (other, False)):
+        assert opened.zeros_for_no_prompt == opened.tokenizers().has_zeros == zeros
+        assert write._model_index(opened, "X")["force_zeros_for_empty_prompt"] == zeros
+    assert inspect([xl, copy])["checkpoints"][1]["loans"] == [
+        f"{copy} and the base differ in force_zeros_for_empty_prompt: the base's is used."
+    ]
+
+
+def test_another_family_is_one_sentence(xl, folder):
+    (problem,) = inspect([folder, xl])["obstacles"]
+    assert "stable-diffusion-xl-v1-base, the base of stable-diffusion-v1" in problem and "tensors" not in problem
+
+
+def test_control_sequences_do_not_reach_the_terminal(copy, capsys):
+    rewrite_json(copy / "unet" / "config.json", act_fn="\x1b[31mred", **{"\x1b]0;x\x07": 1})
+    assert main(["inspect", str(copy)]) == 1
+    output = capsys.readouterr()
+    assert "act_fn" in output.err and (output.out + output.err).replace("\n", "").isprintable()

@@ -11,9 +11,11 @@ import pytest
 from dmm_jax.checkpoints import write
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
+from dmm_jax.checkpoints.inspect import inspect
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.states import StateStore
 from dmm_jax.config import options as config_lib
+from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
 from tests.checkpoints.files import COMPONENTS, assert_same_networks, rewrite, rewrite_json
 
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -40,12 +42,6 @@ def test_opening_reads_no_weights_and_params_are_views_of_the_file(folder):
     assert {leaf.dtype for leaf in cast} == {np.dtype(np.float16)}
 
 
-@pytest.mark.parametrize("name", ["diffusion_pytorch_model.fp16.safetensors"])
-def test_the_fp16_variant_is_found(copy, folder, name):
-    (copy / "unet" / UNET_WEIGHTS).rename(copy / "unet" / name)
-    assert_same_networks(open_checkpoint(copy), open_checkpoint(folder))
-
-
 def split(unet, index=UNET_INDEX, first="part-1.safetensors", second="part-2.safetensors"):
     """Splits the weights in two files under an index; returns the index."""
     file = TensorFile(unet / UNET_WEIGHTS)
@@ -58,7 +54,9 @@ def split(unet, index=UNET_INDEX, first="part-1.safetensors", second="part-2.saf
     return weight_map
 
 
-@pytest.mark.parametrize("index", [UNET_INDEX, "diffusion_pytorch_model.safetensors.index.fp16.json"])
+@pytest.mark.parametrize(
+    "index", [UNET_INDEX, *(UNET_WEIGHTS + name for name in (".index.fp16.json", ".bf16.index.json"))]
+)
 def test_parts_under_an_index_are_one_network(copy, folder, index):
     split(copy / "unet", index)
     opened = open_checkpoint(copy)
@@ -254,3 +252,98 @@ def test_a_dmm_folder_without_its_style_mlp_is_refused_by_name(merged):
     rewrite(merged / "unet" / UNET_WEIGHTS, lambda tensors: tensors.pop("add_embedding.linear_1.weight"))
     with pytest.raises(CheckpointError, match="1 missing: add_embedding.linear_1.weight"):
         open_checkpoint(merged).params("unet")
+
+
+def test_a_tokenizer_with_more_tokens_than_rows_is_refused(copy):
+    (copy / "tokenizer" / "added_tokens.json").write_text(json.dumps({"<new>": 581}))
+    with pytest.raises(CheckpointError, match="text_encoder has 581 rows, but .*tokenizer has 582 tokens"):
+        open_checkpoint(copy)
+    assert not inspect([copy])["mergeable"]
+    path = copy / "text_encoder"
+    grow = lambda table: np.concatenate([table, table[:1]])  # noqa: E731
+    key = next(key for key in TensorFile(path / "model.safetensors") if key.endswith("token_embedding.weight"))
+    rewrite(path / "model.safetensors", lambda tensors: tensors.update({key: grow(tensors[key])}))
+    rewrite_json(path / "config.json", vocab_size=582)
+    assert open_checkpoint(copy).params("text_encoder") and inspect([copy])["mergeable"]
+
+
+@pytest.mark.parametrize("name", [".fp16.safetensors", ".bf16.safetensors", ".fp32.safetensors"])
+def test_a_variant_of_another_precision_is_read(copy, folder, name):
+    (copy / "unet" / UNET_WEIGHTS).rename(copy / "unet" / UNET_WEIGHTS.replace(".safetensors", name))
+    assert_same_networks(open_checkpoint(copy), open_checkpoint(folder))
+
+
+def test_integers_of_the_right_shape_are_not_weights(copy):
+    key = "conv_in.weight"
+    rewrite(copy / "unet" / UNET_WEIGHTS, lambda tensors: tensors.update({key: tensors[key].astype(np.int8)}))
+    with pytest.raises(CheckpointError, match=r"1 quantised: conv_in.weight \(int8\)"):
+        open_checkpoint(copy).params("unet")
+    assert "quantised" in inspect([copy])["obstacles"][0]
+
+
+@pytest.mark.parametrize("name", [".ema.safetensors", ".non_ema.safetensors"])
+def test_a_variant_of_other_weights_is_named(copy, name):
+    name = UNET_WEIGHTS.replace(".safetensors", name)
+    (copy / "unet" / UNET_WEIGHTS).rename(copy / "unet" / name)
+    with pytest.raises(CheckpointError, match=f"only {name}.*rename"):
+        open_checkpoint(copy)
+
+
+@pytest.mark.parametrize(
+    "text, advice",
+    [
+        ("https://huggingface.co/a/b/tree/main", "Give hf:a/b"),
+        ("http://x.org/y.safetensors", "Download the checkpoint"),
+    ],
+)
+def test_a_web_address_is_refused_with_advice(text, advice):
+    with pytest.raises(CheckpointError, match=f"is a web address.*{advice}"):
+        open_checkpoint(text)
+
+
+def test_the_refiners_folder_is_refused(copy):
+    rewrite_json(copy / "model_index.json", requires_aesthetics_score=True)
+    with pytest.raises(CheckpointError, match="refiner of Stable Diffusion XL"):
+        open_checkpoint(copy)
+    assert "refiner" in inspect([copy])["obstacles"][0]
+
+
+@pytest.mark.parametrize(
+    "component, field",
+    [("unet", "layers_per_block"), ("unet", "transformer_layers_per_block"), ("text_encoder", "num_hidden_layers"),
+     ("vae", "layers_per_block"), ("text_encoder", "vocab_size"), ("unet", "num_models")],
+)  # fmt: skip
+@pytest.mark.parametrize("many", [10**9, 2**62, 1e308])
+def test_a_huge_number_is_refused_before_anything_is_built(copy, component, field, many):
+    rewrite_json(copy / component / "config.json", **{field: many})
+    with pytest.raises(CheckpointError, match=f"{field}="):
+        open_checkpoint(copy).shapes(component)
+
+
+def test_many_levels_and_layers_are_refused_before_anything_is_built(copy):
+    for fields in ({"block_out_channels": [32] * 10**4}, {"layers_per_block": 60, "transformer_layers_per_block": 60}):
+        rewrite_json(copy / "unet" / "config.json", **fields)
+        with pytest.raises(CheckpointError, match="no network has"):
+            open_checkpoint(copy).shapes("unet")
+
+
+def test_a_huge_number_of_timesteps_is_refused(copy):
+    rewrite_json(copy / "scheduler" / "scheduler_config.json", num_train_timesteps=10**9)
+    assert "2 to 10000 timesteps" in inspect([copy])["obstacles"][0]
+
+
+def test_options_of_ours_are_not_believed_from_a_file(copy):
+    rewrite_json(copy / "unet" / "config.json", remat="all", attention_implementation="flash")
+    arguments = UNet2DConditionModel.arguments(open_checkpoint(copy).unet_config)
+    assert (arguments["remat"], arguments["attention_implementation"]) == ("none", "xla")
+
+
+@pytest.mark.parametrize(
+    "component, fields",
+    [("unet", {"only_cross_attention": [False, False], "dual_cross_attention": [False]}),
+     ("unet", {"cross_attention_dim": [64, 64]}),
+     ("text_encoder", {"temperature": 1.0, "id2label": {"0": "LABEL_0"}, "return_dict": True, "max_length": 20})],
+)  # fmt: skip
+def test_fields_that_change_nothing_are_no_obstacle(copy, folder, component, fields):
+    rewrite_json(copy / component / "config.json", **fields)
+    assert_same_networks(open_checkpoint(copy), open_checkpoint(folder))

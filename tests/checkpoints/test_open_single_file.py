@@ -1,12 +1,17 @@
 """Single files open wherever their tensors are; what cannot be used is refused with its reason."""
 
+import warnings
+
+import ml_dtypes
 import numpy as np
 import pytest
 
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats.safetensors_io import save
+from dmm_jax.checkpoints.formats.single_file_config import text_config
 from dmm_jax.checkpoints.inspect import inspect
 from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.text import vocabulary
 from tests.checkpoints.files import COMPONENTS, assert_same_networks, rewrite, rewrite_json
 
@@ -270,3 +275,84 @@ def test_a_file_of_another_kind_is_refused_with_its_first_keys(tmp_path):
     save(tmp_path / "other.safetensors", {"control_model.x": np.zeros(1, np.float32)})
     with pytest.raises(CheckpointError, match="no Stable Diffusion checkpoint.*control_model.x"):
         open_checkpoint(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("name", ["alphas_cumprod", "denoiser.sigmas"])
+@pytest.mark.parametrize("zero", [True, False])
+def test_stored_noise_levels_show_a_zero_terminal_snr(single, name, zero, dtype):
+    schedule = NoiseSchedule(rescale_betas_zero_snr=zero)
+    levels = (schedule.sigmas if name.endswith("sigmas") else schedule.alphas_cumprod).astype(dtype)
+    rewrite(single, lambda tensors: tensors.update({name: levels}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_checkpoint(single).scheduler_config.get("rescale_betas_zero_snr", False) == zero
+
+
+def test_unknown_noise_levels_are_named(single):
+    rewrite(single, lambda tensors: tensors.update({"alphas_cumprod": np.zeros(1000, np.float32)}))
+    with pytest.warns(UserWarning, match="noise levels are none that is known"):
+        assert "rescale_betas_zero_snr" not in open_checkpoint(single).scheduler_config
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", ""])
+def test_a_bare_unet_opens_where_the_base_has_the_rest(single, folder, prefix):
+    old = "model.diffusion_model."
+
+    def strip(tensors):
+        for key in list(tensors):
+            array = tensors.pop(key)
+            if key.startswith(old):
+                tensors[prefix + key.removeprefix(old)] = array
+
+    rewrite(single, strip)
+    assert_same_networks(open_checkpoint(single, base=folder), open_checkpoint(folder))
+    assert inspect([folder, single])["mergeable"]
+
+
+@pytest.mark.parametrize("folder_of, kind", [("vae", "a VAE alone"), ("unet", "the UNet of a diffusers folder")])
+def test_a_part_of_a_model_is_called_by_its_name(folder, folder_of, kind):
+    with pytest.raises(CheckpointError, match=f"no Stable Diffusion checkpoint: it is {kind}"):
+        open_checkpoint(folder / folder_of / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["model.diffusion_model.input_blocks.999999999.0.in_layers.0.weight", "first_stage_model.encoder.down.999999999.x",
+     "cond_stage_model.transformer.text_model.encoder.layers.999999999.layer_norm1.weight",
+     "cond_stage_model.transformer.text_model.encoder.layers.999.layer_norm1.weight",
+     "model.diffusion_model.input_blocks.998.0.op.weight"],
+)  # fmt: skip
+def test_a_layer_of_a_huge_number_builds_nothing(single, key):
+    rewrite(single, lambda tensors: tensors.update({key: np.ones(1, np.float32)}))
+    with pytest.raises(CheckpointError):
+        opened = open_checkpoint(single)
+        for component in COMPONENTS:
+            opened.params(component)
+
+
+def test_rows_beyond_clips_vocabulary_are_not_its_end_token():
+    shapes = {
+        "token_embedding.weight": (49410, 1280), "positional_embedding": (77, 1280),
+        "transformer.resblocks.0.mlp.c_fc.weight": (5120, 1280), "text_projection": (1280, 1280),
+    }  # fmt: skip
+    assert text_config(shapes, "X", open_clip=True)["eos_token_id"] == 49407
+    small = {"token_embedding.weight": (99, 32)}
+    assert text_config(shapes | small, "X", open_clip=True)["num_attention_heads"] == 1
+
+
+def test_the_end_token_of_a_single_file_is_its_tokenizers(single, folder):
+    key = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    rewrite(single, lambda tensors: tensors.update({key: np.concatenate([tensors[key], tensors[key][:2]])}))
+    assert open_checkpoint(single).config("text_encoder")["eos_token_id"] == 582
+    assert open_checkpoint(single, base=folder).config("text_encoder")["eos_token_id"] == 580
+
+
+def test_a_silent_file_follows_its_base_everywhere(single, copy, capsys):
+    rewrite(single, lambda tensors: None, {"format": "pt"})
+    assert inspect([copy, single])["checkpoints"][1]["prediction_type"] == "epsilon"
+    rewrite_json(copy / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    assert open_checkpoint(single, base=copy).prediction_type == "v_prediction"
+    report = inspect([copy, single])
+    assert report["mergeable"] and report["checkpoints"][1]["prediction_type"] == "v_prediction"
+    assert any("does not state what it predicts: v_prediction" in line for line in report["checkpoints"][1]["loans"])

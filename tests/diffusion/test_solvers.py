@@ -1,6 +1,7 @@
 """Laws of the solvers: diffusers' schedulers step by step, a closed-form ODE, and the tables."""
 
 import dataclasses
+import inspect
 import itertools
 
 import jax
@@ -392,3 +393,20 @@ def test_unfit_schedules_and_steps_are_refused(solver, schedule, num_steps, mess
 def test_a_stochastic_solver_without_keys_is_refused():
     with pytest.raises(ValueError, match="keys"):
         solvers.sample(solvers.plan("euler_ancestral", NoiseSchedule(), 2), lambda x, t: x, jnp.zeros(SHAPE))
+
+
+SCHEDULERS = {
+    "euler": "EulerDiscreteScheduler", "heun": "HeunDiscreteScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "ddim": "DDIMScheduler", "euler_ancestral": "EulerAncestralDiscreteScheduler", "unipc": "UniPCMultistepScheduler",
+    "lcm": "LCMScheduler",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spacing", ["karras", "exponential", "beta"])
+@pytest.mark.parametrize("solver", SCHEDULERS)
+def test_the_spacing_of_a_config_is_followed_where_diffusers_does(solver, spacing):
+    scheduler = getattr(pytest.importorskip("diffusers"), SCHEDULERS[solver])
+    followed = f"use_{spacing}_sigmas" in inspect.signature(scheduler.__init__).parameters
+    plan = solvers.plan(solver, NoiseSchedule(**{f"use_{spacing}_sigmas": True}), 7)
+    expected = solvers.plan(f"{solver}_{spacing}" if followed else solver, NoiseSchedule(), 7)
+    assert jax.tree.all(jax.tree.map(np.array_equal, plan, expected))

@@ -109,6 +109,21 @@ def test_weighted_chunks_are_those_of_transformers(family, folder):
         assert families.error(text.encoder_hidden_states[row], torch.cat(chunks)) < TOLERANCE
 
 
+@pytest.mark.parametrize("zeros", [True, False])
+def test_no_prompt_is_what_the_stock_pipeline_of_xl_makes_of_it(folder, zeros):
+    transformers = pytest.importorskip("transformers")
+    pipe, folders = families.stock("sdxl", seed=0), [folder / "sdxl" / name for name in families.PADS["sdxl"]]
+    pipe.register_to_config(force_zeros_for_empty_prompt=zeros)
+    for path in folders:
+        setattr(pipe, path.name, transformers.CLIPTokenizer.from_pretrained(path))
+    tokenizers = Tokenizers.from_folders(folders, zeros)
+    none = with_weights_of(pipe, families.TEXTS["sdxl"])(jnp.asarray(tokenizers([None])))
+    _, states, _, pooled = pipe.encode_prompt("a", device="cpu", do_classifier_free_guidance=True)
+    for ours, theirs in ((none.encoder_hidden_states, states), (none.pooled, pooled)):
+        np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=TOLERANCE * float(theirs.abs().max()))
+    assert bool(states.any()) != zeros and len(np.unique(tokenizers(["", None]), axis=0)) == 1 + zeros
+
+
 def test_each_encoder_reads_its_own_tokenizers_row(folder):
     tokenizers = Tokenizers.from_folders([folder / "sdxl" / name for name in families.PADS["sdxl"]])
     first, second = np.split(tokenizers(["a red circle"]), 2, axis=1)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from dmm_jax.checkpoints.write import copy_tokenizer
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.text.tokenizer import Tokenizer, Tokenizers
-from dmm_jax.text.vocabulary import CLIP, CLIP_VOCAB_SIZE, OPEN_CLIP, clip_bpe, read_bpe
+from dmm_jax.text.vocabulary import CLIP, CLIP_VOCAB_SIZE, OPEN_CLIP, all_ids, clip_bpe, read_bpe
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 LETTERS = [chr(code) for code in range(ord("!"), ord("~") + 1)]
@@ -219,4 +220,33 @@ def test_a_copy_of_the_bundled_tokenizer_gives_the_same_ids(tmp_path):
 def test_errors_in_broken_files_name_the_folder(folder, name, text):
     (folder / name).write_text(text)
     with pytest.raises(ValueError, match=f"{folder}.* (cannot be read|is not a CLIP tokenizer's)"):
+        Tokenizer.from_folder(folder)
+
+
+ADDED = {"content": "<cat>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+EXTENSIONS = {
+    "none": {},
+    "added_tokens.json": {"added_tokens.json": {"<cat>": len(IDS), "<dog>": len(IDS) + 1}},
+    "added_tokens_decoder": {"tokenizer_config.json": {"added_tokens_decoder": {str(len(IDS)): ADDED}}},
+    "additional_special_tokens": {"special_tokens_map.json": {"additional_special_tokens": ["<cat>", "<dog>"]}},
+}
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_all_ids_count_the_tokens_that_transformers_counts(folder, extension):
+    for name, fields in EXTENSIONS[extension].items():
+        old = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+        (folder / name).write_text(json.dumps(old | fields))
+    assert max(all_ids(folder).values()) + 1 == Tokenizer.from_folder(folder).vocab_size
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"model_max_length": "77"}, {"model_max_length": 1}, {"model_max_length": -1},
+     {"pad_token": ["!"]}, {"pad_token": 3}, {"eos_token": {"a": 1}}, {"bos_token": None}, {"added_tokens_decoder": 3}],
+)  # fmt: skip
+def test_a_tokenizer_config_of_wrong_types_is_one_error(folder, fields):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | fields))
+    with pytest.raises(UserError):
         Tokenizer.from_folder(folder)

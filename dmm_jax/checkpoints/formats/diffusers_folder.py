@@ -1,16 +1,18 @@
-"""diffusers folders, stock or DMM's: reads their JSON and finds their weights (one file, fp16 variant, or parts)."""
+"""diffusers folders, stock or DMM's: reads their JSON and finds their weights (one file, a variant, or parts)."""
 
 import functools
+import glob
 import json
 import pathlib
 from collections.abc import Mapping
 
 from dmm_jax.checkpoints import licenses, naming
 from dmm_jax.checkpoints.abstract import COMPONENTS
-from dmm_jax.checkpoints.architecture import MERGED, architecture, check_plain, scheduler_config
+from dmm_jax.checkpoints.architecture import MERGED, NO_REFINER, SDXL, architecture, check_plain, scheduler_config
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component, Place
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.checkpoints.formats.safetensors_io import PICKLES, TensorFile, Tensors, refuse_pickle
+from dmm_jax.checkpoints.formats.safetensors_io import PICKLES, TensorFile, Tensors, refuse_other_formats, refuse_pickle
+from dmm_jax.checkpoints.formats.stock_corrections import corrected_scheduler, corrected_unet
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.text.vocabulary import has_tokenizer
 
@@ -19,6 +21,10 @@ WEIGHTS = {
     "text_encoder_2": "model",
 }  # fmt: skip
 STYLES_KEY = "dmm_jax.config.styles"  # Metadata of the UNet's file: the names of the style table's rows, as JSON.
+# Names of the same weights in several precisions. Others ("ema", "non_ema") are other weights: the user chooses.
+VARIANTS = ("", ".fp32", ".fp16", ".bf16")
+MAX_STYLES = 10_000
+EMPTY_PROMPT = "force_zeros_for_empty_prompt"  # A field of model_index.json.
 MAX_JSON_BYTES = 50_000_000
 
 
@@ -50,20 +56,30 @@ def open_folder(path: pathlib.Path) -> Checkpoint:
     unet = components["unet"].config
     check_plain(unet.get("in_channels", 4), str(path))
     family = architecture(unet)
+    components["unet"] = Component(corrected_unet(unet, family), components["unet"].load)
     merged = unet.get("addition_embed_type") in MERGED
     scheduler = path / "scheduler" / "scheduler_config.json"
+    stated = read_json(scheduler) if scheduler.is_file() else None
     tokenizers = {name: path / name.removesuffix("_folder") for name in ("tokenizer_folder", "tokenizer_2_folder")}
     return Checkpoint(
         path=path,
         kind="dmm" if merged or index.get("_class_name") == "StableDiffusionDMMPipeline" else "diffusers",
         components=components,
-        scheduler_config=read_json(scheduler) if scheduler.is_file() else scheduler_config(family),
+        scheduler_config=corrected_scheduler(scheduler_config(family) if stated is None else stated, family),
         **{name: folder if has_tokenizer(folder) else None for name, folder in tokenizers.items()},
         styles=_style_names(path, unet, metadata) if merged else None,
         files=tuple(files),
         license=licenses.stated(metadata, path),
-        explicit_fields=frozenset(read_json(scheduler) if scheduler.is_file() else ()),
+        explicit_fields=frozenset(stated or ()),
+        unsupported=NO_REFINER if index.get("requires_aesthetics_score") or _is_refiner(components) else "",
+        zeros_for_no_prompt=bool(index[EMPTY_PROMPT]) if EMPTY_PROMPT in index else None,
     )
+
+
+def _is_refiner(components: Mapping[str, Component]) -> bool:
+    """Tells whether a UNet of XL is conditioned on the second text encoder alone."""
+    has_first, has_second = (name in components for name in ("text_encoder", "text_encoder_2"))
+    return architecture(components["unet"].config) == SDXL and has_second and not has_first
 
 
 def read_json(path: pathlib.Path) -> dict:
@@ -71,7 +87,10 @@ def read_json(path: pathlib.Path) -> dict:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES} bytes, which is too large for a config.")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
+        if not raw.lstrip().startswith((b"{", b"[")):
+            refuse_other_formats(path, raw[:64])
+        value = json.loads(raw.decode("utf-8"))
     except CheckpointError:
         raise
     except (OSError, ValueError, RecursionError) as error:
@@ -85,8 +104,10 @@ def read_json(path: pathlib.Path) -> dict:
 def _style_names(path: pathlib.Path, config: Mapping, metadata: Mapping) -> tuple[str, ...]:
     """Returns the names of a DMM folder's styles: those in the metadata, or else style_0, style_1, ..."""
     number = config.get("num_models")
-    if type(number) is not int or number < 1:
-        raise CheckpointError(f"{path}: unet/config.json has num_models={number!r}; expected the number of styles.")
+    if type(number) is not int or not 1 <= number <= MAX_STYLES:
+        raise CheckpointError(
+            f"{path}: unet/config.json has num_models={number!r}; expected the number of styles, 1 to {MAX_STYLES}."
+        )
     if STYLES_KEY not in metadata:
         return tuple(f"style_{row}" for row in range(number))
     try:
@@ -101,22 +122,27 @@ def _style_names(path: pathlib.Path, config: Mapping, metadata: Mapping) -> tupl
 
 
 def weight_files(folder: pathlib.Path, stem: str) -> list[TensorFile]:
-    """Opens a network's weights in a diffusers folder: one file, its fp16 variant, or the parts that an index lists.
+    """Opens a network's weights in a diffusers folder, of the best precision: one file, or the parts of an index.
 
     Raises:
       CheckpointError: there are no weights, only pickles, or an index that does not match its parts.
     """
-    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
-        if (folder / name).is_file():
-            return [TensorFile(folder / name)]
-    for index in ("safetensors.index.json", "safetensors.index.fp16.json", "fp16.safetensors.index.json"):
-        if (folder / f"{stem}.{index}").is_file():
-            return _parts(folder / f"{stem}.{index}")
+    for variant in VARIANTS:
+        if (folder / f"{stem}{variant}.safetensors").is_file():
+            return [TensorFile(folder / f"{stem}{variant}.safetensors")]
+        names = (f"{variant}.safetensors.index", f".safetensors{variant}.index", f".safetensors.index{variant}")
+        for index in (folder / f"{stem}{name}.json" for name in names):
+            if index.is_file():
+                return _parts(index)
+    others = sorted(folder.glob(f"{glob.escape(stem)}*.safetensors"))
+    if others:
+        raise CheckpointError(
+            f"{folder} holds no {stem}.safetensors, only {naming.listed([path.name for path in others])}. If these are "
+            f"the weights that you want, rename the file to {stem}.safetensors."
+        )
     for pickle in sorted(path for path in folder.iterdir() if path.suffix in PICKLES):
         refuse_pickle(pickle)
-    raise CheckpointError(
-        f"{folder} holds no {stem}.safetensors, no fp16 variant and no index of parts. Fetch the weights."
-    )
+    raise CheckpointError(f"{folder} holds no {stem}.safetensors, in no precision and no parts. Fetch the weights.")
 
 
 def _parts(index: pathlib.Path) -> list[TensorFile]:

@@ -4,8 +4,11 @@ Only text with this prefix makes dmm_jax use the network. huggingface_hub fetche
 with HF_HUB_OFFLINE=1 it reads the cache only.
 """
 
+import contextlib
+import contextvars
 import pathlib
 import re
+from collections.abc import Iterator
 
 from dmm_jax.checkpoints.abstract import COMPONENTS
 from dmm_jax.checkpoints.errors import CheckpointError
@@ -19,7 +22,28 @@ PATTERNS = (
     *(f"{name}/*.safetensors" for name in COMPONENTS), "tokenizer/*.json", "tokenizer/merges.txt",
     "tokenizer_2/*.json", "tokenizer_2/merges.txt",
 )  # fmt: skip
+_URL = re.compile(r"https?:/+(?:(?:www\.)?huggingface\.co/([\w.-]+/[\w.-]+))?", re.ASCII)
+_cache_only = contextvars.ContextVar("cache_only", default=False)
 HALF = "*.fp16.*"  # In most repositories a second copy of the weights, in some the only one.
+
+
+@contextlib.contextmanager
+def cache_only() -> Iterator[None]:
+    """Forbids the network while paths from a run's config.json are opened: the user did not type them."""
+    token = _cache_only.set(True)
+    try:
+        yield
+    finally:
+        _cache_only.reset(token)
+
+
+def refuse_url(path) -> None:
+    """Raises CheckpointError for an address on the web; a model's page on the hub has a shorter name."""
+    if match := _URL.match(str(path)):
+        advice = f"Give hf:{match[1]}, or download" if match[1] else "Download"
+        raise CheckpointError(
+            f"{printable(str(path))} is a web address, which is not fetched. {advice} the checkpoint and give its path."
+        )
 
 
 def is_hub_id(path) -> bool:
@@ -42,9 +66,8 @@ def fetch_folder(text) -> tuple[str, pathlib.Path]:
     import huggingface_hub  # Here, since the import takes a second.
 
     def download(**options):
-        folder = huggingface_hub.snapshot_download(
-            repository, revision=revision, allow_patterns=list(PATTERNS), **options
-        )
+        options |= {"local_files_only": _cache_only.get(), "allow_patterns": list(PATTERNS)}
+        folder = huggingface_hub.snapshot_download(repository, revision=revision, **options)
         return pathlib.Path(folder)
 
     try:
@@ -52,6 +75,11 @@ def fetch_folder(text) -> tuple[str, pathlib.Path]:
         if not any((folder / "unet").glob("*.safetensors")):
             folder = download()
     except (OSError, ValueError) as error:
+        if _cache_only.get():
+            raise CheckpointError(
+                f"{text} is named by a run's config.json and is not in the hub's cache: only a name that you type is "
+                f"fetched. Run `dmm-jax inspect {text}` first."
+            ) from error
         reason = printable(str(error), 500)
         raise CheckpointError(
             f"{text} cannot be fetched ({reason}). Check the name and the network; or copy the checkpoint here "

@@ -135,7 +135,8 @@ def _folded(component: str, part: Component, terms: Sequence[tuple[float, Mappin
 def _match(file: TensorFile, layers: Mapping, shapes: Mapping) -> tuple[dict, dict[str, list[str]]]:
     """Returns {network: {our key: update}} and {problem: keys in the file}."""
     problems = {
-        "unknown": [], "incomplete": [], "named twice": [], "misshapen": [], "with an alpha that is not a number": []
+        "unknown": [], "incomplete": [], "named twice": [], "misshapen": [], "quantised": [],
+        "with an alpha that is not a number": [],
     }  # fmt: skip
     roles_of_layers = {}
     for key in file:
@@ -152,6 +153,7 @@ def _match(file: TensorFile, layers: Mapping, shapes: Mapping) -> tuple[dict, di
             problems["incomplete"] += roles.values()
             continue
         factors = {role: key for role, key in roles.items() if role != "alpha"}
+        problems["quantised"] += [key for key in factors.values() if file.dtype(key).kind in "biu"]
         misfit = _misfit({role: file.shape(key) for role, key in factors.items()}, shapes[component][our_key])
         if misfit:
             problems["misshapen"].append(f"{roles['up']} ({misfit})")

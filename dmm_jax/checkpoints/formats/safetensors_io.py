@@ -12,7 +12,7 @@ import os
 import pathlib
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -28,6 +28,13 @@ DTYPES = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+# The ends of names with which bitsandbytes, GPTQ and scaled 8-bit files accompany a weight.
+QUANTISED_KEYS = (
+    ".absmax", ".quant_map", ".nested_absmax", ".bitsandbytes__nf4", ".bitsandbytes__fp4", ".SCB", ".weight_format",
+    ".scale_weight", ".weight_scale", ".scale_input", ".input_scale", "scaled_fp8", ".comfy_quant", ".qweight",
+    ".qzeros", ".g_idx",
+)  # fmt: skip
+FEW_BITS = ("F8", "F6", "F4")  # The starts of the names of floats of 8, 6 and 4 bits.
 # SDXL's header takes 0.4 MB, a LoRA's with its training metadata a few MB. Parsing takes about 25 times that in memory.
 MAX_HEADER_BYTES = 16_000_000
 MAX_TENSORS = 100_000
@@ -38,6 +45,27 @@ HOW_TO_CONVERT = (
     "It may hold a pickle, which runs code when it is opened, so it is not read. Convert it where you trust it: "
     "torch.load(path, weights_only=True), then safetensors.torch.save_file(state_dict, 'model.safetensors')."
 )
+
+
+# {first bytes, without space and in lower case: (the format, what to do)}
+OTHER_FORMATS = {
+    (b"version https://git-lfs",): (
+        "a pointer of git-LFS and not the file itself",
+        "Fetch the file: `git lfs pull` in its repository, or download it.",
+    ),
+    (b"<!doctype", b"<html", b"<?xml"): (
+        "a web page and not the file itself",
+        "The download failed, perhaps for want of a login. Download the file again and compare its size.",
+    ),
+    (b'{"', b"{\n", b"{ ", b"{}", b"["): (
+        "a JSON text",
+        "Give the .safetensors file, or the folder of the whole model.",
+    ),
+    (b"gguf",): ("a quantised GGUF file", "Quantised weights are not read. Use the float16 safetensors of this model."),
+    (b"pk\x03\x04",): ("a zip archive, as PyTorch's pickles are", HOW_TO_CONVERT),
+    (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"): ("a pickle", HOW_TO_CONVERT),
+    (b"\x1f\x8b", b"7z\xbc\xaf", b"rar!"): ("a compressed archive", "Unpack it and give the .safetensors file in it."),
+}
 
 
 class Entry(NamedTuple):
@@ -62,12 +90,15 @@ class TensorFile(Mapping):
         refuse_pickle(self.path)
         if not self.path.is_file():
             raise CheckpointError(f"there is no file {self.path}.")
-        size = self.path.stat().st_size
-        header, self._start = _read_header(self.path, size)
-        self.metadata = _metadata(self.path, header)
-        self._entries = _entries(self.path, header, size - self._start)
         with self.path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            size = os.fstat(file.fileno()).st_size
+            header, self._start = _read_header(file, self.path, size)
+            self.metadata = _metadata(self.path, header)
+            self._entries = _entries(self.path, header, size - self._start)
+            try:
+                self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+            except ValueError:
+                raise _damaged(self.path, "it was cut short while it was opened") from None
         self._resident_bytes = 0
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -80,6 +111,9 @@ class TensorFile(Mapping):
 
     def __getitem__(self, key: str) -> np.ndarray:
         entry = self._entries[key]
+        # A file that another program cuts short later, while the view is read, ends the process: nothing prevents it.
+        if self._map.size() < self._start + entry.end:
+            raise _damaged(self.path, "it was cut short after it was opened")
         self._resident_bytes += entry.end - entry.begin
         if self._resident_bytes > MAX_RESIDENT_BYTES:  # Views stay valid: they read released pages from disk again.
             self._map.madvise(mmap.MADV_DONTNEED)
@@ -109,19 +143,28 @@ def _damaged(path: pathlib.Path, fault: str) -> CheckpointError:
     return CheckpointError(f"{path} is not a sound safetensors file: {fault}. Fetch it again and compare its SHA-256.")
 
 
-def _read_header(path: pathlib.Path, size: int) -> tuple[dict, int]:
+def refuse_other_formats(path: pathlib.Path, first_bytes: bytes) -> None:
+    """Raises CheckpointError that names a file's format and what to do, if its first bytes show a known one."""
+    for marks, (kind, advice) in OTHER_FORMATS.items():
+        if first_bytes.lstrip().lower().startswith(marks):
+            raise CheckpointError(f"{path} is {kind}. {advice}")
+
+
+def _read_header(file: BinaryIO, path: pathlib.Path, size: int) -> tuple[dict, int]:
     """Returns the header as JSON, and the number of bytes before the first tensor."""
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise _damaged(path, f"it has {size} bytes, less than the 8 that hold the header's length")
-        length = struct.unpack("<Q", prefix)[0]
-        if length + 8 > size:
-            fault = f"its header claims {length} bytes, the file has {size}: truncated, or of another format"
-            raise _damaged(path, fault)
-        if length > MAX_HEADER_BYTES:
-            raise _damaged(path, f"its header takes {length} bytes, no model's takes more than {MAX_HEADER_BYTES}")
-        raw = file.read(length)
+    prefix = file.read(64)
+    length = int.from_bytes(prefix[:8], "little")
+    if prefix[8:9] != b"{" or length + 8 > size:
+        refuse_other_formats(path, prefix)
+    if len(prefix) < 8:
+        raise _damaged(path, f"it has {size} bytes, less than the 8 that hold the header's length")
+    if length + 8 > size:
+        fault = f"its header claims {length} bytes, the file has {size}: truncated, or of another format"
+        raise _damaged(path, fault)
+    if length > MAX_HEADER_BYTES:
+        raise _damaged(path, f"its header takes {length} bytes, no model's takes more than {MAX_HEADER_BYTES}")
+    file.seek(8)
+    raw = file.read(length)
     if not raw.startswith(b"{"):
         raise _damaged(path, "its header does not begin with '{'")
     try:
@@ -153,6 +196,7 @@ def _metadata(path: pathlib.Path, header: dict) -> dict[str, str]:
 def _entries(path: pathlib.Path, header: dict, num_bytes: int) -> dict[str, Entry]:
     """Returns the checked entries of a header; tensors must fill `num_bytes` without a hole or an overlap."""
     entries = {}
+    _refuse_quantised(path, header)
     for name, fields in header.items():
         if not name or len(name) > MAX_NAME_CHARS or not name.isprintable() or ".." in name:
             fault = f"is empty, longer than {MAX_NAME_CHARS}, or holds control characters or '..'"
@@ -170,15 +214,21 @@ def _entries(path: pathlib.Path, header: dict, num_bytes: int) -> dict[str, Entr
     return entries
 
 
+def _refuse_quantised(path: pathlib.Path, header: Mapping) -> None:
+    """Raises CheckpointError if tensors are codes of weights, which other tensors scale, and not the weights."""
+    for name, fields in header.items():
+        dtype = str(fields.get("dtype")) if isinstance(fields, dict) else ""
+        if dtype not in DTYPES and dtype.startswith(FEW_BITS) or name.endswith(QUANTISED_KEYS):
+            raise CheckpointError(
+                f"{path} is quantised: it stores {name[:40]!r} as {dtype[:16]!r}. Weights of 8 bits or "
+                "fewer are too coarse for a teacher and are not read. Use the float16 file of this model."
+            )
+
+
 def _entry(path: pathlib.Path, name: str, fields) -> Entry:
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         raise _damaged(path, f"the entry of tensor {name!r} has other fields than dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if isinstance(dtype, str) and dtype.startswith("F8"):
-        raise CheckpointError(
-            f"{path}: tensor {name!r} is stored in 8 bits ({dtype[:16]!r}), too coarse for a teacher. "
-            "Use the fp16 file of this model."
-        )
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _damaged(path, f"tensor {name!r} has the unknown dtype {str(dtype)[:40]!r}")
     if not isinstance(shape, list) or len(shape) > 8 or not all(_is_size(n) for n in shape):

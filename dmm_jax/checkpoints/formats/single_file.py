@@ -9,11 +9,12 @@ from dmm_jax.checkpoints.errors import CheckpointError
 
 # The prefixes of the networks.
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
+BARE = ""  # A file that holds nothing but a UNet.
 CLIP_L, OPEN_CLIP_H = "cond_stage_model.transformer.", "cond_stage_model.model."  # Stable Diffusion 1, and 2.
 XL_CLIP_L, XL_OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 SOLE_OPEN_CLIP = "conditioner.embedders.0.model."  # The one text encoder of SD 2.1 Turbo, and of XL's refiner.
 PREFIXES = {
-    "unet": (UNET,),
+    "unet": (UNET, "diffusion_model.", BARE),
     "vae": (VAE, "vae."),
     "text_encoder": (CLIP_L, OPEN_CLIP_H, XL_CLIP_L, SOLE_OPEN_CLIP),
     "text_encoder_2": (XL_OPEN_CLIP,),
@@ -33,6 +34,19 @@ INERT_PARTS = {
 VAE_TRAINING = ("loss.", "model_ema.")  # Below the VAE's prefix: its discriminator, and averages from training.
 # Small or empty tensors which mark a model whose noise levels are EDM's (arXiv:2206.00364).
 EDM = ("edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std")
+FIRST_CONVOLUTION = "input_blocks.0.0.weight"  # In every UNet of this layout.
+CONTROL_NET = "input_hint_block.0.weight"
+# {the start of a key: the kind of network that has such keys}
+OTHER_NETWORKS = {
+    "control_model.": "a ControlNet", "controlnet_": "a ControlNet", CONTROL_NET: "a ControlNet",
+    "down_blocks.": "the UNet of a diffusers folder: give the folder of the whole model",
+    "encoder.mid": "a VAE alone", "encoder.down": "a VAE alone", "decoder.": "a VAE alone",
+    "text_model.": "a text encoder alone", "emb_params": "a textual inversion", "clip_l": "a textual inversion",
+    "clip_g": "a textual inversion", "double_blocks.": "a Flux", "model.diffusion_model.double_blocks.": "a Flux",
+    "joint_blocks.": "a Stable Diffusion 3", "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3",
+    "transformer_blocks.": "a transformer and not a UNet", "ip_adapter.": "an IP-Adapter",
+    "image_proj.": "an IP-Adapter",
+}  # fmt: skip
 CLASS_EMBEDDING = "label_emb.0.0.weight"  # XL's pooled text and sizes enter here; in unCLIP, the image.
 
 _UNET_TOP = {
@@ -127,4 +141,15 @@ def conditioning_keys(keys: Iterable[str]) -> list[str]:
 def prefix_of(component: str, keys: Iterable[str]) -> str | None:
     """Returns the prefix of a network's keys in a file, or None if the file does not hold the network."""
     keys = list(keys)
-    return next((prefix for prefix in PREFIXES[component] if any(key.startswith(prefix) for key in keys)), None)
+    prefixes = PREFIXES[component]
+    if component == "unet" and not any(key.startswith(UNET) for key in keys):
+        prefixes = [prefix for prefix in prefixes if prefix + FIRST_CONVOLUTION in keys and CONTROL_NET not in keys]
+    return next((prefix for prefix in prefixes if any(key.startswith(prefix) for key in keys)), None)
+
+
+def other_network(keys: Iterable[str]) -> str:
+    """Returns the kind of network that a file without a UNet of Stable Diffusion holds; "" if it is unknown."""
+    keys = list(keys)
+    if any(prefix + FIRST_CONVOLUTION in keys for prefix in PREFIXES["unet"]) and CONTROL_NET not in keys:
+        return ""
+    return next((kind for start, kind in OTHER_NETWORKS.items() if any(key.startswith(start) for key in keys)), "")

@@ -7,9 +7,10 @@ import contextlib
 import re
 from collections.abc import Iterable, Mapping
 
-from dmm_jax.checkpoints.architecture import check_plain
+from dmm_jax.checkpoints.architecture import SD1, SD2, SDXL, check_plain, sample_size
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats.single_file import CLASS_EMBEDDING, OPEN_CLIP
+from dmm_jax.text.vocabulary import CLIP_VOCAB_SIZE
 
 HEAD_SIZE = 64  # In every CLIP, and in every UNet that projects by dense layers (SD2, SDXL).
 SD1_HEADS = 8  # In every UNet that projects by 1x1 convolutions.
@@ -54,8 +55,8 @@ def unet_config(shapes: Shapes, where: str) -> dict:
     with _known_architecture("UNet", where):
         in_channels = shapes["input_blocks.0.0.weight"][1]
         check_plain(in_channels, where)
-        num_blocks = 1 + max(_numbers(shapes, r"input_blocks\.(\d+)\."))
-        downsamplers = sorted(_numbers(shapes, r"input_blocks\.(\d+)\.0\.op\."))
+        num_blocks = 1 + max(_numbers(shapes, r"input_blocks\.(\d{1,3})\."))
+        downsamplers = sorted(_numbers(shapes, r"input_blocks\.(\d{1,3})\.0\.op\."))
         period = downsamplers[0] if downsamplers else num_blocks  # Blocks per level, see `single_file`.
         levels = range(len(downsamplers) + 1)
         first_down = [f"input_blocks.{1 + period * level}" for level in levels]
@@ -64,10 +65,11 @@ def unet_config(shapes: Shapes, where: str) -> dict:
         attention = {
             place: "CrossAttn" if f"{place}.1.norm.weight" in shapes else "" for place in (*first_down, *first_up)
         }
-        depths = [len(_numbers(shapes, re.escape(place) + r"\.1\.transformer_blocks\.(\d+)\.")) for place in first_down]
+        layers = r"\.1\.transformer_blocks\.(\d{1,3})\."
+        depths = [len(_numbers(shapes, re.escape(place) + layers)) for place in first_down]
         # A level without attention counts as 1, as in diffusers' configs; the last level has the middle block's depth.
         depths = [depth or 1 for depth in depths[:-1]]
-        depths.append(len(_numbers(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\.")))
+        depths.append(len(_numbers(shapes, "middle_block" + layers)))
         linear = len(shapes["middle_block.1.proj_in.weight"]) == 2
         config = {
             "_class_name": "UNet2DConditionModel",
@@ -82,7 +84,7 @@ def unet_config(shapes: Shapes, where: str) -> dict:
             "attention_head_dim": [max(width // HEAD_SIZE, 1) for width in widths] if linear else SD1_HEADS,
             "use_linear_projection": linear,
             "norm_num_groups": NORM_GROUPS,
-            "sample_size": 96 if linear else 64,
+            "sample_size": sample_size(SD2 if linear else SD1),
         }
         if CLASS_EMBEDDING not in shapes:
             return config
@@ -95,14 +97,14 @@ def unet_config(shapes: Shapes, where: str) -> dict:
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 256,
             "projection_class_embeddings_input_dim": shapes[CLASS_EMBEDDING][1],
-            "sample_size": 128,
+            "sample_size": sample_size(SDXL),
         }
 
 
 def vae_config(shapes: Shapes, where: str) -> dict:
     """Returns a VAE's config; raises CheckpointError if the VAE is unknown."""
     with _known_architecture("VAE", where):
-        levels = range(1 + max(_numbers(shapes, r"encoder\.down\.(\d+)\.")))
+        levels = range(1 + max(_numbers(shapes, r"encoder\.down\.(\d{1,3})\.")))
         return {
             "_class_name": "AutoencoderKL",
             "in_channels": shapes["encoder.conv_in.weight"][1],
@@ -111,7 +113,7 @@ def vae_config(shapes: Shapes, where: str) -> dict:
             "block_out_channels": [shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in levels],
             "down_block_types": ["DownEncoderBlock2D"] * len(levels),
             "up_block_types": ["UpDecoderBlock2D"] * len(levels),
-            "layers_per_block": len(_numbers(shapes, r"encoder\.down\.0\.block\.(\d+)\.")),
+            "layers_per_block": len(_numbers(shapes, r"encoder\.down\.0\.block\.(\d{1,3})\.")),
             "norm_num_groups": NORM_GROUPS,
             "act_fn": "silu",
             "scaling_factor": 0.18215,
@@ -128,7 +130,7 @@ def text_config(shapes: Shapes, where: str, *, open_clip: bool = False) -> dict:
     # The projection of XL's second encoder: a bare matrix, or in some files a dense layer's weight, outputs first.
     linear = shapes.get("text_projection.weight")
     projection = shapes.get("text_projection", linear and linear[::-1]) if open_clip else None
-    layers = r"transformer\.resblocks\.(\d+)\." if open_clip else r"encoder\.layers\.(\d+)\."
+    layers = r"transformer\.resblocks\.(\d{1,3})\." if open_clip else r"encoder\.layers\.(\d{1,3})\."
     tokens, positions, hidden = (
         ("token_embedding.weight", "positional_embedding", "transformer.resblocks.0.mlp.c_fc.weight")
         if open_clip
@@ -137,6 +139,7 @@ def text_config(shapes: Shapes, where: str, *, open_clip: bool = False) -> dict:
     )  # fmt: skip
     with _known_architecture("text encoder", where):
         vocab_size, width = shapes[tokens]
+        end = min(vocab_size, CLIP_VOCAB_SIZE) - 1  # Rows past CLIP's own are tokens that somebody added.
         return {
             "architectures": ["CLIPTextModelWithProjection" if projection else "CLIPTextModel"],
             "model_type": "clip_text_model",
@@ -145,16 +148,16 @@ def text_config(shapes: Shapes, where: str, *, open_clip: bool = False) -> dict:
             "projection_dim": projection[1] if projection else width,
             "intermediate_size": shapes[hidden][0],
             "num_hidden_layers": 1 + max(_numbers(shapes, layers)),
-            "num_attention_heads": width // HEAD_SIZE,
+            "num_attention_heads": max(width // HEAD_SIZE, 1),
             "max_position_embeddings": shapes[positions][0],
             "hidden_act": "gelu" if open_clip else "quick_gelu",
             "layer_norm_eps": 1e-5,
-            "bos_token_id": vocab_size - 2,
-            "eos_token_id": vocab_size - 1,
-            "pad_token_id": 0 if open_clip else vocab_size - 1,
+            "bos_token_id": end - 1,
+            "eos_token_id": end,
+            "pad_token_id": 0 if open_clip else end,
         }
 
 
 def _numbers(keys: Iterable[str], pattern: str) -> set[int]:
-    """Returns the numbers that the pattern's group matches in any key."""
+    """Returns the numbers that the pattern's group matches in any key. No network counts to a thousand."""
     return {int(match.group(1)) for match in (re.match(pattern, key) for key in keys) if match}

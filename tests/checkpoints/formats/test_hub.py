@@ -7,6 +7,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.formats import hub
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.verbs.main import main
 
@@ -61,6 +62,20 @@ def test_a_repository_with_half_precision_weights_only_is_fetched(folder, tmp_pa
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert open_checkpoint("hf:a/b").has("unet") and len(requests) == 2
+
+
+def test_a_name_that_nobody_typed_is_taken_from_the_cache_alone(calls, folder, monkeypatch):
+    with hub.cache_only():
+        open_checkpoint("hf:a/b")
+    open_checkpoint("hf:a/b")
+    assert [options["local_files_only"] for _, options in calls] == [True, False]
+
+    def snapshot_download(*_, **__):
+        raise LocalEntryNotFoundError("not there")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with hub.cache_only(), pytest.raises(CheckpointError, match="a run's config.json.*dmm-jax inspect hf:a/b"):
+        open_checkpoint("hf:a/b")
 
 
 def test_without_the_prefix_nothing_is_fetched(calls):

@@ -68,7 +68,10 @@ MALFORMED = {
     "negative offset": (entry(data_offsets=[-4, 0]), "byte offsets"),
     "swapped offsets": (entry(data_offsets=[4, 0]), "does not take -4 bytes"),
     "three offsets": (entry(data_offsets=[0, 2, 4]), "byte offsets"),
-    "unknown dtype": (entry(dtype="F4"), "unknown dtype"),
+    "unknown dtype": (entry(dtype="F5"), "unknown dtype"),
+    "four-bit floats": (packed({"x": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}), "is quantised"),
+    "a scaled weight": (packed({"x.scale_weight": ONE}), "is quantised"),
+    "a state of bitsandbytes": (packed({"x.weight.absmax": ONE}), "is quantised"),
     "dtype is a list": (entry(dtype=["F32"]), "unknown dtype"),
     "eight-bit floats": (packed({"x": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}), "8 bits"),
     "entry lacks a field": (packed({"x": {"dtype": "F32", "shape": [1]}}), "data_offsets"),
@@ -100,6 +103,7 @@ def test_a_malformed_file_is_refused_and_the_fault_is_named(tmp_path, case):
 
 # The safetensors package accepts these; we refuse names that control terminals or leave folders, and ambiguous files.
 STRICTER = {
+    "a scaled weight", "a state of bitsandbytes", "four-bit floats",
     "long header", "leading space", "key twice, equal", "eight-bit floats", "entry has a field more", "name climbs",
     "name climbs backwards", "name with an escape sequence", "name with a newline", "name without end", "name is empty",
 }  # fmt: skip
@@ -307,3 +311,32 @@ def test_null_metadata_is_empty_as_in_the_safetensors_package(tmp_path):
     assert dict(file.metadata) == {} and list(file) == ["x"]
     with pytest.importorskip("safetensors").safe_open(tmp_path / "x.safetensors", "np") as package_file:
         assert not package_file.metadata() and list(package_file.keys()) == ["x"]
+
+
+OTHER_FILES = {
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n": "pointer of git-LFS.*git lfs pull",
+    b"\n<!DOCTYPE html><html></html>": "web page.*Download the file again",
+    b'{"error": "gated"}': "JSON text",
+    b"GGUF\3\0\0\0\0\0\0\0\0": "quantised GGUF",
+    b"PK\3\4\x14\0\0\0\0\0": "zip archive.*weights_only=True",
+    b"\x80\4\x95\0\0\0\0\0\0\0\0": "pickle.*weights_only=True",
+    b"\x1f\x8b\0\0\0\0\0\0\0\0": "compressed archive",
+}
+
+
+@pytest.mark.parametrize("raw", OTHER_FILES)
+def test_the_first_bytes_tell_what_another_file_is(tmp_path, raw):
+    path = tmp_path / "x.safetensors"
+    for content in (raw, raw.ljust(100, b"\0")):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"x.safetensors is a {OTHER_FILES[raw]}"):
+            TensorFile(path)
+
+
+def test_a_mapped_file_that_was_cut_short_is_an_error(tmp_path):
+    save(tmp_path / "x.safetensors", {"a": np.ones(4, np.float32), "b": np.ones(4, np.float32)})
+    file = TensorFile(tmp_path / "x.safetensors")
+    os.truncate(file.path, file.path.stat().st_size - 4)
+    assert file["a"].sum() == 4
+    with pytest.raises(CheckpointError, match="cut short after it was opened"):
+        file["b"]
