@@ -161,7 +161,9 @@ def damage(rng, path):
         change, target = rng.choice(folder_changes) if path.is_dir() else change_header, path
         if change is change_header and path.is_dir():
             target = rng.choice(sorted(path.rglob("*.safetensors")))
-        with contextlib.suppress(ValueError, KeyError, LookupError, OSError, TypeError, AttributeError, struct.error):
+        with contextlib.suppress(
+            ValueError, LookupError, OSError, TypeError, AttributeError, RecursionError, struct.error
+        ):
             change(rng, target)
 
 

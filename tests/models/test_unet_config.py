@@ -40,9 +40,13 @@ def test_unknown_blocks_to_recompute_are_named_with_those_that_exist():
         ({"attention_head_dim": 7}, "attention_head_dim.*32.*7"),
         ({"norm_num_groups": 24}, "norm_num_groups.*32.*24"),
         ({"transformer_layers_per_block": [[1, 1], 1]}, "transformer_layers_per_block"),
-        ({"attention_implementation": "splash"}, "attention_implementation.*splash"),
     ],
 )
 def test_uncomputed_fields_are_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         abstract(UNet2DConditionModel.from_config, SD1 | changes)
+
+
+def test_an_unknown_implementation_of_attention_is_refused():
+    with pytest.raises(ValueError, match="attention_implementation.*splash"):
+        abstract(UNet2DConditionModel.from_config, SD1, attention_implementation="splash")
