@@ -253,11 +253,8 @@ class Pipeline:
     def decode(self, latents, names: Sequence[str] = ()):
         """Decodes scaled latents (B, h, w, 4) to uint8 images (B, H, W, 3); large batches in parts (PIXELS_DECODED).
 
-        Args:
-          names: the name of each image in errors.
-
         Raises:
-          UserError: an image is not finite.
+          UserError: an image is not finite; `names` says which.
         """
         latents = jnp.asarray(latents, jnp.float32)
         at_once = max(PIXELS_DECODED // (math.prod(latents.shape[1:3]) * self.vae_scale_factor**2), 1)

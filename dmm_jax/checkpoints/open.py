@@ -157,9 +157,10 @@ def _with_checked_vocabularies(checkpoint: Checkpoint) -> Checkpoint:
     Token ids past an encoder's rows would read NaN. Training of textual inversions can leave such a tokenizer.
     """
     components, problems = dict(checkpoint.components), []
-    pairs = zip(checkpoint.text_encoders, checkpoint.tokenizer_folders, strict=False) if checkpoint.has("unet") else ()
-    for name, folder in pairs:
-        if not checkpoint.has(name):
+    folders = {"text_encoder": checkpoint.tokenizer_folder, "text_encoder_2": checkpoint.tokenizer_2_folder}
+    for name in checkpoint.text_encoders if checkpoint.has("unet") else ():
+        folder = folders[name]
+        if folder is None or not checkpoint.has(name):
             continue
         config = checkpoint.config(name)
         try:
