@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Bool
 
 from dmm_jax.diffusion import guidance, solvers
 from dmm_jax.runtime.errors import UserError
@@ -88,7 +89,7 @@ def _predictor(graph, guided, params, batch_size, text, added, guidance_scales, 
     return predict
 
 
-def check_finite(values: str, finite: Sequence[bool], names: Sequence[str]) -> None:
+def check_finite(values: str, finite: Bool[Array | np.ndarray, " B"], names: Sequence[str]) -> None:
     """Raises UserError that names the images with NaN or infinity, which would be black."""
     if bad := [names[row] if names else f"image {row}" for row in np.flatnonzero(~np.asarray(finite))]:
         raise UserError(
