@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "dmm_jax" / "__init__.py").read_text()).group(1)
 
-# Lower bounds are what the tests run on; launch/requirements.txt pins the exact set.
+# Lower bounds are what the tests run on; launch/requirements.lock pins the exact set.
 RUNTIME = [
     "jax>=0.10.2,<0.13",
     "flax>=0.12.8,<0.13",
@@ -65,5 +65,5 @@ setup(
             # ComfyUI's own code, for one file of tests, comes without its dependencies: requirements-test-alone.txt.
         ],
     },
-    entry_points={"console_scripts": ["dmm-jax = dmm_jax.verbs.main:main"]},
+    entry_points={"console_scripts": ["dmm-jax = dmm_jax.__main__:main"]},
 )

@@ -28,7 +28,7 @@ from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.compare import check_mergeable
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.states import StateStore
-from dmm_jax.config import checks
+from dmm_jax.config import checks, workdirs
 from dmm_jax.config import options as config_lib
 from dmm_jax.data import batches as data_batches
 from dmm_jax.data.batches import Batch
@@ -58,7 +58,7 @@ from dmm_jax.models.text_encoders import NUM_TIME_IDS, TextEncoders
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
 from dmm_jax.models.unet_config import merged_config
 from dmm_jax.pipeline import Pipeline
-from dmm_jax.runtime import processes, sharding
+from dmm_jax.runtime import processes, sharding, storage
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.text.tokenizer import Tokenizers
 
@@ -317,12 +317,16 @@ class Distillation(Definition):
         return RunState(self._packing.pack(TrainState.from_dict(parts)), step, seen)
 
     def save(self, workdir: str | os.PathLike, state: RunState) -> None:
-        """Writes a state into a workdir's `checkpoints` and waits until it is complete.
+        """Writes a state and the config into a workdir, which opens as a checkpoint, and waits until it is complete.
 
         Raises:
-          FloatingPointError: trained parameters are not finite; nothing is written.
+          FloatingPointError: trained parameters are not finite; no checkpoint is written.
+          UserError: the workdir is another run's.
         """
+        workdir = storage.locate(workdir)
+        workdirs.check(workdir, self.config)
         with StateStore(workdir) as store:
+            workdirs.write_config(workdir, self.config)
             self.store(store, state)
 
     def store(self, store: StateStore, state: RunState) -> None:
@@ -379,12 +383,15 @@ class Distillation(Definition):
         arrays, metrics = self._step(state.arrays, self.teachers, self.frozen, batch)
         return RunState(arrays, state.step + 1, state.samples_seen + self.config.batch_size), metrics
 
-    def validate(self, state: RunState) -> dict[str, list[float | None]]:
+    def validate(self, state: RunState, average: bool = False) -> dict[str, list[float | None]]:
         """Returns the score loss of each row per bin of timesteps, low noise first, on the fixed validation set.
 
-        The student's own parameters are judged, not their average.
+        Args:
+          average: judge the moving average of the student's parameters, which the run must keep, instead of them.
         """
-        errors = self._validation(self.unpack(state).student.params, self.teachers, self.frozen, self._inputs)
+        unpacked = self.unpack(state)
+        params = unpacked.ema if average else unpacked.student.params
+        errors = self._validation(params, self.teachers, self.frozen, self._inputs)
         names, timesteps = [row.name for row in self.rows], self._timesteps
         return validation.by_bin(np.asarray(errors), names, timesteps, len(self.objective.alphas_cumprod))
 

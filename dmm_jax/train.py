@@ -15,12 +15,12 @@ from tqdm import tqdm
 from dmm_jax.checkpoints import provenance
 from dmm_jax.checkpoints.states import StateStore
 from dmm_jax.config import checks, workdirs
-from dmm_jax.config.options import solver_options
+from dmm_jax.config.options import keeps_average, solver_options
 from dmm_jax.distill import incremental
 from dmm_jax.distill.optimizer import learning_rate_schedule
 from dmm_jax.distillation import Distillation, RunState
 from dmm_jax.planning import requirements, text
-from dmm_jax.runtime import processes, storage
+from dmm_jax.runtime import locks, processes, storage
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.metrics import MetricsLog
 from dmm_jax.runtime.processes import say
@@ -35,7 +35,9 @@ class Hook(NamedTuple):
 
     every: int  # Steps; 0: after the last step only.
     function: Callable[[RunState, Mapping], str | None]  # (state, its step's metrics) -> why the run must end, or None.
-    after_stop: bool  # Whether it also runs after a stop request, or is left out to end quickly.
+    # Tells whether a step has what the hook makes. A stop request leaves such a hook out, to end quickly, and a restart
+    # makes up for the last step. None: the hook also runs after a stop request.
+    is_done: Callable[[int], bool] | None = None
 
     def is_due(self, step: int) -> bool:
         """Tells whether the hook runs after a step that is not the last."""
@@ -57,19 +59,21 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, tensorboa
     Raises:
       UserError: the config, the checkpoints or the cache cannot be used; says which and what to do.
       FloatingPointError: too many steps in a row had no finite gradient; says which style, and what to try.
-      Preempted: after SIGTERM, once the current step is saved. Before the first step the process exits with code 0.
+      Preempted: after SIGTERM or Ctrl-C, once the current step is saved. Before the first step the process exits.
     """
-    failure = None
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_requests())
         config, workdir = _checked(config, workdir)
         distillation = Distillation(config)
         for line in distillation.notes:
             say(line)
+        check_lock = stack.enter_context(locks.lock(workdir))
         store = StateStore(workdir, keep_last=config.checkpoints_kept, keep_every=config.checkpoints_kept_every)
         state = distillation.resume(stack.enter_context(store))
-        workdirs.write_config(workdir, config)  # Everything that can be refused has been read.
-        stack.enter_context(provenance.record_parents(workdir, config))
+        if not state.step:  # Everything that can be refused has been read. A resumed run writes it with its next save.
+            workdirs.write_config(workdir, config)
+        if state.step < config.num_steps:
+            stack.enter_context(provenance.record_parents(workdir, config))
         _say_resumed(state, config)
         options = {"tensorboard": tensorboard, "writes": processes.is_first()}
         names = [row.name for row in distillation.rows]
@@ -81,32 +85,42 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, tensorboa
             program = distillation.compile(state, batch)
             say(text.render(requirements.of_distillation(distillation, program, batch)))
         progress = Progress(log, bar, config, distillation.objective.weights)
-        hooks = make_hooks(distillation, workdir, progress, store)
+        hooks = make_hooks(distillation, workdir, progress, store, check_lock)
 
-        stop.begin()  # Until here SIGTERM exits at once; from here on the loop sees it, and saves first.
+        stop.begin()  # Until here a signal exits at once; from here on the loop sees it, and saves first.
         log.start_clock(state.step)
-        stopping = False
-        while batch is not None and not (stopping or failure):
-            state, metrics = distillation.step(state, batch)
-            batch = next(batches, None)  # While the device works.
-            failure = progress.wait(state.step, metrics)
-            stopping = stop()
-            log.host.step_done()
+        if state.step == config.num_steps:
             for hook in hooks:
-                due = batch is None or stopping or hook.is_due(state.step)
-                if failure or not due or (stopping and not hook.after_stop):
-                    continue
-                failure = hook.function(state, metrics)
-                if not (stopping or hook.after_stop):  # Validation and samples take long: ask again.
-                    stopping = stop()
-            bar.update()
+                if hook.is_done and not hook.is_done(state.step):
+                    hook.function(state, {})
+        step, failure, stopping = _loop(distillation, state, batch, batches, hooks, progress, stop)
     if failure:
         raise FloatingPointError(failure)
     if log.last.get("skipped_steps"):
         say(f"{log.last['skipped_steps']} steps had no finite gradient and changed nothing.")
     if stopping:
-        raise processes.Preempted(f"stopped by SIGTERM after step {state.step} of {config.num_steps}, which is saved.")
+        raise stop.stopped(f"step {step} of {config.num_steps}")
     return log.last
+
+
+def _loop(distillation, state, batch, batches, hooks, progress, stop) -> tuple[int, str | None, bool]:
+    """Takes the steps; returns the last one, why the run must end early or None, and whether a signal stops it."""
+    stopping = failure = None
+    while batch is not None and not (stopping or failure):
+        state, metrics = distillation.step(state, batch)
+        batch = next(batches, None)  # While the device works.
+        failure = progress.wait(state.step, metrics)
+        stopping = stop()
+        progress.log.host.step_done()
+        for hook in hooks:
+            due = batch is None or stopping or hook.is_due(state.step)
+            if failure or not due or (stopping and hook.is_done):
+                continue
+            failure = hook.function(state, metrics)
+            if hook.is_done and not stopping:  # Validation and samples take long: ask again.
+                stopping = stop()
+        progress.bar.update()
+    return state.step, failure, bool(stopping)
 
 
 def _checked(config, workdir) -> tuple[ml_collections.ConfigDict, storage.Location]:
@@ -122,7 +136,9 @@ def _checked(config, workdir) -> tuple[ml_collections.ConfigDict, storage.Locati
 
 
 def _say_resumed(state, config) -> None:
-    if state.step:
+    if state.step >= config.num_steps:
+        say(f"The run has {state.step} steps and num_steps is {config.num_steps}: nothing is trained.")
+    elif state.step:
         say(f"Resuming at step {state.step} of {config.num_steps}.")
     if state.samples_seen != state.step * config.batch_size:
         say(f"The batch size has changed: the data go on after the {state.samples_seen} samples that were seen.")
@@ -174,9 +190,17 @@ class Progress:
 
 
 def make_hooks(
-    distillation: Distillation, workdir: storage.Location, progress: Progress, store: StateStore
+    distillation: Distillation,
+    workdir: storage.Location,
+    progress: Progress,
+    store: StateStore,
+    check_lock: Callable[[], None],
 ) -> list[Hook]:
-    """Returns what a run does along the way, in this order: log, validation, samples, checkpoints."""
+    """Returns what a run does along the way, in this order: log, validation, samples, checkpoints.
+
+    Args:
+      check_lock: raises UserError if another run has taken over the workdir.
+    """
     config, log = distillation.config, progress.log
 
     def write(state, metrics):
@@ -184,22 +208,28 @@ def make_hooks(
         return progress.judge(state.step, metrics)
 
     def validate(state, _):
-        log.validation(state.step, distillation.validate(state), progress.bar)
+        of_average = distillation.validate(state, average=True) if keeps_average(config) else None
+        log.validation(state.step, distillation.validate(state), progress.bar, of_average)
 
     def draw(state, _):
         draw_samples(distillation, state, workdir)
 
     def save(state, _):
+        check_lock()
         log.upload()  # Before the state, so that a run that resumes there has every line.
+        workdirs.write_config(workdir, config)
         try:
             distillation.store(store, state)
         except FloatingPointError as error:
             return f"{error} Resume from the last checkpoint with {ADVICE}."
 
-    hooks = [Hook(config.log_every, write, True)]
-    hooks += [Hook(config.validation_every, validate, False)] if config.validation_size else []
-    hooks += [Hook(config.samples.every, draw, False)] if config.samples.every else []
-    return [*hooks, Hook(config.checkpoint_every, save, True)]
+    def is_drawn(step):
+        return _samples_path(workdir, step).is_file()
+
+    hooks = [Hook(config.log_every, write)]
+    hooks += [Hook(config.validation_every, validate, log.has_validation)] if config.validation_size else []
+    hooks += [Hook(config.samples.every, draw, is_drawn)] if config.samples.every else []
+    return [*hooks, Hook(config.checkpoint_every, save)]
 
 
 def diagnosis(line: Mapping, config) -> str:
@@ -217,7 +247,7 @@ def diagnosis(line: Mapping, config) -> str:
 
 
 def draw_samples(distillation: Distillation, state: RunState, workdir: storage.Location) -> None:
-    """Writes samples/step_N.png: prompts down, styles across."""
+    """Writes samples/step_N.png: prompts down, styles across; a row starts from the same noise."""
     from dmm_jax.gallery.grid import labelled_grid
 
     pipeline = distillation.pipeline(state)  # Every process takes part; the first one draws.
@@ -225,12 +255,18 @@ def draw_samples(distillation: Distillation, state: RunState, workdir: storage.L
         return
     config, names = distillation.config, list(distillation.styles)
     prompts, options = list(config.samples.prompts), solver_options(config)
+    rows, seeds = zip(*((prompt, seed) for seed, prompt in enumerate(prompts) for _ in names), strict=True)
     try:
-        pictures = pipeline([prompt for prompt in prompts for _ in names], styles=names * len(prompts), **options)
+        pictures = pipeline(list(rows), styles=names * len(prompts), seeds=seeds, **options)
     except UserError as error:  # A picture is not finite; the run is judged by its losses alone.
         say(f"step {state.step}: no samples: {error}")
         return
     grid = labelled_grid(pictures.reshape((-1, len(names)) + pictures.shape[1:]), prompts, names)
-    (workdir / "samples").mkdir(exist_ok=True)
-    with (workdir / "samples" / f"step_{state.step:07d}.png").open("wb") as file:
+    path = _samples_path(workdir, state.step)
+    path.parent.mkdir(exist_ok=True)
+    with storage.errors_name(path), path.open("wb") as file:
         grid.save(file, "PNG")
+
+
+def _samples_path(workdir: storage.Location, step: int) -> storage.Location:
+    return workdir / "samples" / f"step_{step:07d}.png"

@@ -1,6 +1,7 @@
 """The shape of the project: imports point down one list of folders, and no PyTorch or TensorFlow is imported."""
 
 import ast
+import inspect
 import pathlib
 
 import dmm_jax
@@ -72,6 +73,18 @@ def test_no_two_folders_of_a_floor_import_each_other():
         if other in FILES and floor(other) == floor(name)
     }
     assert {(a, b) for a, b in edges if a != b and (b, a) in edges} == set()
+
+
+def test_public_functions_take_paths_as_text():
+    public = {name: getattr(dmm_jax, name) for name in dmm_jax.__all__}
+    paths = [
+        (name, parameter.annotation)
+        for name, function in public.items()
+        if inspect.isfunction(function)
+        for parameter in inspect.signature(function).parameters.values()
+        if "Path" in str(parameter.annotation)
+    ]
+    assert len(paths) > 5 and [place for place in paths if "str" not in str(place[1])] == []
 
 
 def test_no_circle_of_modules():

@@ -28,7 +28,7 @@ from dmm_jax.distill.validation import NUM_TIMESTEP_BINS
 from dmm_jax.distillation import Distillation
 from dmm_jax.gallery.grid import labelled_grid
 from dmm_jax.pipeline import Pipeline
-from dmm_jax.runtime import processes
+from dmm_jax.runtime.errors import Preempted
 from dmm_jax.runtime.metrics import MetricsLog, read
 from tests import worlds
 
@@ -98,10 +98,14 @@ def test_validation_is_written_per_style_and_timestep_bin(trained):
     assert all(len(line["validation"][name]) == NUM_TIMESTEP_BINS for line in lines for name in worlds.NAMES)
 
 
-def test_a_resume_names_changed_options(tiny, trained, capsys):
-    train.run(changed(tiny[1], learning_rate=0.5), trained)  # The run is finished: no step follows.
-    assert "learning_rate: 0.001 -> 0.5" in capsys.readouterr().err
-    (trained / "config.json").write_text((trained / "config.json").read_text().replace("0.5", "0.001"))
+def test_a_resume_without_a_step_names_changes_and_writes_none(tiny, trained, capsys):
+    files = [trained / "config.json", trained / "parents.json"]
+    before = [path.read_bytes() for path in files]
+    teachers = tuple((name, str(tiny[0]["right"])) for name in worlds.NAMES)
+    train.run(changed(tiny[1], learning_rate=0.5, teachers=teachers, num_steps=5), trained)
+    printed = capsys.readouterr().err
+    assert "learning_rate: 0.001 -> 0.5" in printed and "has 6 steps and num_steps is 5: nothing" in printed
+    assert [path.read_bytes() for path in files] == before  # They describe the steps that were trained.
 
 
 def test_other_styles_need_another_workdir(tiny, trained):
@@ -136,7 +140,7 @@ def test_sigterm_saves_the_current_step_and_the_run_resumes_exactly(tiny, traine
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop, daemon=True).start()
-    with pytest.raises(processes.Preempted, match="stopped by SIGTERM after step"):
+    with pytest.raises(Preempted, match="stopped by SIGTERM after step"):
         train.run(config, workdir)
     assert time.monotonic() - requests[0] < NOTICE_S
     with StateStore(workdir) as store:
@@ -223,10 +227,30 @@ def test_sigterm_during_validation_stops_before_samples_are_drawn(tiny, tmp_path
 
     monkeypatch.setattr(Distillation, "validate", validate)
     monkeypatch.setattr(Distillation, "pipeline", lambda *_: pytest.fail("it draws"))
-    with pytest.raises(processes.Preempted, match="stopped by SIGTERM after step 2 of 6, which is saved"):
+    with pytest.raises(Preempted, match="stopped by SIGTERM after step 2 of 6, which is saved"):
         train.run(config, tmp_path)
     with StateStore(tmp_path) as store:
         assert store.steps == [2]
+
+
+def test_a_restart_makes_up_what_sigterm_left_out_of_the_last_step(tiny, trained, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path / "run")
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.write_text("".join(f"{json.dumps(line)}\n" for line in read(log) if "validation" not in line))
+    drawn = []
+    monkeypatch.setattr(train, "draw_samples", lambda *_: drawn.append(1))
+    monkeypatch.setattr(Distillation, "validate", lambda *_: {name: [0.25] for name in worlds.NAMES})
+    config = changed(tiny[1], samples__every=2, samples__prompts=("a star",))
+    for _ in range(2):
+        train.run(config, tmp_path / "run")
+    assert [line["step"] for line in read(log) if "validation" in line] == [6] and drawn == [1, 1]
+
+
+def test_a_workdir_of_distillation_save_opens_as_a_checkpoint(tiny, tmp_path):
+    distillation = Distillation(tiny[1])
+    distillation.save(tmp_path / "run", distillation.init())
+    student = open_checkpoint(tmp_path / "run")
+    assert student.styles == worlds.NAMES and np.isfinite(student.tensors("unet")["conv_in.weight"]).all()
 
 
 def test_parameters_that_are_not_finite_are_never_saved(tiny, tmp_path, monkeypatch):
@@ -309,6 +333,14 @@ def restored(workdir, step):
         return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
 
 
+def test_validation_judges_the_average_too(with_and_without):
+    lines = [[line for line in read(it / "metrics.jsonl") if "validation" in line] for it in with_and_without]
+    (average,), (plain,) = lines
+    assert average["validation"] == plain["validation"] and "average_validation" not in plain
+    assert average["average_validation"].keys() == set(worlds.NAMES)
+    assert average["average_validation_loss"] != average["validation_loss"]
+
+
 def test_exports_read_the_average(with_ema_and_samples):
     kernel = open_checkpoint(with_ema_and_samples).params("unet")["conv_in"]["kernel"]
     assert np.array_equal(kernel, restored(with_ema_and_samples, 3)["ema"]["conv_in"]["kernel"])
@@ -320,7 +352,8 @@ def test_sample_grids_show_the_average_in_every_style(with_ema_and_samples):
     assert files == ["step_0000002.png", "step_0000003.png"]
     pipeline = Pipeline.from_pretrained(with_ema_and_samples)
     prompts = [prompt for prompt in ("a star", "a square") for _ in worlds.NAMES]
-    pictures = pipeline(prompts, styles=list(worlds.NAMES) * 2, num_inference_steps=2, solver="dpmpp_2m")
+    options = {"seeds": [0, 0, 1, 1], "num_inference_steps": 2, "solver": "dpmpp_2m"}
+    pictures = pipeline(prompts, styles=list(worlds.NAMES) * 2, **options)
     grid = labelled_grid(pictures.reshape(2, 2, *pictures.shape[1:]), ["a star", "a square"], worlds.NAMES)
     with Image.open(with_ema_and_samples / "samples" / "step_0000003.png") as image:
         assert image.size == grid.size

@@ -1,5 +1,6 @@
 """Averages checkpoints in weight space, without training, and writes the result as one stock checkpoint."""
 
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -26,9 +27,9 @@ class Average(NamedTuple):
 
 
 def average(
-    out: pathlib.Path,
-    base: pathlib.Path,
-    teachers: Sequence[pathlib.Path],
+    out: str | os.PathLike,
+    base: str | os.PathLike,
+    teachers: Sequence[str | os.PathLike],
     method: str,
     weights: Sequence[float] | None = None,
     scale: float | None = None,

@@ -28,7 +28,7 @@ MAX_INHERITED_CHARS = 1_000_000  # Longer recipes of an exported model are not c
 
 def export(
     workdir: str | os.PathLike,
-    out: pathlib.Path,
+    out: str | os.PathLike,
     formats: Sequence[str],
     style: str = "",
     dtype: str = "float16",
@@ -36,7 +36,7 @@ def export(
     lora_base: str = "",
     lora_for: Sequence[str] = ("comfyui",),
     keep: Sequence[str] = (),
-    extra_styles: Sequence[pathlib.Path] = (),
+    extra_styles: Sequence[str | os.PathLike] = (),
     stated_licenses: Sequence[str] = (),
 ) -> list[pathlib.Path]:
     """Writes a student in each of `formats` below the folder `out`; returns the paths, in the order of the formats.
@@ -65,7 +65,8 @@ def export(
       stated_licenses: "NAME=LICENCE" for "base" or a teacher whose files state no licence, or a wrong one.
 
     Raises:
-      UserError: a format, style or dtype is unknown, or `out` is not empty. Nothing is written then.
+      UserError: a format, style or dtype is unknown, formats do not belong together, or `out` is not empty. Nothing is
+        written then.
       CheckpointError: the student or a parent is damaged or missing. Nothing is written then.
     """
     _check_options(formats, dtype)
@@ -108,6 +109,12 @@ def _check_options(formats, dtype):
         raise UserError(f"there is no format {', '.join(unknown) or '(none given)'}; there are: {', '.join(FORMATS)}.")
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
+    stock = [fmt for fmt in formats if fmt in ("diffusers", "single-file")]
+    if stock and "style-lora" in formats:
+        raise UserError(
+            f"{' and '.join(stock)} would hold the style already, and style-lora changes another mix's export into it: "
+            "export the mix of --lora-base as --style into one folder, and style-lora alone into another."
+        )
 
 
 def _weights_to_fold(formats, style, student):
@@ -122,7 +129,7 @@ def _weights_to_fold(formats, style, student):
 
 
 def open_student(
-    workdir: str | os.PathLike, extra_styles: Sequence[pathlib.Path] = (), keep: Sequence[str] = ()
+    workdir: str | os.PathLike, extra_styles: Sequence[str | os.PathLike] = (), keep: Sequence[str] = ()
 ) -> Checkpoint:
     """Opens a merged checkpoint, adds fitted styles, and reduces it to the styles in `keep`.
 

@@ -6,6 +6,7 @@ A small checkpoint is read completely. Of a large one, the headers and three pie
 
 import collections
 import math
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -43,7 +44,9 @@ MEANINGS = {  # For "config" and "unreadable", the error itself is the meaning.
 HARMLESS = ("position_ids", "spare")
 
 
-def inspect(paths: Sequence[pathlib.Path], deep: bool = False, hashes: bool = False, prediction_type: str = "") -> dict:
+def inspect(
+    paths: Sequence[str | os.PathLike], deep: bool = False, hashes: bool = False, prediction_type: str = ""
+) -> dict:
     """Returns a report on checkpoints that `json.dumps` accepts. It raises nothing for a damaged or missing checkpoint.
 
     The first path is the base of a merge, the rest are its teachers. `inspect_text.render` returns the report as text.

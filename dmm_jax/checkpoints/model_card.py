@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from dmm_jax.checkpoints import licenses
 from dmm_jax.checkpoints.architecture import SDXL
 from dmm_jax.runtime.errors import UserError
-from dmm_jax.runtime.storage import Location, read_text
+from dmm_jax.runtime.storage import Location, read_json
 
 NAME, GRID = "README.md", "grid.png"
 HUB_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # The form of the licence names that hubs know.
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # The form of the model names that hubs accept.
 SPECIAL = re.compile(r"([\\`*_{}\[\]()<>#+!|~$&-])")
 USE = {
     "dmm": """```python
@@ -85,7 +84,7 @@ def card(
     parts += ["## Styles", _table(_style_rows(styles, parents))]
     parts.append(f"Licences that the parents state: {_escaped(license or licenses.UNKNOWN)}.")
     if metrics:
-        parts += ["## Measured", _table(_metric_rows(metrics)), _metric_notes(metrics)]
+        parts += ["## Measured", *_measured(metrics)]
     parts += ["## Use", *(USE[fmt].replace("{styles}", json.dumps(styles[0])) for fmt in formats)]
     parts += _schedule(schedule, "single-file" in formats)
     parts += [CLIP_SKIP.format(clip_skip)] if clip_skip != 1 else []
@@ -100,9 +99,9 @@ def _head(license, family, parents):
         lines.append(f"license_name: {json.dumps(license or licenses.UNKNOWN)}")
     tags = ["stable-diffusion-xl" if family == SDXL else "stable-diffusion", "text-to-image", "merge", "dmm"]
     lines += ["library_name: diffusers", "pipeline_tag: text-to-image", f"tags: {json.dumps(tags)}"]
-    names = dict.fromkeys(parent.get("hub", parent["file"]) for parent in parents.values())
-    names = [name for name in names if HUB_NAME.fullmatch(name)]
-    if names:
+    files = [file for parent in parents.values() for file in (parent, *parent.get("loras", ()))]
+    names = list(dict.fromkeys(file["hub"] for file in files if "hub" in file))
+    if names:  # The table below names the rest, which no hub knows.
         lines += [f"base_model: {json.dumps(names)}", "base_model_relation: merge"]
     return "\n".join(["---", *lines, "---"])
 
@@ -110,8 +109,9 @@ def _head(license, family, parents):
 def _style_rows(styles, parents):
     if not parents:
         return [("style",), *((name,) for name in styles)]
-    names = [*(["base"] if "base" in parents else []), *(name for name in styles if name in parents)]
-    rows = [(name, parents[name]["file"], _hashes(parents[name]), parents[name]["license"]) for name in names]
+    no_parent = {"file": "images, by fit-style", "license": ""}
+    named = {name: parents.get(name, no_parent) for name in (*(["base"] if "base" in parents else []), *styles)}
+    rows = [(name, parent["file"], _hashes(parent), parent["license"]) for name, parent in named.items()]
     return [("style", "from", "files, by their AutoV2 hash", "licence"), *rows]
 
 
@@ -132,6 +132,10 @@ def _schedule(config, in_a_file) -> list[str]:
     where = SCHEDULE_IN_FILES.replace("OPTIONS", arguments) if in_a_file else SCHEDULE_IN_FOLDERS
     parts = [f"This UNet {facts}: with other settings its pictures are noise. {where}"]
     return parts + [RESCALE] * ("rescale_betas_zero_snr" in options)
+
+
+def _measured(metrics) -> list[str]:
+    return [_table(_metric_rows(metrics)), _metric_notes(metrics)]
 
 
 def _metric_rows(metrics):
@@ -174,8 +178,11 @@ def metrics_of(workdir: Location, styles: Sequence[str]) -> dict | None:
     path = workdir / "report" / "metrics.json"
     if not path.is_file():
         return None
+    metrics = read_json(path)
     try:
-        metrics = json.loads(read_text(path))
-        return metrics if list(metrics["styles"]) == list(styles) else None
-    except (json.JSONDecodeError, KeyError, TypeError):
+        if list(metrics["styles"]) != list(styles):
+            return None
+        _measured(metrics)
+        return metrics
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path} is damaged. Run `dmm-jax evaluate` again, or delete it.") from None

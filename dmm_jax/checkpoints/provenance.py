@@ -19,7 +19,7 @@ from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
 from dmm_jax.config import options as config_lib
 from dmm_jax.runtime import processes
 from dmm_jax.runtime.errors import UserError
-from dmm_jax.runtime.storage import Location, locate
+from dmm_jax.runtime.storage import Location, locate, read_json
 
 SHORT_HASH = 10  # Hexadecimal digits of a file's SHA-256 that hubs show ("AutoV2").
 HUB_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")  # The folder of huggingface.co's ORGANISATION/NAME on a disk.
@@ -38,16 +38,23 @@ def record(checkpoint: Checkpoint, hashed: bool = True) -> dict:
       name, with their SHA-256 and its first ten digits. loras: the same for the LoRAs that are folded in, with their
       weights. clip_skip: if it is not 1. hub: its name on the hub, if its path shows that it is a copy from there.
     """
-    entry = {"file": checkpoint.name, "license": checkpoint.license or licenses.UNKNOWN}
+    entry = {"file": checkpoint.name, "license": checkpoint.license or licenses.UNKNOWN} | hub_of(checkpoint.root)
     if checkpoint.clip_skip != 1:
         entry["clip_skip"] = checkpoint.clip_skip
-    if repository := HUB_CACHE.search(str(checkpoint.root)):
-        entry["hub"] = f"{repository[1]}/{repository[2]}"
     if hashed:
         entry["files"] = [file_hashes(path, checkpoint.root) for path in unet_files(checkpoint)]
         if checkpoint.loras:
-            entry["loras"] = [file_hashes(lora.path, lora.path) | {"weight": lora.weight} for lora in checkpoint.loras]
+            entry["loras"] = [
+                file_hashes(lora.path, lora.path) | {"weight": lora.weight} | hub_of(lora.path)
+                for lora in checkpoint.loras
+            ]
     return entry
+
+
+def hub_of(path: Location) -> dict[str, str]:
+    """Returns {"hub": ORGANISATION/NAME} if a path shows that it is a copy from a hub, else {}."""
+    match = HUB_CACHE.search(str(path))
+    return {"hub": f"{match[1]}/{match[2]}"} if match else {}
 
 
 def unet_files(checkpoint: Checkpoint) -> list[pathlib.Path]:
@@ -128,14 +135,22 @@ def with_licenses(parents: Mapping[str, Mapping], entries: Sequence[str]) -> dic
 
 
 def _read_parents(workdir, config) -> dict | None:
-    """Returns the contents of parents.json, or None if it is missing, cut off, or about other styles."""
+    """Returns the contents of parents.json, or None if it is missing, damaged, or about other styles."""
     try:
-        parents = json.loads((workdir / PARENTS_FILE).read_text())
-    except (OSError, ValueError):
+        parents = read_json(workdir / PARENTS_FILE)
+        is_sound = set(parents) == {BASE, *config_lib.style_names(config)} and all(map(_is_record, parents.values()))
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return None
-    if not isinstance(parents, dict) or set(parents) != {BASE, *config_lib.style_names(config)}:
-        return None
-    return parents if all("file" in parent and "license" in parent for parent in parents.values()) else None
+    return parents if is_sound else None
+
+
+def _is_record(parent) -> bool:
+    """Tells whether a value has the form that `record` returns; may raise for another type."""
+    lists = [parent.get("files", []), parent.get("loras", [])]
+    texts = [parent["file"], parent["license"], parent.get("hub", "")]
+    texts += [text for files in lists for file in files for text in (file["autov2"], file.get("hub", ""))]
+    weights = [lora["weight"] for lora in lists[1]]
+    return all(isinstance(text, str) for text in texts) and all(isinstance(w, (int, float)) for w in weights)
 
 
 def parents_of_config(config, hashed: bool = True) -> dict[str, dict]:

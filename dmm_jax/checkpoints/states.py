@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
+from orbax.checkpoint._src.metadata import step_metadata_serialization
 
 from dmm_jax.checkpoints import checksums
 from dmm_jax.checkpoints.errors import CheckpointError
@@ -30,7 +31,12 @@ class StateStore:
     """The `checkpoints` folder of a workdir. It is a context manager, which finishes every save before it returns."""
 
     def __init__(self, workdir: str | os.PathLike, *, keep_last: int = 0, keep_every: int = 0):
-        """Opens or makes the folder; the newest `keep_last` saves stay (0: all), and every `keep_every`-th step."""
+        """Opens or makes the folder; the newest `keep_last` saves stay (0: all), and every `keep_every`-th step.
+
+        Raises:
+          CheckpointError: no step has metadata that Orbax can read. Others without them are moved aside.
+        """
+        _move_unreadable_aside(_checkpoints(workdir))
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last or None,
             keep_period=keep_every or None,
@@ -103,12 +109,7 @@ class StateStore:
                 f"Move {folder.parent} away to start again from step 0."
             )
         say(f"{folder} is damaged ({damage}): going back to step {earlier_steps[-1]}.")
-        if jax.process_index() == 0:
-            aside = folder.with_name(f"damaged_{step}")
-            aside.rmtree(missing_ok=True)
-            folder.rename(aside)
-        with _agreed():  # All processes wait here until the folder is renamed.
-            pass
+        _rename_aside([folder])
         self._manager.reload()
 
     def _folder(self, step):
@@ -159,6 +160,44 @@ def _checkpoints(workdir) -> epath.Path:
     return epath.Path(path if in_bucket(path) else path.absolute()) / "checkpoints"
 
 
+def _move_unreadable_aside(folder: epath.Path) -> None:
+    """Renames the steps whose metadata would make Orbax's manager fail, all of them for one."""
+    steps = [path for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
+    damaged = {}
+    for path in steps:
+        try:
+            _check_metadata(path)
+        except Damaged as damage:
+            damaged[path] = damage
+    if damaged and len(damaged) == len(steps):
+        raise CheckpointError(
+            f"no checkpoint in {folder} can be read: {min(map(str, damaged.values()))}. Move it away to start again "
+            "from step 0."
+        )
+    for path, damage in damaged.items():
+        newest = max(int(step.name) for step in steps if step not in damaged)
+        say(f"{path} is damaged ({damage}): going back to step {newest}.")
+    _rename_aside(damaged)
+
+
+def _rename_aside(folders: Iterable[epath.Path]) -> None:
+    """Renames the folders of steps to damaged_STEP; all processes wait until process 0 has done so."""
+    for folder in folders if jax.process_index() == 0 else ():
+        aside = folder.with_name(f"damaged_{folder.name}")
+        aside.rmtree(missing_ok=True)
+        folder.rename(aside)
+    with _agreed():
+        pass
+
+
+def _check_metadata(folder: epath.Path) -> None:
+    """Raises Damaged if Orbax cannot read the metadata of a step; they may be missing."""
+    path = folder / "_CHECKPOINT_METADATA"
+    if path.exists():
+        with _errors_as_damage():
+            step_metadata_serialization.deserialize(json.loads(path.read_text()))
+
+
 def _crc(record) -> int:
     return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
@@ -172,12 +211,14 @@ def _record(folder: epath.Path) -> dict | None:
     try:
         if not (folder / RECORD).exists():
             saved = json.loads((folder / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
+            if not isinstance(saved, dict):
+                raise UserError("_CHECKPOINT_METADATA does not name the items")
             if RECORD not in saved:
                 return None
         record = json.loads((folder / RECORD / "metadata").read_text())
         if record.pop("crc32") != _crc(record):
             raise UserError("its checksum does not match its contents")
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise Damaged(f"{RECORD}: {_first_line(error)}") from error
     return record
 
@@ -260,8 +301,7 @@ def restore_student(workdir: str | os.PathLike, abstract) -> dict:
       CheckpointError: the run has saved nothing yet, or all is damaged.
     """
     folder = _checkpoints(workdir)
-    with ocp.CheckpointManager(folder) as manager:
-        steps = sorted(manager.all_steps())
+    steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
     if not steps:
         raise CheckpointError(f"{folder} holds no complete checkpoint yet: train until the first one is saved.")
     while True:
@@ -275,6 +315,7 @@ def restore_student(workdir: str | os.PathLike, abstract) -> dict:
 
 
 def _student(folder, abstract) -> dict:
+    _check_metadata(folder)
     record, reader = _record(folder), ocp.PyTreeCheckpointHandler()
     with _errors_as_damage():
         saved = reader.metadata(folder / STATE)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import ml_collections
 
 from dmm_jax.config import options as config_lib
+from dmm_jax.config.arguments import MAX_SEED
 from dmm_jax.config.options import DTYPES
 from dmm_jax.config.styles import is_writable
 from dmm_jax.runtime.errors import UserError, refuse
@@ -96,7 +97,7 @@ def _problems(config):
         )
     yield bool(config.grow.styles) and not config.grow.student and "grow.styles needs grow.student: set the student."
     parts = max(rows, 1) * max(config.gradient_accumulation, 1)
-    if config.batch_size < parts or config.batch_size % parts:
+    if config.batch_size % parts and not _broken_rule("batch_size", config.batch_size):
         fit = max(config.batch_size - config.batch_size % parts, parts)
         yield (
             f"batch_size must be a positive multiple of {describe_rows(config)} x gradient_accumulation = {parts}; "
@@ -116,7 +117,7 @@ def _problems(config):
             except UserError as error:
                 yield f"samples.prompts: {error}"
     shards = config.mesh.teacher
-    if shards > 0 and rows % shards:
+    if not _broken_rule("mesh.teacher", shards) and rows % shards:
         yield f"mesh.teacher must divide the {describe_rows(config)}; got {shards}. Use a divisor of {rows}, or 1."
 
 
@@ -139,6 +140,8 @@ def _broken_rule(name: str, value: int | float) -> str:
     own = name.rpartition(".")[2]
     if not abs(value) <= FLOAT32_MAX:
         return "be a finite number"
+    if isinstance(value, int) and value > MAX_SEED:
+        return f"be at most {MAX_SEED}"
     if own in SHARES and not 0 <= value < 1:
         return "lie in [0, 1)"
     if own == "ema_width" and value > MAX_EMA_WIDTH:

@@ -1,5 +1,6 @@
 """Reads experiment files and applies `--config.NAME=VALUE` from a command line."""
 
+import ast
 import pathlib
 import re
 from collections.abc import Sequence
@@ -9,10 +10,13 @@ from ml_collections import config_flags
 
 from dmm_jax.config import options as config_lib
 from dmm_jax.runtime.errors import UsageError, UserError, nearest
+from dmm_jax.runtime.home import expand_home
 
 
 def read_config(path: str, overrides: Sequence[str] = ()):
-    """Runs an experiment file's `get_config()` and applies `--config.NAME=VALUE`; a tuple may take one flag per entry.
+    """Runs an experiment file's `get_config()`, applies `--config.NAME=VALUE`, and expands `~` in paths.
+
+    A tuple takes one flag per entry, whatever the entry holds, or all entries as a Python tuple.
 
     Raises:
       UserError: the file does not exist, cannot be run, or does not return all options.
@@ -25,13 +29,13 @@ def read_config(path: str, overrides: Sequence[str] = ()):
     except Exception as error:  # The file is a program: anything can be wrong in it.
         raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
     _check_complete(path, config, config_lib.get_config())
-    config.teachers = config_lib.as_teachers(config.teachers)
     if not overrides:
-        return config
+        return _finished(config)
     _check_names(config, overrides)
+    defaults = _options(config)
     try:
-        config, unused = _parsed(path, overrides)
-        config.teachers = config_lib.as_teachers(config.teachers)
+        config, unused = _parsed(path, [_as_entry(override, defaults) for override in overrides])
+        config = _finished(config)
     except flags.UnrecognizedFlagError as error:
         raise UsageError(_no_option(error.flagname, config)) from error
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -39,6 +43,34 @@ def read_config(path: str, overrides: Sequence[str] = ()):
     if unused:
         raise UsageError(f"unexpected arguments: {' '.join(unused)}. Options are set as --config.NAME=VALUE.")
     return config
+
+
+def _finished(config):
+    """Returns a config with its teachers as pairs, and `~` expanded in every text."""
+
+    def expand(value):
+        if isinstance(value, tuple):
+            return tuple(map(expand, value))
+        return expand_home(value) if isinstance(value, str) else value
+
+    texts = {name: value for name, value in _options(config).items() if isinstance(value, (str, tuple))}
+    config.teachers = config_lib.as_teachers(config.teachers)
+    config.update_from_flattened_dict({name: expand(value) for name, value in texts.items() if name != "teachers"})
+    config.teachers = expand(config.teachers)
+    return config
+
+
+def _as_entry(override: str, defaults) -> str:
+    """Quotes the value of a tuple unless it is Python already: a path or a prompt may hold blanks and commas."""
+    name, equals, value = override.partition("=")
+    if not value or not isinstance(defaults.get(name.lstrip("-").removeprefix("config.")), tuple):
+        return override
+    try:
+        if isinstance(ast.literal_eval(value), (tuple, list, str)):
+            return override
+    except (ValueError, SyntaxError):
+        pass
+    return f"{name}{equals}({value!r},)"
 
 
 def _parsed(path, overrides):
@@ -56,24 +88,21 @@ def _check_complete(path, config, defaults):
             f"{path}: get_config() must return a ConfigDict; got {type(config).__name__}. "
             "Start from dmm_jax.config.options.get_config(), and set what differs."
         )
-    if missing := sorted(set(_option_names(defaults)) - set(_option_names(config))):
+    if missing := sorted(_options(defaults).keys() - _options(config).keys()):
         raise UserError(
             f"{path}: get_config() lacks {', '.join(missing[:5])}{' and others' if len(missing) > 5 else ''}. "
             "Start from dmm_jax.config.options.get_config(), and set what differs."
         )
 
 
-def _option_names(config, prefix="") -> list[str]:
-    names = []
-    for name in config:
-        value = config[name]
-        names += _option_names(value, f"{prefix}{name}.") if isinstance(value, type(config)) else [prefix + name]
-    return names
+def _options(config) -> dict:
+    """Returns the values by their full names."""
+    return config_lib.flat(config.to_dict())
 
 
 def _check_names(config, overrides):
     """Refuses `--config.NAME` for an option that does not exist."""
-    names = _option_names(config)
+    names = _options(config)
     for override in overrides:
         match = re.match(r"--?(?:no)?config\.([\w.]+)", override)
         if match and not any(f"{name}.".startswith(f"{match[1]}.") for name in names):
@@ -82,6 +111,6 @@ def _check_names(config, overrides):
 
 def _no_option(name, config) -> str:
     own = name.removeprefix("config.")
-    near = nearest(own, _option_names(config), 0.5)
+    near = nearest(own, _options(config), 0.5)
     meant = f"; did you mean --config.{near}?" if near else "."
     return f"there is no option --{name}{meant} The options are in dmm_jax/config/options.py."

@@ -223,7 +223,7 @@ def from_json(text: str, source: str = "config.json") -> ml_collections.ConfigDi
     """
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{source} is not JSON ({error}). Restore it from a copy.") from None
     if not isinstance(values, Mapping):
         raise UserError(f"{source} must hold a JSON object of options; got {_kind(values)}.")
@@ -238,6 +238,13 @@ def _modernised(values: Mapping) -> Mapping:
     if isinstance(values.get("remat"), bool):
         return {**values, "remat": "all" if values["remat"] else "none"}
     return values
+
+
+def removed_options(values: Mapping) -> list[str]:
+    """Returns a line for each option of an older run's config.json that no longer exists."""
+    known = flat(get_config().to_dict())
+    stored = flat(_modernised(values))
+    return [f"{name}: {value!r} -> no longer an option" for name, value in stored.items() if name not in known]
 
 
 def _update(config, values: Mapping, prefix: str = "") -> list[str]:

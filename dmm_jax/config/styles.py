@@ -51,10 +51,13 @@ def style_row(style: Style, names: Sequence[str]) -> Float[np.ndarray, " N"]:
         row[list(names).index(name)] = weight
     if not np.isfinite(row).all() or not row.any():
         raise UserError(f"a mix needs finite weights, at least one of them not 0; got {style_text(mix)!r}.")
-    if abs(row.sum() - 1.0) > SUM_TOLERANCE or (row < 0).any():
+    total = float(row.sum(dtype=np.float64))
+    faults = [f"sum to {total:.6g} instead of 1"] if abs(total - 1.0) > SUM_TOLERANCE else []
+    faults += ["are negative in part"] if (row < 0).any() else []
+    if faults:
         warnings.warn(
-            f"the weights of {style_text(mix)!r} are {'negative in part' if (row < 0).any() else 'not shares of 1'} "
-            f"(their sum is {row.sum():g}): the result is outside the range of the trained styles.",
+            f"the weights of {style_text(mix)!r} {' and '.join(faults)}: the result is outside the range of the "
+            "trained styles.",
             stacklevel=2,
         )
     return row

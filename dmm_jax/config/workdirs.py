@@ -1,11 +1,11 @@
-"""The folder of a run: checked before any work is done; config.json is written once nothing can be refused."""
+"""The folder of a run: checked before any work is done; config.json holds the options of its newest checkpoint."""
 
 import os
 
 import jax
 
 from dmm_jax.config import options as config_lib
-from dmm_jax.runtime import processes, storage
+from dmm_jax.runtime import locks, processes, storage
 from dmm_jax.runtime.errors import UserError
 
 
@@ -25,6 +25,7 @@ def check(workdir: storage.Location, config) -> list[str]:
                 "Use another --workdir."
             )
         changed = config_lib.differences(old, config)
+        changed += config_lib.removed_options(storage.read_json(workdir / "config.json"))
         if (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
             _check_state(workdir, old, config)
     else:
@@ -38,13 +39,19 @@ def check(workdir: storage.Location, config) -> list[str]:
         changed = []
     if not storage.in_bucket(workdir):
         storage.check_writable(workdir)
+        if workdir.exists():
+            with locks.lock(workdir):  # Tells now, and not after the teachers are loaded.
+                pass
     processes.wait_for_all("workdir checked")
     return changed
 
 
 def _check_state(workdir, old, new):
-    """Refuses changes of the arrays that a checkpoint holds: the newest one could not be read."""
-    arrays = {
+    """Refuses changes that a resume cannot follow: of the arrays that a checkpoint holds, and of its start."""
+    fixed = {
+        "student_init": lambda config: config.student_init,
+        "style_init": lambda config: config.style_init,
+        "grow.student": lambda config: config.grow.student,
         "optimizer": lambda config: config.optimizer,
         "ema_decay": config_lib.keeps_average,
         "ema_width": config_lib.keeps_average,
@@ -55,13 +62,13 @@ def _check_state(workdir, old, new):
             bool(config.adversarial.weight) and config.adversarial.train_backbone
         ),
     }
-    before, after = ({name: is_held(config) for name, is_held in arrays.items()} for config in (old, new))
+    before, after = ({name: read(config) for name, read in fixed.items()} for config in (old, new))
     changes = {line.partition(":")[0]: line for line in config_lib.differences(old, new)}
-    lines = [changes[name] for name in arrays if before[name] != after[name] and name in changes]
+    lines = [changes[name] for name in fixed if before[name] != after[name] and name in changes]
     if lines:
         raise UserError(
-            f"{workdir} cannot resume with {'; '.join(lines)}: its checkpoints hold other arrays. Set it as it was, or "
-            "start again in another --workdir."
+            f"{workdir} cannot resume with {'; '.join(lines)}: its checkpoints started from, or hold, other arrays. "
+            "Set it as it was, or start again in another --workdir."
         )
 
 
@@ -73,7 +80,8 @@ def _other_files(workdir, config) -> list[str]:
         raise UserError(f"{workdir} is a file; a run needs a folder. Give another --workdir.")
     cache = os.path.abspath(config.data.cache)
     entries = [path for path in workdir.iterdir() if not path.is_dir() or any(path.iterdir())]
-    return sorted(path.name for path in entries if os.path.abspath(path) != cache)
+    own = (cache, os.path.abspath(workdir / locks.NAME))
+    return sorted(path.name for path in entries if os.path.abspath(path) not in own)
 
 
 def write_config(workdir: storage.Location, config) -> None:
@@ -84,9 +92,9 @@ def write_config(workdir: storage.Location, config) -> None:
     """
     path = workdir / "config.json"
     if processes.is_first():
-        with storage.bucket_errors(workdir):
+        with storage.bucket_errors(workdir), storage.errors_name(path):
             workdir.mkdir(parents=True, exist_ok=True)
-            part = path if storage.in_bucket(path) else path.with_suffix(".part")  # Objects are written whole.
+            part = path if storage.in_bucket(path) else storage.part_of(path)  # Objects are written whole.
             part.write_text(config_lib.to_json(config))
             if part != path:
                 part.replace(path)

@@ -16,6 +16,7 @@ from dmm_jax.data.cache_writer import CacheWriter
 from dmm_jax.data.images import UnreadableImage, crop_of, fit_square
 from dmm_jax.data.prompts import Draws
 from dmm_jax.data.sources import Example, ImageSource
+from dmm_jax.runtime import locks
 from dmm_jax.runtime.errors import UserError, refuse
 from dmm_jax.runtime.storage import check_local, check_writable
 
@@ -150,15 +151,16 @@ def _fill(
         problems = cache.header.differences(**recipe)
         refuse(f"{out} is a cache of another recipe; delete it, or set another data.cache", problems)
         return cache
-    writer = CacheWriter(out, CacheHeader(**recipe, **record_shape()), shard_size)
     hidden = not sys.stderr.isatty() if progress is None else not progress
-    try:
-        with tqdm(total=total, initial=writer.next_index, desc=desc, unit="image", disable=hidden) as bar:
-            for arguments in records(writer, bar):
-                writer.add(*arguments)
-        return writer.finish()
-    finally:
-        writer.abandon()
+    with locks.lock(out, out.with_name(f".{out.name}.lock")):
+        writer = CacheWriter(out, CacheHeader(**recipe, **record_shape()), shard_size)
+        try:
+            with tqdm(total=total, initial=writer.next_index, desc=desc, unit="image", disable=hidden) as bar:
+                for arguments in records(writer, bar):
+                    writer.add(*arguments)
+            return writer.finish()
+        finally:
+            writer.abandon()
 
 
 def check_place(out: str | pathlib.Path) -> pathlib.Path:

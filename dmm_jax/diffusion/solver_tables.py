@@ -15,6 +15,7 @@ def columns(solver: str, spacing: str, schedule: NoiseSchedule, num_inference_st
     Raises:
       UserError: more steps than noise levels, or a schedule that the solver cannot run on.
     """
+    assert schedule.prediction_type in ("epsilon", "v_prediction"), schedule.prediction_type  # All solvers know these.
     if not 1 <= num_inference_steps <= schedule.num_train_timesteps:
         raise UserError(f"num_inference_steps must be 1 to {schedule.num_train_timesteps}; got {num_inference_steps}.")
     if schedule.clip_sample and solver in ("ddim", "heun", "lcm"):
@@ -217,6 +218,5 @@ def _x0_columns(sigmas, prediction_type, state_scale):
     """Returns c_skip and c_out for latents that are `state_scale` times (x0 + sigma noise)."""
     if prediction_type == "epsilon":
         return np.ones_like(sigmas) / state_scale, -sigmas
-    assert prediction_type == "v_prediction", prediction_type  # `NoiseSchedule` knows these two alone.
     signal = 1.0 / np.sqrt(sigmas**2 + 1.0)
     return signal**2 / state_scale, -sigmas * signal

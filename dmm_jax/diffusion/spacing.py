@@ -94,8 +94,10 @@ def named_levels(spacing: str, low: float, high: float, num_steps: int, table: T
 
 
 def spaced(spacing: str, schedule: NoiseSchedule, num_steps: int) -> Column:
-    """Returns descending timesteps (arXiv:2305.08891, table 2)."""
+    """Returns descending timesteps (arXiv:2305.08891, table 2); a single one is the last, where all is noise."""
     n = schedule.num_train_timesteps
+    if num_steps == 1:
+        return np.array([n - 1.0])
     if spacing == "linspace":
         return np.linspace(0, n - 1, num_steps)[::-1]
     if spacing == "trailing":

@@ -5,6 +5,7 @@ The vector is a row of the style table, before the MLP (DMM, arXiv:2504.12364, A
 """
 
 import dataclasses
+import os
 import pathlib
 import sys
 import time
@@ -38,8 +39,9 @@ class FittedStyle:
     row: Float[np.ndarray, " E"]
     facts: dict  # "name", "unet_sha256", "loss" and others, as JSON holds them.
 
-    def save(self, path: pathlib.Path) -> pathlib.Path:
+    def save(self, path: str | os.PathLike) -> pathlib.Path:
         """Writes the file that `Pipeline.from_pretrained(extra_styles=...)` and `export` read."""
+        path = pathlib.Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         return write_fitted_style(path, self.row, self.facts)
 

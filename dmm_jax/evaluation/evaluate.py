@@ -58,7 +58,7 @@ def evaluate(workdir: str | os.PathLike, options: Options | None = None) -> Eval
     started, workdir, options = time.perf_counter(), locate(workdir), options or Options()
     config = config_lib.load(workdir)
     _check_report(workdir / "report")
-    training_log = _read_training_log(workdir / "metrics.jsonl")
+    training_log = metrics.read_log(workdir / "metrics.jsonl")
     _check_features(options.features, config)
     prompts = choose_prompts(config, max(options.num_images, options.num_pairs), options.prompts_file)
     grammar = PLAIN if prompts.are_captions else options.prompt_grammar or config.sampling.prompt_grammar
@@ -93,21 +93,6 @@ def _check_report(folder: Location) -> None:
             raise UserError(
                 f"the report cannot be written: no permission in {place}. Make it writable, or copy the run."
             )
-
-
-def _read_training_log(path: Location) -> list[dict]:
-    """Reads the metrics that training wrote, for the report.
-
-    Raises:
-      ValueError: the file is damaged.
-    """
-    lines = metrics.read(path)
-    for number, line in enumerate(lines, start=1):
-        if not isinstance(line, dict) or "step" not in line:
-            raise UserError(
-                f"{path}, line {number}: expected an object with a step, as `train` writes it. Move it away."
-            )
-    return lines
 
 
 def _check_features(features: str, config) -> None:

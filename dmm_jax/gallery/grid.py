@@ -1,7 +1,10 @@
 """A labelled grid of pictures as one image."""
 
 import dataclasses
+import functools
 import math
+import pathlib
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from dmm_jax.runtime.errors import UserError
 
 MAX_GRID_PIXELS = 178_000_000  # Pillow refuses to open a picture of more than 178 956 970 pixels.
+# A label breaks at a blank or after one of these marks; a comma in a number is no such mark.
+_PIECE = re.compile(r"\s*(?:(?:[^\s,=:/+_]|,(?=\d))*(?:[=:/+_]|,(?!\d))|(?:[^\s,=:/+_]|,(?=\d))+)")
 MIN_CELL_SIDE = 160  # A whole factor enlarges smaller pictures to this many pixels, so that the labels stay legible.
 
 
@@ -18,6 +23,9 @@ def labelled_grid(
     images: UInt8[np.ndarray, "rows columns H W 3"], row_labels: Sequence[str], column_labels: Sequence[str]
 ) -> Image.Image:
     """Draws a table of pictures with labels to the left and above, scaled down to at most MAX_GRID_PIXELS.
+
+    The font has Latin, Greek, Cyrillic and more, but no Chinese, Japanese or Korean: a label with characters that it
+    lacks begins with its number, and has "…" in their place.
 
     Raises:
       ValueError: the table is empty, or the labels do not match the rows and columns.
@@ -28,6 +36,7 @@ def labelled_grid(
             f"a grid needs at least one picture and one label per row and column; got {rows} x {columns} pictures of "
             f"{width}x{height}, {len(row_labels)} row labels, {len(column_labels)} column labels."
         )
+    row_labels, column_labels = map(_drawable, (row_labels, column_labels))
     layout = _fit_layout(rows, columns, height, width, labelled=any(row_labels))
     sheet = Image.new("RGB", layout.size, "white")
     pen = ImageDraw.Draw(sheet)
@@ -97,7 +106,7 @@ def _resized(image, layout):
 def _write(pen, label, box, layout, bottom=False):
     """Writes a label into a box (x, y, right, floor), at its top or at its bottom."""
     x, y, right, floor = box
-    font = ImageFont.load_default(layout.font)
+    font = ImageFont.truetype(_font_file(), layout.font)
     line_height = round(1.3 * layout.font)
     lines = _wrap(label, right - x - layout.gap, max((floor - y - layout.gap) // line_height, 1), font.getlength)
     if bottom:
@@ -107,6 +116,29 @@ def _write(pen, label, box, layout, bottom=False):
         pen.text(position, text, fill=(28, 27, 25), font=font)
 
 
+@functools.cache
+def _font_file() -> pathlib.Path:
+    """Returns DejaVu Sans, which matplotlib contains; Pillow's own font has ASCII alone."""
+    import matplotlib
+
+    return pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+
+
+@functools.cache
+def _characters() -> frozenset[int]:
+    from matplotlib.ft2font import FT2Font
+
+    return frozenset(FT2Font(str(_font_file())).get_charmap())
+
+
+def _drawable(labels: Sequence[str]) -> list[str]:
+    drawable = []
+    for number, label in enumerate(labels, start=1):
+        marked = "".join(mark if mark.isspace() or ord(mark) in _characters() else "\0" for mark in label)
+        drawable.append(f"{number}: " + re.sub("\0+", "…", marked) if "\0" in marked else label)
+    return drawable
+
+
 def _wrap(text, width, max_lines, length):
     """Breaks a text into at most `max_lines` lines no wider than `width`; long words are cut, `…` marks an omission.
 
@@ -114,9 +146,10 @@ def _wrap(text, width, max_lines, length):
       length: returns the width of a text.
     """
     lines, line = [], ""
-    for word in text.split():
+    for piece in _PIECE.findall(text):
+        word, blank = piece.strip(), " " if piece[0].isspace() else ""
         while word:
-            joined = f"{line} {word}".strip()
+            joined = line + blank + word if line else word
             if length(joined) <= width:
                 line, word = joined, ""
             elif line:

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+INTERRUPTED = 130  # Exit code after Ctrl-C.
+FULL_DISK = ("No space left on device", "Disk quota exceeded")
 REPORT = "this is a fault of dmm-jax; please open an issue with your command and the traceback above."
 
 
@@ -11,6 +13,15 @@ class UserError(ValueError):
 
     The command line prints it in one line. Any other exception is a fault of this package and keeps its traceback.
     """
+
+
+class Preempted(Exception):
+    """A signal stopped the run after it saved its state."""
+
+    def __init__(self, text: str, exit_code: int):
+        """Takes what happened, and the exit code of the command line."""
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 class UsageError(UserError):
@@ -48,8 +59,14 @@ def _message(error: BaseException) -> str | None:
     first_line = " ".join((str(error).splitlines() or [""])[0].split())[:300]
     if "Vmem" in str(error):
         return f"a kernel does not fit the chip's fast memory: {first_line} Avoid it with --config.attention=xla."
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        return f"out of memory: {first_line} Compute fewer images at once (batch size), or smaller ones."
+    if any(reason in str(error) for reason in FULL_DISK):
+        return f"the disk is full: {first_line} Free some space and run it again."
+    if isinstance(error, RecursionError):
+        return "a file refers to itself, or is nested too deeply: look at config.json of the runs that are named."
+    if isinstance(error, MemoryError):
+        return f"this machine is out of memory: {first_line or 'nothing more can be allocated'}"
+    if "RESOURCE_EXHAUSTED" in str(error):
+        return f"the device is out of memory: {first_line} Where it computes images: fewer at once, or smaller ones."
     if first_line.startswith("Unable to initialize backend"):  # A driver is missing, or another program has the device.
         return first_line
     if type(error).__name__ == "JaxRuntimeError":  # By its name, since importing JAX takes seconds.

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from dmm_jax.runtime.errors import UserError
-from dmm_jax.runtime.storage import bucket_errors, in_bucket, locate, read_text
+from dmm_jax.runtime.storage import bucket_errors, errors_name, in_bucket, locate, part_of, read_text
 
 
 class HostClock:
@@ -77,14 +77,15 @@ class MetricsLog:
         return self
 
     def _open(self, start):
-        lines = "".join(json.dumps(line) + "\n" for line in read(self.path) if line["step"] <= start)
+        lines = "".join(json.dumps(line) + "\n" for line in read_log(self.path) if line["step"] <= start)
         if in_bucket(self.path):
             file = io.StringIO()
             file.write(lines)
             return file
-        temporary = self.path.with_suffix(".part")
-        temporary.write_text(lines)
-        temporary.replace(self.path)
+        temporary = part_of(self.path)
+        with errors_name(temporary):
+            temporary.write_text(lines)
+            temporary.replace(self.path)
         return self.path.open("a")
 
     def __exit__(self, *_):
@@ -142,19 +143,39 @@ class MetricsLog:
         speed = f"{line['images_per_s']:.1f} images/s"
         self._print(f"step {step}/{num_steps}  loss {line['loss']:.5f}  {speed}  {remaining} left{skipped}", bar)
 
-    def validation(self, step: int, losses: Mapping[str, Sequence[float | None]], bar) -> None:
-        """Writes the validation loss of each style, per timestep bin from low noise to high."""
-        mean = float(np.mean([loss for bins in losses.values() for loss in bins if loss is not None]))
-        self._write({"step": step, "validation_loss": mean, "validation": dict(losses)})
-        self._print(f"step {step}  validation loss {mean:.5f}", bar)
+    def validation(
+        self,
+        step: int,
+        losses: Mapping[str, Sequence[float | None]],
+        bar,
+        of_average: Mapping[str, Sequence[float | None]] | None = None,
+    ) -> None:
+        """Writes the validation loss of each style, per timestep bin from low noise to high.
+
+        Args:
+          of_average: the same for the moving average of the weights, if the run keeps one.
+        """
+        line, text = {"step": step}, f"step {step}"
+        for name, bins in {"validation": losses, "average_validation": of_average}.items():
+            if bins:
+                mean = float(np.mean([loss for values in bins.values() for loss in values if loss is not None]))
+                line |= {f"{name}_loss": mean, name: dict(bins)}
+                text += f"  {name.replace('_', ' ')} loss {mean:.5f}"
+        self._write(line)
+        self._print(text, bar)
         self.start_clock(step)
+
+    def has_validation(self, step: int) -> bool:
+        """Tells whether the file holds the validation of a step."""
+        return any(line["step"] == step and "validation" in line for line in read_log(self.path))
 
     def _write(self, line):
         self.last = self.last | line
         if not self._writes:
             return
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with errors_name(self.path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         if self._tensorboard:
             for name, value in _scalars(line):
                 self._tensorboard.add_scalar(name, value, line["step"])
@@ -193,13 +214,25 @@ def read(path: str | os.PathLike, *, strict: bool = False) -> list[dict]:
     parsed = []
     for number, line in enumerate(lines, start=1):
         try:
-            parsed.append(json.loads(line))
-        except json.JSONDecodeError:
+            parsed.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError):
             if strict or number < len(lines):
                 raise UserError(
-                    f"{path}, line {number} is not JSON: {line[:80]!r}. Move the file away to start a new one."
+                    f"{path}, line {number} is not JSON of one object: {line[:80]!r}. Move the file away to start a "
+                    "new one."
                 ) from None
     return parsed
+
+
+def read_log(path: str | os.PathLike) -> list[dict]:
+    """Reads a run's metrics.jsonl as `read` does; refuses lines without a step."""
+    lines = read(path)
+    for number, line in enumerate(lines, start=1):
+        if not isinstance(line.get("step"), int):
+            raise UserError(
+                f"{path}, line {number}: expected an object with a step, as `train` writes it. Move it away."
+            )
+    return lines
 
 
 def _scalars(line, prefix=""):

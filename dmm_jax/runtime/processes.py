@@ -18,17 +18,13 @@ import jax
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from dmm_jax.runtime.errors import REPORT, UserError, message, visible
+from dmm_jax.runtime.errors import INTERRUPTED, REPORT, Preempted, UserError, message, visible
 
 JOIN_TIMEOUT_S = 300  # How long processes wait for each other at the start.
 HEARTBEAT_TIMEOUT_S = 30  # A process without a heartbeat for this long counts as dead and ends the run.
 CONNECT_TIMEOUT_S = 0.5  # How long a process that could not join tries to reach process 0, to name the reason.
 LOST = 134  # Exit code after the loss of another process, by JAX's abort or by ours; xpk restarts such a run.
 PRINT_TIME_S = 2  # JAX aborts the remaining processes when process 0 exits; before, they have this time to print.
-
-
-class Preempted(Exception):
-    """SIGTERM stopped the run after it saved its state."""
 
 
 @contextlib.contextmanager
@@ -115,10 +111,12 @@ def _join_failure(seconds: float) -> str:
 def _exit_with(error: BaseException):
     """Prints the error and exits without waiting for the other processes."""
     text, code = message(error) or str(error) or type(error).__name__, 1
-    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+    if isinstance(error, KeyboardInterrupt):
+        text, code = "interrupted", INTERRUPTED
+    elif isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
         code = LOST
         text = f"the device or another process is gone (the log of that process names the cause): {error}"
-    elif message(error) is None and not isinstance(error, KeyboardInterrupt):
+    elif message(error) is None:
         traceback.print_exception(error)
         text = f"{text}: {REPORT}"
     print(f"process {jax.process_index()} of {jax.process_count()} failed: {text}", file=sys.stderr, flush=True)

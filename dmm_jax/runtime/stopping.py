@@ -1,9 +1,11 @@
-"""SIGTERM stops a run at a saved step: clouds send it before they take a machine away.
+"""SIGTERM and Ctrl-C stop a run at a saved step: clouds send SIGTERM before they take a machine away.
 
-Before the first step there is nothing to save, and the process exits at once with code 0, even while it compiles. After
-it, the training loop asks after every step whether to stop. All processes of a run stop at the same step.
+Before the first step there is nothing to save, and the process exits at once, even while it compiles. After it, the
+training loop asks after every step whether to stop. All processes of a run stop at the same step. A second Ctrl-C exits
+at once.
 """
 
+import collections
 import contextlib
 import itertools
 import os
@@ -11,17 +13,21 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
+from dmm_jax.runtime.errors import INTERRUPTED, Preempted
 from dmm_jax.runtime.processes import PRINT_TIME_S, wait_for_all
 
 POLL_S = 0.5  # How often a process looks, before its first step, whether another process received SIGTERM.
 # Keys in the store that all processes share. The preemption service of JAX writes the first.
 NOTICE_KEY, EXIT_KEY = "RECEIVED_PREEMPTION_NOTICE", "dmm_jax_leaves"
+NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+AT_ONCE = "the step under way is not saved; run it again to resume from the last checkpoint."
+EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: INTERRUPTED}
 
 
 class StopRequests:
@@ -33,12 +39,13 @@ class StopRequests:
     def __init__(self):
         self._lock = threading.RLock()  # The signal handler may interrupt a thread that has it.
         self._has_begun, self._all_have_begun, self._requested = False, threading.Event(), threading.Event()
+        self._signal = signal.SIGTERM  # The signal that was received, here or in another process.
         # After a signal before the first call, JAX proposes to stop at 1. A run that resumes at step 8 never reaches
         # step 1, so calls are counted instead of steps.
         self._calls = itertools.count(1) if jax.distributed.is_initialized() else None
 
     def begin(self) -> None:
-        """Waits for all processes; from here on SIGTERM no longer ends the process at once."""
+        """Waits for all processes; from here on a signal no longer ends the process at once."""
         with self._lock:
             self._has_begun = True
         wait_for_all("first step")
@@ -50,56 +57,87 @@ class StopRequests:
             return multihost_utils.reached_preemption_sync_point(next(self._calls))
         return self._requested.is_set()
 
+    def stopped(self, place: str) -> Preempted:
+        """Returns the exception of a run that was saved at a place, such as "step 3 of 10"."""
+        text = f"stopped by {NAMES[self._signal]} after {place}, which is saved."
+        return Preempted(text, EXIT_CODES[self._signal])
+
+    def forward(self, number: int, count: int) -> None:
+        """Receives Ctrl-C as `receive` does, and passes it on to JAX's service as SIGTERM."""
+        if count > 1:
+            _exit(number, AT_ONCE)
+        self._signal = signal.Signals(number)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def receive(self, number: int, count: int) -> None:
+        """Receives a signal for the `count`-th time; may be called twice for the same one."""
+        with self._lock:
+            if number == signal.SIGINT and count > 1:
+                _exit(number, AT_ONCE)
+            if not self._has_begun:
+                _exit(number, "nothing had to be saved.")
+            if number == signal.SIGINT and not self._requested.is_set():
+                _print("\nStopping after this step, which is saved. Ctrl-C again stops at once.")
+            self._signal = signal.Signals(number)
+            self._requested.set()
+
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequests]:
-    """Receives SIGTERM for the block.
+    """Receives SIGTERM and Ctrl-C for the block.
 
-    Under jax.distributed its preemption service receives the signal in any process. Otherwise a handler of Python
-    does, which only the main thread can have; in another thread the signal keeps its usual effect.
+    Under jax.distributed its preemption service receives SIGTERM in any process. Otherwise a handler of Python does,
+    which only the main thread can have; in another thread the signals keep their usual effect.
     """
-    if jax.distributed.is_initialized():
-        receive = _from_any_process
-    elif threading.current_thread() is threading.main_thread():
-        receive = _from_signal_handler
-    else:
-        receive = contextlib.nullcontext
     stop = StopRequests()
-    with receive(stop):
+    with contextlib.ExitStack() as stack:
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if jax.distributed.is_initialized():
+            stack.enter_context(_from_any_process(stop))
+            if in_main_thread:
+                stack.enter_context(_signals((signal.SIGINT,), stop.forward))
+        elif in_main_thread:
+            stack.enter_context(_signals((signal.SIGTERM, signal.SIGINT), stop.receive))
         yield stop
 
 
 @contextlib.contextmanager
-def _from_signal_handler(stop: StopRequests) -> Iterator[None]:
-    """Receives SIGTERM in this process.
+def _signals(numbers: tuple[int, ...], receive: Callable[[int, int], None]) -> Iterator[None]:
+    """Calls `receive(number, count)` for each of these signals that this process receives, twice.
 
     Python runs a handler only when the main thread returns from C++, for example after minutes of compiling. It writes
     a byte to the wake-up pipe at once, so a thread that reads the pipe handles the signal then.
     """
+    counts = {"handler": collections.Counter(), "pipe": collections.Counter()}
 
-    def handle(*_):
-        with stop._lock:
-            if not stop._has_begun:
-                _exit()
-            stop._requested.set()
+    def count(source, number):
+        counts[source][number] += 1
+        receive(number, counts[source][number])
 
     def listen():
         with open(reading_end, "rb", buffering=0) as pipe:
             while byte := pipe.read(1):
-                if byte[0] == signal.SIGTERM:
-                    handle()
+                if byte[0] in previous:
+                    count("pipe", byte[0])
 
+    # Jobs in the background of a script ignore Ctrl-C, and shall go on ignoring it.
+    previous = {number: signal.getsignal(number) for number in numbers}
+    previous = {number: handler for number, handler in previous.items() if handler != signal.SIG_IGN}
     reading_end, writing_end = os.pipe()
     os.set_blocking(writing_end, False)
-    threading.Thread(target=listen, daemon=True).start()
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
     previous_pipe = signal.set_wakeup_fd(writing_end, warn_on_full_buffer=False)
-    previous_handler = signal.signal(signal.SIGTERM, handle)
+    for number in previous:
+        signal.signal(number, lambda number, _: count("handler", number))
     try:
         yield
     finally:
         signal.set_wakeup_fd(previous_pipe)
-        signal.signal(signal.SIGTERM, previous_handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         os.close(writing_end)
+        listener.join()  # It reads the rest of the pipe.
 
 
 @contextlib.contextmanager
@@ -114,7 +152,7 @@ def _from_any_process(stop: StopRequests) -> Iterator[None]:
     def watch():
         while not stop._all_have_begun.wait(POLL_S):
             if _is_set(EXIT_KEY):
-                _exit()
+                _exit(stop._signal, "nothing had to be saved.")
             with stop._lock:
                 if not stop._has_begun and _is_set(NOTICE_KEY):
                     distributed.global_state.client.key_value_set(EXIT_KEY, "", allow_overwrite=True)
@@ -136,11 +174,18 @@ def _is_set(key: str) -> bool:
     return True
 
 
-def _exit():
-    """Exits with code 0 before the first step; process 0 prints the reason."""
+def _print(line: str):
+    """Prints on stderr, but not by `sys.stderr`: the interrupted code may be printing. The reader may be gone."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{line}\n".encode())
+
+
+def _exit(number: int, consequence: str):
+    """Exits at once; process 0 prints the reason."""
     if distributed.global_state.process_id == 0:
-        print("dmm-jax train: stopped by SIGTERM: nothing had to be saved.", file=sys.stderr)
+        _print(f"dmm-jax train: stopped by {NAMES[number]}: {consequence}")
         if jax.distributed.is_initialized():
             time.sleep(PRINT_TIME_S)
-    sys.stderr.flush()
-    os._exit(0)
+    with contextlib.suppress(RuntimeError, OSError):
+        sys.stderr.flush()
+    os._exit(EXIT_CODES[number])

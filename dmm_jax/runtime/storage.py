@@ -1,13 +1,17 @@
 """Where files live: on a file system or in a bucket; outputs are checked before any work is done."""
 
 import contextlib
+import glob
 import importlib.util
+import json
 import os
 import pathlib
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 from etils import epath
 
@@ -97,6 +101,19 @@ def read_text(path: Location) -> str:
         ) from None
 
 
+def read_json(path: Location) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+      UserError: the file is not JSON in UTF-8, or is nested too deeply.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error}). Restore it from a copy.") from None
+
+
 def check_local(path: str | os.PathLike, description: str) -> pathlib.Path:
     """Returns the path.
 
@@ -148,6 +165,41 @@ def check_writable(path: pathlib.Path) -> None:
         raise UserError(f"{path} cannot be written: no permission in {parent}. Give a path that you may write.")
 
 
+def part_of(path: pathlib.Path) -> pathlib.Path:
+    """Returns the name under which this process writes a file or folder until it is complete.
+
+    It is free: what an earlier process left under such a name is deleted, unless that process still runs.
+    """
+    host = socket.gethostname()
+    own = path.with_name(f".{path.name}.{host}.{os.getpid()}.part")
+    for part in path.parent.glob(f".{glob.escape(f'{path.name}.{host}')}.*.part"):
+        pid = part.name.split(".")[-2]
+        if part == own or (pid.isdecimal() and not _is_running(int(pid))):
+            shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink()
+    return own
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # Another user's.
+        pass
+    return True
+
+
+@contextlib.contextmanager
+def errors_name(path: str | os.PathLike, part: str | os.PathLike | None = None) -> Iterator[None]:
+    """Adds a path to errors of the block that name none, such as that of a full disk, or that name one in `part`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or (part and str(error.filename).startswith(os.fspath(part))):
+            error.filename = os.fspath(path)
+        raise
+
+
 @contextlib.contextmanager
 def staged_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields a temporary folder that becomes `folder` at the end of the block, or is deleted after an error.
@@ -163,11 +215,11 @@ def staged_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
         return
     folder = pathlib.Path(folder).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    stage = folder.parent / f".{folder.name}.{os.getpid()}.part"
-    shutil.rmtree(stage, ignore_errors=True)
+    stage = part_of(folder)
     stage.mkdir()
     try:
-        yield stage
+        with errors_name(folder, stage):
+            yield stage
         if folder.is_dir():
             for path in _page_last(stage):
                 os.replace(path, folder / path.name)

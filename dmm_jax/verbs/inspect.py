@@ -31,6 +31,7 @@ def main(args: argparse.Namespace) -> int:
 
     report = inspect(args.checkpoints, args.deep, args.hash, args.prediction_type)
     print(json.dumps(report, indent=2) if args.json else visible(render(report)))
-    for problem in report["obstacles"]:
-        print(visible(f"dmm-jax inspect: error: {problem}"), file=sys.stderr)
+    if args.json or not sys.stdout.isatty():  # A terminal has just shown them in the report.
+        for problem in report["obstacles"]:
+            print(visible(f"dmm-jax inspect: error: {problem}"), file=sys.stderr)
     return 0 if report["mergeable"] else 1

@@ -8,12 +8,14 @@ import argparse
 import contextlib
 import faulthandler
 import importlib
+import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
-from dmm_jax.runtime.errors import REPORT, UsageError, message, visible
+from dmm_jax.runtime.errors import FULL_DISK, INTERRUPTED, REPORT, Preempted, UsageError, message, visible
+from dmm_jax.runtime.home import expand_home
 
 VERBS = {  # In the order of --help. The file of `fit-style` is fit_style.py.
     "demo": "run every step on the embedded world and write report/index.html",
@@ -28,21 +30,28 @@ VERBS = {  # In the order of --help. The file of `fit-style` is fit_style.py.
     "evaluate": "measure fidelity, the style matrix, FD or FID; writes metrics.json and a report",
     "bench": "measure images/s and TFLOP/s on random data and compare with the device's peak",
 }
-EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+MAX_LINE_CHARS = 1000
+# Parts of Orbax's log that mean nothing to the user, or that the error of this command says again, without tracebacks.
+NOISE = ("Metadata file does not exist", *FULL_DISK)
+EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_PIPE = 0, 1, 2, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns its exit code: 0 success, 1 an error, 2 wrong usage, 130 Ctrl-C."""
+    """Runs one verb; returns its exit code: 0 success, 1 an error, 2 wrong usage, 130 Ctrl-C, 141 a closed pipe."""
     with contextlib.suppress(OSError, RuntimeError):  # A stderr without a descriptor, as in notebooks.
         faulthandler.enable()  # A mapped file that is cut short while it is read ends the process; this says where.
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = [expand_home(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     verb = next((argument for argument in argv if not argument.startswith("-")), "")
-    parser = build_parser(verb)
-    args, overrides = parser.parse_known_args(argv)
-    if overrides and "config" not in args:
-        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
-    args.overrides = overrides  # --config.NAME=VALUE
-    return exit_code(verb, lambda: _module(verb).main(args))
+
+    def run():
+        parser = build_parser(verb)
+        args, overrides = parser.parse_known_args(argv)
+        if overrides and "config" not in args:
+            parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+        args.overrides = overrides  # --config.NAME=VALUE
+        return _module(verb).main(args)
+
+    return exit_code(verb, run)
 
 
 def build_parser(verb: str = "") -> argparse.ArgumentParser:
@@ -67,23 +76,44 @@ def exit_code(verb: str, function: Callable[[], int | None]) -> int:
 
     A fault of this package prints its traceback, and a line that asks for a report.
     """
-    with _warnings_in_one_line(verb):
+    try:
         try:
-            return function() or EXIT_OK
-        except KeyboardInterrupt:
-            print(f"dmm-jax {verb}: interrupted", file=sys.stderr)
-            return EXIT_INTERRUPTED
-        except Exception as error:
-            text = message(error)
-            if text is None:
-                traceback.print_exc()
-            print(f"dmm-jax {verb}: error: {text or REPORT}", file=sys.stderr)
-            return EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR
+            with _warnings_in_one_line(verb):
+                return _call(verb, function)
+        finally:
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.flush()
+    except OSError as error:  # The output itself cannot be written. Python would try again at its end, and complain.
+        if not isinstance(error, BrokenPipeError):
+            with contextlib.suppress(OSError):
+                os.write(2, f"dmm-jax {verb}: error: the output cannot be written: {error.strerror}\n".encode())
+        for stream in filter(None, (sys.__stdout__, sys.__stderr__)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return EXIT_PIPE if isinstance(error, BrokenPipeError) else EXIT_ERROR
+
+
+def _call(verb, function) -> int:
+    try:
+        return function() or EXIT_OK
+    except KeyboardInterrupt:
+        print(f"dmm-jax {verb}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Preempted as stopped:
+        print(f"dmm-jax {verb}: {stopped} Run it again to resume.", file=sys.stderr)
+        return stopped.exit_code
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        text = message(error)
+        if text is None:
+            traceback.print_exc()
+        print(f"dmm-jax {verb}: error: {_shortened(text or REPORT)}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR
 
 
 @contextlib.contextmanager
 def _warnings_in_one_line(verb: str) -> Iterator[None]:
-    """Prints user warnings without file and source line; drops a warning of Orbax that has no meaning for the user."""
+    """Prints user warnings without file and source line; drops the `NOISE` of Orbax."""
     from absl import logging as absl_logging
 
     absl_logging.get_absl_logger().addFilter(_is_useful)
@@ -92,7 +122,7 @@ def _warnings_in_one_line(verb: str) -> Iterator[None]:
 
         def show(text, category, *place, **options):
             if issubclass(category, UserWarning):
-                print(f"dmm-jax {verb}: warning: {visible(str(text))}", file=sys.stderr, flush=True)
+                print(f"dmm-jax {verb}: warning: {_shortened(visible(str(text)))}", file=sys.stderr, flush=True)
             else:
                 show_others(text, category, *place, **options)
 
@@ -100,5 +130,12 @@ def _warnings_in_one_line(verb: str) -> Iterator[None]:
         yield
 
 
+def _shortened(text: str) -> str:
+    """Returns a message whose lines are at most MAX_LINE_CHARS long: some quote what the user wrote."""
+    lines = text.split("\n")
+    return "\n".join(line if len(line) <= MAX_LINE_CHARS else f"{line[:MAX_LINE_CHARS]} …" for line in lines)
+
+
 def _is_useful(record) -> bool:
-    return "Metadata file does not exist" not in record.getMessage()
+    text = f"{record.getMessage()} {record.exc_info and record.exc_info[1]}"
+    return not any(part in text for part in NOISE)

@@ -2,7 +2,6 @@
 
 import argparse
 import pathlib
-import sys
 
 from dmm_jax.verbs import options
 
@@ -20,14 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Trains, or resumes the run in the workdir; SIGTERM saves the step that was reached and ends with exit code 0."""
+    """Trains, or resumes the run in the workdir; SIGTERM and Ctrl-C save the step that was reached."""
     from dmm_jax.runtime import processes, stopping
 
-    try:
-        with stopping.stop_requests():  # Before all else: importing, and waiting for other processes, take long.
-            from dmm_jax.train import run
+    with stopping.stop_requests():  # Before all else: importing, and waiting for other processes, take long.
+        from dmm_jax.train import run
 
-            with processes.joined(args.distributed, args.coordinator, args.num_processes, args.process_id):
-                run(options.read_experiment(args.config, args.overrides), args.workdir, args.tensorboard)
-    except processes.Preempted as preempted:
-        print(f"dmm-jax train: {preempted} Run it again to resume.", file=sys.stderr)
+        with processes.joined(args.distributed, args.coordinator, args.num_processes, args.process_id):
+            run(options.read_experiment(args.config, args.overrides), args.workdir, args.tensorboard)

@@ -62,12 +62,16 @@ def test_the_card_lists_parents_measures_and_the_grid():
     assert 10 * "a" not in card(parents={}) and "| anime |" in card(parents={})
 
 
-def test_the_head_lists_parents_whose_names_hubs_accept():
+def test_the_head_lists_parents_on_hubs_and_the_table_every_style():
     hub = {"file": "0123", "license": "x", "hub": "some-one/tiny"}
-    odd = {"file": "a b + c*0.5", "license": "x"}
-    fields = head(card(parents=PARENTS | {"base": hub, "odd": odd}))
-    assert fields["base_model"] == ["some-one/tiny", "anime"] and fields["base_model_relation"] == "merge"
-    assert not {"base_model", "base_model_relation"} & set(head(card(parents={})))
+    lora = FILE | {"weight": 0.5, "hub": "some-one/ink"}
+    odd = hub | {"file": "a b + ink*0.5", "loras": [lora]}
+    text = card(parents=PARENTS | {"base": hub, "odd": odd}, styles=("anime", "odd", "fitted"))
+    assert (
+        head(text)["base_model"] == ["some-one/tiny", "some-one/ink"] and head(text)["base_model_relation"] == "merge"
+    )
+    assert "| odd | a b \\+ ink\\*0.5 |" in text and "| fitted | images, by fit\\-style |" in text
+    assert not any({"base_model", "base_model_relation"} & set(head(card(parents=names))) for names in ({}, PARENTS))
 
 
 @pytest.mark.parametrize("zero", [False, True])
@@ -85,7 +89,7 @@ def test_a_card_says_how_to_sample_from_a_velocity_model(zero):
 def test_damaged_metrics_are_refused(tmp_path, content):
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "metrics.json").write_bytes(content)
-    with pytest.raises(UserError, match="metrics.json is (damaged|not UTF-8)"):
+    with pytest.raises(UserError, match="metrics.json is (damaged|not UTF-8|not JSON)"):
         model_card.metrics_of(tmp_path, ["left"])
 
 

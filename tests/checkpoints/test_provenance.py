@@ -120,6 +120,7 @@ def test_the_path_in_the_hubs_cache_shows_the_hubs_name(tiny, tmp_path):
     folder = tmp_path / "hub" / "models--some-one--tiny.v2" / "snapshots" / "0123abcd"
     shutil.copytree(tiny[0]["base"], folder)
     assert provenance.record(open_checkpoint(folder), hashed=False)["hub"] == "some-one/tiny.v2"
+    assert provenance.hub_of(folder / "ink.safetensors") == {"hub": "some-one/tiny.v2"}
     assert "hub" not in provenance.record(open_checkpoint(tiny[0]["base"]), hashed=False)
 
 

@@ -1,5 +1,6 @@
 """A run's folder: a stranger's is left alone, and nothing is written before all that can be refused was read."""
 
+import json
 import os
 
 import numpy as np
@@ -49,6 +50,8 @@ def test_nan_in_the_base_is_refused_whatever_the_student_starts_from(tiny, tmp_p
 @pytest.mark.parametrize(
     "name, value",
     [
+        ("student_init", "base"),
+        ("style_init", "paper"),
         ("ema_decay", 0.9),
         ("ema_width", 0.1),
         ("optimizer", "muon"),
@@ -61,9 +64,19 @@ def test_options_that_change_the_arrays_of_a_checkpoint_are_refused(tiny, traine
     before = (trained / "config.json").read_bytes()
     config = copied(tiny[1])
     config.update_from_flattened_dict({name: value})
-    with pytest.raises(ValueError, match=f"cannot resume with {name}: .* -> {value!r}: its checkpoints hold other"):
+    with pytest.raises(
+        ValueError, match=f"cannot resume with {name}: .* -> {value!r}: its checkpoints started from, or hold"
+    ):
         train.run(config, trained)
     assert (trained / "config.json").read_bytes() == before
+
+
+def test_options_that_no_longer_exist_are_reported(tiny, tmp_path):
+    workdirs.write_config(tmp_path, tiny[1])
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"old": 1, "mesh": {"ring": 2}}))
+    changes = workdirs.check(tmp_path, tiny[1])
+    assert changes == ["mesh.ring: 2 -> no longer an option", "old: 1 -> no longer an option"]
 
 
 def test_a_resume_that_fails_leaves_the_config_as_it_was(tiny, trained, monkeypatch):

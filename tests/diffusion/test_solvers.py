@@ -302,6 +302,20 @@ def test_no_coefficient_is_infinite(solver):
         assert len(plan.timesteps) == (2 * num_steps - 1 if doubled else num_steps)
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("solver", solvers.SOLVERS)
+def test_a_single_step_does_not_start_at_low_noise(solver, config):
+    assert solvers.plan(solver, schedule_of(config), 1).timesteps[0] > 499
+
+
+@pytest.mark.parametrize("solver", solvers.SOLVERS)
+def test_no_solver_takes_an_unknown_prediction_type_for_another(solver):
+    schedule = NoiseSchedule()
+    object.__setattr__(schedule, "prediction_type", "sample")
+    with pytest.raises(AssertionError, match="sample"):
+        solvers.plan(solver, schedule, 5)
+
+
 def test_solvers_of_one_kind_share_a_compilation():
     traces = []
 

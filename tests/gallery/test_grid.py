@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from dmm_jax.gallery import grid
 from dmm_jax.gallery.grid import labelled_grid
@@ -43,6 +43,18 @@ def test_labels_stay_in_their_box(text):
     lines = grid._wrap(text, 80, 3, lambda part: 7 * len(part))
     assert len(lines) <= 3 and all(7 * len(line) <= 80 for line in lines)
     assert "".join(lines).endswith("…") == (len(text) > 100)
+
+
+def test_labels_break_at_marks_and_never_in_a_number():
+    lines = grid._wrap("anime=0.333,photo=0.667 1,000 stars", 84, 9, lambda part: 7 * len(part))
+    assert lines == ["anime=0.333,", "photo=0.667", "1,000 stars"]
+
+
+def test_labels_that_the_font_cannot_draw_are_numbered():
+    assert grid._drawable(["é Жук λ", "赤い star", "星"]) == ["é Жук λ", "2: … star", "3: …"]
+    font = ImageFont.truetype(grid._font_file(), 20)
+    shapes = {bytes(font.getmask(mark)) for mark in "éЖ…\uffff"}
+    assert len(shapes) == 4  # None is the box of a missing character.
 
 
 def test_labels_that_do_not_match_are_refused():

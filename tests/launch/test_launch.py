@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -37,6 +38,17 @@ def test_shellcheck_finds_nothing():
     assert shellcheck, "install launch/requirements-test.txt"
     done = subprocess.run([shellcheck, *map(str, sorted(LAUNCH.glob("*.sh")))], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_lock_holds_every_requirement_with_hashes_and_no_host():
+    def names(text):
+        pins = re.findall(r"^([\w.-]+)==([^\s;]+)", text, re.MULTILINE)
+        return {(re.sub(r"[_.]", "-", name).lower(), version) for name, version in pins}
+
+    lock = (LAUNCH / "requirements.lock").read_text()
+    assert names((LAUNCH / "requirements.txt").read_text()) <= names(lock)
+    entries = re.split(r"\n(?=[\w-]+==)", lock)[1:]
+    assert all("--hash=sha256:" in entry for entry in entries) and "://" not in lock
 
 
 def test_local_processes_starts_each_with_its_number():

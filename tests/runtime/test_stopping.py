@@ -1,8 +1,38 @@
-"""SIGTERM before the first step ends all processes at once; test_processes.py has SIGTERM to a run under way."""
+"""Ctrl-C and SIGTERM: before the first step they end all processes at once; test_processes.py has a run under way."""
 
+import signal
 import subprocess
 
+from dmm_jax.runtime import stopping
 from tests.runtime.conftest import BOUND_S, start, wait_for
+
+
+def test_the_first_ctrl_c_saves_and_the_second_exits_at_once(monkeypatch, capfd):
+    exits, before = [], signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(stopping, "_exit", lambda *arguments: exits.append(arguments))
+    with stopping.stop_requests() as stop:
+        stop.begin()
+        signal.raise_signal(signal.SIGINT)
+        assert stop() and exits == [] and "Ctrl-C again stops at once" in capfd.readouterr().err
+        stopped = stop.stopped("step 3 of 10")
+        assert str(stopped) == "stopped by Ctrl-C after step 3 of 10, which is saved." and stopped.exit_code == 130
+        signal.raise_signal(signal.SIGINT)
+        assert exits[0] == (signal.SIGINT, stopping.AT_ONCE)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_ctrl_c_before_the_first_step_exits_unless_it_is_ignored(monkeypatch):
+    exits = []
+    monkeypatch.setattr(stopping, "_exit", lambda *arguments: exits.append(arguments))
+    with stopping.stop_requests():
+        signal.raise_signal(signal.SIGINT)
+        assert exits[0] == (signal.SIGINT, "nothing had to be saved.")
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stopping.stop_requests():
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_sigterm_at_the_first_step_of_a_resumed_run_stops_after_it(start_two):

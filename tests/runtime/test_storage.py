@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import threading
@@ -19,8 +20,8 @@ from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.states import StateStore
 from dmm_jax.config import options as config
 from dmm_jax.data.cache import LatentCache
-from dmm_jax.runtime import metrics, storage
-from dmm_jax.runtime.errors import UserError
+from dmm_jax.runtime import locks, metrics, storage
+from dmm_jax.runtime.errors import UserError, message
 from tests import fake_gcs
 from tests.experiments import write_experiment
 
@@ -141,6 +142,19 @@ def test_a_bucket_keeps_the_last_states_and_every_nth(store):
     assert {name.split("/")[2] for name in store.names("kept/checkpoints/")} == {"2", "3"}
 
 
+def test_the_newer_run_in_a_bucket_takes_over_and_the_older_ends(store, capsys):
+    workdir = storage.locate("gs://runs/locked")
+    with locks.lock(workdir) as check_first:
+        check_first()
+        (workdir / locks.NAME).write_text("process 2 on elsewhere")
+        with pytest.raises(UserError, match="taken over by process 2"):
+            check_first()
+        with locks.lock(workdir) as check_second:
+            check_second()
+        assert "in use by process 2 on elsewhere, or that process was killed" in capsys.readouterr().err
+    assert store.names("locked/") == []
+
+
 def test_a_missing_bucket_is_named_with_the_command_that_makes_it(store):
     with pytest.raises(UserError, match="gs://elsewhere/run cannot be used: there is no bucket.*buckets create"):
         config.load("gs://elsewhere/run")
@@ -188,6 +202,25 @@ def test_a_teacher_in_a_bucket_is_refused_with_a_command(store):
     store.write("teacher/model_index.json", b"{}")
     with pytest.raises(CheckpointError, match="gcloud storage cp -r gs://runs/teacher FOLDER"):
         open_checkpoint("gs://runs/teacher")
+
+
+def test_parts_of_processes_that_are_gone_are_deleted(tmp_path):
+    own = storage.part_of(tmp_path / "out").name
+    gone, running = (own.replace(str(os.getpid()), str(pid)) for pid in (2**22 + 1, os.getppid()))
+    (tmp_path / gone).mkdir()
+    (tmp_path / own).symlink_to(tmp_path / "elsewhere")
+    kept = {running, own.replace(socket.gethostname(), "otherhost"), ".out.part", f".out2{own.removeprefix('.out')}"}
+    for name in kept:
+        (tmp_path / name).write_text("")
+    storage.part_of(tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_an_error_without_a_path_gets_the_one_that_was_written(tmp_path):
+    for name in ("", "inside"):
+        with pytest.raises(OSError) as full, storage.staged_folder(tmp_path / "out") as stage:
+            raise OSError(28, "No space left on device", *([stage / name] if name else []))
+        assert message(full.value) == f"{tmp_path / 'out'}: No space left on device"
 
 
 def test_a_path_without_a_scheme_is_a_folder(tmp_path):

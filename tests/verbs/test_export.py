@@ -27,6 +27,12 @@ def test_an_unknown_format_is_refused_with_the_known_ones(failing, trained, tmp_
     assert not (tmp_path / "o").exists()
 
 
+def test_formats_that_must_not_be_used_together_are_refused(failing, trained, tmp_path):
+    for stock in ("single-file", "diffusers"):
+        error = failing("export", trained, tmp_path / "o", f"--format=style-lora,{stock}", "--style=left")
+        assert f"{stock} would hold the style already" in error and not (tmp_path / "o").exists()
+
+
 def test_verify_needs_a_diffusers_folder_for_a_single_file(failing, trained, tmp_path):
     assert "add diffusers to --format" in failing(
         "export", trained, tmp_path / "o", "--format=single-file", "--style=left", "--verify"

@@ -1,5 +1,6 @@
 """The command line itself: exit codes, errors and warnings in one line, and what it imports."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -7,12 +8,12 @@ import warnings
 import jax
 import pytest
 
-from dmm_jax.runtime.errors import UserError
+from dmm_jax.runtime.errors import Preempted, UserError
 from dmm_jax.verbs import main as cli
 
 
 def raising(error):
-    def function():
+    def function(*_):
         raise error
 
     return function
@@ -89,12 +90,47 @@ def test_any_other_error_prints_its_traceback_and_asks_for_a_report(capsys, erro
     assert report.startswith("dmm-jax inspect: error: ") and "open an issue with your command" in report
 
 
+def test_a_run_that_a_signal_stopped_says_how_to_resume(capsys):
+    assert cli.exit_code("train", raising(Preempted("stopped by Ctrl-C after step 3, which is saved.", 130))) == 130
+    assert capsys.readouterr().err == (
+        "dmm-jax train: stopped by Ctrl-C after step 3, which is saved. Run it again to resume.\n"
+    )
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_closed_pipe_ends_with_the_code_of_sigpipe(stream, monkeypatch, capfd):
+    reader, writer = os.pipe()
+    os.close(reader)
+    pipe, redirected = open(writer, "w"), []  # noqa: SIM115
+    monkeypatch.setattr(sys, stream, pipe)
+    monkeypatch.setattr(os, "dup2", lambda *files: redirected.append(files))
+    assert cli.exit_code("inspect", lambda: print("x", file=getattr(sys, stream))) == cli.EXIT_PIPE == 141
+    assert len(redirected) == 2 and capfd.readouterr() == ("", "")
+    with pytest.raises(BrokenPipeError):
+        pipe.close()
+
+
+def test_ctrl_c_while_a_verb_is_imported_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_module", raising(KeyboardInterrupt()))
+    assert cli.main(["inspect", "x"]) == 130 and capsys.readouterr().err == "dmm-jax inspect: interrupted\n"
+
+
+def test_messages_do_not_repeat_long_texts(capsys):
+    cli.exit_code("inspect", raising(UserError("a" * 5000 + "\nb")))
+    first, second = capsys.readouterr().err.splitlines()
+    assert len(first) < 1100 and first.endswith("…") and second == "b"
+
+
 def test_warnings_are_one_line_and_one_of_orbax_is_dropped(capsys):
     from absl import logging as absl_logging
 
     def warn():
         absl_logging.warning("Metadata file does not exist: /a")
         absl_logging.warning("something else")
+        try:
+            raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+        except ValueError:
+            absl_logging.exception("Save Finalize thread failed.")
         warnings.warn("a prompt was cut", stacklevel=1)
 
     with warnings.catch_warnings():
@@ -102,4 +138,4 @@ def test_warnings_are_one_line_and_one_of_orbax_is_dropped(capsys):
         assert cli.exit_code("inspect", warn) == 0
     printed = capsys.readouterr().err
     assert "dmm-jax inspect: warning: a prompt was cut\n" in printed and "test_main.py" not in printed
-    assert "Metadata file" not in printed
+    assert "Metadata file" not in printed and "Finalize" not in printed and "Traceback" not in printed

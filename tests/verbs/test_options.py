@@ -4,6 +4,7 @@ import pytest
 
 from dmm_jax.config import options as config_lib
 from dmm_jax.config.files import read_config
+from dmm_jax.runtime.home import expand_home
 from dmm_jax.verbs import main as cli
 
 
@@ -58,6 +59,24 @@ def test_teachers_can_be_set_on_the_command_line(experiment, options):
     assert config.teachers == (("new", "a/x"), ("newer", "y.safetensors"))
     assert config_lib.from_json(config_lib.to_json(config)).teachers == config.teachers
     assert read_config(path, ["--config.teachers=new=a/x=y"]).teachers == (("new", "a/x=y"),)
+
+
+@pytest.mark.parametrize("path", ["a b", "a, b", "BASE + LORA.safetensors*0.8", 'it\'s "x"', "(a)", "1"])
+def test_an_entry_of_a_tuple_may_hold_blanks_and_commas(experiment, path):
+    options = [f"--config.teachers=left={path}", "--config.teachers=right=x", f"--config.samples.prompts={path}, red"]
+    config = read_config(experiment()[0].removeprefix("--config="), options)
+    assert config.teachers == (("left", path), ("right", "x")) and config.samples.prompts == (f"{path}, red",)
+
+
+def test_the_home_folder_is_expanded_in_every_path(experiment, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    options = ["--config.teachers=left=~/a + ~/b*0.8", "--config.teachers=right=x~/y", "--config.data.cache=~/cache"]
+    config = read_config(experiment()[0].removeprefix("--config="), options)
+    assert config.teachers == (("left", "/home/me/a + /home/me/b*0.8"), ("right", "x~/y"))
+    assert config.data.cache == "/home/me/cache"
+    words = ["~", "--out=~/a", "inception:~/w", "a~", "~user/x", "x + ~/l*0.5"]
+    expected = ["/home/me", "--out=/home/me/a", "inception:/home/me/w", "a~", "~user/x", "x + /home/me/l*0.5"]
+    assert list(map(expand_home, words)) == expected
 
 
 @pytest.mark.parametrize("value", ["('new', 'a/x')", "new", "(('new',),)", "(('new', 1),)", "=x", "new="])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -27,7 +28,7 @@ def write_fitted_style(path: pathlib.Path, row: Float[np.ndarray, " E"], facts: 
     return path
 
 
-def with_fitted_styles(student: Checkpoint, files: Sequence[str | pathlib.Path]) -> Checkpoint:
+def with_fitted_styles(student: Checkpoint, files: Sequence[str | os.PathLike]) -> Checkpoint:
     """Returns the student with one more style per file, after its own styles; its other tensors stay the same.
 
     Raises:

@@ -19,6 +19,7 @@ import numpy as np
 
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.runtime.errors import UserError
+from dmm_jax.runtime.storage import errors_name, part_of
 
 DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -341,9 +342,10 @@ def _save(path: pathlib.Path, tensors: Mapping, keys: Sequence[str], metadata: M
     if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
         raise UserError("safetensors metadata must be text to text: json.dumps other values.")
     header = _header(tensors, keys, metadata)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = part_of(path)
     try:
-        with temporary.open("wb") as file:
+        # A link that another user puts there is not followed.
+        with errors_name(path), temporary.open("xb") as file:
             file.write(header)
             digest = hashlib.sha256()
             for key in keys:
