@@ -39,7 +39,7 @@ def lock(folder: Location, path: Location | None = None) -> Iterator[Callable[[]
         if other != owner:
             raise UserError(f"{folder} was taken over by {other}: this process ends, and saves nothing more.")
 
-    with bucket_errors(path):
+    with bucket_errors(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
     with (_in_bucket if in_bucket(path) else _on_disk)(folder, path, owner):
         try:
@@ -51,7 +51,7 @@ def lock(folder: Location, path: Location | None = None) -> Iterator[Callable[[]
 
 @contextlib.contextmanager
 def _in_bucket(folder: Location, path: Location, owner: str) -> Iterator[None]:
-    with bucket_errors(path):
+    with bucket_errors(folder):
         if path.is_file():
             processes.say(
                 f"{folder} is in use by {path.read_text()}, or that process was killed. This one takes over; the "
