@@ -195,7 +195,8 @@ def _check_metadata(folder: epath.Path) -> None:
     path = folder / "_CHECKPOINT_METADATA"
     if path.exists():
         with _errors_as_damage():
-            step_metadata_serialization.deserialize(json.loads(path.read_text()))
+            metadata = step_metadata_serialization.deserialize(json.loads(path.read_text()))
+            float(metadata.commit_timestamp_nsecs or 0), float(metadata.init_timestamp_nsecs or 0)  # Orbax does so.
 
 
 def _crc(record) -> int:
