@@ -15,12 +15,14 @@ from typing import Any, TypedDict
 import numpy as np
 from array_record.python import array_record_data_source
 
+from dmm_jax.data.files import open_regular
 from dmm_jax.runtime.errors import UserError, refuse
 from dmm_jax.runtime.storage import check_local
 
 FORMAT = "dmm_jax latent cache 2"
 LATENTS, TOKENS, FRAME, _ID = np.dtype("<f2"), np.dtype("<u2"), np.dtype("<i4"), np.dtype("<i8")
 FRAME_BYTES = 4 * FRAME.itemsize
+MAX_HEADER_BYTES = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,15 @@ def write_header(folder: pathlib.Path, header: CacheHeader, **extra: Any) -> Non
     os.replace(temporary, folder / "cache.json")
 
 
+_IS_VALID = {  # By a field's type; a count of records fits into int64.
+    str: lambda value: isinstance(value, str),
+    int: lambda value: type(value) is int and 0 <= value < 2**63,
+    float: lambda value: type(value) in (int, float) and 0 < value < math.inf,
+    tuple[int, ...]: lambda value: len(value) == 3 and all(type(size) is int and size > 0 for size in value),
+    tuple[tuple[str, int], ...]: lambda value: all(type(name) is str and type(count) is int for name, count in value),
+}
+
+
 def read_header(folder: pathlib.Path) -> tuple[CacheHeader, dict[str, Any]]:
     """Reads cache.json: the header, and the extra fields of `write_header`.
 
@@ -80,16 +91,23 @@ def read_header(folder: pathlib.Path) -> tuple[CacheHeader, dict[str, Any]]:
     """
     path = folder / "cache.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as stream:
+            raw = json.loads(stream.read(MAX_HEADER_BYTES).decode())
         if raw.pop("format") != FORMAT:
-            raise UserError(f"its format is not {FORMAT!r}")
+            raise ValueError(f"its format is not {FORMAT!r}")
         fields = {field.name: raw.pop(field.name) for field in dataclasses.fields(CacheHeader)}
+        wrong = [
+            field.name for field in dataclasses.fields(CacheHeader) if not _IS_VALID[field.type](fields[field.name])
+        ]
+        if wrong:
+            raise ValueError(f"wrong value of {', '.join(wrong)}")
         fields["latent_shape"] = tuple(fields["latent_shape"])
-        fields["shards"] = tuple((str(name), int(count)) for name, count in fields["shards"])
+        fields["shards"] = tuple(map(tuple, fields["shards"]))
         return CacheHeader(**fields), raw
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{path} is not the header of a latent cache ({error}). Prepare the cache in a new folder."
+            f"{path} is not the header of a latent cache ({reason}). Prepare the cache in a new folder."
         ) from error
 
 
@@ -160,10 +178,7 @@ class LatentCache:
     def __getitem__(self, index: int) -> CachedExample:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} in a cache of {len(self)} examples")
-        try:
-            return decode_record(self.header, self._records[index])
-        except RuntimeError as error:  # array_record compares checksums.
-            raise UserError(f"{self.folder}: record {index} is damaged ({error}). Prepare the cache again.") from error
+        return decode_record(self.header, self._read(self._records, index))
 
     def __repr__(self) -> str:
         return f"LatentCache({str(self.folder)!r})"
@@ -171,18 +186,29 @@ class LatentCache:
     def _open_shards(self):
         header, paths = self.header, []
         for name, _ in header.shards:
-            if pathlib.PurePath(name).name != name or not (self.folder / name).is_file():
+            if pathlib.PurePath(name).name != name or not os.path.isfile(self.folder / name):
                 raise UserError(f"{self.folder} lacks its file {name!r}. Delete the folder and run prepare again.")
             paths.append(str(self.folder / name))
         try:
             records = array_record_data_source.ArrayRecordDataSource(paths) if paths else []
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise UserError(f"{self.folder} is damaged ({error}). Prepare the cache again.") from error
         if len(records) != header.count or sum(count for _, count in header.shards) != header.count:
             raise UserError(f"{self.folder} should hold {header.count} records; its files hold {len(records)}.")
-        if not header.count or len(records[0]) != header.record_bytes:
-            raise UserError(f"{self.folder} has no records, or records that do not have {header.record_bytes} bytes.")
+        if not header.count:
+            raise UserError(f"{self.folder} has no records. Prepare the cache again.")
+        self._read(records, 0)
         return records
+
+    def _read(self, records, index: int) -> bytes:
+        try:
+            record = records[index]
+            if len(record) == self.header.record_bytes:
+                return record
+            error = f"{len(record)} bytes instead of {self.header.record_bytes}"
+        except (RuntimeError, ValueError) as caught:  # array_record compares checksums.
+            error = " ".join(str(caught).split())[:300]
+        raise UserError(f"{self.folder}: record {index} is damaged ({error}). Delete the folder and run prepare again.")
 
 
 class CacheSlice:

@@ -1,10 +1,11 @@
 """Writes a latent cache shard by shard: the cache appears when it is complete, and an interrupted one is continued."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from array_record.python import array_record_module
@@ -43,17 +44,32 @@ class CacheWriter:
             raise UserError(f"{self.folder} exists already. Delete it, or write elsewhere.")
         if (self.partial / "cache.json").exists():
             self._resume(header)
-        self.partial.mkdir(parents=True, exist_ok=True)
-        complete = {name for name, _ in self.header.shards}
-        for name in {path.name for path in self.partial.glob("*.array_record")} - complete:
-            (self.partial / name).unlink()
+        with self._writing():
+            self.partial.mkdir(parents=True, exist_ok=True)
+            complete = {name for name, _ in self.header.shards}
+            for name in {path.name for path in self.partial.glob("*.array_record")} - complete:
+                (self.partial / name).unlink()
 
     def _resume(self, header: CacheHeader) -> None:
         written, extra = read_header(self.partial)
         recipe = dataclasses.replace(written, count=0, dropped=0, shards=())
         problems = recipe.differences(**dataclasses.asdict(header))
         refuse(f"{self.partial} has another recipe; delete it to start again", problems)
-        self.header, self.next_index = written, int(extra["next_index"])
+        self.header, self.next_index = written, extra.get("next_index")
+        if type(self.next_index) is not int or self.next_index < 0:
+            raise UserError(f"{self.partial / 'cache.json'} is damaged: wrong next_index. Delete {self.partial}.")
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Adds the path and what to do to an error of the disk; array_record raises it as RuntimeError."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{self.partial} cannot be written: {reason}. Free space and run prepare again; it continues after the "
+                "last complete file."
+            ) from error
 
     def add(
         self,
@@ -75,11 +91,12 @@ class CacheWriter:
             ValueError: the cache cannot hold these shapes, token ids or values (NaN, beyond float16).
         """
         self._check(latents, input_ids)
-        if self._shard is None:
-            path = self.partial / f"latents-{len(self.header.shards):05d}.array_record"
-            self._shard = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
-        for example in zip(latents, input_ids, frames, ids, strict=True):
-            self._shard.write(encode_record(*example))
+        with self._writing():
+            if self._shard is None:
+                path = self.partial / f"latents-{len(self.header.shards):05d}.array_record"
+                self._shard = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+            for example in zip(latents, input_ids, frames, ids, strict=True):
+                self._shard.write(encode_record(*example))
         self._in_shard += len(latents)
         self.next_index = next_index
         if self._in_shard >= self.shard_size:
@@ -94,14 +111,16 @@ class CacheWriter:
         self._close_shard()
         if not self.header.count:
             raise UserError(f"nothing was written to {self.partial}: no image could be read.")
-        write_header(self.partial, self.header)
-        os.replace(self.partial, self.folder)
+        with self._writing():
+            write_header(self.partial, self.header)
+            os.replace(self.partial, self.folder)
         return LatentCache(self.folder)
 
     def abandon(self) -> None:
         """Discards the open shard. Complete shards stay for the next writer; without any, the folder is deleted."""
         if self._shard is not None:
-            self._shard.close()
+            with contextlib.suppress(RuntimeError):  # The disk is full; the shard is incomplete anyway.
+                self._shard.close()
             self._shard, self._in_shard = None, 0
         if not self.header.shards and self.partial.exists():
             shutil.rmtree(self.partial)
@@ -109,11 +128,12 @@ class CacheWriter:
     def _close_shard(self) -> None:
         if self._shard is None:
             return
-        self._shard.close()
-        shards = (*self.header.shards, (f"latents-{len(self.header.shards):05d}.array_record", self._in_shard))
-        self.header = dataclasses.replace(self.header, shards=shards, count=self.header.count + self._in_shard)
-        self._shard, self._in_shard = None, 0
-        write_header(self.partial, self.header, next_index=self.next_index)
+        with self._writing():
+            self._shard.close()
+            shards = (*self.header.shards, (f"latents-{len(self.header.shards):05d}.array_record", self._in_shard))
+            header = dataclasses.replace(self.header, shards=shards, count=self.header.count + self._in_shard)
+            write_header(self.partial, header, next_index=self.next_index)
+        self.header, self._shard, self._in_shard = header, None, 0
 
     def _check(self, latents: np.ndarray, input_ids: np.ndarray) -> None:
         if latents.shape[1:] != self.header.latent_shape or input_ids.shape[1:] != (self.header.num_tokens,):

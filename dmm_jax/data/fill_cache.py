@@ -1,9 +1,9 @@
 """Fills a latent cache, from captioned images or from pictures that teachers draw from prompts alone."""
 
+import functools
 import pathlib
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -13,13 +13,17 @@ from tqdm import tqdm
 
 from dmm_jax.data.cache import CacheHeader, LatentCache
 from dmm_jax.data.cache_writer import CacheWriter
+from dmm_jax.data.files import Unused
 from dmm_jax.data.images import UnreadableImage, crop_of, fit_square
 from dmm_jax.data.prompts import Draws
 from dmm_jax.data.sources import Example, ImageSource
 from dmm_jax.runtime import locks
 from dmm_jax.runtime.errors import UserError, refuse
+from dmm_jax.runtime.processes import say
 from dmm_jax.runtime.storage import check_local, check_writable
 
+REPORT_S = 60  # Between the lines that report progress where stderr is not a terminal.
+NAMED_IMAGES = 10  # Unreadable images that are named, for each reason.
 Records = tuple[np.ndarray, np.ndarray, np.ndarray, Sequence[int], int]  # The arguments of `CacheWriter.add`.
 
 
@@ -37,12 +41,13 @@ def encode_images(
     seed: int = 0,
     shard_size: int = 8192,
     num_threads: int = 4,
-    progress: bool | None = None,
+    unused: Unused | None = None,
+    strict: bool = False,
 ) -> LatentCache:
     """Writes the latents and token ids of a source's images to a cache and opens it.
 
     An interrupted call continues after the last complete shard; a finished cache of the same recipe is opened as it is.
-    Unreadable images are dropped with a warning and counted.
+    Unreadable images are dropped and counted.
 
     Args:
         encode: maps uint8 images (B, H, W, 3) and one PRNG key per image (B,) to unscaled latents (B, h, w, C); B is
@@ -53,7 +58,8 @@ def encode_images(
         vae: hash of the VAE's contents.
         tokenizer: hash of the tokenizers (`Tokenizers.digest`).
         shard_size: records per file; an interruption loses at most about this many.
-        progress: whether to show a progress bar; None: only if stderr is a terminal.
+        unused: counts the unreadable images by reason.
+        strict: whether an unreadable image is an error.
 
     Raises:
         ValueError: `out` holds something else, the latents do not fit into float16, or no image could be read.
@@ -67,13 +73,16 @@ def encode_images(
         return {"latent_shape": latents.shape[1:], "num_tokens": int(np.asarray(tokenize([""])).shape[1])}
 
     def records(writer: CacheWriter, bar: tqdm) -> Iterator[Records]:
-        for examples, next_index in _read_groups(source, writer, batch_size, resolution, num_threads):
+        drop = functools.partial(_drop, writer, Unused() if unused is None else unused, strict)
+        reader = grain.MapDataset.range(writer.next_index, len(source)).map(_LoadExample(source, resolution))
+        options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * batch_size)
+        for examples, next_index in _groups(reader.to_iter_dataset(options), writer.next_index, batch_size, drop):
             latents = encode_examples(examples, encode, batch_size, seed) * np.float32(scaling_factor)
             captions, ids, frames = ([example[name] for example in examples] for name in ("caption", "id", "frame"))
             yield latents, np.asarray(tokenize(captions)), np.array(frames, np.int32), ids, next_index
             bar.update(next_index - bar.n)
 
-    return _fill(out, recipe, record_shape, records, len(source), shard_size, progress, desc="encode")
+    return _fill(out, recipe, record_shape, records, len(source), shard_size, "encoding")
 
 
 def sample_prompts(
@@ -90,7 +99,6 @@ def sample_prompts(
     tokenizer: str,
     source: str,
     shard_size: int = 1024,
-    progress: bool | None = None,
 ) -> LatentCache:
     """Writes latents that teachers draw from prompts to a cache and opens it, as `encode_images` does for images.
 
@@ -124,7 +132,7 @@ def sample_prompts(
             frames = np.tile(np.array([resolution, resolution, 0, 0], np.int32), (len(ids), 1))
             yield latents, input_ids, frames, ids.tolist(), int(ids[-1]) + 1
 
-    return _fill(out, recipe, record_shape, records, len(draws), shard_size, progress, desc="sample")
+    return _fill(out, recipe, record_shape, records, len(draws), shard_size, "drawing")
 
 
 def _fill(
@@ -134,8 +142,7 @@ def _fill(
     records: Callable[[CacheWriter, tqdm], Iterator[Records]],
     total: int,
     shard_size: int,
-    progress: bool | None,
-    desc: str,
+    stage: str,
 ) -> LatentCache:
     """Writes a cache and opens it; a finished cache of the same recipe is opened as it is.
 
@@ -151,16 +158,25 @@ def _fill(
         problems = cache.header.differences(**recipe)
         refuse(f"{out} is a cache of another recipe; delete it, or set another data.cache", problems)
         return cache
-    hidden = not sys.stderr.isatty() if progress is None else not progress
     with locks.lock(out, out.with_name(f".{out.name}.lock")):
         writer = CacheWriter(out, CacheHeader(**recipe, **record_shape()), shard_size)
+        first = writer.next_index
+        say(f"{stage} {total:,d} images into {out}" + (f"; {first:,d} are finished" if first else ""))
+        start = reported = time.perf_counter()
         try:
-            with tqdm(total=total, initial=writer.next_index, desc=desc, unit="image", disable=hidden) as bar:
+            with tqdm(total=total, initial=first, desc=stage, unit="image", disable=None) as bar:  # On terminals only.
                 for arguments in records(writer, bar):
                     writer.add(*arguments)
-            return writer.finish()
+                    if bar.disable and time.perf_counter() - reported > REPORT_S:
+                        reported = time.perf_counter()
+                        rate = (writer.next_index - first) / (reported - start)
+                        say(f"{writer.next_index:,d} of {total:,d} images, {rate:.1f} images/s")
+            cache = writer.finish()
         finally:
             writer.abandon()
+    seconds = time.perf_counter() - start
+    say(f"{out}: {len(cache):,d} images; {seconds:.0f} s, {(total - first) / seconds:.1f} images/s")
+    return cache
 
 
 def check_place(out: str | pathlib.Path) -> pathlib.Path:
@@ -197,26 +213,31 @@ def encode_examples(examples: Sequence[Example], encode: Callable, batch_size: i
     return np.asarray(encode(images, keys), np.float32)[: len(examples)]
 
 
-def _read_groups(
-    source: ImageSource, writer: CacheWriter, batch_size: int, resolution: int, num_threads: int
+def _groups(
+    examples: Iterable[Example | UnreadableImage], first: int, batch_size: int, drop: Callable[[UnreadableImage], None]
 ) -> Iterator[tuple[list[Example], int]]:
     """Yields up to `batch_size` readable examples, and the source's index after the last of them."""
-    if writer.next_index >= len(source):
-        return
-    reader = grain.MapDataset.range(writer.next_index, len(source)).map(_LoadExample(source, resolution))
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * batch_size)
-    group: list[Example] = []
-    for index, example in enumerate(reader.to_iter_dataset(options), start=writer.next_index):
+    group, index = [], first
+    for index, example in enumerate(examples, start=first + 1):
         if isinstance(example, UnreadableImage):
-            warnings.warn(f"dropped: {example}", stacklevel=2)
-            writer.drop(1)
+            drop(example)
         else:
             group.append(example)
         if len(group) == batch_size:
-            yield group, index + 1
+            yield group, index
             group = []
     if group:
-        yield group, len(source)
+        yield group, index
+
+
+def _drop(writer: CacheWriter, unused: Unused, strict: bool, image: UnreadableImage) -> None:
+    """Counts an unreadable image, and names the first ones of each reason."""
+    if strict:
+        raise image
+    writer.drop(1)
+    unused.add(image.reason, image.name)
+    if unused.counts[image.reason] <= NAMED_IMAGES:
+        say(f"not used: {image}")
 
 
 class _LoadExample:

@@ -1,38 +1,96 @@
 """Opens image files safely and fits images to the square that the VAE encodes."""
 
-import pathlib
+import io
 import warnings
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from dmm_jax.data.files import DataFile
 from dmm_jax.runtime.errors import UserError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")  # Pillow starts Ghostscript for EPS.
+MAX_FILE_BYTES, MAX_PIXELS, MAX_ASPECT_RATIO = 2**28, 90_000_000, 20
+TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # By the EXIF orientation.
 
 
 class UnreadableImage(UserError):
-    """One image cannot be read. A reader of many images may drop it, and must count it."""
+    """One image cannot be used. A reader of many images may drop it, and must count it under its `reason`."""
+
+    def __init__(self, name: str, reason: str, detail: str = ""):
+        """Describes the image by its name, the reason by a short phrase."""
+        detail = f" ({' '.join(detail.split())[:200]})" if detail else ""
+        super().__init__(f"{name!r} cannot be read as an image: {reason}{detail}. Remove or replace the file.")
+        self.name, self.reason = name, reason
 
 
-def load_rgb(path: pathlib.Path) -> Image.Image:
-    """Opens an image file, upright (EXIF) and as RGB; transparent pixels become white.
+def load_rgb(file: DataFile) -> Image.Image:
+    """Opens an image (the first frame), upright (EXIF) and as RGB.
 
     Raises:
-        UnreadableImage: the file is not an image, is truncated, or has as many pixels as a decompression bomb.
+        UnreadableImage: the file is missing, damaged, not an image, too large or too long, or `to_rgb` refuses it.
     """
+    if file.size > MAX_FILE_BYTES:
+        raise UnreadableImage(file.name, f"more than {MAX_FILE_BYTES} bytes")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+        data = io.BytesIO(file.read())
+        with warnings.catch_warnings():  # Other threads may restore the filters in another order: ignore only Pillow's.
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            with Image.open(data, formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise UnreadableImage(file.name, f"more than {MAX_PIXELS} pixels")
+                if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+                    raise UnreadableImage(file.name, f"one side is more than {MAX_ASPECT_RATIO} times the other")
                 image.load()
-                upright = ImageOps.exif_transpose(image)
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError,
-            Image.DecompressionBombWarning) as error:  # fmt: skip
-        raise UnreadableImage(f"{path} cannot be read as an image ({error}). Remove or replace the file.") from error
-    if "A" in upright.getbands() or "transparency" in upright.info:
-        upright = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-    return upright.convert("RGB")
+                return to_rgb(_upright(image), file.name)
+    except UnreadableImage:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(file.name, f"more than {MAX_PIXELS} pixels") from error
+    except UnidentifiedImageError as error:
+        raise UnreadableImage(file.name, "damaged or not an image") from error
+    except Exception as error:  # On damaged files, Pillow's decoders raise errors of every kind.
+        raise UnreadableImage(file.name, "damaged or not an image", str(error)) from error
+
+
+def to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Converts an image of any Pillow mode to RGB; transparent pixels become white, 16-bit grey is rounded to 8 bits.
+
+    Raises:
+        UnreadableImage: the mode does not define which value is white (32-bit integers and floats).
+    """
+    if image.mode in ("I", "F"):
+        raise UnreadableImage(name, f"pixels of mode {image.mode}, whose white is not defined")
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.uint32)
+        grey[grey == image.info.get("transparency", -1)] = 65535
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Applies the EXIF orientation; without one that can be read, returns the image as it is."""
+    try:
+        transpose = TRANSPOSES.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # On damaged EXIF, Pillow raises errors of every kind.
+        transpose = None
+    return image if transpose is None else image.transpose(transpose)
 
 
 def crop_of(height: int, width: int, resolution: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -12,20 +12,27 @@ from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.config import arguments, checks
 from dmm_jax.data.cache import LatentCache
+from dmm_jax.data.files import IGNORED, Unused
 from dmm_jax.data.fill_cache import check_place, encode_images
 from dmm_jax.data.sources import SHAPES_WORLD, TEACHERS, FolderSource, ImageSource
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.network import place_params
 from dmm_jax.runtime import sharding
-from dmm_jax.runtime.errors import UserError
+from dmm_jax.runtime.errors import UserError, refuse
+from dmm_jax.runtime.processes import say
 from dmm_jax.world.source import ShapesSource
 
 IMAGES_AT_ONCE = 32
 PIXELS_ENCODED = 2**23  # Per call on one device: eight images of 1024 x 1024, under 9 GiB by v5e's compiler.
 
 
-def prepare_images(config) -> LatentCache:
+def prepare_images(config, strict: bool = False) -> LatentCache:
     """Encodes `config.data.source` with the base's VAE and tokenizers into `config.data.cache`, and opens the cache.
+
+    Prints the stages, and a table of how many files are used and not used.
+
+    Args:
+      strict: whether a file that is not used is an error.
 
     Raises:
       ValueError: the source, the base or the cache folder cannot be used.
@@ -34,9 +41,13 @@ def prepare_images(config) -> LatentCache:
     base = open_checkpoint(config.base)
     arguments.pixels("data.resolution", config.data.resolution, CELL)
     tokenizers = base.tokenizers()
+    say(f"reading {config.data.source}")
     source = open_source(config)
+    unused = getattr(source, "unused", Unused())
+    refuse("--strict: some files are not used", unused.lines(but=IGNORED) if strict else [])
+    listed = sum(unused.counts.values())
     scaling_factor, encode = build_encoder(base, config.dtype)
-    return encode_images(
+    cache = encode_images(
         source,
         encode,
         tokenizers,
@@ -47,7 +58,14 @@ def prepare_images(config) -> LatentCache:
         vae=base.digest("vae"),
         tokenizer=tokenizers.digest,
         seed=config.seed,
+        unused=unused,
+        strict=strict,
     )
+    if earlier := cache.header.dropped + listed - sum(unused.counts.values()):
+        unused.add("unreadable in an earlier call", count=earlier)
+    for line in (f"{len(cache):9,d} images used", *unused.lines()):
+        say(line)
+    return cache
 
 
 def check_config(config) -> None:
@@ -69,8 +87,10 @@ def open_source(config) -> ImageSource:
     if config.data.source == SHAPES_WORLD:
         return ShapesSource(config.data.num_examples, seed=config.seed, shuffled=True)
     source = FolderSource(config.data.source)
-    if config.data.num_examples:
-        source.rows = source.rows[: config.data.num_examples]
+    if 0 < config.data.num_examples < len(source):
+        surplus = len(source) - config.data.num_examples
+        source.unused.add("beyond data.num_examples", source.rows[-1][0].name, surplus)
+        del source.rows[config.data.num_examples :]
     return source
 
 

@@ -6,34 +6,26 @@ import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from dmm_jax.data.captions import clean_caption, text_lines
+from dmm_jax.data.files import open_regular
 from dmm_jax.runtime.errors import UserError
-
-MAX_FILE_BYTES = 2**28
-MAX_LINE_CHARS = 100_000
 
 
 def read_prompts(path: str | pathlib.Path) -> list[str]:
     """Reads a text file with one prompt per line; empty lines are skipped.
 
     Raises:
-        ValueError: the file is missing, too large, not UTF-8 text, has an overlong line, or has no prompt.
+        ValueError: the file is missing, not UTF-8 or UTF-16 text, has an overlong line, or has no prompt.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"there is no prompt file {path}. Give a text file with one prompt per line.")
-    if (size := path.stat().st_size) > MAX_FILE_BYTES:
-        raise UserError(f"{path} has {size} bytes; at most {MAX_FILE_BYTES} are read. Give fewer prompts.")
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
-    for number, line in enumerate(lines, start=1):
-        if len(line) > MAX_LINE_CHARS:
-            raise UserError(f"{path}, line {number}: more than {MAX_LINE_CHARS} characters. Write one prompt per line.")
-    lines = [line for line in lines if line]
-    if not lines:
+    with open_regular(path) as stream:
+        prompts = [clean_caption(line, place) for place, line in text_lines(stream, str(path))]
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
         raise UserError(f"{path} holds no prompt. Write one per line.")
-    return lines
+    return prompts
 
 
 class Draw(NamedTuple):

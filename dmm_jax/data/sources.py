@@ -6,19 +6,21 @@ its contents.
 
 import hashlib
 import json
+import os
 import pathlib
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 
-from dmm_jax.data.images import fit_square, load_rgb
+from dmm_jax.data.captions import LISTS, read_caption, read_list
+from dmm_jax.data.files import DataFile, Unused, list_folder, list_tar
+from dmm_jax.data.images import IMAGE_SUFFIXES, fit_square, load_rgb
 from dmm_jax.runtime.errors import UserError
-from dmm_jax.runtime.storage import read_text
 
 SHAPES_WORLD, TEACHERS = "shapes_world", "teachers"  # Values of `config.data.source` that do not name a folder.
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-MAX_LINE_CHARS = 100_000
+TEXT_SUFFIXES = (".txt", ".caption")
 
 
 class Example(TypedDict):
@@ -39,80 +41,88 @@ class ImageSource(Protocol):
 
 
 class FolderSource:
-    """A folder of images, with captions in `captions.jsonl` (lines {"file": ..., "caption": ...}) or `NAME.txt` files.
+    """A folder of images with captions, in one of three forms.
+
+    - a list of the files and captions, see `data.captions.LISTS`;
+    - NAME.txt or NAME.caption next to each image, in subfolders too;
+    - tar files that hold such images and texts, as img2dataset writes them.
+
+    `unused` counts the files that are not used.
 
     Raises:
-        ValueError: there are no captions, a line is malformed, or a file is missing or outside the folder.
+        UserError: there are no captions, a caption is malformed, or a captioned file is missing or outside the folder.
     """
 
     def __init__(self, folder: str | pathlib.Path, resolution: int = 0):
         """Lists the files and reads the captions. Images are fitted to `resolution` pixels per side, unless it is 0."""
-        self.folder = pathlib.Path(folder).resolve()
-        self.resolution = resolution
-        if not self.folder.is_dir():
-            raise UserError(f"{self.folder} is not a folder. Give the folder that holds images and captions.")
-        listing = self.folder / "captions.jsonl"
-        pairs = read_captions(listing) if listing.exists() else read_side_files(self.folder)
-        self.rows = [(self._inside(name), caption) for name, caption in pairs]
+        if not os.path.isdir(folder):
+            raise UserError(f"{folder} is not a folder. Give the folder that holds images and captions.")
+        self.folder, self.resolution, self.unused = pathlib.Path(folder).resolve(), resolution, Unused()
+        lists = [name for name in LISTS if os.path.lexists(self.folder / name)]
+        if len(lists) > 1:
+            raise UserError(f"{self.folder} holds {' and '.join(lists)}. Keep one of them.")
+        files = list_folder(self.folder, self.unused)
+        if lists:
+            self.rows = list(self._listed(lists[0], files))
+        else:
+            has_images = any(file.suffix in IMAGE_SUFFIXES for file in files)
+            tars = [file for file in files if file.suffix == ".tar" and not has_images]
+            groups = (sorted({*files} - {*tars}), *(list_tar(tar, self.unused) for tar in tars))
+            self.rows = [row for group in groups for row in self._paired(group)]
         if not self.rows:
             raise UserError(
                 f"{self.folder} holds no captioned images. Add captions.jsonl with lines "
                 '{"file": "a.png", "caption": "..."}, or a.txt next to each a.png.'
+                + "".join(f" {' '.join(line.split())}." for line in self.unused.lines())
             )
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        path, caption = self.rows[index]
-        image = load_rgb(path)
+        file, caption = self.rows[index]
+        image = load_rgb(file)
         pixels = fit_square(image, self.resolution) if self.resolution else np.asarray(image)
         return {"image": pixels, "caption": caption, "id": int(index)}
 
     @property
     def digest(self) -> str:
         """A hash of names, sizes and captions; not of pixels, since that would read every file."""
-        rows = [(str(path.relative_to(self.folder)), path.stat().st_size, text) for path, text in self.rows]
+        rows = [(file.name, file.size, text) for file, text in self.rows]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
-    def _inside(self, name: str) -> pathlib.Path:
-        """Returns the path of a captioned file; refuses one outside the folder, also by way of a link."""
-        path = (self.folder / name).resolve()
-        if not path.is_relative_to(self.folder):
-            raise UserError(f"{name!r} is outside {self.folder}. Captions may name only files below it.")
-        if not path.is_file():
-            raise UserError(f"{path} has a caption but does not exist. Remove its caption or add the image.")
-        return path
+    def _listed(self, name: str, files: Sequence[DataFile]) -> Iterator[tuple[DataFile, str]]:
+        """Yields the images and captions of a list; counts the files that it does not name."""
+        used = {self.folder / name}
+        for image, caption in read_list(self.folder / name):
+            if not os.path.isfile(self.folder / image):
+                raise UserError(f"{self.folder / name}: {image!r} does not exist or is not a file. Remove its row.")
+            path = (self.folder / image).resolve()
+            if not path.is_relative_to(self.folder):
+                raise UserError(f"{self.folder / name}: {image!r} is outside the folder. Name only files below it.")
+            used.add(path)
+            yield DataFile(path, str(path.relative_to(self.folder)), path.stat().st_size), caption
+        for file in files:
+            if file.path not in used and file.path.resolve() not in used:
+                self.unused.add(f"not in {name}", file.name)
 
-
-def read_captions(path: pathlib.Path) -> Iterator[tuple[str, str]]:
-    """Yields (file, caption) from the lines of a captions.jsonl."""
-    with path.open(encoding="utf-8") as lines:
-        try:
-            for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_CHARS + 1), ""), start=1):
-                if line.strip():
-                    yield _parse_line(line, f"{path}, line {number}")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from None
-
-
-def read_side_files(folder: pathlib.Path) -> Iterator[tuple[str, str]]:
-    """Yields (file, caption) for each image below a folder that has a .txt file of the same name."""
-    for image in sorted(folder.rglob("*")):
-        text = image.with_suffix(".txt")
-        if image.suffix.lower() in IMAGE_SUFFIXES and text.is_file():
-            if not text.resolve().is_relative_to(folder):
-                raise UserError(f"{text} is a link to a file outside {folder}. Replace the link by the file.")
-            yield str(image.relative_to(folder)), read_text(text).strip()
-
-
-def _parse_line(line: str, where: str) -> tuple[str, str]:
-    if len(line) > MAX_LINE_CHARS:
-        raise UserError(f"{where}: more than {MAX_LINE_CHARS} characters. Write one short object per line.")
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error}). Write one object per line.") from error
-    if not isinstance(row, dict) or not isinstance(row.get("file"), str) or not isinstance(row.get("caption"), str):
-        raise UserError(f'{where}: expected {{"file": "a.png", "caption": "..."}}; got {line.strip()[:200]!r}.')
-    return row["file"], row["caption"]
+    def _paired(self, files: Sequence[DataFile]) -> Iterator[tuple[DataFile, str]]:
+        """Yields the images that have a text file of the same name; counts the other files."""
+        images, texts = set(), defaultdict(list)
+        for file in files:
+            if file.suffix in IMAGE_SUFFIXES:
+                images.add(file.stem)
+            elif file.suffix in TEXT_SUFFIXES:
+                texts[file.stem].append(file)
+        for file in files:
+            if file.suffix in IMAGE_SUFFIXES and file.stem in texts:
+                captions = {read_caption(text, str(self.folder / text.name)): text.name for text in texts[file.stem]}
+                if len(captions) > 1:
+                    raise UserError(f"{self.folder}: {' and '.join(captions.values())} differ. Keep one of them.")
+                yield file, next(iter(captions))
+            elif file.suffix in IMAGE_SUFFIXES:
+                self.unused.add("image without a caption", file.name)
+            elif file.suffix in TEXT_SUFFIXES and file.stem not in images:
+                self.unused.add("text without an image", file.name)
+            elif file.suffix not in TEXT_SUFFIXES:
+                self.unused.add(f"files ending in {file.suffix!r}", file.name)

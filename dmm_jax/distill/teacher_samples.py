@@ -30,15 +30,18 @@ from dmm_jax.runtime.errors import UserError
 from dmm_jax.text.prompt_grammar import A1111, plain_text
 
 
-def prepare_cache(config) -> LatentCache:
+def prepare_cache(config, strict: bool = False) -> LatentCache:
     """Writes and opens a config's latent cache, from images or, if `data.source` is "teachers", from prompts alone.
+
+    Args:
+      strict: whether a file of the source that is not used is an error.
 
     Raises:
       UserError: the source, the teachers, the base or the cache folder cannot be used.
     """
     if config.data.source == TEACHERS:
         return prepare_teacher_samples(config)
-    return prepare.prepare_images(config)
+    return prepare.prepare_images(config, strict)
 
 
 def prepare_teacher_samples(config) -> LatentCache:

@@ -8,10 +8,11 @@ from dmm_jax.verbs import options
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
     parser.add_argument("--config", required=True, help="an experiment file, for example configs/sd15.py")
+    parser.add_argument("--strict", action="store_true", help="stop where an image or another file is not used")
 
 
 def main(args: argparse.Namespace) -> None:
     """Writes the cache that the experiment names."""
     from dmm_jax.distill.teacher_samples import prepare_cache
 
-    prepare_cache(options.read_experiment(args.config, args.overrides))
+    prepare_cache(options.read_experiment(args.config, args.overrides), args.strict)

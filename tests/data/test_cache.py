@@ -8,6 +8,7 @@ import pytest
 
 from dmm_jax.data.cache import CacheHeader, LatentCache, partial_folder
 from dmm_jax.data.cache_writer import CacheWriter
+from dmm_jax.runtime.errors import UserError
 
 HEADER = CacheHeader("vae-hash", "token-hash", 16, 0.5, (2, 2, 4), 7)
 
@@ -141,12 +142,33 @@ def _edit(folder, **changes):
 @pytest.mark.parametrize(
     "changes",
     [{"count": 8}, {"num_tokens": 8}, {"format": "other"}, {"vae": "v", "shards": [["../cache/x", 9]]},
-     {"shards": []}, {"shards": [["none.array_record", 9]]}, {"shards": 3}],
+     {"shards": []}, {"shards": [["none.array_record", 9]]}, {"shards": 3}, {"shards": [["a"]]},
+     {"count": "9"}, {"count": True}, {"vae": 3}, {"latent_shape": [2, 2, 4.0]}, {"latent_shape": [2, -2, -4]},
+     {"resolution": None}, {"scaling_factor": float("nan")}, {"num_tokens": [[]]}],
 )  # fmt: skip
 def test_a_header_that_contradicts_the_files_is_refused(folder, changes):
     _edit(folder, **changes)
-    with pytest.raises(ValueError, match=str(folder)):
+    with pytest.raises(UserError, match=f"^{folder}[^\n]*$"):
         LatentCache(folder)
+
+
+@pytest.mark.parametrize("contents", [b"", b"[" * 100_000, b"\xff", b'{"format": 1}', b"null", None])
+def test_a_damaged_header_is_refused(folder, contents):
+    (folder / "cache.json").unlink()
+    if contents is None:
+        (folder / "cache.json").symlink_to("/dev/zero")
+    else:
+        (folder / "cache.json").write_bytes(contents)
+    with pytest.raises(UserError, match=f"^{folder}/cache.json[^\n]*new folder.$"):
+        LatentCache(folder)
+
+
+@pytest.mark.parametrize("next_index", [None, -1, "3", [3]])
+def test_a_damaged_header_of_an_interrupted_cache_is_refused(tmp_path, next_index):
+    _write(tmp_path / "cache")
+    _edit(partial_folder(tmp_path / "cache"), next_index=next_index)
+    with pytest.raises(UserError, match="cache.partial/cache.json is damaged"):
+        CacheWriter(tmp_path / "cache", HEADER)
 
 
 def test_a_folder_without_a_header_is_refused(tmp_path):
@@ -162,12 +184,13 @@ def test_damaged_files_are_refused(folder, damage):
         LatentCache(folder)
 
 
-def test_a_flipped_bit_is_detected(folder):
-    true = LatentCache(folder)[3]["latents"]
+@pytest.mark.parametrize("index", [0, 3])
+def test_a_flipped_bit_is_detected(folder, index):
+    true = LatentCache(folder)[index]["latents"]
     shard = folder / LatentCache(folder).header.shards[0][0]
     data = bytearray(shard.read_bytes())
     place = data.index(true.tobytes())
     data[place + 5] ^= 1
     shard.write_bytes(bytes(data))
-    with pytest.raises(ValueError, match="record 3 is damaged"):
-        LatentCache(folder)[3]
+    with pytest.raises(UserError, match=f"^{folder}: record {index} is damaged[^\n]*$"):
+        LatentCache(folder)[index]

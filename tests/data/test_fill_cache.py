@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from array_record.python import array_record_module
 
 from dmm_jax.data.cache import LatentCache, partial_folder
+from dmm_jax.data.files import Unused
 from dmm_jax.data.fill_cache import encode_images
 from dmm_jax.data.images import UnreadableImage
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.world.source import ShapesSource
 
 
@@ -24,7 +27,7 @@ class Squares:
 
     def __getitem__(self, index):
         if index in self.unreadable:
-            raise UnreadableImage(f"image {index}")
+            raise UnreadableImage(f"image {index}", "damaged")
         return {"image": np.full((*self.size, 3), index, np.uint8), "caption": "x" * index, "id": index}
 
 
@@ -38,7 +41,7 @@ def tokenize(texts):
     return np.array([[len(text)] * 7 for text in texts], np.int32)
 
 
-OPTIONS = {"resolution": 4, "scaling_factor": 0.5, "vae": "v", "tokenizer": "t", "shard_size": 1, "progress": False}
+OPTIONS = {"resolution": 4, "scaling_factor": 0.5, "vae": "v", "tokenizer": "t", "shard_size": 1}
 
 
 def _fill(out, source=None, batch_size=4, **changes):
@@ -75,20 +78,42 @@ def test_another_seed_draws_other_samples(tmp_path):
     assert not np.array_equal(a[0]["latents"], b[0]["latents"])
 
 
-def test_unreadable_images_are_dropped_named_and_counted(tmp_path):
-    with pytest.warns(UserWarning, match="image 10"):
-        cache = _fill(tmp_path / "cache", Squares(unreadable=(2, 3, 10)))
+def test_unreadable_images_are_dropped_named_and_counted(tmp_path, capsys):
+    unused = Unused()
+    cache = _fill(tmp_path / "cache", Squares(unreadable=(2, 3, 10)), unused=unused)
     assert [cache[i]["id"] for i in range(len(cache))] == [0, 1, 4, 5, 6, 7, 8, 9]
     assert cache.header.dropped == 3
+    assert unused.lines() == ["        3 not used: damaged, for example 'image 2'"]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("encoding 11 images into") and " 8 images; " in lines[-1] and "images/s" in lines[-1]
+    assert [line.split(" cannot")[0] for line in lines[1:-1]] == [f"not used: 'image {k}'" for k in (2, 3, 10)]
+    with pytest.raises(UserError, match="image 2"):
+        _fill(tmp_path / "strict", Squares(unreadable=(2, 3, 10)), strict=True)
 
 
-@pytest.mark.filterwarnings("ignore:dropped")
 def test_a_source_without_readable_images_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no image could be read"):
         _fill(tmp_path / "cache", Squares(3, unreadable=(0, 1, 2)))
 
 
-@pytest.mark.filterwarnings("ignore:dropped")
+@pytest.mark.parametrize("method", ["write", "close"])
+def test_a_full_disk_is_one_error_with_the_path(tmp_path, monkeypatch, method):
+    """array_record raises RuntimeError, also when the file is closed again."""
+
+    class FullDisk:
+        def __init__(self, *args):
+            self.write = self.close = lambda *record: None
+            setattr(self, method, self.fail)
+
+        def fail(self, *record):
+            raise RuntimeError("write() failed: No space left on device\n")
+
+    monkeypatch.setattr(array_record_module, "ArrayRecordWriter", FullDisk)
+    with pytest.raises(UserError, match="cache.partial cannot be written: .*No space left.*run prepare again"):
+        _fill(tmp_path / "cache")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_interrupted_work_continues_after_the_last_shard(tmp_path):
     source = Squares(unreadable=(5,))
     seen = []

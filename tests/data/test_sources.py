@@ -1,12 +1,18 @@
 """Laws of the sources of images with captions."""
 
+import csv
+import gzip
+import io
 import json
+import os
+import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dmm_jax.data import sources
+from dmm_jax.data import captions
+from dmm_jax.data.files import IGNORED
 from dmm_jax.data.sources import FolderSource
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.world.scenes import parse_all
@@ -37,14 +43,104 @@ def test_a_listing_gives_files_and_captions_in_its_order(tmp_path):
     assert FolderSource(tmp_path, resolution=8)[0]["image"].shape == (8, 8, 3)
 
 
-def test_side_files_caption_their_image(tmp_path):
-    for name in ("b.png", "sub/a.jpg", "no_caption.png"):
-        _image(tmp_path / name)
-    (tmp_path / "b.txt").write_text("tall b\n")
-    (tmp_path / "sub" / "a.txt").write_text("small a")
-    (tmp_path / "notes.txt").write_text("no image")
+def _captions(source):
+    return [(file.name, caption) for file, caption in source.rows]
+
+
+@pytest.mark.parametrize("names", [("file_name", "text"), ("image", "caption"), ("file", "text")])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_list_in_any_form_gives_the_same_rows(tmp_path, kind, names):
+    _image(tmp_path / "a.png")
+    rows = [{names[0]: "a.png", names[1]: 'red, "round"', "width": 6}, {names[0]: "./a.png", names[1]: "b", "width": 6}]
+    path = tmp_path / f"metadata.{kind}"
+    if kind == "parquet":
+        pytest.importorskip("pyarrow.parquet").write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), path)
+    else:
+        with path.open("w", newline="", encoding="utf-16" if kind == "csv" else "utf-8-sig") as file:
+            if kind == "csv":
+                (writer := csv.DictWriter(file, rows[0])).writeheader()
+                writer.writerows(rows)
+            else:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
     source = FolderSource(tmp_path)
-    assert [source[i]["caption"] for i in range(len(source))] == ["tall b", "small a"]
+    assert _captions(source) == [("a.png", 'red, "round"'), ("a.png", "b")] and source.unused.lines() == []
+
+
+def test_side_files_caption_their_image(tmp_path):
+    for name in ("b.png", "sub/a.JPG", "c.tiff", "both.webp"):
+        _image(tmp_path / name)
+    (tmp_path / "b.txt").write_text("\ufeff\ufefftall b\n", encoding="utf-8")
+    (tmp_path / "sub" / "a.TXT").write_text("small a", encoding="utf-16")
+    (tmp_path / "c.caption").write_text("c")
+    (tmp_path / "both.caption").write_text("same")
+    (tmp_path / "both.txt").write_text("same\n")
+    source = FolderSource(tmp_path)
+    assert _captions(source) == [("b.png", "tall b"), ("both.webp", "same"), ("c.tiff", "c"), ("sub/a.JPG", "small a")]
+    assert source.unused.lines() == []
+    (tmp_path / "both.txt").write_text("other")
+    with pytest.raises(UserError, match="both.caption and both.txt differ"):
+        FolderSource(tmp_path)
+
+
+def test_every_unused_file_is_counted_by_reason(tmp_path):
+    _image(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a")
+    _image(tmp_path / "no.gif")
+    for name in ("notes.txt", "b.heic", "._a.png", "Thumbs.db", ".DS_Store"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "self").symlink_to(tmp_path)
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    (tmp_path / "host.txt").symlink_to("/etc/hostname")
+    os.mkfifo(tmp_path / "pipe.png")
+    source = FolderSource(tmp_path)
+    assert _captions(source) == [("a.png", "a")]
+    assert source.unused.counts == {
+        "image without a caption": 1, "text without an image": 1, "files ending in '.heic'": 1, IGNORED: 3,
+        "not a regular file": 3, "link to a folder": 1, "link to a file outside the folder": 1,
+    }  # fmt: skip
+    assert "        1 not used: files ending in '.heic', for example 'b.heic'" in source.unused.lines()
+    _listing(tmp_path, {"file": "no.gif", "caption": "x"})
+    assert FolderSource(tmp_path).unused.counts["not in captions.jsonl"] == 4
+
+
+def _tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            if data is None:
+                info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            info.size = len(data or b"")
+            tar.addfile(info, io.BytesIO(data or b""))
+
+
+def test_tar_files_are_read_where_they_are(tmp_path):
+    _image(tmp_path / "red.png", 200)
+    image = (tmp_path / "red.png").read_bytes()
+    (tmp_path / "red.png").unlink()
+    for shard in ("00001", "00000"):
+        members = [("1.png", image), ("1.json", b"{}"), ("1.txt", f"one of {shard}".encode()), ("2.png", image),
+                   ("../3.png", image), ("/3.txt", b"x"), ("4.png", None)]  # fmt: skip
+        _tar(tmp_path / f"{shard}.tar", members)
+    (tmp_path / "00000_stats.json").write_text("{}")
+    source = FolderSource(tmp_path)
+    assert _captions(source) == [(f"{shard}.tar/1.png", f"one of {shard}") for shard in ("00000", "00001")]
+    assert source[1]["image"][0, 0].tolist() == [200, 0, 0]
+    assert source.unused.counts == {
+        "image without a caption": 2, "files ending in '.json'": 3, "tar member outside the tar's root": 4,
+        "tar member that is not a regular file": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:700], lambda data: data[:1024] + b"x" + data[1025:], gzip.compress]
+)
+def test_damaged_tar_files_are_refused(tmp_path, damage):
+    path = tmp_path / "a.tar"
+    _tar(path, [("1.txt", b"one"), ("1.png", b"x" * 900)])
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match="a.tar is damaged or compressed"):
+        FolderSource(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../outside.png", "link.png", "/etc/hostname", "linked/outside.png"])
@@ -76,22 +172,53 @@ def test_side_files_cannot_lead_out_of_the_folder(tmp_path):
         ({"file": "a.png", "caption": None}, "line 1: expected"),
         ("[1, 2]", "line 1: expected"),
         ({"file": "b.png", "caption": "x"}, "does not exist"),
-        ({"file": "a.png", "caption": "x" * sources.MAX_LINE_CHARS}, "characters"),
+        ({"file": "a.png", "caption": "x" * captions.MAX_LINE_CHARS}, "characters"),
         ("", "no captioned images"),
+        ('{"file": "a.png", "caption": "\\ud800"}', "line 1: the caption is not valid Unicode"),
+        ("[" * 90_000, "line 1: not JSON"),
+        ({"file": "a.png", "caption": "x" * (captions.MAX_CAPTION_CHARS + 1)}, "line 1: a caption of more than 10000"),
+        ({"file": "a\0.png", "caption": "x"}, "does not exist"),
+        ({"file": "\ud800" + "x" * 999, "caption": "x"}, "does not exist"),
+        ({"file": "loop.png", "caption": "x"}, "does not exist"),
     ],
 )
 def test_errors_in_a_listing_name_the_line(tmp_path, row, message):
     _image(tmp_path / "a.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
     _listing(tmp_path, row)
     with pytest.raises(ValueError, match=message):
         FolderSource(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "captions.jsonl"])
-def test_captions_that_are_not_utf8_are_refused(tmp_path, name):
+@pytest.mark.parametrize("encoding", ["cp1252", "cp932", "utf-16 cut"])
+def test_captions_of_other_encodings_are_refused(tmp_path, name, encoding):
     _image(tmp_path / "a.png")
-    (tmp_path / name).write_bytes('{"file": "a.png", "caption": "grün"}'.encode("latin-1"))
-    with pytest.raises(UserError, match=f"{name} is not UTF-8 text"):
+    text = '{"file": "a.png", "caption": "' + ("日本" if encoding == "cp932" else "grün") + '"}'
+    data = text.encode("utf-16")[:-1] if encoding == "utf-16 cut" else b"\n" + text.encode(encoding)
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=f"{name}, line {1 if encoding == 'utf-16 cut' else 2}: not UTF-8"):
+        FolderSource(tmp_path)
+
+
+@pytest.mark.parametrize("name", captions.LISTS)
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "link in a circle"])
+def test_a_list_that_is_no_regular_file_is_refused(tmp_path, name, kind):
+    path = tmp_path / name
+    make = {"fifo": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero"), "folder": path.mkdir}
+    make.get(kind, lambda: path.symlink_to(name))()
+    with pytest.raises(UserError, match=f"{name} is missing or not a regular file"):
+        FolderSource(tmp_path)
+
+
+def test_two_lists_and_long_side_files_are_refused(tmp_path):
+    _image(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes(b"x" * 10**6)
+    with pytest.raises(UserError, match="a.txt: a caption of more than 10000 characters"):
+        FolderSource(tmp_path)
+    for name in ("metadata.csv", "captions.jsonl"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match="captions.jsonl and metadata.csv. Keep one"):
         FolderSource(tmp_path)
 
 
