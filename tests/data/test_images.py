@@ -111,15 +111,23 @@ def test_every_ending_is_read(tmp_path, suffix):
 
 def test_files_that_are_not_images_are_refused(tmp_path):
     (tmp_path / "text.png").write_text("no image")
-    (tmp_path / "postscript.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
     for suffix in ("png", "avif", "webp", "tif"):
         noise.save(tmp_path / f"complete.{suffix}")
         data = (tmp_path / f"complete.{suffix}").read_bytes()
         (tmp_path / f"half.{suffix}").write_bytes(data[: len(data) // 3])
-    for name in ("text.png", "postscript.png", "half.png", "half.avif", "half.webp", "half.tif", "missing.png"):
+    for name in ("text.png", "half.png", "half.avif", "half.webp", "half.tif", "missing.png"):
         with pytest.raises(UnreadableImage, match=f"^'{name}' cannot be read as an image: damaged[^\n]*$"):
             _load(tmp_path / name)
+
+
+def test_postscript_under_another_name_starts_no_program(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
+    calls = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args: calls.append(args))
+    with pytest.raises(UnreadableImage):
+        _load(tmp_path / "a.png")
+    assert calls == []
 
 
 @pytest.mark.parametrize("limit", ["MAX_FILE_BYTES", "MAX_PIXELS", "Image.MAX_IMAGE_PIXELS"])
