@@ -1,6 +1,7 @@
 """Opens image files safely and fits images to the square that the VAE encodes."""
 
 import io
+import logging
 import warnings
 
 import numpy as np
@@ -22,6 +23,7 @@ TRANSPOSES = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # By the EXIF orientation.
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # Its lines name no file; `UnreadableImage` does.
 
 
 class UnreadableImage(UserError):

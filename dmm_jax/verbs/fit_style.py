@@ -34,6 +34,7 @@ def main(args: argparse.Namespace) -> None:
     from dmm_jax.models.unet_config import per_axis
     from dmm_jax.pipeline import Pipeline, default_dtype
     from dmm_jax.runtime import compilation
+    from dmm_jax.runtime.processes import say
 
     learning = {
         name: getattr(args, name) for name in ("steps", "batch_size", "learning_rate", "prompt_dropout", "seed")
@@ -45,6 +46,8 @@ def main(args: argparse.Namespace) -> None:
     pipeline = Pipeline.from_pretrained(args.model, dtype=args.dtype or default_dtype(), base=args.base)
     side = args.resolution or per_axis(pipeline.unet.merged().config["sample_size"])[0] * pipeline.vae_scale_factor
     images = FolderSource(args.images, arguments.pixels("resolution", side, pipeline.vae_scale_factor))
+    for line in images.unused.lines():
+        say(line)
     fitted = fit_style(pipeline, images, args.name, start=args.start, mix_only=args.mix_only, **learning)
     fitted.save(args.out)
     print(fitted.summary())
