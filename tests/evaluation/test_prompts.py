@@ -29,6 +29,7 @@ def test_a_folders_captions_repeat_only_after_the_last(config):
     assert prompts.settings["prompts trained on"] == "5 of 5"
     config.data.num_examples = 2
     assert set(choose_prompts(config, 12).lines) == {"caption 0", "caption 1"}
+    assert prompts.are_captions
 
 
 def test_teacher_made_data_gives_its_own_prompts(config, tmp_path):
@@ -36,12 +37,13 @@ def test_teacher_made_data_gives_its_own_prompts(config, tmp_path):
     config.data.source, config.data.prompts = "teachers", str(tmp_path / "own.txt")
     prompts = choose_prompts(config, 3)
     assert sorted(prompts.lines) == ["a", "b", "c"] and prompts.settings["prompts trained on"] == "3 of 3"
+    assert not prompts.are_captions
 
 
 def test_a_file_keeps_its_order_and_has_precedence_over_the_run(config, tmp_path):
     (tmp_path / "late.txt").write_text("late\ncaption 3\n")
     prompts = choose_prompts(config, 2, str(tmp_path / "late.txt"))
-    assert prompts.lines == ["late", "caption 3"]
+    assert prompts.lines == ["late", "caption 3"] and not prompts.are_captions
     assert prompts.settings == {"prompts": f"2 of {tmp_path / 'late.txt'}", "prompts trained on": "1 of 2"}
 
 
