@@ -57,7 +57,6 @@ def prepare_teacher_samples(config) -> LatentCache:
     base = open_checkpoint(config.base, **config_lib.opening(config, "base"))
     teachers = incremental.origins(config)
     check_mergeable(base, teachers)
-    options["solver"] = solvers.canonical(options["solver"])
     if not options["guidance_rescale"]:
         del options["guidance_rescale"]  # Caches are compared by their options, and older ones have none.
     sampler = TeacherSampler(config, base, teachers, draws.prompts, options)

@@ -184,20 +184,6 @@ def test_a_cache_that_other_things_made_is_refused(made, tmp_path, change):
         prepare_cache(config)
 
 
-def test_weighted_prompts_are_drawn_so_and_learned_as_words(made, config):
-    lines = ["a (large:1.6) red circle", "a small blue star BREAK a [green] square"]
-    pathlib.Path(config.data.prompts).write_text("\n".join(lines))
-    config.data.num_examples = 2
-    cache = prepare_cache(config)
-    tokenize = Tokenizers.from_folders(open_checkpoint(config.base).tokenizer_folders)
-    np.testing.assert_array_equal(cache[1]["input_ids"], tokenize(["a small blue star a green square"])[0])
-    assert np.abs(cache[0]["latents"] - made[1][0]["latents"]).max() > 0.01
-    assert "prompt_grammar=a1111" in cache.header.source and "prompt_grammar" not in made[1].header.source
-    with pytest.raises(ValueError, match="source: expected"):
-        config.sampling.prompt_grammar = "plain"
-        prepare_cache(config)
-
-
 def test_the_header_says_who_made_it_and_how(made):
     source = made[1].header.source
     assert all(part in source for part in ("left=", "right=", "prompts=", "solver=dpmpp_2m", "guidance_scale=2.0"))
