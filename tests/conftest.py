@@ -14,6 +14,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # Later versions do not know this flag and exit.
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # Compiles in half the time.
+# Workers, and the programs that tests start, share one cache of compiled programs: most compile the same step.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="dmm_jax_compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # A run has fifty programs that compile in a moment.
 gc.set_threshold(100_000, 50, 100)  # Tracing makes many objects, few of them in cycles.
 
 import jax  # noqa: E402
@@ -21,12 +26,6 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-# All workers share one cache of compiled programs: most tests that train compile the same step.
-if "DMM_JAX_TEST_PROGRAMS" not in os.environ:
-    compiled = tempfile.TemporaryDirectory(prefix="dmm_jax_compiled_")
-    os.environ["DMM_JAX_TEST_PROGRAMS"] = compiled.name
-jax.config.update("jax_compilation_cache_dir", os.environ["DMM_JAX_TEST_PROGRAMS"])
 
 install_import_hook("dmm_jax", "beartype.beartype")
 

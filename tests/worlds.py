@@ -18,8 +18,8 @@ from dmm_jax.world.tokenizer import tokenizer_fields, write_tokenizer
 
 # Each group of a norm has two channels: with one, the norms would remove everything that timestep and style add.
 UNET = {
-    "_class_name": "UNet2DConditionModel", "sample_size": 8, "down_block_types": ["CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D"], "block_out_channels": [64], "layers_per_block": 1,
+    "_class_name": "UNet2DConditionModel", "sample_size": 8, "down_block_types": ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"], "block_out_channels": [64], "layers_per_block": 1,
     "cross_attention_dim": 64, "attention_head_dim": 8,
 }  # fmt: skip
 VAE = VAE_CONFIG | {"block_out_channels": [32] * 4}

@@ -118,7 +118,7 @@ def test_a_row_of_two_devices_keeps_the_contract_and_adds_up(monkeypatch):
     two_devices = "--xla_force_host_platform_device_count=2 --xla_llvm_disable_expensive_passes=true"
     flags = f"{os.environ['XLA_FLAGS']} {two_devices}"
     settings = {
-        "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": os.environ["DMM_JAX_TEST_PROGRAMS"],
+        "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
     }  # fmt: skip
     for name, value in settings.items():

@@ -6,6 +6,7 @@ writes nothing, and its memory and time are bounded.
 
 import datetime
 import json
+import os
 import pathlib
 import resource
 import struct
@@ -22,6 +23,7 @@ from dmm_jax.checkpoints.open import open_checkpoint
 from tests import worlds
 
 MAX_GROWTH_MB = 400
+NUM_FILES = int(os.environ.get("DMM_JAX_FUZZ_FILES", "2000"))
 HOSTILE_NAMES = [
     "../../x",
     "/etc/passwd",
@@ -123,11 +125,11 @@ def sound_bytes(folder: pathlib.Path) -> bytes:
     return (folder / "sound.safetensors").read_bytes()
 
 
-def test_ten_thousand_damaged_files_are_read_or_refused(place, tmp_path):
+def test_thousands_of_damaged_files_are_read_or_refused(place, tmp_path):
     raw, counts = sound_bytes(tmp_path), {"sound": 0, "refused": 0}
     place.parent.mkdir(exist_ok=True)
 
-    @bounded(10_000)
+    @bounded(NUM_FILES)
     @given(damaged(raw))
     def check(content):
         place.write_bytes(content)
@@ -142,7 +144,8 @@ def test_ten_thousand_damaged_files_are_read_or_refused(place, tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     check()
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < MAX_GROWTH_MB
-    assert sum(counts.values()) >= 10_000 and counts["sound"] > 50 and counts["refused"] > 5_000
+    assert sum(counts.values()) >= NUM_FILES
+    assert counts["sound"] > NUM_FILES // 200 and counts["refused"] > NUM_FILES // 2
 
 
 def test_damaged_single_files_are_opened_or_refused(place, tmp_path):

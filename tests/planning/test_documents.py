@@ -1,5 +1,6 @@
 """Every `plan` and `train` command in README and docs can run on the machine that its page names."""
 
+import functools
 import pathlib
 import re
 import shlex
@@ -7,6 +8,7 @@ import shlex
 import pytest
 
 from dmm_jax.config.files import read_config
+from dmm_jax.config.options import from_json, to_json
 from dmm_jax.planning import devices, program
 
 ROOT = pathlib.Path(program.__file__).parents[2]
@@ -52,8 +54,14 @@ def test_a_documented_command_divides_and_its_arrays_fit(page, command, topology
     if config.grow.student:
         pytest.skip("its styles are read from a finished student")
     architecture = words[words.index("--architecture") + 1] if "--architecture" in words else "sd15"
-    planned = program.Program.on_topology(config, topology, architecture, compiled=False)
-    assert sum(planned.array_bytes().values()) < devices.topology(topology).device.memory
+    assert array_bytes(to_json(config), topology, architecture) < devices.topology(topology).device.memory
+
+
+@functools.cache
+def array_bytes(config, topology, architecture):
+    """Returns the bytes of a run's arrays on each device; pages repeat commands."""
+    planned = program.Program.on_topology(from_json(config), topology, architecture, compiled=False)
+    return sum(planned.array_bytes().values())
 
 
 def test_every_page_is_read():

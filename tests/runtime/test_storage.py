@@ -44,7 +44,6 @@ def kill_during_save(store, experiment, workdir, step):
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
     }
     store.stalled = f"checkpoints/{step}/state/ocdbt"
     child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
