@@ -36,7 +36,15 @@ from dmm_jax.data.cache import LatentCache
 from dmm_jax.diffusion import solvers
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.distill import average, clipping, discriminator, incremental, validation
-from dmm_jax.distill.layout import Packing, compile_step, teacher_formats
+from dmm_jax.distill.layout import (
+    Packing,
+    compile_step,
+    looped,
+    looped_shapes,
+    state_specs,
+    teacher_formats,
+    unlooped,
+)
 from dmm_jax.distill.objective import Inputs, Networks, Objective
 from dmm_jax.distill.optimizer import make_optimizers
 from dmm_jax.distill.state import TrainState, abstract_state, all_finite, init_state
@@ -53,6 +61,7 @@ from dmm_jax.distill.teachers import (
 )
 from dmm_jax.kernels.attention import choose_implementation
 from dmm_jax.models import layers
+from dmm_jax.models.block_loops import unstack_blocks
 from dmm_jax.models.network import cast_params
 from dmm_jax.models.text_encoders import NUM_TIME_IDS, TextEncoders
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
@@ -61,6 +70,8 @@ from dmm_jax.pipeline import Pipeline
 from dmm_jax.runtime import processes, sharding, storage
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.text.tokenizer import Tokenizers
+
+STUDENT_OPTIONS = ("remat", "loop_blocks")  # Options of the config that the student's UNet takes.
 
 
 class Definition:
@@ -126,7 +137,7 @@ class Definition:
             judge = nnx.split(judge)[0]
         texts = abstract_model(lambda rngs: TextEncoders(self.base.text_configs, dtype=self.dtype, rngs=rngs))
         return Networks(
-            student=nnx.split(unet(self.student_config, remat=self.config.remat))[0],
+            student=nnx.split(unet(self.student_config, **{name: self.config[name] for name in STUDENT_OPTIONS}))[0],
             teacher=nnx.split(layers.for_stacks(unet(self.teacher_config)))[0],
             text_encoders=nnx.split(texts)[0],
             discriminator=judge,
@@ -158,13 +169,18 @@ class Definition:
         params = discriminator.abstract_params(discriminator.define(*self._discriminator_arguments))
         return discriminator.split(params, self.config.adversarial.train_backbone)
 
-    def abstract_state(self) -> TrainState:
-        """Returns the shapes and shardings of the training state."""
-        trained = {"student": abstract_params("unet", self.student_config)}
+    def abstract_state(self, looped: bool = True) -> TrainState:
+        """Returns the shapes and shardings of the training state.
+
+        Args:
+          looped: as the step takes it, with equal blocks stacked; else as a checkpoint has it.
+        """
+        fewest = self.config.loop_blocks if looped else 0
+        trained = {"student": looped_shapes(abstract_params("unet", self.student_config), fewest)}
         if self.config.adversarial.weight:
             trained["discriminator"], _ = self.abstract_discriminator()
         state = abstract_state(trained, self.optimizers, config_lib.keeps_average(self.config))
-        return sharding.abstract_arrays(state, sharding.state_specs(state, self.mesh), self.mesh)
+        return sharding.abstract_arrays(state, state_specs(state, self.mesh), self.mesh)
 
     def abstract_frozen(self, num_encoders: int) -> tuple[Teachers, Frozen]:
         """Returns the shapes and shardings of the frozen networks.
@@ -202,7 +218,7 @@ class Definition:
             self.networks,
             self.objective,
             self.mesh,
-            sharding.state_specs(trained, self.mesh),
+            state_specs(trained, self.mesh),
             dtype=self.dtype,
             gradient_accumulation=self.config.gradient_accumulation,
             seed=self.config.seed,
@@ -216,7 +232,7 @@ class Definition:
         Args:
           state, teachers: arrays or shapes.
         """
-        norms = clipping.build_norm(self.mesh, sharding.state_specs(state.trained, self.mesh))
+        norms = clipping.build_norm(self.mesh, state_specs(state.trained, self.mesh))
         step = build_step(self.gradients(state.trained), norms, self.optimizers, average.decay_schedule(self.config))
         return jax.jit(
             packing.around(step),
@@ -299,7 +315,8 @@ class Distillation(Definition):
         else:
             style = style_params(self.student_config, self.config.style_init, self.config.seed)
         unets = [source.params("unet") for source in sources]
-        trained = {"student": put_student(unets, style, self.student_config, self.mesh)}
+        student = put_student(unets, style, self.student_config, self.mesh)
+        trained = {"student": looped(student, self.config.loop_blocks, self.mesh)}
         if self.config.adversarial.weight:
             trained["discriminator"] = put_trained(self._judge, self.mesh)
         return init_state(trained, self.optimizers, self.mesh, config_lib.keeps_average(self.config))
@@ -311,10 +328,12 @@ class Distillation(Definition):
 
     def resume(self, store: StateStore) -> RunState:
         """Returns the newest sound state of a store, or the one at step 0 if it holds none."""
-        step, parts = store.resume(self._fresh().as_dict())
-        seen = step * self.config.batch_size
-        seen = store.notes(step).get("samples_seen", seen) if step else seen
-        return RunState(self._packing.pack(TrainState.from_dict(parts)), step, seen)
+        if not store.steps:
+            return self.init()
+        step, parts = store.resume(self.abstract_state(looped=False).as_dict())
+        seen = store.notes(step).get("samples_seen", step * self.config.batch_size)
+        restored = looped(TrainState.from_dict(parts), self.config.loop_blocks, self.mesh)
+        return RunState(self._packing.pack(restored), step, seen)
 
     def save(self, workdir: str | os.PathLike, state: RunState) -> None:
         """Writes a state and the config into a workdir, which opens as a checkpoint, and waits until it is complete.
@@ -337,8 +356,8 @@ class Distillation(Definition):
         store.save(state.step, unpacked.as_dict(), {"samples_seen": state.samples_seen})
 
     def unpack(self, state: RunState) -> TrainState:
-        """Returns the arrays of a state; they stay valid until the next step takes the state."""
-        return self._packing.unpack(state.arrays)
+        """Returns the arrays of a state as a checkpoint has them, valid until the next step takes the state."""
+        return unlooped(self._packing.unpack(state.arrays), self.mesh)
 
     def batches(self, start: int = 0, stop: int | None = None, samples_seen: int | None = None) -> Iterator[Batch]:
         """Yields the batches of steps `start` to `stop` - 1 on the mesh; without `stop`, for ever.
@@ -389,7 +408,7 @@ class Distillation(Definition):
         Args:
           average: judge the moving average of the student's parameters, which the run must keep, instead of them.
         """
-        unpacked = self.unpack(state)
+        unpacked = self._packing.unpack(state.arrays)
         params = unpacked.ema if average else unpacked.student.params
         errors = self._validation(params, self.teachers, self.frozen, self._inputs)
         names, timesteps = [row.name for row in self.rows], self._timesteps
@@ -397,7 +416,7 @@ class Distillation(Definition):
 
     @functools.cached_property
     def _validation(self) -> Callable:
-        specs = sharding.state_specs(self.abstract_state().student.params, self.mesh)
+        specs = state_specs(self.abstract_state().student.params, self.mesh)
         errors = build_validation(self.networks, self.objective, self.mesh, specs, dtype=self.dtype)
         return jax.jit(errors, out_shardings=NamedSharding(self.mesh, sharding.COPY))
 
@@ -413,14 +432,15 @@ class Distillation(Definition):
 
         Every process of a run must call it; each gets a pipeline on its own devices.
         """
-        unpacked = self.unpack(state)
+        unpacked = self._packing.unpack(state.arrays)
         params = self._whole_unet(unpacked.student.params if unpacked.ema is None else unpacked.ema)
         return self._empty_pipeline.with_unet(jax.tree.map(lambda leaf: leaf.addressable_data(0), params))
 
     @functools.cached_property
     def _whole_unet(self) -> Callable:
         return jax.jit(
-            lambda params: cast_params(params, self.dtype), out_shardings=NamedSharding(self.mesh, sharding.COPY)
+            lambda params: unstack_blocks(cast_params(params, self.dtype), list),
+            out_shardings=NamedSharding(self.mesh, sharding.COPY),
         )
 
     @functools.cached_property

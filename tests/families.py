@@ -113,7 +113,7 @@ def tiny_config(paths, cache: pathlib.Path):
     config.data.source, config.data.cache = "shapes_world", str(cache)
     config.data.num_examples, config.data.resolution = 12, 64
     config.batch_size, config.num_steps, config.warmup_steps, config.learning_rate = 4, 3, 1, 1e-2
-    config.style_init = "paper"
+    config.style_init, config.loop_blocks = "paper", 2
     config.log_every, config.validation_every, config.validation_size, config.checkpoint_every = 1, 3, 2, 3
     return config
 

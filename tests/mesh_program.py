@@ -32,7 +32,7 @@ WITH_ENCODERS = (2, 5)  # Teachers with their own text encoder.
 UNET = {
     "_class_name": "UNet2DConditionModel", "sample_size": 8, "down_block_types": ["DownBlock2D"],
     "up_block_types": ["UpBlock2D"], "block_out_channels": [64], "layers_per_block": 1,
-    "cross_attention_dim": 64, "attention_head_dim": 8,
+    "cross_attention_dim": 64, "attention_head_dim": 8, "transformer_layers_per_block": 2,
 }  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def make_config(changes: dict):
     config.batch_size, config.data.resolution, config.dtype = NUM_TEACHERS * PER_TEACHER, 64, "float32"
     config.warmup_steps, config.learning_rate, config.adam_eps = 0, 1e-3, 1e-3
     config.max_grad_norm, config.ema_decay, config.style_init = 0.5, 0.5, "paper"
-    config.student_init = "base"
+    config.student_init, config.loop_blocks = "base", 2
     config.update_from_flattened_dict(changes)
     return config
 

@@ -21,6 +21,19 @@ def get_config() -> ml_collections.ConfigDict:
     return config
 
 
+def with_teachers(config, number: int) -> ml_collections.ConfigDict:
+    """Returns the config with its first teachers alone.
+
+    Raises:
+      UserError: it has fewer.
+    """
+    if not 1 <= number <= len(config.teachers):
+        raise UserError(f"--teachers must be 1 to {len(config.teachers)}, the config's teachers; got {number}.")
+    config = config.copy_and_resolve_references()
+    config.teachers = config.teachers[:number]
+    return config
+
+
 def bench(
     job: str,
     config,

@@ -8,17 +8,19 @@ import numpy as np
 from flax import nnx
 
 from dmm_jax.checkpoints import published
-from dmm_jax.checkpoints.abstract import abstract_model, abstract_params
+from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.config import checks
 from dmm_jax.data.batches import Batch
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.distill import teachers as teachers_lib
+from dmm_jax.distill.layout import state_specs
 from dmm_jax.distill.teachers import Frozen, Teachers
 from dmm_jax.distillation import Definition
 from dmm_jax.kernels.attention import choose_implementation
 from dmm_jax.models import layers
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
+from dmm_jax.models.block_loops import is_stacked
 from dmm_jax.models.network import Network
 from dmm_jax.models.text_encoders import NUM_TIME_IDS, TextEncoders
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
@@ -64,14 +66,12 @@ def random_params(abstract, mesh, dtype=jnp.float32, *, fsdp: bool = False, copi
     """
     longest = max(leaf.size for leaf in jax.tree.leaves(abstract))
 
-    def spec(leaf):
-        return sharding.parameter_spec(leaf.shape, mesh) if fsdp else sharding.COPY
-
     def make():
         noise = jax.random.normal(jax.random.key(seed), (longest,))  # Every leaf takes a part of the same noise.
 
         def fill(path, leaf):
-            fan_in = max(leaf.size // leaf.shape[-1], 1)
+            num_blocks = leaf.shape[0] if is_stacked(path) else 1
+            fan_in = max(leaf.size // leaf.shape[-1] // num_blocks, 1)
             values = noise[: leaf.size].reshape(leaf.shape) * (3 * fan_in) ** -0.5
             values = jnp.abs(values) if path[-1].key == "running_var" else values
             values = values + (path[-1].key in ("scale", "running_var"))
@@ -84,14 +84,14 @@ def random_params(abstract, mesh, dtype=jnp.float32, *, fsdp: bool = False, copi
 
         return jax.tree.map_with_path(fill, abstract)
 
-    places = sharding.shardings(mesh, sharding.TEACHERS if copies else jax.tree.map(spec, abstract))
-    return jax.jit(make, out_shardings=places)()
+    specs = state_specs(abstract, mesh) if fsdp else sharding.TEACHERS if copies else sharding.COPY
+    return jax.jit(make, out_shardings=sharding.shardings(mesh, specs))()
 
 
 def random_networks(definition: Definition) -> tuple[dict, Teachers, Frozen]:
     """Returns trained parameters by network, teachers and frozen networks: random numbers, placed for the step."""
     base, mesh, num_teachers = definition.base, definition.mesh, len(definition.config.teachers)
-    trained = {"student": random_params(abstract_params("unet", definition.student_config), mesh, fsdp=True)}
+    trained = {"student": random_params(definition.abstract_state().student.params, mesh, fsdp=True)}
     numbers = np.full(num_teachers, -1, np.int32), np.array([(k, 1) for k in range(num_teachers)], np.int32)
     encoder, styles = sharding.put(numbers, mesh, sharding.TEACHERS)
     unet = random_params(base.abstract("unet"), mesh, definition.dtype, copies=num_teachers)

@@ -12,7 +12,6 @@ import numpy as np
 import optax
 
 from dmm_jax.bench import networks as bench_networks
-from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.config import checks
 from dmm_jax.distill.layout import COMPILER_OPTIONS
 from dmm_jax.distillation import Definition
@@ -67,7 +66,7 @@ def _step(config, size):
     base, mesh = bench_networks.abstract_checkpoint(size), sharding.make_mesh(**config.mesh)
     definition = Definition(config, base, mesh)
     trained, teachers, frozen = bench_networks.random_networks(definition)
-    other = bench_networks.random_params(abstract_params("unet", definition.student_config), mesh, fsdp=True, seed=1)
+    other = bench_networks.random_params(definition.abstract_state().student.params, mesh, fsdp=True, seed=1)
     trained["student"] = jax.tree.map(lambda a, b: a + STUDENT_SHIFT * (b - a), trained["student"], other)
     options = COMPILER_OPTIONS.get(jax.default_backend())
     run = jax.jit(definition.gradients(trained), compiler_options=options)

@@ -1,22 +1,26 @@
 """PyTorch's side of `dmm-jax bench --against torch`: stock diffusers modules in the fastest form that users run.
 
-    python -m dmm_jax.bench.peer train|sample SIZE BATCH_SIZE NUM_STEPS [NUM_TEACHERS]
+    python -m dmm_jax.bench.peer train|sample SIZE BATCH_SIZE NUM_STEPS [NUM_TEACHERS ...]
 
-Training has float32 master weights, bfloat16 autocast, score and feature loss, fused AdamW and clipping. Cached latents
-and text, compiled and channels-last, are timed with one teacher, and with several teachers that each take a part of the
-batch. The original recipe's step is timed too: one teacher, eager, with the VAE and both text encoders in the step.
-Sampling is compiled: 25 steps of DPM-Solver++ 2M with guidance, then the decoder. Prints one JSON object per line.
+Training has float32 master weights, bfloat16 autocast, score and feature loss, fused AdamW and clipping. Latents and
+text are cached and the layout is channels-last. Compiled steps are timed with one teacher, and with several teachers
+that each take a part of the batch. For Stable Diffusion XL the same steps are timed eager as well; for the other sizes
+the original recipe's: one teacher, eager, with the VAE and both text encoders in the step. Sampling is compiled, and
+for Stable Diffusion XL also eager: 25 steps of DPM-Solver++ 2M with guidance, then the decoder. Prints one JSON object
+per line.
 """
 
 import json
 import statistics
 import sys
 import time
+from functools import partial
 
 import diffusers
 import torch
 import transformers
 
+from dmm_jax.models.text_encoders import CLASSES, NUM_TIME_IDS
 from dmm_jax.world.random_checkpoints import SIZES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -28,8 +32,9 @@ FEATURE_LOSS_WEIGHT = 0.002
 def build(size: str, component: str, **extra):
     """Builds a stock module with random weights."""
     config = {name: value for name, value in SIZES[size][component].items() if not name.startswith("_")}
-    if component == "text_encoder":
-        return transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
+    if component in CLASSES:
+        kind = transformers.CLIPTextModel if component == "text_encoder" else transformers.CLIPTextModelWithProjection
+        return kind(transformers.CLIPTextConfig(**config))
     kind = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}[component]
     return kind(**config, **extra)
 
@@ -74,7 +79,23 @@ def report(job: str, batch_size: int, seconds: float, **columns) -> None:
     print(json.dumps(row | {"peak_memory_gb": peak, "torch": torch.__version__}), flush=True)
 
 
-def train(size: str, batch_size: int, num_steps: int, *, num_teachers: int = 1, cached: bool) -> None:
+def added_conditions(size: str, text_embeds, batch_size: int) -> dict[str, torch.Tensor]:
+    """Returns Stable Diffusion XL's pooled text and sizes by name; {} for the other sizes."""
+    if not SIZES[size]["unet"].get("addition_time_embed_dim"):
+        return {}
+    return {"text_embeds": text_embeds, "time_ids": torch.full((batch_size, NUM_TIME_IDS), 1024.0, device=DEVICE)}
+
+
+def pooled_width(size: str) -> int:
+    """Returns the width of the pooled text that a UNet reads; 0 if it reads none."""
+    config = SIZES[size]["unet"]
+    widths = NUM_TIME_IDS * (config.get("addition_time_embed_dim") or 0)
+    return (config.get("projection_class_embeddings_input_dim") or 0) - widths
+
+
+def train(
+    size: str, batch_size: int, num_steps: int, *, num_teachers: int = 1, cached: bool, compiled: bool = True
+) -> None:
     """Times one kind of training step; several teachers share the batch and run one after the other."""
     layout = {"memory_format": torch.channels_last} if cached else {}
     student = build(size, "unet", num_class_embeds=8).to(DEVICE, **layout).train()
@@ -91,8 +112,9 @@ def train(size: str, batch_size: int, num_steps: int, *, num_teachers: int = 1, 
     labels = torch.zeros(batch_size, dtype=torch.long, device=DEVICE)
     latents = torch.randn(batch_size, 4, side, side, device=DEVICE, dtype=HALF)
     text = torch.randn(batch_size, 77, width, device=DEVICE, dtype=HALF)
-    compiled = torch.compile if cached else lambda model: model
-    run_teachers, run_student = [compiled(teacher) for teacher in teachers], compiled(student)
+    pooled = torch.randn(batch_size, pooled_width(size), device=DEVICE, dtype=HALF)
+    prepare = torch.compile if compiled else lambda model: model
+    run_teachers, run_student = [prepare(teacher) for teacher in teachers], prepare(student)
     if not cached:
         vae, encoders = frozen(build(size, "vae")), [frozen(build(size, "text_encoder")) for _ in range(2)]
 
@@ -109,18 +131,24 @@ def train(size: str, batch_size: int, num_steps: int, *, num_teachers: int = 1, 
             clean, student_text, teacher_text = conditioning()
             noise, timesteps = torch.randn_like(clean), torch.randint(0, 1000, (batch_size,), device=DEVICE)
             noisy = scheduler.add_noise(clean, noise, timesteps)
-            inputs = (leaf.chunk(num_teachers) for leaf in (noisy, timesteps, teacher_text))
-            target = _joined([run(*part).sample for run, *part in zip(run_teachers, *inputs, strict=True)])
+            inputs = (leaf.chunk(num_teachers) for leaf in (noisy, timesteps, teacher_text, pooled))
+            parts = [
+                run(*part, added_cond_kwargs=added_conditions(size, text_embeds, len(text_embeds))).sample
+                for run, *part, text_embeds in zip(run_teachers, *inputs, strict=True)
+            ]
+            target = _joined(parts)
             target_features = [_joined(maps) for maps in zip(*teacher_features, strict=True)]
         with torch.autocast(DEVICE.type, HALF):
-            output = run_student(noisy, timesteps, student_text, class_labels=labels).sample
+            added = added_conditions(size, pooled, batch_size)
+            output = run_student(noisy, timesteps, student_text, class_labels=labels, added_cond_kwargs=added).sample
         losses = [_squared_error(*pair) for pair in zip(student_features, target_features, strict=True)]
         (_squared_error(output, target) + FEATURE_LOSS_WEIGHT * sum(losses) / len(losses)).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    name = "torch.compile, cached latents and text" if cached else "torch eager, the original recipe from images"
+    name = "torch.compile" if compiled else "torch eager"
+    name += ", cached latents and text" if cached else ", the original recipe from images"
     name += f", {num_teachers} teachers" if num_teachers > 1 else ""
     report(name, batch_size, median_s(step, num_steps), queued_step_s=queued_s(step, num_steps))
 
@@ -146,43 +174,56 @@ def record_features(unet) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def sample(size: str, batch_size: int, num_steps: int) -> None:
+def sample(size: str, batch_size: int, num_steps: int, *, compiled: bool = True) -> None:
     """Times whole samples, prompt to pixels."""
     unet, vae = frozen(build(size, "unet", num_class_embeds=8)), frozen(build(size, "vae"))
-    encoder = build(size, "text_encoder").to(DEVICE, HALF).eval()
+    encoders = [build(size, name).to(DEVICE, HALF).eval() for name in SIZES[size] if name in CLASSES]
     input_ids = torch.randint(0, 1000, (2 * batch_size, 77), device=DEVICE)
     labels = torch.zeros(2 * batch_size, dtype=torch.long, device=DEVICE)
     side = SIZES[size]["unet"]["sample_size"]
     scheduler = diffusers.DPMSolverMultistepScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", use_karras_sigmas=True
     )
-    denoise, decode = torch.compile(unet), torch.compile(vae.decode)
+    prepare = torch.compile if compiled else lambda call: call
+    denoise, decode = prepare(unet), prepare(vae.decode)
+    scale = SIZES[size]["vae"]["scaling_factor"]
 
     def draw():
-        text = encoder(input_ids)[0]
+        outputs = [encoder(input_ids, output_hidden_states=len(encoders) > 1) for encoder in encoders]
+        # Stable Diffusion XL reads the last hidden layer but one of both encoders, and the second one's projection.
+        text = torch.cat([output.hidden_states[-2] for output in outputs], -1) if encoders[1:] else outputs[0][0]
+        added = added_conditions(size, outputs[-1][0], 2 * batch_size)
         scheduler.set_timesteps(25, device=DEVICE)
         latents = torch.randn(batch_size, 4, side, side, device=DEVICE, dtype=HALF)
         for timestep in scheduler.timesteps:
-            both = denoise(torch.cat([latents, latents]), timestep, text, class_labels=labels).sample
+            pair = torch.cat([latents, latents])
+            both = denoise(pair, timestep, text, class_labels=labels, added_cond_kwargs=added).sample
             unconditional, conditional = both.chunk(2)
             latents = scheduler.step(unconditional + 7.0 * (conditional - unconditional), timestep, latents).prev_sample
-        return decode(latents.to(HALF) / 0.18215).sample.float().cpu()
+        return decode(latents.to(HALF) / scale).sample.float().cpu()
 
-    report("torch.compile", batch_size, median_s(draw, max(num_steps // 2, 1)))
+    report("torch.compile" if compiled else "torch eager", batch_size, median_s(draw, max(num_steps // 2, 1)))
 
 
 def main() -> None:
     """Runs the job of the command line."""
-    (job, size), (batch_size, num_steps, *optional) = sys.argv[1:3], map(int, sys.argv[3:])
+    (job, size), (batch_size, num_steps, *counts) = sys.argv[1:3], map(int, sys.argv[3:])
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
+    counts = sorted({1, *counts})
+    torch._dynamo.config.cache_size_limit = counts[-1] + 8  # Each module has a compiled program.
+    is_xl = bool(pooled_width(size))
     if job == "sample":
-        return sample(size, batch_size, num_steps)
-    num_teachers = optional[0] if optional else 1
-    torch._dynamo.config.cache_size_limit = num_teachers + 8  # Each module has a compiled program.
-    kinds = [{"cached": True}, {"cached": True, "num_teachers": num_teachers}, {"cached": False}]
-    for kind in kinds if num_teachers > 1 else kinds[::2]:
-        train(size, batch_size, num_steps, **kind)
+        runs = [partial(sample, compiled=compiled) for compiled in ((True, False) if is_xl else (True,))]
+    else:
+        kinds = [{"cached": True, "num_teachers": number} for number in counts]
+        if is_xl:
+            kinds += [kind | {"compiled": False} for kind in kinds]
+        else:
+            kinds.append({"cached": False, "compiled": False})
+        runs = [partial(train, **kind) for kind in kinds]
+    for run in runs:
+        run(size, batch_size, num_steps)
         torch.compiler.reset()
         if DEVICE.type == "cuda":
             torch.cuda.empty_cache()

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 COLUMNS = (
-    "job", "arithmetic", "batch", "images_per_s", "tflop_per_s", "share_of_peak", "step_s", "queued_step_s", "host_ms",
-    "peak_memory_gb", "compile_s", "loss_error", "grad_norm_error", "gradient_error", "latents_error",
+    "job", "arithmetic", "teachers", "batch", "images_per_s", "tflop_per_s", "share_of_peak", "step_s", "queued_step_s",
+    "host_ms", "peak_memory_gb", "compile_s", "loss_error", "grad_norm_error", "gradient_error", "latents_error",
 )  # fmt: skip
 
 

@@ -1,17 +1,21 @@
-"""How the compiled step holds its arrays: small ones joined, convolution kernels as the device reads them.
+"""How the compiled step holds its arrays: equal blocks stacked, small arrays joined, kernels as the device reads them.
 
-Biases and norms are half of a state's arrays, and the host pays for each array at every step: a step that takes and
-returns the state packed dispatches in less time. The numbers are the same.
+A group of equal transformer blocks that runs as a loop is one block of stacked arrays (`models.block_loops`); a
+checkpoint has its blocks apart. Biases and norms are half of the arrays of a state, and the host pays for each array at
+every step: a step that takes and returns the state packed dispatches in less time. The numbers are the same.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from dmm_jax.models.block_loops import is_stacked, stack_blocks, unstack_blocks
 from dmm_jax.runtime import sharding
 
 # cuDNN reads a kernel (h, w, I, O), and writes its gradient, with the output channel first. In any other layout every
@@ -20,6 +24,56 @@ OUTPUT_FIRST, PLATFORMS = Layout((3, 0, 1, 2)), ("gpu",)
 # cuBLAS adds a layer's bias as it writes the product; the kernels that XLA would generate instead need another kernel
 # for it. XLA would also join small products, which copies their weights at every step.
 COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}}
+
+
+def state_specs(state, mesh: Mesh | AbstractMesh):
+    """Returns the spec of every leaf of a state of arrays or shapes; stacked blocks are divided as single ones are."""
+
+    def spec(path, leaf):
+        if is_stacked(path):
+            return _stacked_spec(leaf.shape, mesh)
+        return sharding.parameter_spec(leaf.shape, mesh)
+
+    return jax.tree.map_with_path(spec, state)
+
+
+def _stacked_spec(shape, mesh):
+    return P(None, *sharding.parameter_spec(shape[1:], mesh))
+
+
+def looped_shapes(shapes, fewest: int):
+    """Returns the shapes of a tree with its looped groups of blocks stacked; arguments as in `stack_blocks`."""
+    return stack_blocks(
+        shapes, fewest, lambda leaves: jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
+    )
+
+
+def looped(tree, fewest: int, mesh: Mesh):
+    """Stacks the looped groups of blocks of a state on the mesh; arrays of other blocks are shared with `tree`."""
+
+    def stack(leaves):
+        return _stack(leaves, NamedSharding(mesh, _stacked_spec((len(leaves), *leaves[0].shape), mesh)))
+
+    return stack_blocks(tree, fewest, stack)
+
+
+def unlooped(tree, mesh: Mesh):
+    """Returns the state from which `looped` made this one."""
+
+    def unstack(leaf):
+        return _unstack(leaf, NamedSharding(mesh, sharding.parameter_spec(leaf.shape[1:], mesh)))
+
+    return unstack_blocks(tree, unstack)
+
+
+@partial(jax.jit, static_argnums=1)
+def _stack(leaves, place):
+    return jax.lax.with_sharding_constraint(jnp.stack(leaves), place)
+
+
+@partial(jax.jit, static_argnums=1)
+def _unstack(leaf, place):
+    return [jax.lax.with_sharding_constraint(part, place) for part in leaf]
 
 
 class Packing:

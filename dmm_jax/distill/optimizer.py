@@ -5,6 +5,7 @@ import optax
 from optax import contrib
 
 from dmm_jax.distill import clipping
+from dmm_jax.models.block_loops import is_stacked
 
 
 def learning_rate_schedule(config) -> optax.Schedule:
@@ -61,14 +62,15 @@ def _muon(config, learning_rate):
 def _matrices(params):
     """Returns how Muon reads each parameter as a matrix from inputs to outputs; None for parameters that AdamW updates.
 
-    A convolution's window counts as inputs. First and last layers, tables and vectors are AdamW's.
+    A convolution's window counts as inputs, each block of a loop is a matrix of its own. First and last layers, tables
+    and vectors are AdamW's.
     """
 
     def axes(path, leaf):
         first, last = path[0].key, path[-1].key
         if last != "kernel" or first in ("conv_in", "conv_out"):
             return None
-        return contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
+        return contrib.MuonDimensionNumbers(tuple(range(is_stacked(path), leaf.ndim - 1)), leaf.ndim - 1)
 
     return jax.tree.map_with_path(axes, params)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from dmm_jax.distill.layout import state_specs
 from dmm_jax.runtime import sharding
 
 
@@ -56,7 +57,7 @@ def init_state(trained: Mapping, optimizers: Mapping, mesh: Mesh, keeps_average:
       trained: parameters on the mesh, by network: "student", and "discriminator" if there is one.
       optimizers: optax's, by network.
     """
-    specs = sharding.state_specs(abstract_state(trained, optimizers, keeps_average), mesh)
+    specs = state_specs(abstract_state(trained, optimizers, keeps_average), mesh)
     init = jax.jit(
         lambda trained: _init(trained, optimizers, keeps_average), out_shardings=sharding.shardings(mesh, specs)
     )

@@ -1,5 +1,6 @@
 """A stack of transformer blocks over the cells of a feature map."""
 
+import jax
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
@@ -24,9 +25,16 @@ class Transformer2DModel(nnx.Module):
         use_linear_projection: bool,
         num_groups: int,
         implementation: str = "xla",
+        looped: bool = False,
         dtype,
         rngs: nnx.Rngs,
     ):
+        """Builds the transformer.
+
+        Args:
+          looped: whether the blocks run as a loop over their stacked parameters (`block_loops.stack_blocks`), so that
+            a compiler meets one block. Then `transformer_blocks` is the structure of that block.
+        """
         common = {"dtype": dtype, "rngs": rngs}
         self.norm = layers.GroupNorm(num_groups, channels, epsilon=GROUP_NORM_EPSILON, rngs=rngs)
 
@@ -36,10 +44,12 @@ class Transformer2DModel(nnx.Module):
             return layers.Conv(channels, channels, 1, **common)
 
         self.proj_in = projection()
-        self.transformer_blocks = nnx.List(
+        self.looped = looped
+        blocks = [
             BasicTransformerBlock(channels, context_width, num_heads, implementation=implementation, **common)
-            for _ in range(num_layers)
-        )
+            for _ in range(1 if looped else num_layers)
+        ]
+        self.transformer_blocks = blocks[0] if looped else nnx.List(blocks)
         self.proj_out = projection()
 
     def __call__(self, hidden: Float[Array, "B h w C"], states: Float[Array, "BP S D"]) -> Float[Array, "BP h w C"]:
@@ -47,6 +57,11 @@ class Transformer2DModel(nnx.Module):
         # A dense layer on (h, w, C) is the 1x1 convolution and the flattened projection alike.
         cells = self.proj_in(self.norm(hidden))
         tokens = rearrange(cells, "B h w C -> B (h w) C")
-        for block in self.transformer_blocks:
-            tokens = block(tokens, states)
+        if self.looped:
+            graph, stacked = nnx.split(self.transformer_blocks)
+            tokens = per_prompt(tokens, len(states))  # A loop's carry keeps its shape.
+            tokens, _ = jax.lax.scan(lambda rows, one: (nnx.merge(graph, one)(rows, states), None), tokens, stacked)
+        else:
+            for block in self.transformer_blocks:
+                tokens = block(tokens, states)
         return per_prompt(hidden, len(tokens)) + self.proj_out(tokens.reshape(-1, *hidden.shape[1:]))

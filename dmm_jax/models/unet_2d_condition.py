@@ -148,6 +148,7 @@ class UNet2DConditionModel(UNet2DEncoder):
         *,
         attention_implementation: str = "xla",
         remat: str = "none",
+        loop_blocks: int = 0,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -158,6 +159,8 @@ class UNet2DConditionModel(UNet2DEncoder):
           num_models: rows of the style table, for the "model_merge" kinds of `addition_embed_type`.
           attention_implementation: "xla", "cudnn" or "flash"; see `dmm_jax.kernels.attention`.
           remat: the blocks that the backward pass computes again; see `unet_config.recomputed_blocks`.
+          loop_blocks: the smallest group of equal transformer blocks that runs as a loop over parameters that
+            `block_loops.stack_blocks` made; 0: none does.
           dtype: the dtype of the arithmetic.
 
         Raises:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dmm_jax.kernels.attention import IMPLEMENTATIONS
+from dmm_jax.models.block_loops import is_looped
 from dmm_jax.runtime.errors import UserError
 
 DOWN_TYPES = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # Whether the level attends.
@@ -74,10 +75,12 @@ def resnet_arguments(config: Mapping) -> dict[str, Any]:
 def attention_arguments(config: Mapping, level: int) -> dict[str, Any]:
     """Returns the arguments of a level's transformers."""
     levels = len(config["block_out_channels"])
+    num_layers = per_level(config["transformer_layers_per_block"], levels)[level]
     return {
         "context_width": config["cross_attention_dim"],
         "num_heads": per_level(config["attention_head_dim"], levels)[level],
-        "num_layers": per_level(config["transformer_layers_per_block"], levels)[level],
+        "num_layers": num_layers,
+        "looped": is_looped(num_layers, config["loop_blocks"]),
         "use_linear_projection": config["use_linear_projection"],
         "num_groups": config["norm_num_groups"],
         "implementation": config["attention_implementation"],

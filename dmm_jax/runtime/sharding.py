@@ -114,11 +114,6 @@ def divided_dims(spec: P) -> dict[str, int]:
     return {axis: dim for dim, axes in enumerate(axes_of) for axis in axes}
 
 
-def state_specs(state, mesh: Mesh | AbstractMesh):
-    """Returns the spec of every leaf of a state, given as arrays or shapes."""
-    return jax.tree.map(lambda leaf: parameter_spec(leaf.shape, mesh), state)
-
-
 def shardings(mesh: Mesh | AbstractMesh, specs):
     """Returns the shardings on the mesh for a tree of specs."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, P))

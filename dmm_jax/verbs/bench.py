@@ -23,9 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--devices", type=_integers, default=[], metavar="N", help="train: the first N; scaling: each of 1,2,4,8"
     )
+    parser.add_argument(
+        "--teachers", type=_integers, default=[], metavar="N", help="train: with the first N teachers, each of 1,4,8"
+    )
     parser.add_argument("--results", default="", metavar="FILE", help="scaling: a file of rows, not measured again")
     parser.add_argument("--figure", type=pathlib.Path, metavar="PNG", help="scaling: draw it, and NAME_dark.png")
-    parser.add_argument("--size", default="sd15", help="of the networks: sd15, sd21, sdxl, tiny, narrow")
+    parser.add_argument("--size", default="sd15", help="of the networks: sd15, sd21, sdxl, tiny, tiny_xl, narrow")
     parser.add_argument("--num-steps", type=int, default=10, help="timed steps; the median counts")
     parser.add_argument("--batch-size", type=int, default=16, help="images at once, for sample; train has the config's")
     parser.add_argument("--against", choices=("torch",), help="run the PyTorch peer as well; needs the [torch] extra")
@@ -48,11 +51,17 @@ def main(args: argparse.Namespace) -> int | None:
         return _run_scaling(args, config)
     if len(args.devices) > 1:
         raise UserError(f"--devices of `{args.job}` is one number; `bench scaling` takes several.")
+    if args.teachers and args.job != "train":
+        raise UserError(f"--teachers is for `bench train`; `{args.job}` takes the config's.")
+    configs = [jobs.with_teachers(config, number) for number in sorted(args.teachers)] or [config]
     peer_rows = []
     if args.against:
         batch_size = config.batch_size if args.job == "train" else args.batch_size
-        peer_rows = comparison.run_peer(args.job, args.size, batch_size, args.num_steps, len(config.teachers))
-    measured = jobs.bench(args.job, config, args.size, args.num_steps, args.batch_size, args.profile, sum(args.devices))
+        counts = [len(each.teachers) for each in configs]
+        peer_rows = comparison.run_peer(args.job, args.size, batch_size, args.num_steps, *counts)
+    options = args.size, args.num_steps, args.batch_size, args.profile, sum(args.devices)
+    # The fewest teachers come first: a device's peak memory is that of all jobs so far.
+    measured = itertools.chain.from_iterable(jobs.bench(args.job, each, *options) for each in configs)
     rows = []
     for row in itertools.chain(peer_rows, comparison.with_ratios(measured, peer_rows) if peer_rows else measured):
         rows.append(row)

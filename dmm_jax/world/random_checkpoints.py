@@ -44,9 +44,24 @@ _NARROW = _TINY | {  # All layers of Stable Diffusion 1.5 with few channels: sho
     "unet": {"block_out_channels": [32] * 4, "cross_attention_dim": 64, "sample_size": 8},
     "text_encoder": _TINY["text_encoder"] | {"num_hidden_layers": 12},
 }
+_TINY_XL = _TINY | {  # As Stable Diffusion XL: two text encoders, a group of blocks that is a loop.
+    "unet": {
+        "block_out_channels": [32, 64],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 4],
+        "attention_head_dim": [1, 2],
+        "layers_per_block": 1,
+        "cross_attention_dim": 128,
+        "addition_time_embed_dim": 16,
+        "projection_class_embeddings_input_dim": 64 + 6 * 16,
+        "sample_size": 8,
+    },
+    "text_encoder_2": _TINY["text_encoder"] | {"projection_dim": 64},
+}
 SIZES = CONFIGS | {
-    size: {name: config | changes[name] for name, config in CONFIGS["sd15"].items()}
-    for size, changes in (("tiny", _TINY), ("narrow", _NARROW))
+    size: {name: config | changes[name] for name, config in CONFIGS[family].items()}
+    for size, family, changes in (("tiny", "sd15", _TINY), ("narrow", "sd15", _NARROW), ("tiny_xl", "sdxl", _TINY_XL))
 }
 
 

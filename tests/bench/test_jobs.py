@@ -77,6 +77,24 @@ def test_the_verb_prints_one_object_per_line(monkeypatch, capsys):
     assert "images_per_s" in capsys.readouterr().out
 
 
+def test_each_number_of_teachers_is_a_row_the_fewest_first(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(comparison, "run_peer", lambda *arguments: calls.append(arguments) or [])
+    monkeypatch.setattr(jobs, "bench", lambda job, values, *_: [{"job": job, "teachers": len(values.teachers)}])
+    command = ["bench", "train", "--json", "--size", "sdxl", "--teachers", "8,1", "--against", "torch"]
+    assert cli.main([*command, "--config.batch_size=8"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["teachers"] for row in rows] == [1, 8] and calls == [("train", "sdxl", 8, 10, 1, 8)]
+
+
+@pytest.mark.parametrize("arguments, message", [("sample --teachers 1", "`sample` takes the config's"),
+                                                ("train --teachers 9", "must be 1 to 8"),
+                                                ("train --teachers 0", "must be 1 to 8")])  # fmt: skip
+def test_a_number_of_teachers_that_cannot_be_measured_is_refused(arguments, message, capsys):
+    assert cli.main(["bench", *arguments.split()]) == 1
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("job", ["numerics", "host", "fid", "scaling"])
 def test_a_job_without_a_peer_is_not_compared(job, capsys):
     assert cli.main(["bench", job, "--against", "torch"]) == 1

@@ -7,7 +7,10 @@ from jax.sharding import PartitionSpec as P
 
 from dmm_jax.distill import layout
 from dmm_jax.distill.layout import Packing
+from dmm_jax.distillation import Distillation
 from dmm_jax.runtime import sharding
+from dmm_jax.world.tokenizer import write_tokenizer
+from tests import mesh_program
 
 MESH = sharding.make_mesh(data=1, devices=jax.devices()[:1])
 
@@ -17,7 +20,7 @@ def tree(mesh=MESH):
     values = jax.tree.map(
         lambda shape: np.arange(np.prod(shape), dtype=np.float32).reshape(shape), shapes, is_leaf=_is_shape
     )
-    specs = sharding.state_specs(values, mesh)
+    specs = layout.state_specs(values, mesh)
     return jax.tree.map(
         jax.device_put, values | {"step": np.int32(7)}, sharding.shardings(mesh, specs | {"step": sharding.COPY})
     )
@@ -56,7 +59,7 @@ def test_a_packed_step_computes_what_the_step_computes():
 def test_what_is_divided_among_devices_is_not_packed():
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree())
     mesh = sharding.abstract_mesh(fsdp=2, num_devices=2)
-    described = sharding.abstract_arrays(shapes, sharding.state_specs(shapes, mesh), mesh)
+    described = sharding.abstract_arrays(shapes, layout.state_specs(shapes, mesh), mesh)
     described["c"]["d"] = sharding.abstract_arrays(shapes["c"]["d"], P("fsdp"), mesh)
     assert [place.spec for place in Packing(described, mesh).places["large"]].count(P("fsdp")) == 1
 
@@ -87,3 +90,21 @@ def test_packed_kernels_have_the_output_channel_first(monkeypatch):
     after = packing.unpack(compiled(packed, None)[0])
     assert after["kernel"].format.layout.major_to_minor == (0, 1, 2, 3)
     assert same(after, expected)
+
+
+def test_a_checkpoint_does_not_depend_on_which_blocks_are_loops(tmp_path):
+    tokenizer = tmp_path / "tokenizer"
+    write_tokenizer(tokenizer)
+    networks = mesh_program.random_checkpoint(0, tokenizer, "unet", "vae", "text_encoder")
+    runs = {}
+    for fewest in (0, 2):
+        config = mesh_program.make_config({"loop_blocks": fewest, "ema_decay": 0.0})
+        config.teachers, config.batch_size = config.teachers[:1], 1
+        runs[fewest] = Distillation(config, base=networks, teachers={"style_0": networks}, mesh=MESH)
+    state = runs[2].init()
+    runs[2].save(tmp_path / "run", state)
+    whole, restored = runs[2].unpack(state), runs[0].unpack(runs[0].restore(tmp_path / "run"))
+    assert same(restored, whole)
+    assert len(jax.tree.leaves(runs[2].abstract_state())) < len(jax.tree.leaves(whole))
+    again = runs[2].restore(tmp_path / "run")
+    assert same(again.arrays, state.arrays)

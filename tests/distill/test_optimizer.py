@@ -1,5 +1,7 @@
 """The optimisers, the learning rate's schedule and the average of the weights."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from dmm_jax.config import options
 from dmm_jax.distill import average
 from dmm_jax.distill.optimizer import learning_rate_schedule, make_optimizers
+from dmm_jax.models.block_loops import stack_blocks, unstack_blocks
 
 SHAPES = {
     "conv_in": {"kernel": (3, 3, 4, 8), "bias": (8,)},
@@ -59,6 +62,26 @@ def test_muon_leaves_tables_vectors_and_outer_layers_to_adamw():
     np.testing.assert_allclose(updates["mid"]["conv"]["bias"], expected["mid"]["conv"]["bias"], rtol=1e-5)
     squares = [leaf.shape for leaf in jax.tree.leaves(optax.tree.get(state, "nu"))]
     assert sorted(squares) == sorted([(3, 3, 4, 8), (8,), (16,), (2, 16)])  # No second moments of other kernels.
+
+
+def test_muon_updates_each_block_of_a_loop_as_it_would_alone():
+    rng = np.random.default_rng(0)
+
+    def blocks():
+        kernels, biases = (rng.standard_normal((3, *shape), np.float32) for shape in ((16, 8), (8,)))
+        parts = zip(kernels, biases, strict=True)
+        block = {k: {"to_q": {"kernel": kernel}, "norm1": {"bias": bias}} for k, (kernel, bias) in enumerate(parts)}
+        return {"mid": {"transformer_blocks": block}}
+
+    def update(params, grads):
+        optimizer = make_optimizers(config_with(optimizer="muon"))["student"]
+        return optimizer.update(grads, optimizer.init(params), params, norm=1.0)[0]
+
+    trees = blocks(), blocks()
+    stacked = update(*(stack_blocks(tree, 2, jnp.stack) for tree in trees))
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), unstack_blocks(stacked, list), update(*trees)
+    )
 
 
 def test_weight_decay_reaches_all_parameters_of_muon():

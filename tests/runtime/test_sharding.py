@@ -20,9 +20,16 @@ ROOT = pathlib.Path(__file__).parents[2]
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (4, 2, 1), (1, 1, 8)]
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true"
 ACCUMULATING = (4, 2, 1)  # The mesh on which gradients are summed over two micro-batches.
+UNROLLED = (2, 2, 2)  # The mesh on which the middle block's two transformer blocks are not a loop.
 ADVERSARIAL = {"adversarial.weight": 0.1}
 CASES = {
-    **{("float32", mesh): {"gradient_accumulation": 2 if mesh == ACCUMULATING else 1} for mesh in MESHES},
+    **{
+        ("float32", mesh): {
+            "gradient_accumulation": 2 if mesh == ACCUMULATING else 1,
+            "loop_blocks": 0 if mesh == UNROLLED else 2,
+        }
+        for mesh in MESHES
+    },
     ("adversarial", (4, 2, 1)): ADVERSARIAL,
     ("adversarial", (2, 2, 2)): ADVERSARIAL,
 }
@@ -51,7 +58,7 @@ def difference(actual, expected, name):
 
 
 @pytest.mark.parametrize("mesh", MESHES[1:], ids=str)
-def test_all_meshes_and_micro_batches_take_the_same_steps(results, mesh):
+def test_all_meshes_micro_batches_and_loops_take_the_same_steps(results, mesh):
     """Compares losses, gradient norm, moments, and with them parameters and their average.
 
     Adam divides by a gradient's size, so a parameter whose gradient is only rounding would move by the learning rate.

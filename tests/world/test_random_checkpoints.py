@@ -24,6 +24,15 @@ def test_random_checkpoints_can_be_merged(folder):
     assert report["mergeable"], json.dumps(report, indent=1)
 
 
+def test_the_tiny_xl_has_the_layers_of_xl():
+    """Its text encoders give the widths that its UNet reads, and one group of blocks runs as a loop."""
+    unet, texts = (random_checkpoints.SIZES["tiny_xl"][name] for name in ("unet", "text_encoder_2"))
+    widths = [random_checkpoints.SIZES["tiny_xl"][name]["hidden_size"] for name in ("text_encoder", "text_encoder_2")]
+    assert unet["cross_attention_dim"] == sum(widths) and max(unet["transformer_layers_per_block"]) == 4
+    pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+    assert pooled == texts["projection_dim"]
+
+
 def test_teachers_differ_from_the_base_by_the_strength(folder):
     names = ("base", "teacher_0.safetensors", "teacher_1.safetensors")
     base, *teachers = (open_checkpoint(folder / name).tensors("unet") for name in names)
