@@ -26,6 +26,7 @@ RUNTIME = [
     "tqdm>=4.67",
 ]
 GCSFS = "gcsfs>=2026.9"
+PARQUET = "pyarrow>=20"
 TORCH = ["torch==2.13.0", "diffusers==0.42.1"]
 
 setup(
@@ -48,10 +49,12 @@ setup(
         "torch": TORCH,
         "tensorboard": ["tensorboardX>=2.6"],
         "gcs": [GCSFS],  # Workdirs in gs:// buckets.
+        "parquet": [PARQUET],  # Captions in Parquet files.
         "test": [
             *TORCH,
             "peft>=0.21",  # diffusers' loader of LoRAs needs it.
             GCSFS,
+            PARQUET,
             "pytest>=9",
             "pytest-xdist>=3.8",
             "beartype>=0.22",

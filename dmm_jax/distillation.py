@@ -6,24 +6,19 @@
         state, metrics = distillation.step(state, batch)
     pipeline = distillation.pipeline(state)
 
-`Definition` is the part that allocates nothing: `plan` and `bench` use it with shapes, or with random numbers.
+Its base class, `distill.definition.Definition`, allocates nothing: `plan` and `bench` use that part.
 """
 
-import copy
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
-from dmm_jax.checkpoints.abstract import abstract_model, abstract_params
-from dmm_jax.checkpoints.architecture import CELL
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.compare import check_mergeable
 from dmm_jax.checkpoints.open import open_checkpoint
@@ -35,211 +30,19 @@ from dmm_jax.data.batches import Batch
 from dmm_jax.data.cache import LatentCache
 from dmm_jax.diffusion import solvers
 from dmm_jax.diffusion.schedule import NoiseSchedule
-from dmm_jax.distill import average, clipping, discriminator, incremental, validation
-from dmm_jax.distill.layout import (
-    Packing,
-    compile_step,
-    looped,
-    looped_shapes,
-    state_specs,
-    teacher_formats,
-    unlooped,
-)
-from dmm_jax.distill.objective import Inputs, Networks, Objective
-from dmm_jax.distill.optimizer import make_optimizers
-from dmm_jax.distill.state import TrainState, abstract_state, all_finite, init_state
-from dmm_jax.distill.step import build_gradients, build_step, build_validation
+from dmm_jax.distill import discriminator, incremental, validation
+from dmm_jax.distill.definition import Definition
+from dmm_jax.distill.layout import Packing, compile_step, looped, state_specs, unlooped
+from dmm_jax.distill.objective import Inputs
+from dmm_jax.distill.state import TrainState, all_finite, init_state
+from dmm_jax.distill.step import build_validation
 from dmm_jax.distill.student import put_student, put_trained, style_params
-from dmm_jax.distill.teachers import (
-    Frozen,
-    Teachers,
-    abstract_teachers,
-    described,
-    missing_text_encoders,
-    put_params,
-    put_teachers,
-)
-from dmm_jax.kernels.attention import choose_implementation
-from dmm_jax.models import layers
+from dmm_jax.distill.teachers import missing_text_encoders, put_params, put_teachers
 from dmm_jax.models.block_loops import unstack_blocks
 from dmm_jax.models.network import cast_params
-from dmm_jax.models.text_encoders import NUM_TIME_IDS, TextEncoders
-from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
-from dmm_jax.models.unet_config import merged_config
 from dmm_jax.pipeline import Pipeline
 from dmm_jax.runtime import processes, sharding, storage
-from dmm_jax.runtime.errors import UserError
 from dmm_jax.text.tokenizer import Tokenizers
-
-STUDENT_OPTIONS = ("remat", "loop_blocks")  # Options of the config that the student's UNet takes.
-
-
-class Definition:
-    """The networks, the objective and the step that a config describes; nothing is computed or allocated."""
-
-    def __init__(
-        self,
-        config: ml_collections.ConfigDict,
-        base: Checkpoint,
-        mesh: Mesh | AbstractMesh,
-        *,
-        tokenizer: Callable | None = None,
-        platform: str = "",
-    ):
-        """Defines a run on a mesh.
-
-        Args:
-          config: complete and checked.
-          base: only configs are read.
-          tokenizer: maps prompts to token ids (B, L); None for zeros of the right length.
-          platform: as in `kernels.attention.choose_implementation`.
-        """
-        self.config, self.base, self.mesh = config, base, mesh
-        self.styles = tuple(config_lib.style_names(config))
-        self.dtype = jnp.dtype(config.dtype)
-        self.student_config = merged_config(base.unet_config, len(self.styles))
-        num_kept = len(config_lib.kept_styles(config)) if config.grow.replay else 0
-        # One UNet runs all teachers; it has a style table if one of them is a merged student.
-        self.teacher_config = merged_config(base.unet_config, num_kept) if num_kept else base.unet_config
-        self.networks = self._networks(choose_implementation(config.attention, self.dtype, platform))
-        self.objective = self._objective(tokenizer or self._zero_ids)
-        if config.adversarial.weight and base.prediction_type == "epsilon" and self.objective.alphas_cumprod[-1] == 0.0:
-            raise UserError(
-                "adversarial.weight needs one-step predictions of the clean latents, which epsilon prediction does not "
-                "give at a zero terminal SNR (rescale_betas_zero_snr). Set adversarial.weight=0, or use a base that "
-                "predicts v."
-            )
-        self.optimizers = make_optimizers(config)
-
-    def with_attention(self, attention: str) -> "Definition":
-        """Returns the same definition with another implementation of attention, whatever the config says."""
-        other = copy.copy(self)
-        other.networks = self._networks(attention)
-        return other
-
-    @property
-    def num_tokens(self) -> int:
-        """Token ids of one prompt, over all text encoders."""
-        return sum(config["max_position_embeddings"] for config in self.base.text_configs.values())
-
-    def _zero_ids(self, prompts: Sequence) -> np.ndarray:
-        return np.zeros((len(prompts), self.num_tokens), np.int32)
-
-    def _networks(self, attention: str) -> Networks:
-        options = {"dtype": self.dtype, "attention_implementation": attention}
-
-        def unet(config, **more):
-            return abstract_model(lambda rngs: UNet2DConditionModel.from_config(config, rngs=rngs, **options, **more))
-
-        judge = None
-        if self.config.adversarial.weight:
-            judge = discriminator.define(*self._discriminator_arguments, remat=self.config.remat, **options)
-            judge = nnx.split(judge)[0]
-        texts = abstract_model(lambda rngs: TextEncoders(self.base.text_configs, dtype=self.dtype, rngs=rngs))
-        return Networks(
-            student=nnx.split(unet(self.student_config, **{name: self.config[name] for name in STUDENT_OPTIONS}))[0],
-            teacher=nnx.split(layers.for_stacks(unet(self.teacher_config)))[0],
-            text_encoders=nnx.split(texts)[0],
-            discriminator=judge,
-            check_vma=attention != "flash",
-        )
-
-    def _objective(self, tokenizer: Callable) -> Objective:
-        config = self.config
-        return Objective(
-            alphas_cumprod=tuple(NoiseSchedule.from_config(self.base.scheduler_config).alphas_cumprod.tolist()),
-            prediction_type=self.base.prediction_type,
-            feature_loss_weight=config.feature_loss_weight,
-            feature_loss=config.feature_loss,
-            adversarial_weight=config.adversarial.weight,
-            prompt_dropout=config.prompt_dropout,
-            empty_ids=tuple(map(tuple, np.unique(tokenizer(["", None]), axis=0).tolist())),
-            score_loss=config.score_loss,
-            timestep_draw=config.timestep_draw,
-            timestep_power=config.timestep_power,
-        )
-
-    @property
-    def _discriminator_arguments(self) -> tuple[dict, int, int]:
-        """The base's UNet config, the number of styles, latent cells per side."""
-        return self.base.unet_config, len(self.styles), self.config.data.resolution // CELL
-
-    def abstract_discriminator(self) -> tuple[dict, dict]:
-        """Returns the shapes of the discriminator's trained parameters, and of its frozen ones."""
-        params = discriminator.abstract_params(discriminator.define(*self._discriminator_arguments))
-        return discriminator.split(params, self.config.adversarial.train_backbone)
-
-    def abstract_state(self, looped: bool = True) -> TrainState:
-        """Returns the shapes and shardings of the training state.
-
-        Args:
-          looped: as the step takes it, with equal blocks stacked; else as a checkpoint has it.
-        """
-        fewest = self.config.loop_blocks if looped else 0
-        trained = {"student": looped_shapes(abstract_params("unet", self.student_config), fewest)}
-        if self.config.adversarial.weight:
-            trained["discriminator"], _ = self.abstract_discriminator()
-        state = abstract_state(trained, self.optimizers, config_lib.keeps_average(self.config))
-        return sharding.abstract_arrays(state, state_specs(state, self.mesh), self.mesh)
-
-    def abstract_frozen(self, num_encoders: int) -> tuple[Teachers, Frozen]:
-        """Returns the shapes and shardings of the frozen networks.
-
-        Args:
-          num_encoders: rows of the teachers' own text encoders, over all shards of `teacher`.
-        """
-        rows = config_lib.num_rows(self.config)
-        arguments = self.base, self.teacher_config, rows, num_encoders, self.mesh, self.dtype
-        teachers, frozen = abstract_teachers(*arguments)
-        if self.config.adversarial.weight:
-            _, fixed = self.abstract_discriminator()
-            frozen = frozen._replace(**described(fixed, self.mesh, self.dtype))
-        return teachers, frozen
-
-    def abstract_batch(self) -> Batch:
-        """Returns the shapes and shardings of a batch (N, B/N, ...)."""
-        rows, cells = config_lib.num_rows(self.config), self.config.data.resolution // CELL
-        leading = rows, self.config.batch_size // rows
-        channels = self.base.unet_config.get("in_channels", 4)
-        shapes = Batch(
-            latents=jax.ShapeDtypeStruct((*leading, cells, cells, channels), jnp.float32),
-            input_ids=jax.ShapeDtypeStruct((*leading, self.num_tokens), jnp.int32),
-            time_ids=jax.ShapeDtypeStruct((*leading, NUM_TIME_IDS), jnp.int32),
-        )
-        return sharding.abstract_arrays(shapes, jax.tree.map(lambda _: sharding.BATCH, shapes), self.mesh)
-
-    def gradients(self, trained: Mapping) -> Callable:
-        """Returns `f(trained, teachers, frozen, batch, step) -> (grads, errors)`; see `distill.step.build_gradients`.
-
-        Args:
-          trained: arrays or shapes, by network.
-        """
-        return build_gradients(
-            self.networks,
-            self.objective,
-            self.mesh,
-            state_specs(trained, self.mesh),
-            dtype=self.dtype,
-            gradient_accumulation=self.config.gradient_accumulation,
-            seed=self.config.seed,
-        )
-
-    def jitted_step(self, state: TrainState, teachers: Teachers, packing: Packing):
-        """Returns the jitted `step(packed state, teachers, frozen, batch) -> (packed state, metrics)`.
-
-        The layout of the teachers is left open for `distill.layout.compile_step`.
-
-        Args:
-          state, teachers: arrays or shapes.
-        """
-        norms = clipping.build_norm(self.mesh, state_specs(state.trained, self.mesh))
-        step = build_step(self.gradients(state.trained), norms, self.optimizers, average.decay_schedule(self.config))
-        return jax.jit(
-            packing.around(step),
-            donate_argnums=0,
-            in_shardings=(packing.places, teacher_formats(teachers), None, None),
-            out_shardings=(packing.places, NamedSharding(self.mesh, sharding.COPY)),
-        )
 
 
 @dataclasses.dataclass(frozen=True)

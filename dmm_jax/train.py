@@ -181,7 +181,7 @@ class Progress:
         last = self.log.last.get("step", 0)
         if last > step:  # A later step is in the log, and was judged there.
             return ""
-        # A run of fewer steps, of which each was skipped, has learned nothing either.
+        # A shorter run fails if all its steps were skipped.
         if int(metrics["skipped_in_a_row"]) < min(self._config.max_skipped_in_a_row, self._config.num_steps):
             return ""
         if last < step:

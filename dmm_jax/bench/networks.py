@@ -14,9 +14,9 @@ from dmm_jax.config import checks
 from dmm_jax.data.batches import Batch
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.distill import teachers as teachers_lib
+from dmm_jax.distill.definition import Definition
 from dmm_jax.distill.layout import state_specs
 from dmm_jax.distill.teachers import Frozen, Teachers
-from dmm_jax.distillation import Definition
 from dmm_jax.kernels.attention import choose_implementation
 from dmm_jax.models import layers
 from dmm_jax.models.autoencoder_kl import AutoencoderKL

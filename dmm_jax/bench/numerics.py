@@ -13,8 +13,8 @@ import optax
 
 from dmm_jax.bench import networks as bench_networks
 from dmm_jax.config import checks
+from dmm_jax.distill.definition import Definition
 from dmm_jax.distill.layout import COMPILER_OPTIONS
-from dmm_jax.distillation import Definition
 from dmm_jax.kernels.attention import choose_implementation
 from dmm_jax.runtime import sharding
 

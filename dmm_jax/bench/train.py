@@ -11,9 +11,9 @@ from dmm_jax.bench.host import StepLoop
 from dmm_jax.config import checks
 from dmm_jax.config.options import keeps_average
 from dmm_jax.data.batches import Batch
+from dmm_jax.distill.definition import Definition
 from dmm_jax.distill.layout import Packing, compile_step
 from dmm_jax.distill.state import init_state
-from dmm_jax.distillation import Definition
 from dmm_jax.planning import collectives, memory
 from dmm_jax.planning.devices import GIB
 from dmm_jax.runtime import sharding

@@ -48,7 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.feature_loss_weight = 0.002  # The released code's; the paper's 0.001 of a sum over 9 blocks is 0.009 here.
     config.feature_loss = "l2"  # Mean squared error; "normalized": over the teacher's variance; "cosine": 1 - cosine.
     config.timestep_draw = "independent"  # Uniform per sample; "spread": evenly over the samples of each step.
-    config.timestep_power = 1.0  # Raises the uniform number behind a timestep: above 1 prefers low noise.
+    config.timestep_power = 1.0  # The power to which a uniform random number is raised: above 1 prefers low noise.
     config.prompt_dropout = 0.1  # Share of samples whose prompt becomes "", for student and teacher alike.
 
     # The adversarial term: a discriminator judges one-step predictions of the clean latents. It has two classes per
@@ -231,23 +231,15 @@ def from_json(text: str, source: str = "config.json") -> ml_collections.ConfigDi
     if not isinstance(values, Mapping):
         raise UserError(f"{source} must hold a JSON object of options; got {_kind(values)}.")
     config = get_config()
-    refuse(f"{source} cannot be read", _update(config, _modernised(values)))
+    refuse(f"{source} cannot be read", _update(config, values))
     config.teachers = as_teachers(config.teachers)
     return config
 
 
-def _modernised(values: Mapping) -> Mapping:
-    """Translates options that had another type in older runs: remat was a boolean."""
-    if isinstance(values.get("remat"), bool):
-        return {**values, "remat": "all" if values["remat"] else "none"}
-    return values
-
-
 def removed_options(values: Mapping) -> list[str]:
     """Returns a line for each option of an older run's config.json that no longer exists."""
-    known = flat(get_config().to_dict())
-    stored = flat(_modernised(values))
-    return [f"{name}: {value!r} -> no longer an option" for name, value in stored.items() if name not in known]
+    options = flat(get_config().to_dict())
+    return [f"{name}: {value!r} -> no longer an option" for name, value in flat(values).items() if name not in options]
 
 
 def _update(config, values: Mapping, prefix: str = "") -> list[str]:

@@ -116,11 +116,11 @@ def _csv_rows(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
 
 
 def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise UserError(f"{path} needs the package pyarrow: pip install pyarrow") from error
     with open_regular(path) as stream:
+        try:
+            from pyarrow import ArrowException, parquet
+        except ImportError as error:
+            raise UserError(f"{path} needs the package pyarrow: pip install pyarrow") from error
         try:
             table = parquet.ParquetFile(stream)
             columns = [name for name in table.schema_arrow.names if name in (*FILE_KEYS, *CAPTION_KEYS)]

@@ -57,16 +57,13 @@ def prepare_teacher_samples(config) -> LatentCache:
     base = open_checkpoint(config.base, **config_lib.opening(config, "base"))
     teachers = incremental.origins(config)
     check_mergeable(base, teachers)
-    if not options["guidance_rescale"]:
-        del options["guidance_rescale"]  # Caches are compared by their options, and older ones have none.
     sampler = TeacherSampler(config, base, teachers, draws.prompts, options)
-    if sampler.pipeline.schedule.rescale_betas_zero_snr and "guidance_rescale" not in options:
+    if sampler.pipeline.schedule.rescale_betas_zero_snr and not options["guidance_rescale"]:
         processes.say(f"{guidance.ADVICE} Set sampling.guidance_rescale.")
     if config.embeddings:
         files = [pathlib.Path(entry.rpartition("=")[2]) for entry in config.embeddings]
         options["embeddings"] = " ".join(sha256(file)[:16] for file in files)
-    if not _are_plain(sampler.pipeline, draws.prompts):
-        options["prompt_grammar"] = config.sampling.prompt_grammar
+    options |= {"dtype": config.dtype, "prompt_grammar": config.sampling.prompt_grammar}
     return sample_prompts(
         draws,
         sampler,
@@ -78,7 +75,7 @@ def prepare_teacher_samples(config) -> LatentCache:
         scaling_factor=sampler.pipeline.vae.merged().scaling_factor,
         vae=base.digest("vae"),
         tokenizer=sampler.pipeline.tokenizers.digest,
-        source=_describe_source(base, teachers, draws, options | {"dtype": config.dtype}),
+        source=_describe_source(base, teachers, draws, options),
     )
 
 
@@ -137,14 +134,6 @@ def _draws(config) -> Draws:
         raise UserError("teachers is empty: list at least one (style name, path) to draw the prompts.")
     prompts = read_prompts(config.data.prompts)
     return Draws(prompts, len(config_lib.style_names(config)), config.data.num_examples or len(prompts), config.seed)
-
-
-def _are_plain(pipeline: Pipeline, prompts: Sequence[str]) -> bool:
-    """Tells whether the grammar changes nothing: a cache from before there was one stays valid."""
-    tokens = pipeline.tokenize(prompts)
-    if tokens.input_ids.shape[1] > 1 or not (tokens.weights == 1.0).all():
-        return False
-    return np.array_equal(tokens.input_ids[:, 0], pipeline.tokenizers(prompts))
 
 
 def _describe_source(base: Checkpoint, teachers: Mapping[str, Checkpoint], draws: Draws, options: Mapping) -> str:

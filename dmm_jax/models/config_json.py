@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 from dmm_jax.runtime.errors import UserError
 
-MAX_SIZE = 2**20  # Of any number in a config: a vocabulary of CLIP has 49,408.
+MAX_SIZE = 2**20  # The largest number in a config; a vocabulary of CLIP has 49,408.
 MAX_LEVELS = 16  # Entries of a list: published networks have 3 or 4.
 MAX_LAYERS = 256  # Levels times layers times transformers: 60 in Stable Diffusion XL's UNet.
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from dmm_jax.data.batches import Batch
+from dmm_jax.distill.definition import Definition
 from dmm_jax.distill.state import TrainState
 from dmm_jax.distill.teachers import Frozen, Teachers
-from dmm_jax.distillation import Definition
 
 
 def count(function: Callable, *args) -> float:

@@ -18,10 +18,10 @@ from dmm_jax.config import options as config_lib
 from dmm_jax.data.batches import Batch
 from dmm_jax.distill import incremental
 from dmm_jax.distill import teachers as teachers_lib
+from dmm_jax.distill.definition import Definition
 from dmm_jax.distill.layout import Packing
 from dmm_jax.distill.state import TrainState
 from dmm_jax.distill.teachers import Frozen, Teachers
-from dmm_jax.distillation import Definition
 from dmm_jax.planning import changes, compiler, devices, flops, memory
 from dmm_jax.runtime import sharding
 

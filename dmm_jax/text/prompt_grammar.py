@@ -23,7 +23,7 @@ _SIGN = re.compile(
     r"|(?P<text>[^\\()\[\]:]+|:)",
     re.IGNORECASE,
 )
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_BREAK = re.compile(r"\bBREAK\b")
 # Syntax of the web UI that changes with the sampling step, or that names other files: it has no reading as a weight.
 _UNSUPPORTED = (
     (re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>"), "LoRAs are folded into a checkpoint: MODEL + FILE*0.8"),
@@ -63,11 +63,10 @@ def parse(prompt: str) -> list[list[Piece]]:
             products[ends[number]].pop()
         else:
             weight = products["("][-1] * products["["][-1]
-            texts = [sign["escaped"]] if sign["escaped"] is not None else _BREAK.split(sign[0])
-            for text in texts[:1]:
-                _append(parts[-1], text, weight)
-            for text in texts[1:]:
-                parts.append([Piece(text, weight)])
+            first, *others = [sign["escaped"]] if sign["escaped"] is not None else _BREAK.split(sign[0])
+            _append(parts[-1], first.rstrip() if others else first, weight)
+            for number, text in enumerate(others, start=1):
+                parts.append([Piece(text.strip() if number < len(others) else text.lstrip(), weight)])
     return parts
 
 

@@ -195,8 +195,10 @@ def test_teacher_and_student_of_xl_get_equal_sizes_and_prompts(xl):
     run = Distillation(config, teachers={name: open_checkpoint(xl[0][name]) for name in MIX}, mesh=mesh)
     assert np.asarray(run.teachers.encoder).tolist() == [0, 1]
     assert len(run.objective.empty_ids) == 2 and set(run.objective.empty_ids[0]) == {-1}
-    whole = put_student([base.params("unet")], style_params(run.student_config, "zero", 0), run.student_config, mesh)
-    params = looped(whole, config.loop_blocks, mesh)
+    unlooped_params = put_student(
+        [base.params("unet")], style_params(run.student_config, "zero", 0), run.student_config, mesh
+    )
+    params = looped(unlooped_params, config.loop_blocks, mesh)
     specs = state_specs(params, mesh)
     errors = jax.jit(build_validation(run.networks, run.objective, mesh, specs, dtype=jnp.float32))
 
@@ -208,7 +210,7 @@ def test_teacher_and_student_of_xl_get_equal_sizes_and_prompts(xl):
         input_ids=np.array([tokenizers([PROMPTS[0], None])] * 2),
         time_ids=rng.integers(0, 99, (2, 2, 6)).astype(np.int32), style_ids=np.array([[0, 0], [1, 1]]),
     )  # fmt: skip
-    unet = {name: leaf for name, leaf in whole.items() if name not in ("model_embedding", "add_embedding2")}
+    unet = {name: leaf for name, leaf in unlooped_params.items() if name not in ("model_embedding", "add_embedding2")}
     unets = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], 2, 0), unet)
     same = run.teachers._replace(unet=unets, encoder=jnp.array([-1, 0]))
     first, second = np.asarray(errors(params, same, run.frozen, inputs))

@@ -186,13 +186,6 @@ def test_json_round_trip_is_exact():
     assert back.teachers == config.teachers and back.samples.prompts == ("a", "b")
 
 
-@pytest.mark.parametrize("before, after", [(False, "none"), (True, "all")])
-def test_the_remat_of_older_runs_is_translated(before, after, tmp_path):
-    text = config_lib.to_json(valid())
-    (tmp_path / "config.json").write_text(text.replace('"remat": "none"', f'"remat": {json.dumps(before)}'))
-    assert config_lib.load(tmp_path).remat == after
-
-
 def test_options_of_wrong_types_are_refused_with_file_and_types(tmp_path):
     values = json.loads(config_lib.to_json(valid()))
     values |= {

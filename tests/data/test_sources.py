@@ -5,9 +5,11 @@ import gzip
 import io
 import json
 import os
+import sys
 import tarfile
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -54,7 +56,7 @@ def test_a_list_in_any_form_gives_the_same_rows(tmp_path, kind, names):
     rows = [{names[0]: "a.png", names[1]: 'red, "round"', "width": 6}, {names[0]: "./a.png", names[1]: "b", "width": 6}]
     path = tmp_path / f"metadata.{kind}"
     if kind == "parquet":
-        pytest.importorskip("pyarrow.parquet").write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), path)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
         with path.open("w", newline="", encoding="utf-16" if kind == "csv" else "utf-8-sig") as file:
             if kind == "csv":
@@ -208,6 +210,13 @@ def test_a_list_that_is_no_regular_file_is_refused(tmp_path, name, kind):
     make = {"fifo": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero"), "folder": path.mkdir}
     make.get(kind, lambda: path.symlink_to(name))()
     with pytest.raises(UserError, match=f"{name} is missing or not a regular file"):
+        FolderSource(tmp_path)
+
+
+def test_a_parquet_list_names_the_package_that_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "metadata.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="metadata.parquet needs the package pyarrow: pip install pyarrow"):
         FolderSource(tmp_path)
 
 

@@ -12,7 +12,16 @@ import pytest
 from dmm_jax.diffusion import solvers, spacing
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.diffusion.solver_tables import columns
-from tests.diffusion.test_solvers import CONFIGS, KEYS, SHAPE, largest_distance, schedule_of, toy, unit_noise
+from tests.diffusion.test_solvers import (
+    CONFIGS,
+    KEYS,
+    SHAPE,
+    diffusers_trajectory,
+    largest_distance,
+    schedule_of,
+    toy,
+    unit_noise,
+)
 
 TOLERANCE = 1e-6
 NEW = ("dpmpp_2m_sde", "dpmpp_2m_sde_karras", "dpmpp_sde", "dpmpp_sde_karras", "unipc", "unipc_karras", "lcm")
@@ -96,28 +105,18 @@ def diffusers_scheduler(solver, config, num_steps, monkeypatch):
     return scheduler
 
 
-def diffusers_trajectory(scheduler, timesteps):
-    import torch
-
-    latents = torch.from_numpy(unit_noise()).double() * scheduler.init_noise_sigma
-    inputs = []
-    for own_timestep, timestep in zip(scheduler.timesteps, timesteps, strict=True):
-        scaled = scheduler.scale_model_input(latents, own_timestep)
-        inputs.append(scaled.numpy())
-        latents = scheduler.step(toy(scaled, torch.tensor(timestep), torch), own_timestep, latents).prev_sample
-    return [*inputs, latents.numpy()]
-
-
 @pytest.mark.usefixtures("diffusers_in_double")
 @pytest.mark.parametrize("config", ["sd15", "sdxl", "v"])
 @pytest.mark.parametrize("solver", NEW)
 def test_every_step_is_that_of_diffusers(solver, config, monkeypatch):
+    import torch
+
     for num_steps in (1, 2, 3, 10, 25):
         table = columns(*solvers.SOLVERS[solver], schedule_of(config), num_steps)
         scheduler = diffusers_scheduler(solver, config, num_steps, monkeypatch)
         if scheduler.timesteps[0] < 500:  # diffusers starts a single step of some spacings at the lowest noise.
             continue
-        expected = diffusers_trajectory(scheduler, table["timesteps"])
+        expected = diffusers_trajectory(scheduler, table["timesteps"], torch.float64)
         assert largest_distance(run(table), expected) < TOLERANCE, num_steps
 
 
@@ -125,11 +124,14 @@ def test_every_step_is_that_of_diffusers(solver, config, monkeypatch):
 @pytest.mark.parametrize("levels", ["exponential", "beta"])
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "unipc"])
 def test_levels_of_named_spacings_are_those_of_diffusers(solver, levels, monkeypatch):
+    import torch
+
     for num_steps in (1, 2, 10, 25):
         table = columns(solver, levels, schedule_of("sd15"), num_steps)
         scheduler = diffusers_scheduler(f"{solver}_{levels}", "sd15", num_steps, monkeypatch)
         np.testing.assert_array_equal(table["timesteps"], scheduler.timesteps.numpy())
-        assert largest_distance(run(table), diffusers_trajectory(scheduler, table["timesteps"])) < TOLERANCE
+        expected = diffusers_trajectory(scheduler, table["timesteps"], torch.float64)
+        assert largest_distance(run(table), expected) < TOLERANCE
 
 
 @pytest.mark.usefixtures("diffusers_in_double")

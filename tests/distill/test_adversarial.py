@@ -12,7 +12,7 @@ import pytest
 from dmm_jax import train
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.distill import adversarial
-from dmm_jax.distillation import Definition
+from dmm_jax.distill.definition import Definition
 from dmm_jax.runtime import sharding
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.metrics import read

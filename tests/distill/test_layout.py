@@ -37,23 +37,23 @@ def same(first, second):
 
 
 def test_packing_round_trips_exactly_without_copying_large_arrays():
-    whole = tree()
-    packing = Packing(whole, MESH)
-    packed = packing.pack(whole)
+    state_tree = tree()
+    packing = Packing(state_tree, MESH)
+    packed = packing.pack(state_tree)
     assert packed["small"].shape == (3 + 4096 + 5,) and len(packed["large"]) == 3
-    assert packing.unpack(packed)["b"] is whole["b"]
-    assert same(packing.unpack(packed), whole)
+    assert packing.unpack(packed)["b"] is state_tree["b"]
+    assert same(packing.unpack(packed), state_tree)
 
 
 def test_a_packed_step_computes_what_the_step_computes():
-    whole = tree()
-    packing = Packing(whole, MESH)
+    state_tree = tree()
+    packing = Packing(state_tree, MESH)
 
     def step(state, factor):
         return jax.tree.map(lambda leaf: (leaf * factor).astype(leaf.dtype), state), {"sum": state["a"].sum()}
 
-    packed, results = jax.jit(packing.around(step), out_shardings=(packing.places, None))(packing.pack(whole), 3)
-    assert same(packing.unpack(packed), step(whole, 3)[0]) and results["sum"] == 3.0
+    packed, results = jax.jit(packing.around(step), out_shardings=(packing.places, None))(packing.pack(state_tree), 3)
+    assert same(packing.unpack(packed), step(state_tree, 3)[0]) and results["sum"] == 3.0
 
 
 def test_what_is_divided_among_devices_is_not_packed():
@@ -65,16 +65,16 @@ def test_what_is_divided_among_devices_is_not_packed():
 
 
 def test_a_tree_without_small_arrays_packs_too():
-    whole = {"x": jnp.ones((2, 2))}
-    packing = Packing(whole, MESH)
-    assert same(packing.unpack(packing.pack(whole)), whole)
+    state_tree = {"x": jnp.ones((2, 2))}
+    packing = Packing(state_tree, MESH)
+    assert same(packing.unpack(packing.pack(state_tree)), state_tree)
 
 
 def test_packed_kernels_have_the_output_channel_first(monkeypatch):
     monkeypatch.setattr(layout, "PLATFORMS", ("cpu",))
     kernel = np.random.default_rng(0).standard_normal((3, 3, 5, 7)).astype(np.float32)
-    whole = tree() | {"kernel": jax.device_put(kernel, sharding.shardings(MESH, sharding.COPY))}
-    packing = Packing(whole, MESH)
+    state_tree = tree() | {"kernel": jax.device_put(kernel, sharding.shardings(MESH, sharding.COPY))}
+    packing = Packing(state_tree, MESH)
 
     def step(state, _):
         return jax.tree.map(lambda leaf: leaf + leaf, state), {}
@@ -85,7 +85,7 @@ def test_packed_kernels_have_the_output_channel_first(monkeypatch):
         in_shardings=(packing.places, None),
         out_shardings=(packing.places, None),
     )
-    packed, expected = packing.pack(whole), step(whole, None)[0]
+    packed, expected = packing.pack(state_tree), step(state_tree, None)[0]
     assert [leaf.format.layout.major_to_minor for leaf in packed["large"] if leaf.ndim == 4] == [(3, 0, 1, 2)]
     after = packing.unpack(compiled(packed, None)[0])
     assert after["kernel"].format.layout.major_to_minor == (0, 1, 2, 3)
@@ -103,8 +103,8 @@ def test_a_checkpoint_does_not_depend_on_which_blocks_are_loops(tmp_path):
         runs[fewest] = Distillation(config, base=networks, teachers={"style_0": networks}, mesh=MESH)
     state = runs[2].init()
     runs[2].save(tmp_path / "run", state)
-    whole, restored = runs[2].unpack(state), runs[0].unpack(runs[0].restore(tmp_path / "run"))
-    assert same(restored, whole)
-    assert len(jax.tree.leaves(runs[2].abstract_state())) < len(jax.tree.leaves(whole))
-    again = runs[2].restore(tmp_path / "run")
-    assert same(again.arrays, state.arrays)
+    state_tree, restored = runs[2].unpack(state), runs[0].unpack(runs[0].restore(tmp_path / "run"))
+    assert same(restored, state_tree)
+    assert len(jax.tree.leaves(runs[2].abstract_state())) < len(jax.tree.leaves(state_tree))
+    reopened = runs[2].restore(tmp_path / "run")
+    assert same(reopened.arrays, state.arrays)

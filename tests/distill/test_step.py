@@ -44,12 +44,12 @@ def gradients(run, arguments):
 
 
 def test_micro_batches_do_not_change_the_gradient(run, arguments, gradients):
-    whole, errors = gradients(*arguments)
+    expected, errors = gradients(*arguments)
     config = run.config.copy_and_resolve_references()
     config.gradient_accumulation = 2
     in_two = Distillation(config, mesh=ONE_DEVICE)
     summed, errors_in_two = jax.jit(in_two.gradients(arguments[0]))(*arguments)
-    assert worlds.differing(whole, summed) < 1e-5
+    assert worlds.differing(expected, summed) < 1e-5
     assert worlds.differing(errors, errors_in_two) < 1e-5
 
 
@@ -85,11 +85,11 @@ def test_one_value_that_is_not_finite_is_noticed_in_any_network(bad):
 def test_random_numbers_follow_from_seed_step_and_sample(run, arguments):
     batch = jax.tree.map(lambda leaf: leaf[0], arguments[3])
     key, styles = jax.random.key(1), jnp.array([3, 5])
-    whole = draw_inputs(run.objective, key, jnp.arange(4), styles, batch)
+    everything = draw_inputs(run.objective, key, jnp.arange(4), styles, batch)
     part = draw_inputs(run.objective, key, jnp.arange(2, 4), styles, jax.tree.map(lambda leaf: leaf[2:], batch))
     for name in ("noise", "timesteps", "input_ids", "style_ids"):
-        assert np.array_equal(getattr(whole, name)[2:], getattr(part, name))
-    assert len(set(whole.timesteps.tolist())) > 1
+        assert np.array_equal(getattr(everything, name)[2:], getattr(part, name))
+    assert len(set(everything.timesteps.tolist())) > 1
 
 
 def drawn_timesteps(run, batch, **changes):
@@ -200,10 +200,10 @@ def test_the_norm_and_the_clip_equal_those_of_optax(max_norm):
     norm = jax.jit(clipping.build_norm(ONE_DEVICE, specs))(grads)["student"]
     assert 3 < norm < 3000 and float(norm) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-6)
 
-    ours, theirs = clipping.clip_by_norm(max_norm), optax.clip_by_global_norm(max_norm)
-    state = theirs.init(grads)
-    assert ours.init(grads) == state  # Checkpoints hold the same state.
-    (clipped, _), (expected, _) = ours.update(grads, state, norm=norm), theirs.update(grads, state)
+    clip, reference = clipping.clip_by_norm(max_norm), optax.clip_by_global_norm(max_norm)
+    state = reference.init(grads)
+    assert clip.init(grads) == state  # Checkpoints hold the same state.
+    (clipped, _), (expected, _) = clip.update(grads, state, norm=norm), reference.update(grads, state)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), clipped, expected)
 
 

@@ -37,8 +37,10 @@ def test_a_loop_has_the_outputs_and_gradients_of_its_blocks(num_prompts):
     assert actual == pytest.approx(float(expected), rel=1e-6)
     one_by_one = unstack_blocks(loop_grads, list)
     assert jax.tree.structure(one_by_one) == jax.tree.structure(grads)
-    for ours, theirs in zip(jax.tree.leaves(one_by_one), jax.tree.leaves(grads), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=2e-6 * float(jnp.abs(theirs).max()) + 1e-9)
+    for looped_result, unrolled_result in zip(jax.tree.leaves(one_by_one), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(
+            looped_result, unrolled_result, atol=2e-6 * float(jnp.abs(unrolled_result).max()) + 1e-9
+        )
 
 
 def test_only_groups_that_are_large_enough_are_stacked():

@@ -119,8 +119,8 @@ def test_no_prompt_is_what_the_stock_pipeline_of_xl_makes_of_it(folder, zeros):
     tokenizers = Tokenizers.from_folders(folders, zeros)
     none = with_weights_of(pipe, families.TEXTS["sdxl"])(jnp.asarray(tokenizers([None])))
     _, states, _, pooled = pipe.encode_prompt("a", device="cpu", do_classifier_free_guidance=True)
-    for ours, theirs in ((none.encoder_hidden_states, states), (none.pooled, pooled)):
-        np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=TOLERANCE * float(theirs.abs().max()))
+    for actual, desired in ((none.encoder_hidden_states, states), (none.pooled, pooled)):
+        np.testing.assert_allclose(actual, desired.detach().numpy(), atol=TOLERANCE * float(desired.abs().max()))
     assert bool(states.any()) != zeros and len(np.unique(tokenizers(["", None]), axis=0)) == 1 + zeros
 
 

@@ -28,6 +28,8 @@ def test_plain_text_has_the_words_alone():
 
 def test_a_break_inside_brackets_is_a_break():
     assert parse("(a BREAK b:1.5)") == [[("a", 1.5)], [("b", 1.5)]]
+    blanks = " " * 1000
+    assert parse(f"a{blanks}BREAK{blanks}b BREAK c ") == [[("a", 1.0)], [("b", 1.0)], [("c ", 1.0)]]
 
 
 @pytest.mark.parametrize("prompt, place", [("a (b", 3), ("a) b", 2), ("a [b) c]", 5), ("a:1.2) b", 6)])

@@ -29,15 +29,17 @@ def test_configs_are_those_of_the_stock_pipeline(stock, copy, case):
     path.write_text(json.dumps(config | {"_class_name": scheduler_class}))
     rewrite_json(copy / "unet" / "config.json", **unet)
     networks = {name: getattr(stock, name) for name in ("vae", "text_encoder")}
-    theirs = diffusers.StableDiffusionPipeline(
+    stock_pipeline = diffusers.StableDiffusionPipeline(
         **networks, tokenizer=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         unet=diffusers.UNet2DConditionModel.from_pretrained(copy / "unet"),
         scheduler=getattr(diffusers, scheduler_class).from_pretrained(copy / "scheduler"),
     )  # fmt: skip
-    ours = open_checkpoint(copy)
-    assert ours.unet_config["sample_size"] == theirs.unet.config.sample_size
-    assert ours.scheduler_config["steps_offset"] == theirs.scheduler.config.steps_offset == 1
-    assert ours.scheduler_config.get("clip_sample", False) == theirs.scheduler.config.get("clip_sample", False)
+    opened = open_checkpoint(copy)
+    assert opened.unet_config["sample_size"] == stock_pipeline.unet.config.sample_size
+    assert opened.scheduler_config["steps_offset"] == stock_pipeline.scheduler.config.steps_offset == 1
+    assert opened.scheduler_config.get("clip_sample", False) == stock_pipeline.scheduler.config.get(
+        "clip_sample", False
+    )
 
 
 def test_the_pipeline_of_xl_corrects_nothing():
