@@ -22,8 +22,8 @@ def get_config():
     config = dmm_jax.get_config()
     config.base = "checkpoints/stable-diffusion-v1-5"
     config.teachers = tuple((f"style_{k}", f"checkpoints/teacher_{k}.safetensors") for k in range(8))
-    config.data.source = "teachers"
-    config.data.prompts = "data/prompts.txt"
+    config.data.kind = "prompts"
+    config.data.source = "data/prompts.txt"
     config.data.num_examples = 12_000
     config.data.cache = "data/cache_teachers_512"
     config.sampling.batch_size = 32

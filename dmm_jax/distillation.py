@@ -24,7 +24,7 @@ from dmm_jax.checkpoints.compare import check_mergeable
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.states import StateStore
 from dmm_jax.config import checks, workdirs
-from dmm_jax.config import options as config_lib
+from dmm_jax.config.options import keeps_average, opening_options
 from dmm_jax.data import batches as data_batches
 from dmm_jax.data.batches import Batch
 from dmm_jax.data.cache import LatentCache
@@ -79,7 +79,7 @@ class Distillation(Definition):
         processes.check_joined()
         mesh = mesh or sharding.make_mesh(**config.mesh)
         checks.check_mesh(config, mesh.shape)
-        base = base or open_checkpoint(config.base, **config_lib.opening(config, "base"))
+        base = base or open_checkpoint(config.base, **opening_options(config, "base"))
         if teachers is None:
             teachers = incremental.open_teachers(config)
         check_mergeable(base, teachers)
@@ -122,7 +122,7 @@ class Distillation(Definition):
         trained = {"student": looped(student, self.config.loop_blocks, self.mesh)}
         if self.config.adversarial.weight:
             trained["discriminator"] = put_trained(self._judge, self.mesh)
-        return init_state(trained, self.optimizers, self.mesh, config_lib.keeps_average(self.config))
+        return init_state(trained, self.optimizers, self.mesh, keeps_average(self.config))
 
     def restore(self, workdir: str | os.PathLike) -> RunState:
         """Returns the state of a workdir's newest sound checkpoint, or the one at step 0 if it has none."""

@@ -4,13 +4,13 @@ import pathlib
 
 import ml_collections
 
-from dmm_jax.config import options
+from dmm_jax.config.serialization import to_json
 
 
 def write_experiment(path: pathlib.Path, config: ml_collections.ConfigDict) -> pathlib.Path:
     """Writes a file whose `get_config()` returns the config; returns its path."""
-    text = options.to_json(config)
+    text = to_json(config)
     path.write_text(
-        f"from dmm_jax.config.options import from_json\n\n\ndef get_config():\n    return from_json({text!r})\n"
+        f"from dmm_jax.config.serialization import from_json\n\n\ndef get_config():\n    return from_json({text!r})\n"
     )
     return path

@@ -14,7 +14,7 @@ from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
 from dmm_jax.checkpoints.modelspec import Recipe
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.write import write_single_file
-from dmm_jax.config import options as config_lib
+from dmm_jax.config.options import get_config
 from dmm_jax.models.unet_config import merged_config
 from dmm_jax.world import tokenizer
 
@@ -106,11 +106,11 @@ def random_student(base: Checkpoint, names: Sequence[str] = STYLES) -> Checkpoin
 
 def tiny_config(paths, cache: pathlib.Path):
     """Returns a config that trains in seconds."""
-    config = config_lib.get_config()
+    config = get_config()
     config.base = str(paths["base"])
     config.teachers = tuple((name, str(paths[name])) for name in STYLES)
     config.dtype = "float32"
-    config.data.source, config.data.cache = "shapes_world", str(cache)
+    config.data.kind, config.data.cache = "shapes_world", str(cache)
     config.data.num_examples, config.data.resolution = 12, 64
     config.batch_size, config.num_steps, config.warmup_steps, config.learning_rate = 4, 3, 1, 1e-2
     config.style_init, config.loop_blocks = "paper", 2

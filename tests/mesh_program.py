@@ -16,7 +16,7 @@ import optax
 from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
-from dmm_jax.config import options as config_lib
+from dmm_jax.config.options import get_config
 from dmm_jax.data.batches import Batch
 from dmm_jax.distill import discriminator
 from dmm_jax.distill.teachers import put_params
@@ -51,7 +51,7 @@ def random_checkpoint(seed: int, tokenizer: pathlib.Path, *networks: str) -> Che
 
 def make_config(changes: dict):
     """Returns a config that uses every part of the step; a large epsilon keeps Adam from amplifying rounding."""
-    config = config_lib.get_config()
+    config = get_config()
     config.base, config.teachers = "random", tuple((f"style_{k}", "random") for k in range(NUM_TEACHERS))
     config.batch_size, config.data.resolution, config.dtype = NUM_TEACHERS * PER_TEACHER, 64, "float32"
     config.warmup_steps, config.learning_rate, config.adam_eps = 0, 1e-3, 1e-3

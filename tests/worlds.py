@@ -9,7 +9,7 @@ from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
 from dmm_jax.checkpoints.modelspec import Recipe
 from dmm_jax.checkpoints.write import write_folder, write_single_file
-from dmm_jax.config import options as config_lib
+from dmm_jax.config.options import get_config
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.clip_text import CLIPTextModel
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
@@ -58,11 +58,11 @@ def write_world(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 def tiny_config(paths: dict[str, pathlib.Path], cache: pathlib.Path):
     """Returns a config that trains in seconds."""
-    config = config_lib.get_config()
+    config = get_config()
     config.base = str(paths["base"])
     config.teachers = tuple((name, str(paths[name])) for name in NAMES)
     config.dtype = "float32"
-    config.data.source = "shapes_world"
+    config.data.kind = "shapes_world"
     config.data.num_examples = 24
     config.data.resolution = 64
     config.data.cache = str(cache)

@@ -9,13 +9,13 @@ import jax
 import ml_collections
 
 from dmm_jax.bench import fid, host, numerics, sample, timing, train
-from dmm_jax.config import options as config_lib
+from dmm_jax.config import options
 from dmm_jax.runtime.errors import UserError
 
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the default config of `bench`: the paper's batch, eight teachers."""
-    config = config_lib.get_config()
+    config = options.get_config()
     config.base = "random"
     config.teachers = tuple((f"style_{k}", "random") for k in range(8))
     return config

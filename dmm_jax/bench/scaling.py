@@ -17,7 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 import ml_collections
 
 from dmm_jax.config import checks
-from dmm_jax.config import options as config_lib
+from dmm_jax.config.options import num_rows
+from dmm_jax.config.serialization import to_json
 from dmm_jax.runtime import metrics
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.sharding import AXES
@@ -94,10 +95,9 @@ def scaling(
     if not all(0 < count <= available for count in devices):
         raise UserError(f"devices must be between 1 and the {available} of this machine; got {devices}.")
     earlier, rows = _read(results), []
-    settings = {"size": size, "config": hashlib.sha256(config_lib.to_json(config).encode()).hexdigest()[:12]}
+    settings = {"size": size, "config": hashlib.sha256(to_json(config).encode()).hexdigest()[:12]}
     with tempfile.TemporaryDirectory(prefix="dmm_jax_scaling_") as folder:
-        num_rows = config_lib.num_rows(config)
-        sweep = [(count, *item) for count in devices for item in layouts(count, num_rows).items()]
+        sweep = [(count, *item) for count in devices for item in layouts(count, num_rows(config)).items()]
         for count, layout, mesh in sweep:
             key = settings | {"layout": layout, "devices": count, "batch": count * config.batch_size}
             row = next((old for old in earlier if key.items() <= old.items()), None)
@@ -139,8 +139,8 @@ def _measure_in_child(config, size, num_steps, num_devices, trace) -> dict:
     with tempfile.TemporaryDirectory(prefix="dmm_jax_scaling_") as folder:
         path = pathlib.Path(folder) / "experiment.py"
         path.write_text(
-            "from dmm_jax.config.options import from_json\n\n\n"
-            f"def get_config():\n    return from_json({config_lib.to_json(config)!r})\n"
+            "from dmm_jax.config.serialization import from_json\n\n\n"
+            f"def get_config():\n    return from_json({to_json(config)!r})\n"
         )
         command = [sys.executable, "-m", "dmm_jax", "bench", "train", "--json", f"--config={path}"]
         command += [f"--size={size}", f"--num-steps={num_steps}", f"--devices={num_devices}", f"--profile={trace}"]

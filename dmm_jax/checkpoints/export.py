@@ -14,7 +14,8 @@ from dmm_jax.checkpoints.modelspec import MERGED_FROM, RECIPE_KEY, Recipe
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.styles import select_styles
 from dmm_jax.checkpoints.write import DTYPES, FORMATS, write_format
-from dmm_jax.config import options as config_lib
+from dmm_jax.config.options import as_kept
+from dmm_jax.config.serialization import load_config, to_json
 from dmm_jax.config.styles import parse_style, style_row
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import check_output, locate, staged_folder
@@ -142,7 +143,7 @@ def open_student(
             f"{workdir} holds a stock checkpoint; only a merged one is exported. Give the --workdir of a `train` run."
         )
     student = with_fitted_styles(student, extra_styles)
-    return select_styles(student, config_lib.as_kept(keep)) if keep else student
+    return select_styles(student, as_kept(keep)) if keep else student
 
 
 def _row(style, styles):
@@ -151,7 +152,7 @@ def _row(style, styles):
 
 def _parents_by_new_name(parents, student, keep) -> dict[str, dict]:
     """Returns the parents of the exported styles and the base, by their new names; a fitted style has no parent."""
-    names = config_lib.as_kept(keep) if keep else {name: name for name in student.styles}
+    names = as_kept(keep) if keep else {name: name for name in student.styles}
     names = {provenance.BASE: provenance.BASE, **names}
     return {new: parents[old] for new, old in names.items() if old in parents}
 
@@ -173,7 +174,7 @@ def describe(workdir: str | os.PathLike, student: Checkpoint, parents: Mapping[s
     For a DMM folder, it holds the folder's own files and the recipe in their metadata instead.
     """
     if student.kind == "workdir":
-        options = json.loads(config_lib.to_json(config_lib.load(workdir)))
+        options = json.loads(to_json(load_config(workdir)))
         options = {name: v for name, v in options.items() if name not in ("base", "teachers", "data", "samples")}
         return {"parents": dict(parents), "options": options, "style": style}
     inherited = _metadata(student).get(RECIPE_KEY, "")

@@ -199,11 +199,12 @@ def _open_workdir(path: Location) -> Checkpoint:
     """Opens a training run: the newest student's UNet, with the other networks of its base."""
     # Imported here: a checkpoint from elsewhere opens without Orbax and ml_collections.
     from dmm_jax.checkpoints.states import restore_student
-    from dmm_jax.config import options as config_lib
+    from dmm_jax.config.options import opening_options, style_names
+    from dmm_jax.config.serialization import load_config
 
-    config = config_lib.load(path)
-    base = open_checkpoint(config.base, **config_lib.opening(config, "base"))
-    styles = tuple(config_lib.style_names(config))
+    config = load_config(path)
+    base = open_checkpoint(config.base, **opening_options(config, "base"))
+    styles = tuple(style_names(config))
     unet = merged_config(base.unet_config, len(styles))
 
     def load():

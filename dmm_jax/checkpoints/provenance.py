@@ -16,7 +16,8 @@ from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats import hub
 from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
-from dmm_jax.config import options as config_lib
+from dmm_jax.config.options import kept_styles, opening_options, style_names
+from dmm_jax.config.serialization import load_config
 from dmm_jax.runtime import processes
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import Location, locate, read_json
@@ -114,7 +115,7 @@ def parents_of_workdir(workdir: Location, hashed: bool = True) -> dict[str, dict
     Raises:
       CheckpointError: the run has no complete parents.json, and a parent cannot be opened.
     """
-    config = config_lib.load(workdir)
+    config = load_config(workdir)
     return _read_parents(workdir, config) or parents_of_config(config, hashed)
 
 
@@ -138,7 +139,7 @@ def _read_parents(workdir, config) -> dict | None:
     """Returns the contents of parents.json, or None if it is missing, damaged, or about other styles."""
     try:
         parents = read_json(workdir / PARENTS_FILE)
-        is_sound = set(parents) == {BASE, *config_lib.style_names(config)} and all(map(_is_record, parents.values()))
+        is_sound = set(parents) == {BASE, *style_names(config)} and all(map(_is_record, parents.values()))
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return None
     return parents if is_sound else None
@@ -163,7 +164,7 @@ def parents_of_config(config, hashed: bool = True) -> dict[str, dict]:
     """
     parents = {BASE: _record_of_path(BASE, config.base, config, hashed)}
     if config.grow.student:
-        path, old_names = locate(config.grow.student), config_lib.kept_styles(config)
+        path, old_names = locate(config.grow.student), kept_styles(config)
         if (path / "config.json").is_file():
             older = parents_of_workdir(path, hashed)
         else:
@@ -185,7 +186,7 @@ def _record_of_path(name, path, config, hashed) -> dict:
 
 
 def _open(name, path, config) -> Checkpoint:
-    options = config_lib.opening(config, name)
+    options = opening_options(config, name)
     return open_checkpoint(path, **options) if name == BASE else open_teacher(path, config.base, **options)
 
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import ml_collections
 
-from dmm_jax.config import options as config_lib
 from dmm_jax.config.arguments import MAX_SEED
-from dmm_jax.config.options import DTYPES
+from dmm_jax.config.options import DTYPES, IMAGES, PROMPTS, SHAPES_WORLD, clip_skips, num_rows, style_names
+from dmm_jax.config.serialization import flat_values
 from dmm_jax.config.styles import is_writable
 from dmm_jax.runtime.errors import UserError, refuse
 from dmm_jax.text.prompt_grammar import A1111, GRAMMARS, parse
@@ -22,6 +22,7 @@ CHOICES = {
     "attention": ("auto", "xla", "cudnn", "flash"),
     "prediction_type": ("", "epsilon", "v_prediction"),
     "optimizer": ("adamw", "muon"),
+    "data.kind": (IMAGES, PROMPTS, SHAPES_WORLD),
     "sampling.prompt_grammar": GRAMMARS,
     "learning_rate_schedule": ("constant", "cosine"),
 }
@@ -50,7 +51,7 @@ def check_mesh(config: ml_collections.ConfigDict, mesh_shape: Mapping[str, int])
       mesh_shape: devices along teacher, data and fsdp.
     """
     columns = mesh_shape["data"] * mesh_shape["fsdp"]
-    unit = config_lib.num_rows(config) * config.gradient_accumulation * columns
+    unit = num_rows(config) * config.gradient_accumulation * columns
     layout = f"mesh.data x mesh.fsdp = {mesh_shape['data']} x {mesh_shape['fsdp']} = {columns} devices per teacher"
     problems = []
     if config.batch_size % unit:
@@ -78,7 +79,7 @@ def _nearest(value: int, unit: int) -> int:
 
 
 def _problems(config):
-    names, num_teachers, rows = config_lib.style_names(config), len(config.teachers), config_lib.num_rows(config)
+    names, num_teachers, rows = style_names(config), len(config.teachers), num_rows(config)
     yield not config.base and "base is empty: set the checkpoint that the teachers were fine-tuned from."
     yield num_teachers == 0 and "teachers is empty: list at least one (style name, path)."
     for name in sorted({name for name in names if names.count(name) > 1}):
@@ -87,7 +88,7 @@ def _problems(config):
         if not is_writable(name):
             yield f"style name {name!r} is empty or holds '=', ',' or a line break: such a mix could not be written."
     parents = ("base", *(teacher for teacher, _ in config.teachers))
-    for name, number in config_lib.clip_skips(config).items():
+    for name, number in clip_skips(config).items():
         yield (name not in parents or number < 1) and (
             f"clip_skip has {name!r} with {number}; expected 'NAME=2' with a name of {', '.join(parents)}."
         )
@@ -127,7 +128,7 @@ def check_values(config: ml_collections.ConfigDict) -> None:
 
 
 def _values(config):
-    values = config_lib.flat(config.to_dict())
+    values = flat_values(config.to_dict())
     for name, value in values.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and (rule := _broken_rule(name, value)):
             yield f"{name} must {rule}; got {value}."

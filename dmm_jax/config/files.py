@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
-from dmm_jax.config import options as config_lib
+from dmm_jax.config import options
+from dmm_jax.config.options import as_teachers
+from dmm_jax.config.serialization import flat_values
 from dmm_jax.runtime.errors import UsageError, UserError, nearest
 from dmm_jax.runtime.home import expand_home
 
@@ -28,7 +30,7 @@ def read_config(path: str, overrides: Sequence[str] = ()):
         config, _ = _parsed(path, ())
     except Exception as error:  # The file is a program: anything can be wrong in it.
         raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
-    _check_complete(path, config, config_lib.get_config())
+    _check_complete(path, config, options.get_config())
     if not overrides:
         return _finished(config)
     _check_names(config, overrides)
@@ -54,7 +56,7 @@ def _finished(config):
         return expand_home(value) if isinstance(value, str) else value
 
     texts = {name: value for name, value in _options(config).items() if isinstance(value, (str, tuple))}
-    config.teachers = config_lib.as_teachers(config.teachers)
+    config.teachers = as_teachers(config.teachers)
     config.update_from_flattened_dict({name: expand(value) for name, value in texts.items() if name != "teachers"})
     config.teachers = expand(config.teachers)
     return config
@@ -97,7 +99,7 @@ def _check_complete(path, config, defaults):
 
 def _options(config) -> dict:
     """Returns the values by their full names."""
-    return config_lib.flat(config.to_dict())
+    return flat_values(config.to_dict())
 
 
 def _check_names(config, overrides):

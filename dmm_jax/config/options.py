@@ -3,18 +3,15 @@
 Defaults follow the recipe of DMM (arXiv:2504.12364, A.3), unless the comment names a difference.
 """
 
-import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import ml_collections
 
 from dmm_jax.config.styles import is_writable
-from dmm_jax.runtime import storage
-from dmm_jax.runtime.errors import UserError, refuse
+from dmm_jax.runtime.errors import UserError
 
 DTYPES = ("float32", "bfloat16")
-_GROUP = ml_collections.ConfigDict
+IMAGES, PROMPTS, SHAPES_WORLD = "images", "prompts", "shapes_world"  # Values of `data.kind`.
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -100,13 +97,14 @@ def get_config() -> ml_collections.ConfigDict:
 
     # Data: what `dmm-jax prepare` reads and writes.
     config.data = ml_collections.ConfigDict()
-    config.data.source = ""  # Folder of images and captions; "teachers" for images that they draw; "shapes_world".
-    config.data.prompts = ""  # Text file for "teachers", one prompt per line.
+    # "images" with captions; "prompts" alone, whose images the teachers draw; "shapes_world": the demo's own pictures.
+    config.data.kind = "images"
+    config.data.source = ""  # The folder of the images, or the text file of the prompts, one per line.
     config.data.cache = ""  # Folder of the latent cache.
     config.data.resolution = 512  # Pixels per side; images are scaled by their short side and cropped.
     config.data.num_examples = 0  # How many to prepare; 0: the whole folder, each prompt once. shapes_world needs it.
 
-    # How pictures are drawn: by teachers for `data.prompts`, along the way, and by `dmm-jax evaluate`.
+    # How pictures are drawn: by teachers for `data.kind="prompts"`, along the way, and by `dmm-jax evaluate`.
     config.sampling = ml_collections.ConfigDict()
     config.sampling.num_inference_steps = 25
     config.sampling.guidance_scale = 7.0
@@ -175,12 +173,12 @@ def clip_skips(config: ml_collections.ConfigDict) -> dict[str, int]:
     return {name: int(number) if number.isdecimal() else 0 for name, _, number in pairs}
 
 
-def embeddings(config: ml_collections.ConfigDict, name: str) -> list[str]:
+def embedding_files(config: ml_collections.ConfigDict, name: str) -> list[str]:
     """Returns the embeddings of "base" or a teacher, as `Pipeline.with_embeddings` takes them."""
     return [entry.partition("=")[2] for entry in config.embeddings if entry.partition("=")[0] == name]
 
 
-def opening(config: ml_collections.ConfigDict, name: str) -> dict:
+def opening_options(config: ml_collections.ConfigDict, name: str) -> dict:
     """Returns how to open a parent, as arguments of `open_checkpoint`; `name` is "base" or a teacher's."""
     return {"prediction_type": config.prediction_type, "clip_skip": clip_skips(config).get(name, 1)}
 
@@ -208,108 +206,3 @@ def as_teachers(values: Sequence) -> tuple[tuple[str, str], ...]:
 
 def _as_pair(value) -> tuple:
     return tuple(value) if isinstance(value, Sequence) else (value,)
-
-
-def to_json(config: ml_collections.ConfigDict) -> str:
-    """Writes a config so that `from_json` reads the same one back."""
-    return config.to_json(indent=2, sort_keys=True)
-
-
-def from_json(text: str, source: str = "config.json") -> ml_collections.ConfigDict:
-    """Reads what `to_json` wrote; options that the text lacks keep their defaults, unknown ones are ignored.
-
-    Args:
-      source: the name of the text in errors.
-
-    Raises:
-      UserError: the text is not a JSON object, or a value does not have its option's type.
-    """
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{source} is not JSON ({error}). Restore it from a copy.") from None
-    if not isinstance(values, Mapping):
-        raise UserError(f"{source} must hold a JSON object of options; got {_kind(values)}.")
-    config = get_config()
-    refuse(f"{source} cannot be read", _update(config, values))
-    config.teachers = as_teachers(config.teachers)
-    return config
-
-
-def removed_options(values: Mapping) -> list[str]:
-    """Returns a line for each option of an older run's config.json that no longer exists."""
-    options = flat(get_config().to_dict())
-    return [f"{name}: {value!r} -> no longer an option" for name, value in flat(values).items() if name not in options]
-
-
-def _update(config, values: Mapping, prefix: str = "") -> list[str]:
-    """Sets the options that exist; returns a line for each value that does not have its option's type."""
-    problems = []
-    for name, value in values.items():
-        if name not in config:
-            continue
-        value, default = _as_tuple(value), config[name]
-        if not _fits(value, default):
-            problems.append(f"{prefix}{name}: expected {_kind(default)}, got {_kind(value)}: {json.dumps(value)[:80]}")
-        elif isinstance(value, Mapping):
-            problems += _update(default, value, f"{prefix}{name}.")
-        else:
-            config[name] = value
-    return problems
-
-
-def _fits(value, default) -> bool:
-    kinds = (int, float) if isinstance(default, float) else Mapping if isinstance(default, _GROUP) else type(default)
-    if isinstance(value, tuple) and not all(isinstance(entry, (str, tuple)) for entry in value):
-        return False
-    return isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
-
-
-def _kind(value) -> str:
-    """Returns a word for a value's type that fits JSON."""
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a list of texts"}
-    words |= {list: "a list", type(None): "null"}
-    return words.get(type(value), "a group of options")
-
-
-def _as_tuple(value):
-    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
-
-
-def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:
-    """Returns the changes between two configs as lines `name: old -> new`, sorted by name."""
-    before, after = (flat(json.loads(to_json(config))) for config in (old, new))
-    names = sorted(before.keys() | after.keys())
-    return [
-        f"{name}: {before.get(name)!r} -> {after.get(name)!r}" for name in names if before.get(name) != after.get(name)
-    ]
-
-
-def flat(tree: Mapping, prefix: str = "") -> dict:
-    """Returns a tree's values by their full names, {"mesh.teacher": 8, ...}."""
-    return {
-        full: leaf
-        for name, value in tree.items()
-        for full, leaf in (
-            flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-        ).items()
-    }
-
-
-def load(path: str | os.PathLike) -> ml_collections.ConfigDict:
-    """Reads a workdir's `config.json`.
-
-    Raises:
-      UserError: the folder holds no config.json, so no training run wrote it; or one that cannot be read.
-    """
-    path = storage.locate(path)
-    storage.check_bucket(path)
-    path = path / "config.json"
-    if not path.is_file():
-        raise UserError(
-            f"{path.parent} is not a training workdir: {path.name} is missing. Give the --workdir of a `train` run."
-        )
-    try:
-        return from_json(path.read_text(encoding="utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}). Restore it.") from None

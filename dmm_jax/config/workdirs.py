@@ -4,7 +4,8 @@ import os
 
 import jax
 
-from dmm_jax.config import options as config_lib
+from dmm_jax.config.options import keeps_average, style_names
+from dmm_jax.config.serialization import differences, load_config, removed_options, to_json
 from dmm_jax.runtime import locks, processes, storage
 from dmm_jax.runtime.errors import UserError
 
@@ -17,15 +18,15 @@ def check(workdir: storage.Location, config) -> list[str]:
         be written.
     """
     if (workdir / "config.json").is_file():
-        old = config_lib.load(workdir)
-        before, after = config_lib.style_names(old), config_lib.style_names(config)
+        old = load_config(workdir)
+        before, after = style_names(old), style_names(config)
         if before and before != after:
             raise UserError(
                 f"{workdir} was trained on the styles {', '.join(before)}; the config lists {', '.join(after)}. "
                 "Use another --workdir."
             )
-        changed = config_lib.differences(old, config)
-        changed += config_lib.removed_options(storage.read_json(workdir / "config.json"))
+        changed = differences(old, config)
+        changed += removed_options(storage.read_json(workdir / "config.json"))
         if (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
             _check_state(workdir, old, config)
     else:
@@ -53,8 +54,8 @@ def _check_state(workdir, old, new):
         "style_init": lambda config: config.style_init,
         "grow.student": lambda config: config.grow.student,
         "optimizer": lambda config: config.optimizer,
-        "ema_decay": config_lib.keeps_average,
-        "ema_width": config_lib.keeps_average,
+        "ema_decay": keeps_average,
+        "ema_width": keeps_average,
         "max_grad_norm": lambda config: bool(config.max_grad_norm),
         "style_learning_rate_scale": lambda config: config.style_learning_rate_scale != 1.0,
         "adversarial.weight": lambda config: bool(config.adversarial.weight),
@@ -63,7 +64,7 @@ def _check_state(workdir, old, new):
         ),
     }
     before, after = ({name: read(config) for name, read in fixed.items()} for config in (old, new))
-    changes = {line.partition(":")[0]: line for line in config_lib.differences(old, new)}
+    changes = {line.partition(":")[0]: line for line in differences(old, new)}
     lines = [changes[name] for name in fixed if before[name] != after[name] and name in changes]
     if lines:
         raise UserError(
@@ -95,7 +96,7 @@ def write_config(workdir: storage.Location, config) -> None:
         with storage.bucket_errors(workdir), storage.errors_name(path):
             workdir.mkdir(parents=True, exist_ok=True)
             part = path if storage.in_bucket(path) else storage.part_of(path)  # Objects are written whole.
-            part.write_text(config_lib.to_json(config))
+            part.write_text(to_json(config))
             if part != path:
                 part.replace(path)
     processes.wait_for_all("config.json written")

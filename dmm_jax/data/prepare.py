@@ -11,10 +11,11 @@ from dmm_jax.checkpoints.architecture import CELL
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.config import arguments, checks
+from dmm_jax.config.options import SHAPES_WORLD
 from dmm_jax.data.cache import LatentCache
 from dmm_jax.data.files import IGNORED, Unused
 from dmm_jax.data.fill_cache import check_place, encode_images
-from dmm_jax.data.sources import SHAPES_WORLD, TEACHERS, FolderSource, ImageSource
+from dmm_jax.data.sources import FolderSource, ImageSource
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.network import place_params
 from dmm_jax.runtime import sharding
@@ -41,7 +42,7 @@ def prepare_images(config, strict: bool = False) -> LatentCache:
     base = open_checkpoint(config.base)
     arguments.pixels("data.resolution", config.data.resolution, CELL)
     tokenizers = base.tokenizers()
-    say(f"reading {config.data.source}")
+    say(f"reading {config.data.source or config.data.kind}")
     source = open_source(config)
     unused = getattr(source, "unused", Unused())
     refuse("--strict: some files are not used", unused.lines(but=IGNORED) if strict else [])
@@ -82,10 +83,12 @@ def open_source(config) -> ImageSource:
     Raises:
       ValueError: no source is set, or the source has no captioned images.
     """
-    if not config.data.source:
-        raise UserError(f"data.source is empty: set a folder of images and captions, {TEACHERS!r} or {SHAPES_WORLD!r}.")
-    if config.data.source == SHAPES_WORLD:
+    if config.data.kind == SHAPES_WORLD:
         return ShapesSource(config.data.num_examples, seed=config.seed, shuffled=True)
+    if not config.data.source:
+        raise UserError(
+            "data.source is empty: set a folder of images and captions, or data.kind='prompts' and a file of prompts."
+        )
     source = FolderSource(config.data.source)
     if 0 < config.data.num_examples < len(source):
         surplus = len(source) - config.data.num_examples

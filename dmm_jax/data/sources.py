@@ -19,7 +19,6 @@ from dmm_jax.data.files import DataFile, Unused, list_folder, list_tar
 from dmm_jax.data.images import IMAGE_SUFFIXES, fit_square, load_rgb
 from dmm_jax.runtime.errors import UserError
 
-SHAPES_WORLD, TEACHERS = "shapes_world", "teachers"  # Values of `config.data.source` that do not name a folder.
 TEXT_SUFFIXES = (".txt", ".caption")
 
 

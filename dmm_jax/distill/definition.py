@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from dmm_jax.checkpoints.abstract import abstract_model, abstract_params
 from dmm_jax.checkpoints.architecture import CELL
 from dmm_jax.checkpoints.checkpoint import Checkpoint
-from dmm_jax.config import options as config_lib
+from dmm_jax.config.options import keeps_average, kept_styles, num_rows, style_names
 from dmm_jax.data.batches import Batch
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.distill import average, clipping, discriminator
@@ -55,10 +55,10 @@ class Definition:
           platform: as in `kernels.attention.choose_implementation`.
         """
         self.config, self.base, self.mesh = config, base, mesh
-        self.styles = tuple(config_lib.style_names(config))
+        self.styles = tuple(style_names(config))
         self.dtype = jnp.dtype(config.dtype)
         self.student_config = merged_config(base.unet_config, len(self.styles))
-        num_kept = len(config_lib.kept_styles(config)) if config.grow.replay else 0
+        num_kept = len(kept_styles(config)) if config.grow.replay else 0
         # One UNet runs all teachers; it has a style table if one of them is a merged student.
         self.teacher_config = merged_config(base.unet_config, num_kept) if num_kept else base.unet_config
         self.networks = self._networks(choose_implementation(config.attention, self.dtype, platform))
@@ -139,7 +139,7 @@ class Definition:
         trained = {"student": looped_shapes(abstract_params("unet", self.student_config), fewest)}
         if self.config.adversarial.weight:
             trained["discriminator"], _ = self.abstract_discriminator()
-        state = abstract_state(trained, self.optimizers, config_lib.keeps_average(self.config))
+        state = abstract_state(trained, self.optimizers, keeps_average(self.config))
         return sharding.abstract_arrays(state, state_specs(state, self.mesh), self.mesh)
 
     def abstract_frozen(self, num_encoders: int) -> tuple[Teachers, Frozen]:
@@ -148,7 +148,7 @@ class Definition:
         Args:
           num_encoders: rows of the teachers' own text encoders, over all shards of `teacher`.
         """
-        rows = config_lib.num_rows(self.config)
+        rows = num_rows(self.config)
         arguments = self.base, self.teacher_config, rows, num_encoders, self.mesh, self.dtype
         teachers, frozen = abstract_teachers(*arguments)
         if self.config.adversarial.weight:
@@ -158,7 +158,7 @@ class Definition:
 
     def abstract_batch(self) -> Batch:
         """Returns the shapes and shardings of a batch (N, B/N, ...)."""
-        rows, cells = config_lib.num_rows(self.config), self.config.data.resolution // CELL
+        rows, cells = num_rows(self.config), self.config.data.resolution // CELL
         leading = rows, self.config.batch_size // rows
         channels = self.base.unet_config.get("in_channels", 4)
         shapes = Batch(

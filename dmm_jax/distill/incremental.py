@@ -16,7 +16,8 @@ from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats import hub
 from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
 from dmm_jax.checkpoints.styles import fold_style, select_styles
-from dmm_jax.config import options as config_lib
+from dmm_jax.config.options import kept_styles, opening_options
+from dmm_jax.config.serialization import load_config
 from dmm_jax.distill.teachers import BatchRow
 from dmm_jax.models.unet_config import style_mlp_name
 from dmm_jax.runtime.errors import refuse
@@ -53,7 +54,7 @@ def old_student(config, base: Checkpoint) -> Checkpoint | None:
     """
     if not config.grow.student:
         return None
-    student = select_styles(open_checkpoint(config.grow.student), config_lib.kept_styles(config))
+    student = select_styles(open_checkpoint(config.grow.student), kept_styles(config))
     problems = teacher_problems(base, f"grow.student ({student.path})", fold_style(student, one_hot(student, 0)))
     for component in ("vae", *base.text_encoders):
         if student.has(component) and student.digest(component) != base.digest(component):
@@ -105,7 +106,7 @@ def _fresh_row(table: np.ndarray, name: str, seed: int) -> np.ndarray:
 
 def open_teachers(config) -> dict[str, Checkpoint]:
     """Opens the teachers of a config, by name."""
-    return {name: open_teacher(path, config.base, **config_lib.opening(config, name)) for name, path in config.teachers}
+    return {name: open_teacher(path, config.base, **opening_options(config, name)) for name, path in config.teachers}
 
 
 def origins(config) -> dict[str, Checkpoint]:
@@ -119,9 +120,9 @@ def origins(config) -> dict[str, Checkpoint]:
         path = locate(config.grow.student)
         if (path / "config.json").is_file():
             with hub.cache_only():
-                older = origins(config_lib.load(path))
+                older = origins(load_config(path))
         else:
             student = open_checkpoint(path)
             older = {name: fold_style(student, one_hot(student, row)) for row, name in enumerate(student.styles)}
-        teachers = {name: older[old] for name, old in config_lib.kept_styles(config).items()}
+        teachers = {name: older[old] for name, old in kept_styles(config).items()}
     return teachers | open_teachers(config)

@@ -16,12 +16,11 @@ from dmm_jax.checkpoints.compare import check_mergeable
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.provenance import sha256
 from dmm_jax.config import arguments
-from dmm_jax.config import options as config_lib
+from dmm_jax.config.options import PROMPTS, embedding_files, opening_options, solver_options, style_names
 from dmm_jax.data import prepare
 from dmm_jax.data.cache import LatentCache
 from dmm_jax.data.fill_cache import sample_prompts
 from dmm_jax.data.prompts import Draws, read_prompts
-from dmm_jax.data.sources import TEACHERS
 from dmm_jax.diffusion import guidance, solvers
 from dmm_jax.distill import incremental
 from dmm_jax.pipeline import Pipeline
@@ -31,7 +30,7 @@ from dmm_jax.text.prompt_grammar import A1111, plain_text
 
 
 def prepare_cache(config, strict: bool = False) -> LatentCache:
-    """Writes and opens a config's latent cache, from images or, if `data.source` is "teachers", from prompts alone.
+    """Writes and opens a config's latent cache, from images or, if `data.kind` is "prompts", from prompts alone.
 
     Args:
       strict: whether a file of the source that is not used is an error.
@@ -39,22 +38,22 @@ def prepare_cache(config, strict: bool = False) -> LatentCache:
     Raises:
       UserError: the source, the teachers, the base or the cache folder cannot be used.
     """
-    if config.data.source == TEACHERS:
+    if config.data.kind == PROMPTS:
         return prepare_teacher_samples(config)
     return prepare.prepare_images(config, strict)
 
 
 def prepare_teacher_samples(config) -> LatentCache:
-    """Writes and opens a latent cache that the teachers of all styles draw from `config.data.prompts`.
+    """Writes and opens a latent cache that the teachers of all styles draw from the prompts of `config.data.source`.
 
     Raises:
       UserError: prompts, sampler, teachers, base or the cache folder cannot be used.
     """
     prepare.check_config(config)
     config = incremental.resolved(config)
-    draws, options = _draws(config), config_lib.solver_options(config)
+    draws, options = _draws(config), solver_options(config)
     arguments.pixels("data.resolution", config.data.resolution, CELL)
-    base = open_checkpoint(config.base, **config_lib.opening(config, "base"))
+    base = open_checkpoint(config.base, **opening_options(config, "base"))
     teachers = incremental.origins(config)
     check_mergeable(base, teachers)
     sampler = TeacherSampler(config, base, teachers, draws.prompts, options)
@@ -97,7 +96,7 @@ class TeacherSampler:
         """
         self.base, self.teachers, self.prompts, self.options = base, list(teachers.values()), prompts, dict(options)
         self.resolution = config.data.resolution
-        self.embeddings = [config_lib.embeddings(config, name) for name in teachers]
+        self.embeddings = [embedding_files(config, name) for name in teachers]
         settings = {"dtype": config.dtype, "prompt_grammar": config.sampling.prompt_grammar}
         self.pipeline = Pipeline.for_unet(base, base.unet_config, (), **settings)
         solvers.plan(options["solver"], self.pipeline.schedule, options["num_inference_steps"])  # Refuses early.
@@ -128,12 +127,12 @@ class TeacherSampler:
 
 
 def _draws(config) -> Draws:
-    if not config.data.prompts:
-        raise UserError("data.prompts is empty: set a text file with one prompt per line, for the teachers to draw.")
+    if not config.data.source:
+        raise UserError("data.source is empty: set a text file with one prompt per line, for the teachers to draw.")
     if not config.teachers:
         raise UserError("teachers is empty: list at least one (style name, path) to draw the prompts.")
-    prompts = read_prompts(config.data.prompts)
-    return Draws(prompts, len(config_lib.style_names(config)), config.data.num_examples or len(prompts), config.seed)
+    prompts = read_prompts(config.data.source)
+    return Draws(prompts, len(style_names(config)), config.data.num_examples or len(prompts), config.seed)
 
 
 def _describe_source(base: Checkpoint, teachers: Mapping[str, Checkpoint], draws: Draws, options: Mapping) -> str:

@@ -16,8 +16,8 @@ import numpy as np
 
 from dmm_jax.checkpoints.formats import hub
 from dmm_jax.checkpoints.open import open_checkpoint
-from dmm_jax.config import options as config_lib
-from dmm_jax.data.prepare import SHAPES_WORLD
+from dmm_jax.config.options import SHAPES_WORLD
+from dmm_jax.config.serialization import load_config
 from dmm_jax.evaluation import clip, lpips
 from dmm_jax.evaluation.compared_models import OTHER_DTYPE, ComparedModels, merge_settings
 from dmm_jax.evaluation.feature_networks import SHAPES, draws_shapes_world, open_feature_network
@@ -56,7 +56,7 @@ def evaluate(workdir: str | os.PathLike, options: Options | None = None) -> Eval
         these pictures. Every check comes before any drawing.
     """
     started, workdir, options = time.perf_counter(), locate(workdir), options or Options()
-    config = config_lib.load(workdir)
+    config = load_config(workdir)
     _check_report(workdir / "report")
     training_log = metrics.read_log(workdir / "metrics.jsonl")
     _check_features(options.features, config)
@@ -97,7 +97,7 @@ def _check_report(folder: Location) -> None:
 
 def _check_features(features: str, config) -> None:
     """Raises ValueError if FD (shapes) is to measure models that do not draw the embedded world."""
-    if features != SHAPES or config.data.source == SHAPES_WORLD or draws_shapes_world(open_checkpoint(config.base)):
+    if features != SHAPES or config.data.kind == SHAPES_WORLD or draws_shapes_world(open_checkpoint(config.base)):
         return
     raise UserError(
         f"FD (shapes) is a distance of the embedded world's pictures, and {config.base} does not draw that world: its "

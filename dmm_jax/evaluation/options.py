@@ -4,8 +4,7 @@ import dataclasses
 import shlex
 
 from dmm_jax.checkpoints.merge_methods import METHODS
-from dmm_jax.config import arguments
-from dmm_jax.config import options as config_lib
+from dmm_jax.config import arguments, options
 from dmm_jax.evaluation.feature_networks import SHAPES
 from dmm_jax.runtime.errors import UserError
 
@@ -63,7 +62,7 @@ class Options:
     def solver_options(self, config) -> dict[str, object]:
         """Returns the solver's options of `Pipeline.__call__`: those of the run's config where these are None."""
         return {name: value if getattr(self, name) is None else getattr(self, name)
-                for name, value in config_lib.solver_options(config).items()}  # fmt: skip
+                for name, value in options.solver_options(config).items()}  # fmt: skip
 
     def command(self, workdir: str) -> str:
         """Returns the command that computes the same numbers; options that have their defaults are left out."""

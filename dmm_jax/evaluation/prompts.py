@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dmm_jax.config.options import PROMPTS, SHAPES_WORLD
 from dmm_jax.data.prompts import read_prompts
-from dmm_jax.data.sources import SHAPES_WORLD, TEACHERS, FolderSource
+from dmm_jax.data.sources import FolderSource
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.world import scenes
 from dmm_jax.world.source import ShapesSource
@@ -34,7 +35,7 @@ def choose_prompts(config, count: int, file: str = "") -> Prompts:
     rng = np.random.default_rng(PROMPT_SEED)
     if file:
         lines, source = read_prompts(file), str(file)
-    elif config.data.source == SHAPES_WORLD:
+    elif config.data.kind == SHAPES_WORLD:
         lines, source = scenes.sample_scenes(rng, count)[1], f"the embedded world's captions, seed {PROMPT_SEED}"
     else:
         try:
@@ -44,11 +45,11 @@ def choose_prompts(config, count: int, file: str = "") -> Prompts:
                 f"{error} Or give other prompts: --prompts FILE, a text file with one prompt per line."
             ) from error
         lines = [lines[k] for k in rng.permutation(len(lines))]
-        source = f"{config.data.prompts if config.data.source == TEACHERS else config.data.source}, seed {PROMPT_SEED}"
+        source = f"{config.data.source}, seed {PROMPT_SEED}"
     used = lines[:count]
     repeats = f", again and again for {count} pictures" if len(used) < count else ""
     settings = {"prompts": f"{len(used)} of {source}{repeats}", "prompts trained on": _overlap(config, used)}
-    are_captions = not file and config.data.source != TEACHERS
+    are_captions = not file and config.data.kind != PROMPTS
     return Prompts([used[k % len(used)] for k in range(count)], settings, are_captions)
 
 
@@ -68,8 +69,8 @@ def _training_prompts(config) -> list[str]:
       ValueError: its file or folder cannot be read.
     """
     data = config.data
-    if data.source == SHAPES_WORLD:
+    if data.kind == SHAPES_WORLD:
         return list(ShapesSource(data.num_examples, seed=config.seed).captions)
-    if data.source == TEACHERS:
-        return read_prompts(data.prompts)[: data.num_examples or None]
+    if data.kind == PROMPTS:
+        return read_prompts(data.source)[: data.num_examples or None]
     return [caption for _, caption in FolderSource(data.source).rows][: data.num_examples or None]

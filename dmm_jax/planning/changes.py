@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import ml_collections
 
 from dmm_jax.config import checks
-from dmm_jax.config import options as config_lib
+from dmm_jax.config.options import num_rows
 from dmm_jax.planning import devices
 from dmm_jax.runtime import sharding
 from dmm_jax.runtime.errors import UserError
@@ -57,7 +57,7 @@ def _check(config, topology):
 def dividing_flags(config: ml_collections.ConfigDict, topology: devices.Topology) -> list[str]:
     """Returns flags under which a config divides among the devices: another mesh, and another batch on its own mesh."""
     suggestions = []
-    rows = config_lib.num_rows(config)
+    rows = num_rows(config)
     for teacher in sorted(_divisors(math.gcd(rows, topology.count)), reverse=True):
         mesh = {"mesh.teacher": teacher, "mesh.data": 0, "mesh.fsdp": 1}
         if _can_run(_changed(config, mesh), topology):
@@ -115,8 +115,8 @@ def _combinations(config, machine) -> Iterator[tuple[int, list[int], dict]]:
     """Yields (size of the change, order among changes of equal size, {option: value})."""
     mesh, level = config.mesh, REMAT_LEVELS.index(config.remat) if config.remat in REMAT_LEVELS else 1
     remats = [(0, {}), *((k - level, {"remat": REMAT_LEVELS[k]}) for k in range(level + 1, len(REMAT_LEVELS)))]
-    halvings = _doublings(config.batch_size // (config_lib.num_rows(config) * config.gradient_accumulation))
-    groups = [size for size in _divisors(config_lib.num_rows(config)) if not size % mesh.teacher]
+    halvings = _doublings(config.batch_size // (num_rows(config) * config.gradient_accumulation))
+    groups = [size for size in _divisors(num_rows(config)) if not size % mesh.teacher]
     teachers = [(k, {"mesh.teacher": size}) for k, size in enumerate(groups) if machine.count % size == 0]
     shards = [(k, {"mesh.fsdp": mesh.fsdp * 2**k}) for k in range(_doublings(machine.count // mesh.fsdp) + 1)]
     for micro in range(halvings + 1):

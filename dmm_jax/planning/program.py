@@ -14,7 +14,7 @@ from dmm_jax.checkpoints import published
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.config import checks
-from dmm_jax.config import options as config_lib
+from dmm_jax.config.options import num_rows
 from dmm_jax.data.batches import Batch
 from dmm_jax.distill import incremental
 from dmm_jax.distill import teachers as teachers_lib
@@ -123,7 +123,7 @@ def base_checkpoint(config, architecture: str) -> tuple[Checkpoint, tuple[str, .
 def num_own_encoders(config, base: Checkpoint, shards: int) -> tuple[int, tuple[str, ...]]:
     """Returns the number of text encoders that are teachers' own, over all shards of `teacher`, and assumptions."""
     paths = [pathlib.Path(path) for _, path in config.teachers]
-    replayed = config_lib.num_rows(config) - len(paths)
+    replayed = num_rows(config) - len(paths)
     if all(path.exists() for path in paths) and pathlib.Path(config.base).exists():
         checkpoints = [*map(open_checkpoint, paths), *[base] * replayed]
         return len(teachers_lib.encoder_rows(base, checkpoints, shards)[1]), ()

@@ -68,8 +68,8 @@ def _draw_with_teachers(out: pathlib.Path, name: str, prompts: Sequence[str]) ->
     config = study_config(out, STYLES, 1, 0)
     path = out / f"prompts_{name}.txt"
     path.write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    config.data.source, config.data.num_examples = "teachers", len(prompts) * len(STYLES)
-    config.data.prompts, config.data.cache = str(path), cache_path(out, name)
+    config.data.kind, config.data.source, config.data.cache = "prompts", str(path), cache_path(out, name)
+    config.data.num_examples = len(prompts) * len(STYLES)
     prepare_cache(config)
 
 

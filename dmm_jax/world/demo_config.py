@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from dmm_jax.config import options as config_lib
+from dmm_jax.config import options
 from dmm_jax.world.scenes import IMAGE_SIZE
 from dmm_jax.world.shipped_checkpoints import BASE, FOLDER, teacher_paths
 
@@ -16,11 +16,11 @@ PROMPTS = (
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the demo's config."""
-    config = config_lib.get_config()
+    config = options.get_config()
     config.base = str(FOLDER / BASE)
     config.teachers = teacher_paths()
     config.dtype = "float32"
-    config.data.source = "shapes_world"
+    config.data.kind = "shapes_world"
     config.data.num_examples = 1024
     config.data.resolution = IMAGE_SIZE
     config.batch_size = 60

@@ -15,7 +15,7 @@ from dmm_jax.checkpoints.formats import style_lora
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.styles import fold_style
-from dmm_jax.config import options as config_lib
+from dmm_jax.config.serialization import load_config
 from dmm_jax.data.prepare import prepare_images
 from dmm_jax.distill.layout import looped, state_specs
 from dmm_jax.distill.objective import Inputs
@@ -190,7 +190,7 @@ def test_the_discriminator_of_xl_starts_near_chance_and_moves(xl):
 def test_teacher_and_student_of_xl_get_equal_sizes_and_prompts(xl):
     """A student that equals its teacher has no error for any inputs; other encoders or sizes change the error."""
     base = open_checkpoint(xl[0]["base"])
-    config = config_lib.load(xl[1])
+    config = load_config(xl[1])
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     run = Distillation(config, teachers={name: open_checkpoint(xl[0][name]) for name in MIX}, mesh=mesh)
     assert np.asarray(run.teachers.encoder).tolist() == [0, 1]

@@ -14,7 +14,9 @@ from dmm_jax.checkpoints import export, model_card, provenance
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.states import StateStore
-from dmm_jax.config import options, workdirs
+from dmm_jax.config import workdirs
+from dmm_jax.config.options import style_names
+from dmm_jax.config.serialization import load_config
 from dmm_jax.distill import incremental
 from dmm_jax.models.unet_config import merged_config
 from dmm_jax.runtime.errors import message
@@ -122,7 +124,7 @@ def damage(path, rng) -> str:
 READERS = {
     "check": lambda workdir, config: workdirs.check(workdir, config),
     "open": lambda workdir, _: open_checkpoint(workdir),
-    "origins": lambda workdir, _: incremental.origins(options.load(workdir)),
+    "origins": lambda workdir, _: incremental.origins(load_config(workdir)),
     "log": lambda workdir, _: MetricsLog(workdir, 1, worlds.NAMES).__exit__(),
     "parents": lambda workdir, _: write_card(workdir),
     "card": lambda workdir, _: model_card.metrics_of(workdir, worlds.NAMES),
@@ -132,7 +134,7 @@ READERS = {
 
 
 def write_card(workdir):
-    styles, parents = options.style_names(options.load(workdir)), provenance.parents_of_workdir(workdir, hashed=False)
+    styles, parents = style_names(load_config(workdir)), provenance.parents_of_workdir(workdir, hashed=False)
     student = open_checkpoint(workdir)
     json.dumps(export.describe(workdir, student, parents, "left")), export.merged_from_names(parents, student)
     model_card.card(["dmm"], "t", styles, student.architecture, parents, "", None, False, student.scheduler_config)

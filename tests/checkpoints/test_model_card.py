@@ -13,7 +13,7 @@ from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
 from dmm_jax.checkpoints.inspect import inspect
 from dmm_jax.checkpoints.inspect_text import render
 from dmm_jax.checkpoints.open import open_checkpoint
-from dmm_jax.config import options as config_lib
+from dmm_jax.config.serialization import load_config
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.verbs import main as cli
 
@@ -126,7 +126,7 @@ def test_no_recipe_leaves_every_trace_of_the_parents_out(copied, tmp_path):
     out = tmp_path / "out"
     arguments = ["export", str(copied), str(out), "--format", "dmm,diffusers,single-file", "--style", "left"]
     assert cli.main([*arguments, "--no-recipe"]) == 0
-    config = config_lib.load(copied)
+    config = load_config(copied)
     secrets = set()
     for path in (config.base, *(path for _, path in config.teachers)):
         digest = open_checkpoint(path).digest("unet")

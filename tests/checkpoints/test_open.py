@@ -14,7 +14,8 @@ from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
 from dmm_jax.checkpoints.inspect import inspect
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.states import StateStore
-from dmm_jax.config import options as config_lib
+from dmm_jax.config.options import get_config
+from dmm_jax.config.serialization import to_json
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
 from tests.checkpoints.files import COMPONENTS, assert_same_networks, rewrite, rewrite_json
 
@@ -190,12 +191,12 @@ def test_a_missing_path_and_another_folder_are_refused(tmp_path):
 @pytest.fixture(params=["params", "ema"])
 def workdir(request, folder, student, tmp_path):
     """A training run's folder whose newest state holds the student; with an average, the average is the student."""
-    config = config_lib.get_config()
+    config = get_config()
     config.base = str(folder)
     config.teachers = tuple((name, str(folder)) for name in student.styles)
     path = tmp_path / "run"
     path.mkdir()
-    (path / "config.json").write_text(config_lib.to_json(config))
+    (path / "config.json").write_text(to_json(config))
     params = jax.tree.map(jnp.asarray, student.params("unet"))
     state = {"params": params}
     if request.param == "ema":

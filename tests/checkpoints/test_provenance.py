@@ -13,7 +13,7 @@ from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
 from dmm_jax.checkpoints.modelspec import MERGED_FROM, RECIPE_KEY
 from dmm_jax.checkpoints.open import open_checkpoint
-from dmm_jax.config import options as config_lib
+from dmm_jax.config.serialization import load_config
 
 OPTIONS = {"formats": ["single-file"], "style": "left"}
 
@@ -94,7 +94,7 @@ def test_without_a_sound_parents_file_the_parents_are_opened(moved, tmp_path, te
     workdir, gone = moved
     expected = provenance.parents_of_workdir(workdir)
     (workdir / provenance.PARENTS_FILE).write_text(text)
-    assert provenance.parents_of_workdir(workdir) == expected == provenance.parents_of_config(config_lib.load(workdir))
+    assert provenance.parents_of_workdir(workdir) == expected == provenance.parents_of_config(load_config(workdir))
     gone.unlink()
     with pytest.raises(CheckpointError, match=r"left cannot be read: there is no checkpoint .*--no-recipe"):
         export.export(workdir, tmp_path / "out", **OPTIONS)

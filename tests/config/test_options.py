@@ -5,11 +5,12 @@ import json
 import pytest
 
 from dmm_jax.config import checks
-from dmm_jax.config import options as config_lib
+from dmm_jax.config.options import as_kept, get_config
+from dmm_jax.config.serialization import differences, from_json, load_config, to_json
 
 
 def valid():
-    config = config_lib.get_config()
+    config = get_config()
     config.base, config.teachers, config.batch_size = "base", (("a", "x"), ("b", "y")), 8
     return config
 
@@ -69,7 +70,7 @@ def options(tree, prefix=""):
 
 NUMBERS = {
     name: value
-    for name, value in options(config_lib.get_config().to_dict())
+    for name, value in options(get_config().to_dict())
     if isinstance(value, (int, float)) and not isinstance(value, bool)
 }
 
@@ -96,7 +97,7 @@ def test_numbers_have_the_ranges_that_their_use_wants(name, value):
 @pytest.mark.parametrize("entry", ["=comic", "a,b=ink", " a=ink", ""])
 def test_a_style_that_is_kept_gets_a_name_that_a_mix_can_hold(entry):
     with pytest.raises(ValueError, match="cannot be written in a mix"):
-        config_lib.as_kept([entry])
+        as_kept([entry])
 
 
 def test_sample_grids_need_prompts():
@@ -181,13 +182,13 @@ def test_a_validation_set_that_devices_do_not_divide_is_refused():
 def test_json_round_trip_is_exact():
     config = valid()
     config.samples.prompts = ("a", "b")
-    back = config_lib.from_json(config_lib.to_json(config))
-    assert config_lib.differences(config, back) == []
+    back = from_json(to_json(config))
+    assert differences(config, back) == []
     assert back.teachers == config.teachers and back.samples.prompts == ("a", "b")
 
 
 def test_options_of_wrong_types_are_refused_with_file_and_types(tmp_path):
-    values = json.loads(config_lib.to_json(valid()))
+    values = json.loads(to_json(valid()))
     values |= {
         "seed": "a",
         "mesh": 3,
@@ -198,7 +199,7 @@ def test_options_of_wrong_types_are_refused_with_file_and_types(tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError) as refused:
-        config_lib.load(tmp_path)
+        load_config(tmp_path)
     message = str(refused.value)
     assert message.startswith(f"{tmp_path / 'config.json'} cannot be read:") and "learning_rate" not in message
     for line in (
@@ -217,16 +218,16 @@ def test_options_of_wrong_types_are_refused_with_file_and_types(tmp_path):
 def test_a_config_json_that_is_none_is_named(text, message, tmp_path):
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=message) as refused:
-        config_lib.load(tmp_path)
+        load_config(tmp_path)
     assert str(tmp_path / "config.json") in str(refused.value)
 
 
 def test_differences_name_option_and_both_values():
     changed = valid()
     changed.mesh.fsdp = 2
-    assert config_lib.differences(valid(), changed) == ["mesh.fsdp: 1 -> 2"]
+    assert differences(valid(), changed) == ["mesh.fsdp: 1 -> 2"]
 
 
 def test_a_folder_without_config_is_no_workdir(tmp_path):
     with pytest.raises(ValueError, match="not a training workdir"):
-        config_lib.load(tmp_path)
+        load_config(tmp_path)

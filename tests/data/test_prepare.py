@@ -23,7 +23,8 @@ def config(tmp_path, monkeypatch):
     for name in ("d.heic", "._a.png"):
         (folder / name).write_bytes(b"x")
     config = demo_config.get_config()
-    config.data.source, config.data.cache, config.data.num_examples = str(folder), str(tmp_path / "cache"), 0
+    config.data.kind, config.data.source = "images", str(folder)
+    config.data.cache, config.data.num_examples = str(tmp_path / "cache"), 0
     return config
 
 

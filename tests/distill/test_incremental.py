@@ -13,7 +13,8 @@ from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.export import export
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.config import checks
-from dmm_jax.config import options as config_lib
+from dmm_jax.config.options import style_names
+from dmm_jax.config.serialization import to_json
 from dmm_jax.distill import incremental, student
 from dmm_jax.models.unet_config import merged_config
 from dmm_jax.pipeline import Pipeline
@@ -150,11 +151,11 @@ def test_a_dmm_folder_grows_too_and_its_styles_are_their_own_teachers(config, gr
     from_folder = config.copy_and_resolve_references()
     from_folder.grow.student, from_folder.grow.styles = str(folder), ()
     resolved = incremental.resolved(from_folder)
-    assert config_lib.style_names(resolved) == ["null", "right", "none"]
+    assert style_names(resolved) == ["null", "right", "none"]
     origins = incremental.origins(resolved)
     bias = "time_embedding.linear_2.bias"
     assert not np.array_equal(origins["null"].tensors("unet")[bias], origins["right"].tensors("unet")[bias])
-    assert json.loads(config_lib.to_json(resolved))["grow"]["styles"] == ["null", "right"]
+    assert json.loads(to_json(resolved))["grow"]["styles"] == ["null", "right"]
 
 
 def test_what_cannot_grow_is_refused(tiny, config, trained):

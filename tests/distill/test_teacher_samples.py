@@ -25,7 +25,7 @@ def as_samples(config, folder):
     """Returns a copy of a config that lets the teachers draw."""
     config = config.copy_and_resolve_references()
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    config.data.source, config.data.prompts = "teachers", str(folder / "prompts.txt")
+    config.data.kind, config.data.source = "prompts", str(folder / "prompts.txt")
     config.data.num_examples, config.data.cache, config.seed = COUNT, str(folder / "cache"), 7
     config.sampling.num_inference_steps, config.sampling.guidance_scale = 2, 2.0
     config.sampling.batch_size = 4
@@ -136,8 +136,8 @@ def test_teachers_and_prompts_get_even_shares(num_prompts, num_teachers, count):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"data.prompts": "a.txt"}, "no prompt file a.txt"),
-        ({"data.prompts": ""}, "data.prompts is empty"),
+        ({"data.source": "a.txt"}, "no prompt file a.txt"),
+        ({"data.source": ""}, "data.source is empty"),
         ({"sampling.solver": "eular"}, "did you mean 'euler'"),
         ({"sampling.num_inference_steps": 1001}, "must be 1 to 1000"),
         ({"sampling.batch_size": 0}, "at least 1; got 0"),
@@ -173,7 +173,7 @@ def test_a_cache_that_other_things_made_is_refused(made, tmp_path, change):
     if change == "teachers":
         config.teachers = config.teachers[::-1]
     elif change == "prompts":
-        config.data.prompts = str(tmp_path / "other.txt")
+        config.data.source = str(tmp_path / "other.txt")
         (tmp_path / "other.txt").write_text("a star")
     else:
         values = {"seed": 8, "data.num_examples": 11, "dtype": "bfloat16"}

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from dmm_jax.config import options as config_lib
+from dmm_jax.config.options import get_config
 from dmm_jax.evaluation.prompts import PROMPT_SEED, choose_prompts
 from dmm_jax.world import scenes
 
@@ -17,7 +17,7 @@ def config(tmp_path):
     (tmp_path / "captions.jsonl").write_text("\n".join(lines))
     for k in range(5):
         (tmp_path / f"{k}.png").write_bytes(b"")
-    config = config_lib.get_config()
+    config = get_config()
     config.data.source = str(tmp_path)
     return config
 
@@ -34,7 +34,7 @@ def test_a_folders_captions_repeat_only_after_the_last(config):
 
 def test_teacher_made_data_gives_its_own_prompts(config, tmp_path):
     (tmp_path / "own.txt").write_text("a\nb\n\nc\n")
-    config.data.source, config.data.prompts = "teachers", str(tmp_path / "own.txt")
+    config.data.kind, config.data.source = "prompts", str(tmp_path / "own.txt")
     prompts = choose_prompts(config, 3)
     assert sorted(prompts.lines) == ["a", "b", "c"] and prompts.settings["prompts trained on"] == "3 of 3"
     assert not prompts.are_captions
@@ -48,7 +48,7 @@ def test_a_file_keeps_its_order_and_has_precedence_over_the_run(config, tmp_path
 
 
 def test_embedded_world_prompts_are_new_and_counted(config):
-    config.data.source, config.data.num_examples, config.seed = "shapes_world", 50, 3
+    config.data.kind, config.data.num_examples, config.seed = "shapes_world", 50, 3
     prompts = choose_prompts(config, 40)
     assert prompts.lines == list(scenes.sample_scenes(np.random.default_rng(PROMPT_SEED), 40)[1])
     trained = set(scenes.sample_scenes(np.random.default_rng(3), 50)[1])
@@ -56,7 +56,7 @@ def test_embedded_world_prompts_are_new_and_counted(config):
 
 
 def test_missing_prompts_are_refused_with_advice(config, tmp_path):
-    config.data.source, config.data.prompts = "teachers", str(tmp_path / "gone.txt")
+    config.data.kind, config.data.source = "prompts", str(tmp_path / "gone.txt")
     with pytest.raises(ValueError, match="no prompt file .*gone.txt.* Or give other prompts: --prompts FILE"):
         choose_prompts(config, 3)
     (tmp_path / "new.txt").write_text("a\n")

@@ -119,7 +119,7 @@ def test_the_tpu_compiler_sums_over_teachers_between_slices():
 PROGRAM = """
 import json, sys, dataclasses
 import jax
-from dmm_jax.config.options import from_json
+from dmm_jax.config.serialization import from_json
 from dmm_jax.planning import collectives, memory, plan
 from dmm_jax.planning.program import Program
 from dmm_jax.runtime import sharding
@@ -146,7 +146,7 @@ for num_teachers in (4, 8):
 @pytest.fixture(scope="module")
 def programs(tiny, tmp_path_factory):
     """The step of four and of eight teachers on a mesh of teacher 4 x fsdp 2, compiled for eight fake devices."""
-    from dmm_jax.config.options import to_json
+    from dmm_jax.config.serialization import to_json
 
     path = tmp_path_factory.mktemp("collectives") / "config.json"
     path.write_text(to_json(tiny[1]))

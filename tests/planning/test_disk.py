@@ -4,12 +4,12 @@ import jax.numpy as jnp
 import pytest
 
 from dmm_jax.checkpoints.states import StateStore
-from dmm_jax.config import options as config_lib
+from dmm_jax.config.options import get_config
 from dmm_jax.planning import disk
 
 
 def config_of(num_steps, every, num_recent, kept_every):
-    config = config_lib.get_config()
+    config = get_config()
     config.num_steps, config.checkpoint_every = num_steps, every
     config.checkpoints_kept, config.checkpoints_kept_every = num_recent, kept_every
     return config

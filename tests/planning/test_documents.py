@@ -8,7 +8,7 @@ import shlex
 import pytest
 
 from dmm_jax.config.files import read_config
-from dmm_jax.config.options import from_json, to_json
+from dmm_jax.config.serialization import from_json, to_json
 from dmm_jax.planning import devices, program
 
 ROOT = pathlib.Path(program.__file__).parents[2]

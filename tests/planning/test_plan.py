@@ -12,8 +12,8 @@ import pytest
 from dmm_jax import train
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.open import open_checkpoint
-from dmm_jax.config import options as config_lib
 from dmm_jax.config.files import read_config
+from dmm_jax.config.serialization import to_json
 from dmm_jax.distill import incremental, student, teachers
 from dmm_jax.distill import step as distill_step
 from dmm_jax.distill.optimizer import make_optimizers
@@ -151,9 +151,9 @@ def test_the_tpu_compiler_agrees_with_the_planned_arrays(config):
 def test_the_json_keeps_its_contract(capsys, config, tmp_path):
     experiment = tmp_path / "experiment.py"
     experiment.write_text(f"""
-from dmm_jax.config.options import from_json
+from dmm_jax.config.serialization import from_json
 def get_config():
-    return from_json({config_lib.to_json(config)!r})
+    return from_json({to_json(config)!r})
 """)
     command = ["plan", f"--config={experiment}", "--topology", "gpu:2x80GB", "--config.mesh.teacher=2"]
     assert cli.main([*command, "--json"]) == 0

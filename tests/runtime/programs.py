@@ -16,7 +16,7 @@ import numpy as np
 from jax import monitoring
 
 from dmm_jax.checkpoints.states import StateStore
-from dmm_jax.config import options
+from dmm_jax.config.serialization import from_json
 from dmm_jax.runtime import compilation, processes, sharding
 from dmm_jax.runtime.stopping import stop_requests
 
@@ -132,7 +132,7 @@ def train_and_count_compilations(config: str, workdir: str):
     monitoring.register_event_listener(count)
     compilation.MIN_COMPILE_TIME_S = 0.0
     assert compilation.use_cache() is not None
-    train.run(options.from_json(pathlib.Path(config).read_text()), workdir)
+    train.run(from_json(pathlib.Path(config).read_text()), workdir)
     print(json.dumps(counts))
 
 

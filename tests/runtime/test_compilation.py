@@ -9,7 +9,7 @@ import sys
 import jax
 import pytest
 
-from dmm_jax.config import options
+from dmm_jax.config.serialization import to_json
 from dmm_jax.runtime import compilation
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -29,7 +29,7 @@ def unset():
 def test_the_second_process_compiles_nothing(tiny, tmp_path):
     config = tiny[1].copy_and_resolve_references()
     config.num_steps, config.validation_every = 2, 0
-    (tmp_path / "config.json").write_text(options.to_json(config))
+    (tmp_path / "config.json").write_text(to_json(config))
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 

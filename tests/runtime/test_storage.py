@@ -18,7 +18,7 @@ from dmm_jax.checkpoints.export import export
 from dmm_jax.checkpoints.inspect import inspect
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.states import StateStore
-from dmm_jax.config import options as config
+from dmm_jax.config.serialization import load_config
 from dmm_jax.data.cache import LatentCache
 from dmm_jax.runtime import locks, metrics, storage
 from dmm_jax.runtime.errors import UserError, message
@@ -156,7 +156,7 @@ def test_the_newer_run_in_a_bucket_takes_over_and_the_older_ends(store, capsys):
 
 def test_a_missing_bucket_is_named_with_the_command_that_makes_it(store):
     with pytest.raises(UserError, match="gs://elsewhere/run cannot be used: there is no bucket.*buckets create"):
-        config.load("gs://elsewhere/run")
+        load_config("gs://elsewhere/run")
 
 
 def test_a_workdir_in_a_bucket_with_other_files_is_refused(store, tiny):

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 from dmm_jax.config import checks
-from dmm_jax.config import options as config_lib
+from dmm_jax.config.options import style_names
 from dmm_jax.studies.shapes_rows import ROWS, SEEDS, SHARES, STYLES, Node, data_of, stage_config, study_config
 from dmm_jax.world import styles as world_styles
 
@@ -25,7 +25,7 @@ def test_each_stage_is_a_valid_config_and_a_row_learns_all_styles(row):
         else:
             learned = stage.styles
         checks.check(config)
-        assert tuple(config_lib.style_names(config)) == learned and config.num_steps == int(100 * stage.steps)
+        assert tuple(style_names(config)) == learned and config.num_steps == int(100 * stage.steps)
         assert config.data.cache == str(OUT / "caches" / stage.data)
         before = pathlib.Path("stage")
     assert learned == STYLES

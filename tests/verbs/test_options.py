@@ -2,8 +2,8 @@
 
 import pytest
 
-from dmm_jax.config import options as config_lib
 from dmm_jax.config.files import read_config
+from dmm_jax.config.serialization import from_json, to_json
 from dmm_jax.runtime.home import expand_home
 from dmm_jax.verbs import main as cli
 
@@ -57,7 +57,7 @@ def test_teachers_can_be_set_on_the_command_line(experiment, options):
     path = experiment()[0].removeprefix("--config=")
     config = read_config(path, options)
     assert config.teachers == (("new", "a/x"), ("newer", "y.safetensors"))
-    assert config_lib.from_json(config_lib.to_json(config)).teachers == config.teachers
+    assert from_json(to_json(config)).teachers == config.teachers
     assert read_config(path, ["--config.teachers=new=a/x=y"]).teachers == (("new", "a/x=y"),)
 
 

@@ -20,7 +20,7 @@ from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
 from dmm_jax.checkpoints.inspect import inspect
 from dmm_jax.checkpoints.inspect_text import render
 from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
-from dmm_jax.config import options as config_lib
+from dmm_jax.config.options import as_teachers, get_config
 from dmm_jax.distill import incremental
 from dmm_jax.distill import teachers as teachers_lib
 from dmm_jax.runtime import sharding
@@ -261,7 +261,7 @@ def test_a_lora_may_change_text_encoders_that_only_the_base_holds(folder, base, 
     with pytest.raises(CheckpointError, match="unknown"):
         open_checkpoint(text)
     complete = open_checkpoint(f"{folder} + {tmp_path / 'ink.safetensors'}")
-    config = config_lib.get_config()
+    config = get_config()
     config.base, config.teachers = str(folder), (("ink", text),)
     for teacher in (incremental.origins(config)["ink"], open_teacher(text, folder)):
         assert teacher.digest("text_encoder") == complete.digest("text_encoder") != base.digest("text_encoder")
@@ -467,7 +467,7 @@ def test_nan_in_a_lora_is_damage_of_the_folded_tensor(folder, base, tmp_path):
 def test_a_lora_is_a_teacher_like_any_other(folder, base, tmp_path):
     updates = factors(base)
     path = write(tmp_path / "ink.safetensors", tensors_of(updates))
-    named = config_lib.as_teachers([f"plain={folder}", f"ink={folder} + {path}*0.8"])
+    named = as_teachers([f"plain={folder}", f"ink={folder} + {path}*0.8"])
     teachers = {name: open_checkpoint(text) for name, text in named}
     check_mergeable(base, teachers)
     mesh = sharding.make_mesh(teacher=1, data=1, fsdp=1)
