@@ -92,8 +92,8 @@ class Distillation(Definition):
         assumptions = [line for teacher in teachers.values() for line in teacher.assumptions(base)]
         self.notes = (*base.fallbacks, *missing_text_encoders(base, teachers), *assumptions)
         tokenizer = base.tokenizers() if base.tokenizer_folders else None
-        self.cache = _open_cache(config, base, tokenizer) if config.data.cache else None
         super().__init__(config, base, mesh, tokenizer=tokenizer)
+        self.cache = self._open_cache(tokenizer) if config.data.cache else None
         self.teachers, self.frozen = put_teachers(base, self.rows, self.teacher_config, mesh, self.dtype)
         if self.config.adversarial.weight:
             self._judge, fixed = discriminator.split(
@@ -103,6 +103,14 @@ class Distillation(Definition):
             self.frozen = self.frozen._replace(**put_params(fixed, mesh, self.dtype))
         self._packing = Packing(self.abstract_state(), mesh)
         self._step: Callable | None = None
+
+    def _open_cache(self, tokenizer: Tokenizers) -> LatentCache:
+        """Opens the latent cache and checks that this base made it, and that it is large enough."""
+        config = self.config
+        origin = {"vae": self.base.digest("vae"), "tokenizer": tokenizer.digest, "resolution": config.data.resolution}
+        num_tokens = tokenizer([""], config.data.num_chunks).shape[1]
+        least = config.validation_size + config.batch_size
+        return LatentCache(config.data.cache, **origin, num_tokens=num_tokens, num_examples=least)
 
     def init(self) -> RunState:
         """Returns the state at step 0: the base, the mean of the teachers, or the student that grows."""
@@ -250,11 +258,3 @@ class Distillation(Definition):
     def _empty_pipeline(self) -> Pipeline:
         options = {"dtype": self.config.dtype, "prompt_grammar": self.config.sampling.prompt_grammar}
         return Pipeline.for_unet(self.base, self.student_config, self.styles, **options)
-
-
-def _open_cache(config, base: Checkpoint, tokenizer: Tokenizers) -> LatentCache:
-    """Opens the latent cache of a run and checks that this base made it, and that it is large enough."""
-    cache = LatentCache(config.data.cache)
-    origin = {"vae": base.digest("vae"), "tokenizer": tokenizer.digest, "resolution": config.data.resolution}
-    cache.check(**origin, num_examples=config.validation_size + config.batch_size)
-    return cache

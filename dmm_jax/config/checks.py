@@ -28,7 +28,7 @@ CHOICES = {
 }
 SHARES = ("prompt_dropout", "ema_decay", "decay_share", "adam_b1", "adam_b2")
 COUNTS = ("num_steps", "gradient_accumulation", "max_skipped_in_a_row", "num_inference_steps", "resolution",
-          "batch_size", "teacher", "fsdp")  # fmt: skip
+          "batch_size", "num_chunks", "teacher", "fsdp")  # fmt: skip
 MAX_EMA_WIDTH = 0.28  # The width of a plain mean of all steps is 0.289.
 FLOAT32_MAX, FLOAT32_TINY = 3.4e38, 1.2e-38
 

@@ -101,6 +101,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.kind = "images"
     config.data.source = ""  # The folder of the images, or the text file of the prompts, one per line.
     config.data.cache = ""  # Folder of the latent cache.
+    config.data.num_chunks = 1  # Chunks of 75 tokens that a caption may fill; what is longer is cut, and counted.
     config.data.resolution = 512  # Pixels per side; images are scaled by their short side and cropped.
     config.data.num_examples = 0  # How many to prepare; 0: the whole folder, each prompt once. shapes_world needs it.
 

@@ -52,7 +52,7 @@ def encode_images(
     Args:
         encode: maps uint8 images (B, H, W, 3) and one PRNG key per image (B,) to unscaled latents (B, h, w, C); B is
             always `batch_size`. An image's key depends only on `seed` and the image's id.
-        tokenize: maps B captions to token ids (B, L).
+        tokenize: maps B captions to token ids (B, L), all chunks.
         resolution: pixels per side; images of another size are scaled by their short side and cropped at the centre.
         scaling_factor: the VAE's; the cache holds latents times this factor.
         vae: hash of the VAE's contents.
@@ -65,12 +65,12 @@ def encode_images(
         ValueError: `out` holds something else, the latents do not fit into float16, or no image could be read.
     """
     recipe = {"vae": vae, "tokenizer": tokenizer, "resolution": resolution, "scaling_factor": float(scaling_factor),
-              "seed": seed, "source": getattr(source, "digest", "")}  # fmt: skip
+              "num_tokens": np.shape(tokenize([""]))[1], "seed": seed,
+              "source": getattr(source, "digest", "")}  # fmt: skip
 
-    def record_shape() -> dict:
+    def latent_shape() -> tuple[int, ...]:
         black: Example = {"image": np.zeros((resolution, resolution, 3), np.uint8), "caption": "", "id": 0}
-        latents = encode_examples([black], encode, batch_size, seed=0)
-        return {"latent_shape": latents.shape[1:], "num_tokens": int(np.asarray(tokenize([""])).shape[1])}
+        return encode_examples([black], encode, batch_size, seed=0).shape[1:]
 
     def records(writer: CacheWriter, bar: tqdm) -> Iterator[Records]:
         drop = functools.partial(_drop, writer, Unused() if unused is None else unused, strict)
@@ -82,7 +82,7 @@ def encode_images(
             yield latents, np.asarray(tokenize(captions)), np.array(frames, np.int32), ids, next_index
             bar.update(next_index - bar.n)
 
-    return _fill(out, recipe, record_shape, records, len(source), shard_size, "encoding")
+    return _fill(out, recipe, latent_shape, records, len(source), shard_size, "encoding")
 
 
 def sample_prompts(
@@ -114,10 +114,7 @@ def sample_prompts(
         ValueError: `out` holds something else, or the latents do not fit into float16.
     """
     recipe = {"vae": vae, "tokenizer": tokenizer, "resolution": resolution, "scaling_factor": float(scaling_factor),
-              "seed": draws.seed, "source": source}  # fmt: skip
-
-    def record_shape() -> dict:
-        return {"latent_shape": latent_shape, "num_tokens": int(np.asarray(tokenize([""])).shape[1])}
+              "num_tokens": np.shape(tokenize([""]))[1], "seed": draws.seed, "source": source}  # fmt: skip
 
     def records(writer: CacheWriter, bar: tqdm) -> Iterator[Records]:
         for first in range(writer.next_index, len(draws), shard_size):
@@ -132,13 +129,13 @@ def sample_prompts(
             frames = np.tile(np.array([resolution, resolution, 0, 0], np.int32), (len(ids), 1))
             yield latents, input_ids, frames, ids.tolist(), int(ids[-1]) + 1
 
-    return _fill(out, recipe, record_shape, records, len(draws), shard_size, "drawing")
+    return _fill(out, recipe, lambda: latent_shape, records, len(draws), shard_size, "drawing")
 
 
 def _fill(
     out: str | pathlib.Path,
     recipe: Mapping[str, Any],
-    record_shape: Callable[[], dict],
+    latent_shape: Callable[[], tuple[int, ...]],
     records: Callable[[CacheWriter, tqdm], Iterator[Records]],
     total: int,
     shard_size: int,
@@ -148,7 +145,7 @@ def _fill(
 
     Args:
         recipe: the fields of `CacheHeader` that determine the latents.
-        record_shape: computes the fields of `CacheHeader` that describe one record.
+        latent_shape: computes the shape (h, w, C) of the latents.
         records: yields the arguments of `CacheWriter.add` from `writer.next_index` on, and advances the bar.
         total: the number of examples.
     """
@@ -159,7 +156,7 @@ def _fill(
         refuse(f"{out} is a cache of another recipe; delete it, or set another data.cache", problems)
         return cache
     with locks.lock(out, out.with_name(f".{out.name}.lock")):
-        writer = CacheWriter(out, CacheHeader(**recipe, **record_shape()), shard_size)
+        writer = CacheWriter(out, CacheHeader(**recipe, latent_shape=latent_shape()), shard_size)
         first = writer.next_index
         say(f"{stage} {total:,d} images into {out}" + (f"; {first:,d} are finished" if first else ""))
         start = reported = time.perf_counter()

@@ -2,9 +2,12 @@
 
 import functools
 import math
+import warnings
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dmm_jax.checkpoints.architecture import CELL
@@ -21,6 +24,7 @@ from dmm_jax.models.network import place_params
 from dmm_jax.runtime import sharding
 from dmm_jax.runtime.errors import UserError, refuse
 from dmm_jax.runtime.processes import say
+from dmm_jax.text.tokenizer import Tokenizers
 from dmm_jax.world.source import ShapesSource
 
 IMAGES_AT_ONCE = 32
@@ -44,6 +48,7 @@ def prepare_images(config, strict: bool = False) -> LatentCache:
     tokenizers = base.tokenizers()
     say(f"reading {config.data.source or config.data.kind}")
     source = open_source(config)
+    captions = CaptionTokens(tokenizers, config.data.num_chunks)
     unused = getattr(source, "unused", Unused())
     refuse("--strict: some files are not used", unused.lines(but=IGNORED) if strict else [])
     listed = sum(unused.counts.values())
@@ -51,7 +56,7 @@ def prepare_images(config, strict: bool = False) -> LatentCache:
     cache = encode_images(
         source,
         encode,
-        tokenizers,
+        captions,
         config.data.cache,
         min(IMAGES_AT_ONCE, len(source)),
         resolution=config.data.resolution,
@@ -64,9 +69,33 @@ def prepare_images(config, strict: bool = False) -> LatentCache:
     )
     if earlier := cache.header.dropped + listed - sum(unused.counts.values()):
         unused.add("unreadable in an earlier call", count=earlier)
-    for line in (f"{len(cache):9,d} images used", *unused.lines()):
+    for line in (f"{len(cache):9,d} images used", *unused.lines(), *captions.lines()):
         say(line)
     return cache
+
+
+class CaptionTokens:
+    """Turns captions into rows of token ids, and counts those that are too long."""
+
+    def __init__(self, tokenizers: Tokenizers, num_chunks: int):
+        """Takes the number of chunks of a row."""
+        self.tokenizers, self.num_chunks = tokenizers, num_chunks
+        self.num_cut, self.longest = 0, num_chunks
+
+    def __call__(self, captions: Sequence[str]) -> np.ndarray:
+        """Returns ids (B, L); a caption that is too long is cut at its end."""
+        sizes = [self.tokenizers.num_chunks(caption) for caption in captions]
+        self.num_cut += sum(size > self.num_chunks for size in sizes)
+        self.longest = max([self.longest, *sizes])
+        with warnings.catch_warnings():  # The tokenizers name each cut text; a data set has too many.
+            warnings.simplefilter("ignore")
+            return self.tokenizers(captions, self.num_chunks)
+
+    def lines(self) -> list[str]:
+        """Returns a line if captions were cut since the start: how many, and what to set."""
+        room = self.num_chunks * self.tokenizers.tokenizers[0].room
+        advice = f"data.num_chunks={self.longest} would keep all of the longest"
+        return [f"{self.num_cut:9,d} captions cut after {room} tokens; {advice}"] if self.num_cut else []
 
 
 def check_config(config) -> None:

@@ -79,10 +79,11 @@ class Definition:
 
     @property
     def num_tokens(self) -> int:
-        """Token ids of one prompt, over all text encoders."""
-        return sum(config["max_position_embeddings"] for config in self.base.text_configs.values())
+        """Token ids of one caption, over all its chunks and all text encoders."""
+        lengths = [config["max_position_embeddings"] for config in self.base.text_configs.values()]
+        return self.config.data.num_chunks * sum(lengths)
 
-    def _zero_ids(self, prompts: Sequence) -> np.ndarray:
+    def _zero_ids(self, prompts: Sequence, num_chunks: int) -> np.ndarray:
         return np.zeros((len(prompts), self.num_tokens), np.int32)
 
     def _networks(self, attention: str) -> Networks:
@@ -113,7 +114,8 @@ class Definition:
             feature_loss=config.feature_loss,
             adversarial_weight=config.adversarial.weight,
             prompt_dropout=config.prompt_dropout,
-            empty_ids=tuple(map(tuple, np.unique(tokenizer(["", None]), axis=0).tolist())),
+            empty_ids=tuple(map(tuple, np.unique(tokenizer(["", None], config.data.num_chunks), axis=0).tolist())),
+            num_chunks=config.data.num_chunks,
             score_loss=config.score_loss,
             timestep_draw=config.timestep_draw,
             timestep_power=config.timestep_power,

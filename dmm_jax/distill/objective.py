@@ -1,10 +1,12 @@
 """What the student minimises: its distance from the teachers on the same noisy latents (DMM, arXiv:2504.12364, 3.3)."""
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array
 
@@ -42,6 +44,7 @@ class Objective:
     adversarial_weight: float
     prompt_dropout: float
     empty_ids: tuple[tuple[int, ...], ...]  # Token rows for "no prompt", drawn equally often: "", and SDXL's zeros.
+    num_chunks: int = 1  # Of each row of token ids.
     score_loss: str = "l2"
     timestep_draw: str = "independent"
     timestep_power: float = 1.0
@@ -130,7 +133,7 @@ def sample_errors(
     samples = jax.tree.map(_merge_rows, inputs)
     alphas_cumprod = jnp.asarray(objective.alphas_cumprod, jnp.float32)
     noisy = add_noise(samples.latents, samples.noise, samples.timesteps, alphas_cumprod)
-    text = encode_prompts(networks, frozen.text_encoders, samples.input_ids)
+    text = encode_prompts(networks, objective, frozen.text_encoders, samples.input_ids)
     target = predict_teachers(networks, objective, teachers, inputs, noisy, text)
 
     student = nnx.merge(networks.student, trained["student"])
@@ -170,7 +173,8 @@ def predict_teachers(
 
     def encode(encoder, input_ids, base_text):
         params = jax.tree.map(lambda leaf: leaf[encoder], teachers.text)
-        return jax.lax.cond(encoder < 0, lambda: base_text, lambda: encode_prompts(networks, params, input_ids))
+        own_text = partial(encode_prompts, networks, objective, params, input_ids)
+        return jax.lax.cond(encoder < 0, lambda: base_text, own_text)
 
     def predict(unet, noisy, timesteps, style_ids, time_ids, text):
         model = nnx.merge(networks.teacher, unet)
@@ -187,9 +191,10 @@ def predict_teachers(
     return jax.lax.stop_gradient(jax.tree.map(_merge_rows, output))
 
 
-def encode_prompts(networks: Networks, text_encoders, input_ids) -> TextConditioning:
-    """Runs the text encoders of one checkpoint on token ids (B, L); no gradient passes."""
-    return jax.lax.stop_gradient(nnx.merge(networks.text_encoders, text_encoders)(input_ids))
+def encode_prompts(networks: Networks, objective: Objective, text_encoders, input_ids) -> TextConditioning:
+    """Runs the text encoders of one checkpoint on token ids (B, L), all chunks; no gradient passes."""
+    chunks = rearrange(input_ids, "B (K L) -> B K L", K=objective.num_chunks)
+    return jax.lax.stop_gradient(nnx.merge(networks.text_encoders, text_encoders).encode_chunks(chunks))
 
 
 def _merge_rows(leaf):

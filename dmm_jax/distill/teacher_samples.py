@@ -95,7 +95,7 @@ class TeacherSampler:
           options: arguments of `Pipeline.__call__`, solver and num_inference_steps among them.
         """
         self.base, self.teachers, self.prompts, self.options = base, list(teachers.values()), prompts, dict(options)
-        self.resolution = config.data.resolution
+        self.resolution, self.caption_chunks = config.data.resolution, config.data.num_chunks
         self.embeddings = [embedding_files(config, name) for name in teachers]
         settings = {"dtype": config.dtype, "prompt_grammar": config.sampling.prompt_grammar}
         self.pipeline = Pipeline.for_unet(base, base.unet_config, (), **settings)
@@ -110,10 +110,10 @@ class TeacherSampler:
         return side, side, self.pipeline.vae.params["decoder"]["conv_in"]["kernel"].shape[2]
 
     def caption_ids(self, prompts: Sequence[str]) -> np.ndarray:
-        """Returns the token ids by which the student learns: of the prompts' words, in one chunk."""
+        """Returns the token ids by which the student learns: of the prompts' words, in `data.num_chunks` chunks."""
         if self.pipeline.prompt_grammar == A1111:
             prompts = [plain_text(prompt) for prompt in prompts]
-        return self.pipeline.tokenizers(prompts)
+        return self.pipeline.tokenizers(prompts, self.caption_chunks)
 
     def __call__(self, teacher: int, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
         """Returns scaled latents (B, h, w, C), float32."""

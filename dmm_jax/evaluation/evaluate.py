@@ -66,7 +66,10 @@ def evaluate(workdir: str | os.PathLike, options: Options | None = None) -> Eval
     network = open_feature_network(options.features)
     perceptual = lpips.load(options.lpips_file) if options.lpips_file else None
     scorer = clip.Scorer.open(options.clip_folder, prompts.lines) if options.clip_folder else None
-    sampler = Sampler(network, scorer, prompts.lines, options, options.solver_options(config))
+    sampling = options.solver_options(config)
+    if prompts.are_captions:
+        sampling["num_chunks"] = config.data.num_chunks  # As in training.
+    sampler = Sampler(network, scorer, prompts.lines, options, sampling)
     models = ComparedModels(config, workdir)
     results, pairs = _compare(models, sampler, perceptual, options.weight_merges)
     results["settings"] |= sampler.settings | prompts.settings | _conditions(config)

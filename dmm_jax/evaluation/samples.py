@@ -63,7 +63,7 @@ class Sampler:
     def draw(self, pipeline: Pipeline, jobs: Sequence) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields images and latents of (prompt, style, seed) jobs, batch by batch."""
         negative = self.negative_prompt or None
-        options = self.sampling | {"num_chunks": pipeline.num_chunks([*self.prompts, negative])}
+        options = {"num_chunks": pipeline.num_chunks([*self.prompts, negative])} | self.sampling
         return draw(pipeline, jobs, self.batch_size, negative_prompts=negative, **options)
 
     def sample(self, pipeline: Pipeline, style: str | None, seed: int, num_drawn: int = 0) -> Sample:

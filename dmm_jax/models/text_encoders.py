@@ -100,18 +100,23 @@ class TextEncoders(nnx.Module):
         states, pooled = self._encode(input_ids)
         return self._joined(input_ids, states, pooled)
 
-    def encode_chunks(self, input_ids: Int[Array, "B K EL"], weights: Float[Array, "B K EL"]) -> TextConditioning:
-        """Encodes prompts of K chunks: states (B, K L, D) with the emphasis of `weights`, pooled of the first chunk.
+    def encode_chunks(
+        self, input_ids: Int[Array, "B K EL"], weights: Float[Array, "B K EL"] | None = None
+    ) -> TextConditioning:
+        """Encodes prompts of K chunks: states (B, K L, D), and the pooled state of the first chunk.
 
-        Each encoder's states of each chunk have their own mean restored; the pooled state has no weights.
+        With `weights`, each encoder's states of each chunk have their emphasis, and their own mean restored; the pooled
+        state has no weights.
 
         Raises:
           ValueError: more tokens than an encoder has positions.
         """
         num_chunks = input_ids.shape[1]
-        ids, weights = (rearrange(rows, "B K L -> (B K) L") for rows in (input_ids, weights))
+        ids = rearrange(input_ids, "B K L -> (B K) L")
         states, pooled = self._encode(ids)
-        states = [emphasise(*pair) for pair in zip(states, jnp.split(weights, len(states), axis=1), strict=True)]
+        if weights is not None:
+            of_each = jnp.split(rearrange(weights, "B K L -> (B K) L"), len(states), axis=1)
+            states = [emphasise(*pair) for pair in zip(states, of_each, strict=True)]
         text = self._joined(ids, states, pooled)
         states = rearrange(text.encoder_hidden_states, "(B K) L D -> B (K L) D", K=num_chunks)
         return TextConditioning(states, None if text.pooled is None else text.pooled[::num_chunks])

@@ -44,7 +44,8 @@ def tokenize(
 ) -> PromptTokens:
     """Returns the ids and weights of prompts; empty chunks fill up to the longest prompt, and to `num_chunks`.
 
-    In the grammar "plain" a prompt is one chunk, and brackets are text. None means no prompt: see `Tokenizers`.
+    In the grammar "plain" brackets are text, and a prompt has `num_chunks` chunks: what they do not hold is cut. None
+    means no prompt: see `Tokenizers`.
 
     Args:
       embeddings: for each tokenizer, the ids that stand for an embedding, by its name in lower case.
@@ -53,7 +54,7 @@ def tokenize(
       UserError: a prompt does not follow the grammar, has more than MAX_CHUNKS chunks, or names an unknown embedding.
     """
     if grammar == PLAIN:
-        input_ids = tokenizers(prompts)[:, None]
+        input_ids = tokenizers(prompts, num_chunks).reshape(len(prompts), num_chunks, -1)
         return PromptTokens(input_ids, np.ones(input_ids.shape, np.float32))
     parts_of_each = [parse(prompt or "") for prompt in prompts]
     pairs = list(zip(tokenizers.tokenizers, embeddings or [{}] * len(tokenizers.tokenizers), strict=True))

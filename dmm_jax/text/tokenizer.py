@@ -96,24 +96,26 @@ class Tokenizer:
         """The number of ids including special ones, which a text encoder needs as rows of its table."""
         return len(self._tokenizer)
 
-    def __call__(self, prompts: Sequence[str | None]) -> Int[np.ndarray, "B L"]:
-        """Returns int32 ids: start, the prompt, end, padding; None is "".
+    def __call__(self, prompts: Sequence[str | None], num_chunks: int = 1) -> Int[np.ndarray, "B KL"]:
+        """Returns int32 ids in K chunks, each with start, up to `room` tokens of the prompt, end and padding.
 
-        A prompt that is too long is cut at the end, with a warning that quotes the lost text.
+        None is "". A prompt that is too long is cut at the end, with a warning that quotes the lost text.
 
         Raises:
           ValueError: `prompts` is a single string, not a sequence of strings.
         """
         if isinstance(prompts, str):
             raise UserError(f"prompts must be a sequence of strings; got one string. Use [{prompts[:40]!r}].")
-        rows = np.full((len(prompts), self.max_length), self.pad_id, np.int32)
-        for row, prompt in zip(rows, prompts, strict=True):
-            ids = self._ids(prompt or "")
-            row[: len(ids)] = ids
-        return rows
+        rows = np.full((len(prompts), num_chunks, self.max_length), self.pad_id, np.int32)
+        for chunks, prompt in zip(rows, prompts, strict=True):
+            ids = self._cut_ids(prompt or "", num_chunks * self.room)
+            for number, row in enumerate(chunks):
+                part = ids[number * self.room : (number + 1) * self.room]
+                row[: len(part) + 2] = [self._tokenizer.bos_token_id, *part, self.end_id]
+        return rows.reshape(len(prompts), num_chunks * self.max_length)
 
-    def _ids(self, prompt: str) -> list[int]:
-        tokenizer, room = self._tokenizer, self.room
+    def _cut_ids(self, prompt: str, room: int) -> list[int]:
+        tokenizer = self._tokenizer
         encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids = encoded["input_ids"]
         if len(ids) > room:
@@ -122,7 +124,7 @@ class Tokenizer:
                 f'lost: "{prompt[encoded["offset_mapping"][room][0] :]}"',
                 stacklevel=3,
             )
-        return [tokenizer.bos_token_id, *ids[:room], tokenizer.eos_token_id]
+        return ids[:room]
 
     def save(self, folder: str | Path) -> None:
         """Writes a folder that `from_folder`, diffusers and transformers (old and new) open to the same ids."""
@@ -165,13 +167,19 @@ class Tokenizers:
             digest.update(json.dumps(contents).encode())
         return cls(tokenizers, digest.hexdigest(), zeros_for_no_prompt)
 
-    def __call__(self, prompts: Sequence[str | None]) -> Int[np.ndarray, "B EL"]:
-        """Returns int32 ids: for each prompt, the rows of all tokenizers one after the other.
+    def num_chunks(self, prompt: str) -> int:
+        """Returns the chunks that a prompt fills without being cut."""
+        return max(-(-len(tokenizer.token_ids(prompt)) // tokenizer.room) for tokenizer in self.tokenizers) or 1
+
+    def __call__(self, prompts: Sequence[str | None], num_chunks: int = 1) -> Int[np.ndarray, "B KEL"]:
+        """Returns int32 ids: for each prompt K chunks, each with the rows of all tokenizers one after the other.
 
         None means no prompt. It is encoded as ""; with two tokenizers and `zeros_for_no_prompt` it is a row of -1, for
         which `models.text_encoders` outputs zeros.
         """
-        ids = np.concatenate([tokenizer(prompts) for tokenizer in self.tokenizers], axis=1)
+        rows = [tokenizer(prompts, num_chunks) for tokenizer in self.tokenizers]
+        chunks = [np.split(row, num_chunks, axis=1) for row in rows]
+        ids = np.concatenate([part for chunk in zip(*chunks, strict=True) for part in chunk], axis=1)
         if self.has_zeros:
             ids[[prompt is None for prompt in prompts]] = NO_PROMPT
         return ids

@@ -55,7 +55,7 @@ def reported(trained, tmp_path_factory):
     own, other = copy / "own.txt", copy / "other.txt"
     own.write_text("a large red circle\na small blue square\na large green star\n")
     other.write_text("a small blue square\na small green circle\n")
-    change(copy, data={"source": "teachers", "prompts": str(own), "num_examples": 0})
+    change(copy, data={"kind": "prompts", "source": str(own), "num_examples": 0})
     arguments = ["--n", "3", "--prompts", str(other), "--negative-prompt", "a star"]
     assert cli.main(["evaluate", str(copy), *arguments, *FEW]) == 0
     return copy
@@ -174,7 +174,7 @@ def test_a_report_folder_that_cannot_be_written_is_refused(workdir, no_drawing, 
 
 def test_the_embedded_worlds_distance_is_refused_for_other_worlds(workdir, no_drawing, monkeypatch):
     monkeypatch.setattr(module, "draws_shapes_world", lambda base: False)
-    change(workdir, data={"source": "pictures"})
+    change(workdir, data={"kind": "images", "source": "pictures"})
     with pytest.raises(ValueError, match="FD .shapes. is a distance of the embedded world's pictures"):
         module.evaluate(workdir)
 

@@ -43,9 +43,21 @@ def test_prompts_are_padded_to_the_longest_with_empty_chunks(xl):
 
 
 def test_plain_prompts_are_the_tokenizers_rows(xl):
-    tokens = tokenize(xl, ["a (cat:1.4) [on] a mat", None], "plain", num_chunks=4)
+    tokens = tokenize(xl, ["a (cat:1.4) [on] a mat", None], "plain")
     assert tokens.input_ids.shape[1] == 1 and (tokens.weights == 1.0).all()
     assert (tokens.input_ids[:, 0] == xl(["a (cat:1.4) [on] a mat", None])).all()
+
+
+def test_plain_prompts_fill_chunks_of_75_tokens(xl):
+    words = " ".join(f"{number}" for number in range(10)) + " cat" * 80
+    rows = tokenize(xl, [words, "a cat"], "plain", num_chunks=2).input_ids
+    ids = xl.tokenizers[0].token_ids(words)
+    assert rows.shape == (2, 2, 154) and xl.num_chunks(words) == 2 and xl.num_chunks("") == 1
+    assert rows[0, 0, :77].tolist() == [49406, *ids[:75], END]
+    assert rows[0, 1, : len(ids) - 73].tolist() == [49406, *ids[75:], END]
+    assert (rows[1, 0] == xl(["a cat"])[0]).all() and (rows[1, 1] == xl([""])[0]).all()
+    with pytest.warns(UserWarning, match="was cut to 75"):
+        assert (xl([words])[0] == rows[0, 0]).all()
 
 
 def test_the_number_of_chunks_is_bounded(xl):
