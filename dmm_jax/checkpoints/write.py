@@ -24,7 +24,12 @@ from dmm_jax.runtime.storage import check_output, staged_folder
 from dmm_jax.text.vocabulary import OLD_FILES, write_bpe
 
 CHECKPOINTS = ("dmm", "diffusers", "single-file")  # Formats that hold a whole checkpoint.
-FORMATS = (*CHECKPOINTS, "style-lora")
+FORMATS = {  # {name: meaning}
+    "dmm": "a folder with all styles, for dmm_jax and DMM's own code",
+    "diffusers": "a stock diffusers folder with one style or mix",
+    "single-file": "a stock checkpoint with one style or mix, for ComfyUI, A1111, Forge and diffusers",
+    "style-lora": "a style as a few kilobytes, for the stock export of one mix",
+}
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",

@@ -15,8 +15,39 @@ from dmm_jax.runtime.errors import UsageError, UserError, nearest
 from dmm_jax.runtime.home import expand_home
 
 
+def shipped_configs() -> dict[str, pathlib.Path]:
+    """Returns the experiments in `configs/`, {name: file}: of the repository, or of the installed package."""
+    package = pathlib.Path(__file__).parents[1]
+    folder = next((folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()), package)
+    return {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem != "__init__"}
+
+
+def summary(path: pathlib.Path) -> str:
+    """Returns the first line of an experiment file's docstring, without running the file."""
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+
+
+def config_file(name: str) -> str:
+    """Returns the path of an experiment file: the file itself, or the shipped one of this name, such as "sd15".
+
+    Raises:
+      UserError: there is neither.
+    """
+    path, colon, argument = name.partition(":")  # get_config(argument), as ml_collections has it.
+    if pathlib.Path(path).is_file():
+        return name
+    shipped = shipped_configs()
+    if path in shipped:
+        return f"{shipped[path]}{colon}{argument}"
+    near = nearest(pathlib.Path(path).stem, shipped, 0.6)
+    meant = f" Did you mean --config={near}?" if near else ""
+    raise UserError(f"there is no config file {path}.{meant} The experiments that ship are {', '.join(shipped)}.")
+
+
 def read_config(path: str, overrides: Sequence[str] = ()):
     """Runs an experiment file's `get_config()`, applies `--config.NAME=VALUE`, and expands `~` in paths.
+
+    The path may be the name of a shipped experiment.
 
     A tuple takes one flag per entry, whatever the entry holds, or all entries as a Python tuple.
 
@@ -24,8 +55,7 @@ def read_config(path: str, overrides: Sequence[str] = ()):
       UserError: the file does not exist, cannot be run, or does not return all options.
       UsageError: an option has no such name (the nearest is suggested) or takes no such value.
     """
-    if not pathlib.Path(path.partition(":")[0]).is_file():
-        raise UserError(f"there is no config file {path}. The experiments are in configs/.")
+    path = config_file(path)
     try:
         config, _ = _parsed(path, ())
     except Exception as error:  # The file is a program: anything can be wrong in it.
@@ -41,7 +71,7 @@ def read_config(path: str, overrides: Sequence[str] = ()):
     except flags.UnrecognizedFlagError as error:
         raise UsageError(_no_option(error.flagname, config)) from error
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{' '.join(overrides)}: {error} The options are in dmm_jax/config/options.py.") from error
+        raise UsageError(f"{' '.join(overrides)}: {error} `dmm-jax config` lists the options.") from error
     if unused:
         raise UsageError(f"unexpected arguments: {' '.join(unused)}. Options are set as --config.NAME=VALUE.")
     return config
@@ -115,4 +145,4 @@ def _no_option(name, config) -> str:
     own = name.removeprefix("config.")
     near = nearest(own, _options(config), 0.5)
     meant = f"; did you mean --config.{near}?" if near else "."
-    return f"there is no option --{name}{meant} The options are in dmm_jax/config/options.py."
+    return f"there is no option --{name}{meant} `dmm-jax config` lists the options."

@@ -1,5 +1,8 @@
 """Every option of a distillation run, once, with meaning and unit; `config.checks` holds the rules.
 
+`config.meanings` reads the comments of `get_config` for `dmm-jax config`: a comment on an option's line, or directly
+above it, is the option's meaning; a comment below an empty line is the heading of a section.
+
 Defaults follow the recipe of DMM (arXiv:2504.12364, A.3), unless the comment names a difference.
 """
 
@@ -27,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
     # file's name, or by WORD with "NAME=WORD=FILE".
     config.embeddings = ()
     config.prediction_type = ""  # "epsilon" or "v_prediction", for single files that do not say it.
-    # ((style name, path), ...): one style per teacher, in this order. The name "none" is the null style, for requests
+    # ((style name, path), ...), one style per teacher, in this order. The name "none" is the null style, for requests
     # without a style; its teacher is the base: ("none", config.base).
     config.teachers = ()
 
@@ -64,19 +67,19 @@ def get_config() -> ml_collections.ConfigDict:
     config.grow.replay = 1
 
     # Optimisation.
-    config.num_steps = 100_000
+    config.num_steps = 100_000  # Length of the run.
     config.batch_size = 48  # Images per step over all rows and devices: a multiple of teachers + grow.replay.
     config.gradient_accumulation = 1  # Micro-batches per step; the result does not depend on it.
     config.optimizer = "adamw"  # "muon" orthogonalises the updates of kernels (arXiv:2502.16982); AdamW has the rest.
-    config.learning_rate = 1e-5
-    config.learning_rate_schedule = "constant"  # After the warm-up; or "cosine" down to 0 at num_steps.
+    config.learning_rate = 1e-5  # After the warm-up.
+    config.learning_rate_schedule = "constant"  # After the warm-up; "cosine" falls to 0 at num_steps.
     config.decay_share = 0.0  # A constant rate falls linearly to 0 over this last share of num_steps.
     config.style_learning_rate_scale = 1.0  # Times learning_rate, for the style table and its MLP alone.
-    config.warmup_steps = 500
-    config.adam_b1 = 0.9
-    config.adam_b2 = 0.999
-    config.adam_eps = 1e-8
-    config.weight_decay = 0.01
+    config.warmup_steps = 500  # Steps in which the rate rises from 0.
+    config.adam_b1 = 0.9  # Decay per step of AdamW's mean of the gradients.
+    config.adam_b2 = 0.999  # Decay per step of AdamW's mean of their squares.
+    config.adam_eps = 1e-8  # AdamW adds it to the root of that mean.
+    config.weight_decay = 0.01  # Times the learning rate: the share of each weight that a step removes.
     config.max_grad_norm = 1.0  # Clips the global norm; 0 = off.
     config.max_skipped_in_a_row = 10  # The run stops after so many steps without a finite gradient.
 
@@ -107,23 +110,23 @@ def get_config() -> ml_collections.ConfigDict:
 
     # How pictures are drawn: by teachers for `data.kind="prompts"`, along the way, and by `dmm-jax evaluate`.
     config.sampling = ml_collections.ConfigDict()
-    config.sampling.num_inference_steps = 25
-    config.sampling.guidance_scale = 7.0
+    config.sampling.num_inference_steps = 25  # Steps of the solver.
+    config.sampling.guidance_scale = 7.0  # Classifier-free guidance; 1.0 turns it off.
     config.sampling.guidance_rescale = 0.0  # From 0 to 1; 0.7 for models with zero terminal SNR.
-    config.sampling.solver = "dpmpp_2m"
+    config.sampling.solver = "dpmpp_2m"  # A name of `dmm-jax list solvers`, or A1111's.
     config.sampling.prompt_grammar = "a1111"  # Weights, BREAK and long prompts; or "plain". Captions are always plain.
     config.sampling.batch_size = 16  # Images computed at once.
 
     # Written along the way. With 0, logs, validations and checkpoints are written at the last step only.
     config.log_every = 50  # Steps between lines of metrics.jsonl.
-    config.checkpoint_every = 1000
+    config.checkpoint_every = 1000  # Steps between checkpoints.
     config.checkpoints_kept = 2  # The newest so many; 0 keeps all.
     config.checkpoints_kept_every = 0  # Also every checkpoint whose step is a multiple of this.
-    config.validation_every = 1000
+    config.validation_every = 1000  # Steps between validations.
     config.validation_size = 16  # Images per teacher in the fixed validation set; 0: no validation.
     config.samples = ml_collections.ConfigDict()
     config.samples.every = 0  # Steps between sample grids (rows: prompts, columns: styles); 0: none.
-    config.samples.prompts = ()
+    config.samples.prompts = ()  # ("a prompt", ...), one per row.
     return config
 
 

@@ -95,10 +95,7 @@ def write_config(workdir: storage.Location, config) -> None:
     if processes.is_first():
         with storage.bucket_errors(workdir), storage.errors_name(path):
             workdir.mkdir(parents=True, exist_ok=True)
-            part = path if storage.in_bucket(path) else storage.part_of(path)  # Objects are written whole.
-            part.write_text(to_json(config))
-            if part != path:
-                part.replace(path)
+            storage.write_text(path, to_json(config))
     processes.wait_for_all("config.json written")
     if not path.is_file():
         raise UserError(

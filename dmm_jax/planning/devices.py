@@ -118,6 +118,15 @@ def topology(name: str) -> Topology:
     )
 
 
+def listed() -> list[tuple[str, str, str]]:
+    """Returns a table of all devices: a topology of one or few, the device, its memory."""
+    rows = [("topology", "device", "usable memory, GiB")]
+    for name, device in DEVICES.items():
+        example = f"{name}:{SIZES[name][2]}" if name in SIZES else f"gpu:1x{name}"
+        rows.append((example, device.name, f"{device.memory / GIB:.1f}"))
+    return rows
+
+
 def slices(size: str) -> tuple[str, int]:
     """Reads "16x16*2" as (shape, number of slices); the number is 1 without a star, and 0 if it is not a number."""
     shape, star, count = size.partition("*")

@@ -1,14 +1,22 @@
 """Keeps compiled programs on disk between runs, in a folder that only this user can write: JAX executes its files."""
 
+import contextlib
+import json
 import os
 import pathlib
 import stat
 import sys
+import time
+from collections.abc import Iterator
 
 import jax
 
+from dmm_jax.runtime import processes
 from dmm_jax.runtime.errors import UserError
+from dmm_jax.runtime.storage import write_text
 
+TIMES = "compile_times.json"  # {what a program is: seconds of its last compilation}, in the folder of programs.
+MAX_TIMES = 200
 MIN_COMPILE_TIME_S = 0.1  # Programs that compile faster are not kept.
 
 
@@ -51,3 +59,35 @@ def make_private(path: pathlib.Path) -> None:
             f"{path} contains programs that would be executed, and others may write to it "
             f"({stat.filemode(status.st_mode)}, owner {status.st_uid}). chmod 700 it, or set JAX_COMPILATION_CACHE_DIR."
         )
+
+
+@contextlib.contextmanager
+def announced(title: str, program: str) -> Iterator[None]:
+    """Prints that the block compiles a program, how long its last compilation took, and how long this one takes.
+
+    Args:
+      program: what the program depends on; equal texts are expected to take equally long.
+    """
+    folder = use_cache()
+    path = folder and folder / TIMES
+    times = _read_times(path)
+    program = f"{program}, jax {jax.__version__}, {jax.device_count()} x {jax.devices()[0].device_kind}"
+    last = f" (the last time: {times[program]:.0f} s)" if program in times else ""
+    processes.say(f"Compiling {title}{last}")
+    start = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - start
+    processes.say(f"Compiled {title} in {seconds:.0f} s")
+    if path and processes.is_first():
+        times = {name: value for name, value in _read_times(path).items() if name != program} | {program: seconds}
+        with contextlib.suppress(OSError, UserError):  # A figure for the eye.
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(dict(list(times.items())[-MAX_TIMES:])))
+
+
+def _read_times(path: pathlib.Path | None) -> dict[str, float]:
+    try:
+        times = json.loads(path.read_text(encoding="utf-8")) if path else {}
+        return {name: float(seconds) for name, seconds in times.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}

@@ -17,7 +17,9 @@ from collections.abc import Iterator
 import jax
 from jax._src import distributed
 from jax.experimental import multihost_utils
+from tqdm import tqdm
 
+from dmm_jax.runtime import terminal
 from dmm_jax.runtime.errors import INTERRUPTED, REPORT, Preempted, UserError, message, visible
 
 JOIN_TIMEOUT_S = 300  # How long processes wait for each other at the start.
@@ -132,9 +134,9 @@ def is_first() -> bool:
 
 
 def say(line: str) -> None:
-    """Prints a line on stderr, once for all processes of a run."""
-    if is_first():
-        print(visible(line), file=sys.stderr, flush=True)
+    """Prints a line about progress on stderr, once for all processes of a run; --quiet hides it."""
+    if is_first() and not terminal.is_quiet():
+        tqdm.write(visible(line), file=sys.stderr)  # Above a progress bar, if there is one.
 
 
 def check_joined() -> None:

@@ -200,6 +200,15 @@ def errors_name(path: str | os.PathLike, part: str | os.PathLike | None = None) 
         raise
 
 
+def write_text(path: Location, text: str) -> None:
+    """Writes a file whole: a reader sees the old text or the new one."""
+    part = path if in_bucket(path) else part_of(path)  # Objects are written whole.
+    with errors_name(path):
+        part.write_text(text, encoding="utf-8")
+        if part != path:
+            part.replace(path)
+
+
 @contextlib.contextmanager
 def staged_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields a temporary folder that becomes `folder` at the end of the block, or is deleted after an error.

@@ -8,6 +8,11 @@ import sys
 
 from dmm_jax.runtime.errors import UserError
 
+EXAMPLES = (
+    "dmm-jax bench train --num-steps 12",
+    "dmm-jax bench sample --batch-size 8 --json",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
@@ -18,21 +23,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "devices, divided in every way",
     )
     parser.add_argument(
-        "--config", default="", help="an experiment file; default: batch 48, for scaling on each device; eight teachers"
+        "--config",
+        default="",
+        metavar="CONFIG",
+        help="an experiment file; default: batch 48, for scaling on each device; eight teachers",
     )
     parser.add_argument(
-        "--devices", type=_integers, default=[], metavar="N", help="train: the first N; scaling: each of 1,2,4,8"
+        "--devices",
+        type=_integers,
+        default=[],
+        metavar="N",
+        help="train: the first N; scaling: each of 1,2,4,8; default: all",
     )
     parser.add_argument(
-        "--teachers", type=_integers, default=[], metavar="N", help="train: with the first N teachers, each of 1,4,8"
+        "--teachers",
+        type=_integers,
+        default=[],
+        metavar="N",
+        help="train: with the first N teachers, each of 1,4,8; default: the config's",
     )
-    parser.add_argument("--results", default="", metavar="FILE", help="scaling: a file of rows, not measured again")
-    parser.add_argument("--figure", type=pathlib.Path, metavar="PNG", help="scaling: draw it, and NAME_dark.png")
+    parser.add_argument(
+        "--results", default="", metavar="FILE", help="scaling: a file of rows, not measured again; default: none"
+    )
+    parser.add_argument(
+        "--figure", type=pathlib.Path, metavar="PNG", help="scaling: draw it, and NAME_dark.png; default: none"
+    )
     parser.add_argument("--size", default="sd15", help="of the networks: sd15, sd21, sdxl, tiny, tiny_xl, narrow")
     parser.add_argument("--num-steps", type=int, default=10, help="timed steps; the median counts")
     parser.add_argument("--batch-size", type=int, default=16, help="images at once, for sample; train has the config's")
-    parser.add_argument("--against", choices=("torch",), help="run the PyTorch peer as well; needs the [torch] extra")
-    parser.add_argument("--profile", default="", help="a folder for a trace; prints its kernels, summed, on stderr")
+    parser.add_argument(
+        "--against", choices=("torch",), help="run the PyTorch peer as well; needs the [torch] extra; default: none"
+    )
+    parser.add_argument(
+        "--profile", default="", help="a folder for a trace; prints its kernels, summed, on stderr; default: none"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
 
 

@@ -11,11 +11,17 @@ from dmm_jax.verbs import options
 
 MIX = "comic=0.5,neon=0.5"
 EVALUATION = {"num_images": 200, "num_inference_steps": 8, "weight_merges": ("average", "ties")}
+EXAMPLES = (
+    "dmm-jax demo",
+    "dmm-jax demo --workdir demo-gpu --config=demo_gpu",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("demo-run"), help="default: %(default)s")
+    parser.add_argument(
+        "--workdir", type=pathlib.Path, default=pathlib.Path("demo-run"), metavar="FOLDER", help="for all files"
+    )
     parser.add_argument("--config", default="", help="an experiment file; default: one that fits two CPU cores")
 
 

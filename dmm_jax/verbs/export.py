@@ -6,16 +6,21 @@ import pathlib
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.verbs import options
 
+EXAMPLES = (
+    "dmm-jax export runs/sd15 out --format dmm",
+    'dmm-jax export runs/sd15 out --format diffusers,single-file --style "anime=0.7,photo=0.3"',
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
-    parser.add_argument("workdir", type=pathlib.Path, metavar="WORKDIR")
+    parser.add_argument("workdir", type=pathlib.Path, metavar="WORKDIR", help="a training run, or a DMM folder")
     parser.add_argument(
         "out", type=pathlib.Path, metavar="OUT", help="a new or empty folder, for one file or folder per format"
     )
-    parser.add_argument("--format", required=True, help="comma list of dmm, diffusers, single-file, style-lora")
+    parser.add_argument("--format", required=True, help="comma list of names from `dmm-jax list formats`")
     parser.add_argument(
-        "--style", default="", help='the style to fold in: NAME, or a mix such as "anime=0.7,photo=0.3"'
+        "--style", default="", help='the style to fold in: NAME, or a mix such as "anime=0.7,photo=0.3"; default: none'
     )
     parser.add_argument(
         "--keep",
@@ -25,7 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="NAME, or NEW_NAME=NAME; repeat for each style that is exported, in this order; default: all",
     )
     parser.add_argument(
-        "--extra-style", action="append", default=[], type=pathlib.Path, metavar="FILE", help="from fit-style; repeat"
+        "--extra-style",
+        action="append",
+        default=[],
+        type=pathlib.Path,
+        metavar="FILE",
+        help="a style of fit-style; repeat; default: none",
     )
     options.add_file_dtype(parser)
     parser.add_argument(
@@ -39,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=LICENCE",
-        help="for base or a teacher whose files state none, or a wrong one; repeat",
+        help="for base or a teacher whose files state none, or a wrong one; repeat; default: as stated",
     )
     parser.add_argument("--no-recipe", action="store_true", help="omit the recipe from the files' metadata")
     parser.add_argument("--verify", action="store_true", help="compare with stock diffusers; needs the [torch] extra")

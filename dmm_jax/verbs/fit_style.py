@@ -7,22 +7,24 @@ from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import check_writable
 from dmm_jax.verbs import options
 
+EXAMPLES = ("dmm-jax fit-style runs/sd15 --images FOLDER --name mine --out mine.safetensors",)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
     parser.add_argument("model", metavar="MODEL", help="a merged model: a workdir or a DMM folder")
-    parser.add_argument("--images", required=True, type=pathlib.Path, help="a folder of images with captions")
+    parser.add_argument("--images", required=True, type=pathlib.Path, metavar="FOLDER", help="images with captions")
     parser.add_argument("--name", required=True, help="name of the new style")
     parser.add_argument("--out", required=True, type=pathlib.Path, metavar="FILE", help="a new .safetensors file")
-    parser.add_argument("--base", default=None, help="another checkpoint that provides what MODEL lacks")
+    parser.add_argument("--base", default=None, metavar="CKPT", help="provides what MODEL lacks; default: none")
     parser.add_argument("--from", dest="start", default="", help="NAME or mix to start from; default: equal parts")
     parser.add_argument("--mix-only", action="store_true", help="learn only the weights of a mix of existing styles")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=500, help="length of the training")
+    parser.add_argument("--batch-size", type=int, default=8, help="images per step")
     parser.add_argument("--learning-rate", type=float, default=0.03, help="of AdamW; falls to 0 as a cosine")
-    parser.add_argument("--prompt-dropout", type=float, default=0.1)
+    parser.add_argument("--prompt-dropout", type=float, default=0.1, help="share of images whose prompt becomes empty")
     parser.add_argument("--resolution", type=int, default=0, help="pixels per side; default: the model's")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="fixes noise, timesteps and prompt drops")
     options.add_dtype(parser)
 
 

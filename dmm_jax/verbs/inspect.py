@@ -7,6 +7,11 @@ import sys
 
 from dmm_jax.verbs import options
 
+EXAMPLES = (
+    "dmm-jax inspect BASE A.safetensors B.safetensors",
+    'dmm-jax inspect BASE "BASE + LORA.safetensors*0.8"',
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""

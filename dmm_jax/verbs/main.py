@@ -1,7 +1,8 @@
 """The command line `dmm-jax VERB`: finds the verb's file, runs it, and turns errors into a line and an exit code.
 
-A verb is one file with `add_arguments(parser)` and `main(args)`, which returns an exit code, or None for 0. The file is
-imported when the verb is named, and imports the library inside `main`: `--help` and usage errors come at once.
+A verb is one file with `EXAMPLES` (command lines for --help), `add_arguments(parser)` and `main(args)`, which returns
+an exit code, or None for 0. The file is imported when the verb is named, and imports the library inside `main`:
+`--help` and usage errors come at once.
 """
 
 import argparse
@@ -14,8 +15,10 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
-from dmm_jax.runtime.errors import FULL_DISK, INTERRUPTED, REPORT, Preempted, UsageError, message, visible
+from dmm_jax.runtime import terminal
+from dmm_jax.runtime.errors import FULL_DISK, INTERRUPTED, REPORT, Preempted, UsageError, message, nearest, visible
 from dmm_jax.runtime.home import expand_home
+from dmm_jax.runtime.terminal import paint
 
 VERBS = {  # In the order of --help. The file of `fit-style` is fit_style.py.
     "demo": "run every step on the embedded world and write report/index.html",
@@ -29,7 +32,11 @@ VERBS = {  # In the order of --help. The file of `fit-style` is fit_style.py.
     "sample": "draw prompts in styles: PNGs, grid.png, index.html",
     "evaluate": "measure fidelity, the style matrix, FD or FID; writes metrics.json and a report",
     "bench": "measure images/s and TFLOP/s on random data and compare with the device's peak",
+    "config": "print every option of an experiment: its value and its meaning",
+    "list": "print the names that options take: configs, solvers, formats, devices",
+    "completion": "print the completion script of a shell",
 }
+CONFIG_HELP = "--config.help"
 MAX_LINE_CHARS = 1000
 # Parts of Orbax's log that mean nothing to the user, or that the error of this command says again, without tracebacks.
 NOISE = ("Metadata file does not exist", *FULL_DISK)
@@ -45,26 +52,101 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run():
         parser = build_parser(verb)
+        if verb and verb not in VERBS:
+            near = nearest(verb, VERBS, 0.5)
+            parser.error(f"there is no verb {verb!r}{f'; did you mean {near}?' if near else ''}")
+        if CONFIG_HELP in argv:
+            return _print_options(verb, argv)
         args, overrides = parser.parse_known_args(argv)
-        if overrides and "config" not in args:
-            parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+        _check_overrides(parser, args, overrides)
+        terminal.set_verbosity(args.verbosity)
+        _hide_alarms(args)
         args.overrides = overrides  # --config.NAME=VALUE
         return _module(verb).main(args)
 
     return exit_code(verb, run)
 
 
-def build_parser(verb: str = "") -> argparse.ArgumentParser:
-    """Describes all verbs, and the arguments of the one that is named."""
+def build_parser(*verbs: str) -> argparse.ArgumentParser:
+    """Describes all verbs, and the arguments of those that are named."""
     parser = argparse.ArgumentParser(
-        prog="dmm-jax", description="Merge Stable Diffusion checkpoints by distillation, in JAX."
+        prog="dmm-jax",
+        description="Merge Stable Diffusion checkpoints by distillation, in JAX.",
+        epilog="`dmm-jax VERB --help` lists the options of a verb; `dmm-jax config` lists those of a training run.",
     )
+    parser.add_argument("--version", action="version", version=_version(), help="print the versions of dmm_jax and JAX")
     parsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, description in VERBS.items():
-        verb_parser = parsers.add_parser(name, help=description, description=description)
-        if name == verb:
+        verb_parser = parsers.add_parser(
+            name, help=description, description=description, formatter_class=HelpFormatter, allow_abbrev=False
+        )
+        if name in verbs:
             _module(name).add_arguments(verb_parser)
+            _add_verbosity(verb_parser)
+            verb_parser.epilog = "\n".join(["examples:", *(f"  {line}" for line in _module(name).EXAMPLES)])
     return parser
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Ends the help text of an option with its default, unless the text states one; calls numbers N and X."""
+
+    def _get_default_metavar_for_optional(self, action):
+        return {int: "N", float: "X"}.get(action.type) or action.option_strings[-1].lstrip("-").upper()
+
+    def _get_help_string(self, action):
+        text, value = action.help or "", action.default
+        states_it = "default" in text or value in (None, "", [], argparse.SUPPRESS)
+        if not action.option_strings or action.required or action.nargs == 0 or states_it:
+            return text
+        return f"{text}; default: %(default)s"
+
+
+def _add_verbosity(parser):
+    group = parser.add_mutually_exclusive_group()
+    options = {"dest": "verbosity", "action": "store_const", "default": terminal.NORMAL}
+    group.add_argument(
+        "-q", "--quiet", const=terminal.QUIET, help="print results, warnings and errors alone", **options
+    )
+    group.add_argument(
+        "-v", "--verbose", const=terminal.VERBOSE, help="print tracebacks of errors, and the logs of JAX", **options
+    )
+
+
+def _version():
+    from importlib import metadata
+
+    import dmm_jax
+
+    return f"dmm_jax {dmm_jax.__version__} (jax {metadata.version('jax')}, Python {sys.version.split()[0]})"
+
+
+def _print_options(verb, argv):
+    """Prints what `dmm-jax config` prints, for the experiment that the command line names."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default="")
+    args, others = parser.parse_known_args(argv)
+    args.overrides = [word for word in others if word.startswith("--config.") and word != CONFIG_HELP]
+    return _module("config").main(args)
+
+
+def _check_overrides(parser, args, overrides):
+    """Refuses arguments that neither the verb nor a config has, and suggests the verb's own option."""
+    (verbs,) = [action for action in parser._actions if action.dest == "verb"]
+    options = list(verbs.choices[args.verb]._option_string_actions)
+    for word in overrides:
+        name = word.partition("=")[0]
+        near = nearest(name, options, 0.75) if name.startswith("--") and not name.startswith("--config.") else ""
+        if near:
+            parser.error(f"there is no option {name}; did you mean {near}?")
+    if overrides and "config" not in args:
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+
+
+def _hide_alarms(args):
+    """Keeps XLA's alarms about slow compilations off the terminal; in a run of several processes its log stays."""
+    alone = not getattr(args, "distributed", False) and getattr(args, "coordinator", None) is None
+    if alone and not terminal.is_verbose():
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # Before JAX is loaded: fatal errors alone.
 
 
 def _module(verb: str):
@@ -105,9 +187,10 @@ def _call(verb, function) -> int:
         raise
     except Exception as error:
         text = message(error)
-        if text is None:
+        if text is None or terminal.is_verbose():
             traceback.print_exc()
-        print(f"dmm-jax {verb}: error: {_shortened(text or REPORT)}", file=sys.stderr)
+        label = paint(f"dmm-jax {verb}: error:", "red", sys.stderr)
+        print(f"{label} {_shortened(text or REPORT)}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR
 
 
@@ -116,13 +199,15 @@ def _warnings_in_one_line(verb: str) -> Iterator[None]:
     """Prints user warnings without file and source line; drops the `NOISE` of Orbax."""
     from absl import logging as absl_logging
 
-    absl_logging.get_absl_logger().addFilter(_is_useful)
+    if not terminal.is_verbose():
+        absl_logging.get_absl_logger().addFilter(_is_useful)
     with warnings.catch_warnings():
         show_others = warnings.showwarning
 
         def show(text, category, *place, **options):
             if issubclass(category, UserWarning):
-                print(f"dmm-jax {verb}: warning: {_shortened(visible(str(text)))}", file=sys.stderr, flush=True)
+                label = paint(f"dmm-jax {verb}: warning:", "yellow", sys.stderr)
+                print(f"{label} {_shortened(visible(str(text)))}", file=sys.stderr, flush=True)
             else:
                 show_others(text, category, *place, **options)
 

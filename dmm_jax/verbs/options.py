@@ -6,7 +6,7 @@ from dmm_jax.config.files import read_config
 from dmm_jax.config.options import DTYPES
 from dmm_jax.text.prompt_grammar import A1111, GRAMMARS
 
-_OF_COMMAND_LINE = ("verb", "overrides")  # Arguments that no function of the library takes.
+_OF_COMMAND_LINE = ("verb", "overrides", "verbosity")  # Arguments that no function of the library takes.
 
 
 def add_prediction_type(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,7 @@ def add_prediction_type(parser: argparse.ArgumentParser) -> None:
         "--prediction-type",
         default="",
         choices=("epsilon", "v_prediction"),
-        help="for single files whose metadata does not record it",
+        help="what the UNet predicts, for single files whose metadata does not record it; default: as recorded",
     )
 
 
@@ -25,14 +25,17 @@ def add_prompt_grammar(parser: argparse.ArgumentParser) -> None:
         "--prompt-grammar",
         default=A1111,
         choices=GRAMMARS,
-        help="a1111 (default): (word:1.2), [word], BREAK and prompts of any length; plain: text, cut after 75 tokens",
+        help="a1111: (word:1.2), [word], BREAK and prompts of any length; plain: text, cut after 75 tokens",
     )
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     """Adds --dtype, in which the networks compute."""
     parser.add_argument(
-        "--dtype", default="", choices=DTYPES, help="default: bfloat16 on accelerators, float32 on CPUs"
+        "--dtype",
+        default="",
+        choices=DTYPES,
+        help="of the arithmetic; default: bfloat16 on accelerators, float32 on CPUs",
     )
 
 
@@ -42,7 +45,7 @@ def add_file_dtype(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         default="float16",
         choices=("float32", "float16", "bfloat16"),
-        help="of the tensors in the written files; default: %(default)s",
+        help="of the tensors in the written files",
     )
 
 

@@ -6,14 +6,21 @@ import sys
 
 from dmm_jax.config.files import read_config
 
+EXAMPLES = (
+    "dmm-jax plan --config=sd15 --topology gpu:1x80GB",
+    "dmm-jax plan --config=sd15 --topology v5e:4x4 --config.mesh.teacher=8",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
-    parser.add_argument("--config", required=True, help="an experiment file; its checkpoints need not exist")
+    parser.add_argument(
+        "--config", required=True, metavar="CONFIG", help="an experiment; its checkpoints need not exist"
+    )
     parser.add_argument(
         "--topology",
         default="gpu:1x80GB",
-        help="v5e:4x4, v5p:2x2x2, v5e:16x16*2 (two slices), gpu:8x80GB, ...; default: %(default)s",
+        help="v5e:4x4, v5p:2x2x2, v5e:16x16*2 (two slices), gpu:8x80GB, gpu:1xH200, ... (`dmm-jax list devices`)",
     )
     parser.add_argument(
         "--architecture", default="sd15", choices=("sd15", "sd21", "sdxl"), help="if the base does not exist"

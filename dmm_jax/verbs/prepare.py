@@ -4,10 +4,17 @@ import argparse
 
 from dmm_jax.verbs import options
 
+EXAMPLES = (
+    "dmm-jax prepare --config=sd15",
+    "dmm-jax prepare --config=sd15 --config.data.source=images --config.data.cache=cache",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
-    parser.add_argument("--config", required=True, help="an experiment file, for example configs/sd15.py")
+    parser.add_argument(
+        "--config", required=True, metavar="CONFIG", help="an experiment file, or a name of `dmm-jax list configs`"
+    )
     parser.add_argument("--strict", action="store_true", help="stop where an image or another file is not used")
 
 

@@ -6,6 +6,11 @@ import pathlib
 
 from dmm_jax.verbs import options
 
+EXAMPLES = (
+    "dmm-jax sample runs/sd15 --prompts prompts.txt --out pictures",
+    'dmm-jax sample runs/sd15 --prompts prompts.txt --style anime --style "anime=0.5,photo=0.5" --out pictures',
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
@@ -19,11 +24,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "fades; repeat for one column each; default: all styles",
     )
     parser.add_argument(
-        "--extra-style", action="append", default=[], type=pathlib.Path, metavar="FILE", help="from fit-style; repeat"
+        "--extra-style",
+        action="append",
+        default=[],
+        type=pathlib.Path,
+        metavar="FILE",
+        help="a style of fit-style; repeat; default: none",
     )
     parser.add_argument("--out", required=True, type=pathlib.Path, help="a new or empty folder")
     parser.add_argument(
-        "--base", default=None, help="another checkpoint that provides what a single file lacks (VAE, tokenizer)"
+        "--base",
+        default=None,
+        metavar="CKPT",
+        help="provides what a single file lacks (VAE, text encoder, tokenizer); default: none",
     )
     options.add_prediction_type(parser)
     parser.add_argument("--negative-prompt", default=None, help="default: none, which for SDXL differs from ''")
@@ -33,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="a textual inversion, or NAME=FILE; prompts use it by name; repeat",
+        help="a textual inversion, or NAME=FILE; prompts use it by name; repeat; default: none",
     )
     parser.add_argument(
         "--clip-skip",
@@ -45,14 +58,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="of the first prompt; the next has seed + 1; the same for all styles"
     )
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance-scale", type=float, default=7.0)
+    parser.add_argument("--steps", type=int, default=25, help="of the solver")
+    parser.add_argument("--guidance-scale", type=float, default=7.0, help="1 turns guidance off")
     parser.add_argument(
         "--guidance-rescale", type=float, default=0.0, help="0 to 1; 0.7 for models with zero terminal SNR"
     )
-    parser.add_argument("--solver", default="dpmpp_2m")
+    parser.add_argument(
+        "--solver", default="dpmpp_2m", help="such as euler, or 'DPM++ 2M Karras' (`dmm-jax list solvers`)"
+    )
     parser.add_argument("--height", type=int, default=0, help="pixels; default: the model's")
-    parser.add_argument("--width", type=int, default=0)
+    parser.add_argument("--width", type=int, default=0, help="pixels; default: the model's")
     parser.add_argument("--batch-size", type=int, default=8, help="images computed at once")
     options.add_dtype(parser)
 

@@ -5,17 +5,32 @@ import pathlib
 
 from dmm_jax.verbs import options
 
+EXAMPLES = (
+    "dmm-jax train --config=sd15 --workdir=runs/sd15",
+    "dmm-jax train --config=sd15 --workdir=runs/sd15 --config.teachers=anime=a.safetensors --config.batch_size=48",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
-    parser.add_argument("--config", required=True, help="an experiment file; --config.NAME=VALUE changes an option")
-    parser.add_argument("--workdir", required=True, type=pathlib.Path)
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="CONFIG",
+        help="an experiment file, or a name of `dmm-jax list configs`; "
+        "--config.NAME=VALUE changes an option, and --config.help lists all",
+    )
+    parser.add_argument(
+        "--workdir", required=True, type=pathlib.Path, metavar="FOLDER", help="of the run; new, or one to resume"
+    )
     parser.add_argument("--tensorboard", action="store_true", help="write event files too; needs tensorboardX")
     group = parser.add_argument_group("as one of several processes")
     group.add_argument("--distributed", action="store_true", help="ask the cluster (Cloud TPU, GKE, Slurm, Open MPI)")
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, without a cluster to ask")
-    group.add_argument("--num-processes", type=int, metavar="N")
-    group.add_argument("--process-id", type=int, metavar="K", help="0 to N - 1")
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="address of process 0, without a cluster to ask; default: none"
+    )
+    group.add_argument("--num-processes", type=int, metavar="N", help="processes of the run; default: none")
+    group.add_argument("--process-id", type=int, metavar="K", help="number of this process, 0 to N - 1; default: none")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -1,6 +1,8 @@
 """The command line itself: exit codes, errors and warnings in one line, and what it imports."""
 
+import io
 import os
+import shlex
 import subprocess
 import sys
 import warnings
@@ -8,8 +10,17 @@ import warnings
 import jax
 import pytest
 
+import dmm_jax
+from dmm_jax.runtime import processes, terminal
 from dmm_jax.runtime.errors import Preempted, UserError
+from dmm_jax.verbs import inspect as inspect_verb
 from dmm_jax.verbs import main as cli
+
+
+@pytest.fixture(autouse=True)
+def _normal_verbosity():
+    yield
+    terminal.set_verbosity(terminal.NORMAL)
 
 
 def raising(error):
@@ -31,12 +42,82 @@ def test_unknown_arguments_of_a_verb_are_wrong_usage(capsys):
     assert stopped.value.code == 2 and "unrecognized arguments: --config.seed=1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("word, expected", [("trian", "did you mean train?"), ("zzz", "no verb 'zzz'\n")])
+def test_a_mistyped_verb_is_wrong_usage_with_the_nearest(word, expected, capsys):
+    assert stopped(word, "x") == 2 and expected in capsys.readouterr().err
+
+
+def test_a_mistyped_option_of_a_verb_is_wrong_usage_with_the_nearest(capsys):
+    for arguments in (["inspect", "x", "--jsom"], ["train", "--config=sd15", "--workdir=w", "--distribute"]):
+        assert stopped(*arguments) == 2 and "did you mean --" in capsys.readouterr().err
+
+
+def stopped(*arguments):
+    with pytest.raises(SystemExit) as error:
+        cli.main(list(arguments))
+    return error.value.code
+
+
 @pytest.mark.parametrize("verb", cli.VERBS)
-def test_every_verb_has_a_help_text(verb, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([verb, "--help"])
-    assert stopped.value.code == 0
-    assert cli.VERBS[verb] in " ".join(capsys.readouterr().out.split())
+def test_every_verb_has_a_help_text_with_examples_that_parse(verb, capsys):
+    assert stopped(verb, "--help") == 0
+    printed = capsys.readouterr().out
+    assert cli.VERBS[verb] in " ".join(printed.split())
+    lines = printed.partition("examples:\n")[2].splitlines()
+    assert lines
+    for line in lines:
+        program, *words = shlex.split(line.partition(" > ")[0])
+        _, unknown = cli.build_parser(words[0]).parse_known_args(words)
+        assert program == "dmm-jax" and words[0] == verb
+        assert [word for word in unknown if not word.startswith("--config.")] == []
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_option_has_a_help_text_that_states_its_default(verb):
+    (verbs,) = [action for action in cli.build_parser(verb)._actions if action.dest == "verb"]
+    formatter = cli.HelpFormatter("dmm-jax")
+    for action in verbs.choices[verb]._actions:
+        assert action.help, action.dest
+        if action.option_strings and action.nargs != 0 and not action.required:
+            assert "default" in formatter._expand_help(action), action.option_strings
+
+
+def test_versions_are_printed_without_importing_jax(capsys):
+    assert stopped("--version") == 0
+    assert capsys.readouterr().out.startswith(f"dmm_jax {dmm_jax.__version__} (jax {jax.__version__}, Python ")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_verbs_and_options(shell, capsys):
+    pytest.importorskip("shtab", reason="launch/requirements-test.txt installs it")
+    assert cli.main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(verb in script for verb in cli.VERBS) and "--workdir" in script and "task_arithmetic" in script
+
+
+def test_colours_are_for_terminals_that_want_them(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    screen = type("Screen", (io.StringIO,), {"isatty": lambda _: True})()
+    assert terminal.paint("a", "red", screen) == "\x1b[31ma\x1b[0m" and terminal.paint("a", "red", io.StringIO()) == "a"
+    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
+        monkeypatch.setenv(name, value)
+        assert terminal.paint("a", "red", screen) == "a"
+
+
+def test_quiet_hides_progress_and_verbose_shows_tracebacks(capsys, monkeypatch):
+    def main(args):
+        processes.say("progress")
+        raise UserError("name another file")
+
+    monkeypatch.setattr(inspect_verb, "main", main)
+    printed = {}
+    for flag in ("--quiet", "--json", "--verbose"):
+        assert cli.main(["inspect", "x", flag]) == 1
+        printed[flag] = capsys.readouterr().err
+    assert printed["--quiet"] == "dmm-jax inspect: error: name another file\n"
+    assert printed["--json"] == "progress\n" + printed["--quiet"]
+    assert "Traceback" in printed["--verbose"] and printed["--verbose"].endswith(printed["--quiet"])
 
 
 HELP = """

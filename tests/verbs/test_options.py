@@ -2,7 +2,8 @@
 
 import pytest
 
-from dmm_jax.config.files import read_config
+from dmm_jax.config import options as config_lib
+from dmm_jax.config.files import read_config, shipped_configs, summary
 from dmm_jax.config.serialization import from_json, to_json
 from dmm_jax.runtime.home import expand_home
 from dmm_jax.verbs import main as cli
@@ -25,6 +26,37 @@ def test_unknown_options_are_wrong_usage(failing, experiment, options, expected)
 def test_the_demo_takes_options_of_its_experiment(failing, tmp_path):
     error = failing("demo", "--workdir", tmp_path / "d", "--config.num_stepz=3", code=cli.EXIT_USAGE)
     assert "did you mean --config.num_steps?" in error and not (tmp_path / "d").exists()
+
+
+def test_shipped_experiments_are_found_by_name_in_any_folder(tmp_path, monkeypatch, failing):
+    monkeypatch.chdir(tmp_path)
+    assert read_config("sd15", ["--config.seed=3"]).base == "checkpoints/stable-diffusion-v1-5"
+    assert all(summary(path).endswith(".") and read_config(name) for name, path in shipped_configs().items())
+    assert "Did you mean --config=sd15?" in failing("plan", "--config=configs/sd_15.py")
+
+
+def test_options_of_an_experiment_are_printed_by_config_and_by_help(capsys):
+    assert cli.main(["config", "sd15", "--config.seed=3"]) == 0
+    printed = capsys.readouterr().out
+    assert "--config.seed=3  (default: 0)" in printed and "--config.base=checkpoints/stable-diffusion-v1-5" in printed
+    assert cli.main(["train", "--config=sd15", "--config.seed=3", "--config.help"]) == 0
+    assert capsys.readouterr().out == printed
+    assert cli.main(["config", "--json"]) == 0
+    assert from_json(capsys.readouterr().out) == config_lib.get_config()
+
+
+@pytest.mark.parametrize(
+    "kind, expected",
+    [
+        ("configs", "sd15  "),
+        ("solvers", "dpmpp_2m_karras"),
+        ("formats", "style-lora"),
+        ("devices", "NVIDIA H200"),
+    ],
+)
+def test_list_prints_the_names_that_options_take(kind, expected, capsys):
+    assert cli.main(["list", kind]) == 0
+    assert expected in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
