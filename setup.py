@@ -49,6 +49,7 @@ setup(
         "cuda": ["jax[cuda13]"],
         "torch": TORCH,
         "tensorboard": ["tensorboardX>=2.6"],
+        "wandb": ["wandb>=0.19"],
         "gcs": [GCSFS],  # Workdirs in gs:// buckets.
         "completion": ["shtab>=1.7"],  # `dmm-jax completion`.
         "parquet": [PARQUET],  # Captions in Parquet files.

@@ -5,7 +5,8 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,14 +20,17 @@ from dmm_jax.config.options import keeps_average, solver_options
 from dmm_jax.distill import incremental
 from dmm_jax.distill.optimizer import learning_rate_schedule
 from dmm_jax.distillation import Distillation, RunState
+from dmm_jax.gallery.training_page import training_page
 from dmm_jax.planning import requirements, text
-from dmm_jax.runtime import locks, processes, storage
+from dmm_jax.runtime import compilation, locks, processes, storage, terminal
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.metrics import MetricsLog
 from dmm_jax.runtime.processes import say
 from dmm_jax.runtime.stopping import stop_requests
+from dmm_jax.runtime.trackers import open_trackers
 
 MAX_STEPS_AHEAD = 2  # Dispatched but not done: keeps the device busy, and a stop request waits for no more than these.
+PAGE_EVERY_S = 10  # The page of the run is written at most so often.
 ADVICE = "a lower learning_rate, more warmup_steps or a smaller max_grad_norm"
 
 
@@ -44,14 +48,20 @@ class Hook(NamedTuple):
         return bool(self.every) and step % self.every == 0
 
 
-def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, tensorboard: bool = False) -> dict:
+def run(
+    config: ml_collections.ConfigDict,
+    workdir: str | os.PathLike,
+    trackers: Sequence[str] = (),
+    dry_run: bool = False,
+) -> dict:
     """Distils the teachers into one student under `workdir`; resumes from its newest checkpoint.
 
-    Writes config.json, parents.json, metrics.jsonl, checkpoints/ and, if asked for, samples/. The result of a run that
-    was stopped and resumed equals one that never stopped, bit for bit where the device is deterministic.
+    Writes config.json, parents.json, metrics.jsonl, checkpoints/, report/ and, if asked for, samples/. The result of a
+    run that was stopped and resumed equals one that never stopped, bit for bit where the device is deterministic.
 
     Args:
-      tensorboard: writes event files too.
+      trackers: names of `runtime.trackers.TRACKERS`, which receive the metrics too.
+      dry_run: reads and checks everything, compiles the step, prints what it needs, and writes nothing.
 
     Returns:
       The last logged metrics.
@@ -64,9 +74,12 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, tensorboa
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_requests())
         config, workdir = _checked(config, workdir)
+        say(f"Reading the base and {len(config.teachers)} teachers")
         distillation = Distillation(config)
         for line in distillation.notes:
             say(line)
+        if dry_run:
+            return _rehearse(distillation)
         check_lock = stack.enter_context(locks.lock(workdir))
         store = StateStore(workdir, keep_last=config.checkpoints_kept, keep_every=config.checkpoints_kept_every)
         state = distillation.resume(stack.enter_context(store))
@@ -75,15 +88,15 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, tensorboa
         if state.step < config.num_steps:
             stack.enter_context(provenance.record_parents(workdir, config))
         _say_resumed(state, config)
-        options = {"tensorboard": tensorboard, "writes": processes.is_first()}
+        first = processes.is_first()
+        options = {"trackers": open_trackers(trackers if first else (), workdir, config.to_dict()), "writes": first}
         names = [row.name for row in distillation.rows]
         log = stack.enter_context(MetricsLog(workdir, state.step, names, **options))
         bar = stack.enter_context(_progress_bar(config.num_steps, state.step))
         batches = distillation.batches(state.step, config.num_steps, state.samples_seen)
         batch = next(batches, None)
         if batch is not None:
-            program = distillation.compile(state, batch)
-            say(text.render(requirements.of_distillation(distillation, program, batch)))
+            _compile(distillation, state, batch)
         progress = Progress(log, bar, config, distillation.objective.weights)
         hooks = make_hooks(distillation, workdir, progress, store, check_lock)
 
@@ -123,6 +136,24 @@ def _loop(distillation, state, batch, batches, hooks, progress, stop) -> tuple[i
     return state.step, failure, bool(stopping)
 
 
+def _compile(distillation, state, batch) -> None:
+    """Compiles the step, and prints what it needs."""
+    config = distillation.config
+    sizes = f"batch {config.batch_size}, {len(distillation.rows)} rows, {config.dtype}, remat {config.remat}"
+    shape = "x".join(map(str, batch.latents.shape[2:]))
+    layers = distillation.student_config["block_out_channels"]
+    with compilation.announced("the training step", f"train: {layers}, {shape}, {sizes}"):
+        program = distillation.compile(state, batch)
+    say(text.render(requirements.of_distillation(distillation, program, batch)))
+
+
+def _rehearse(distillation) -> dict:
+    state = distillation.init()
+    _compile(distillation, state, next(distillation.batches(stop=1)))
+    say("Nothing is trained or written: this is a dry run.")
+    return {}
+
+
 def _checked(config, workdir) -> tuple[ml_collections.ConfigDict, storage.Location]:
     """Returns the complete config and the workdir's location; refuses the workdir of another run."""
     config = incremental.resolved(config)
@@ -145,7 +176,7 @@ def _say_resumed(state, config) -> None:
 
 
 def _progress_bar(num_steps, step) -> tqdm:
-    hidden = not (sys.stderr.isatty() and processes.is_first())
+    hidden = not (sys.stderr.isatty() and processes.is_first()) or terminal.is_quiet()
     return tqdm(total=num_steps, initial=step, unit="step", disable=hidden, dynamic_ncols=True)
 
 
@@ -215,6 +246,7 @@ def make_hooks(
         draw_samples(distillation, state, workdir)
 
     def save(state, _):
+        say(f"step {state.step}: saving a checkpoint")
         check_lock()
         log.upload()  # Before the state, so that a run that resumes there has every line.
         workdirs.write_config(workdir, config)
@@ -223,13 +255,38 @@ def make_hooks(
         except FloatingPointError as error:
             return f"{error} Resume from the last checkpoint with {ADVICE}."
 
+    page = _Page(workdir, log, config.num_steps)
+
     def is_drawn(step):
         return _samples_path(workdir, step).is_file()
 
-    hooks = [Hook(config.log_every, write)]
+    hooks = [Hook(config.log_every, write), Hook(config.log_every, page)]
     hooks += [Hook(config.validation_every, validate, log.has_validation)] if config.validation_size else []
     hooks += [Hook(config.samples.every, draw, is_drawn)] if config.samples.every else []
-    return [*hooks, Hook(config.checkpoint_every, save)]
+    return [*hooks, Hook(config.checkpoint_every, save), Hook(0, page)]
+
+
+class _Page:
+    """Writes the page of a run, at most every PAGE_EVERY_S seconds and after the last step.
+
+    It is report/index.html until `evaluate` has written its report there, and report/training.html from then on.
+    """
+
+    def __init__(self, workdir: storage.Location, log: MetricsLog, num_steps: int):
+        self._workdir, self._log, self._num_steps, self._written = workdir, log, num_steps, -math.inf
+
+    def __call__(self, state: RunState, _: Mapping) -> None:
+        is_last = state.step >= self._num_steps
+        if not processes.is_first() or not (is_last or time.perf_counter() - self._written > PAGE_EVERY_S):
+            return
+        self._written = time.perf_counter()
+        grid = max((self._workdir / "samples").glob("step_*.png"), default=None)
+        samples = grid.read_bytes() if grid else None
+        left = None if is_last else self._log.seconds_left
+        name = "training" if (self._workdir / "report" / "metrics.json").is_file() else "index"
+        path = self._workdir / "report" / f"{name}.html"
+        path.parent.mkdir(exist_ok=True)
+        storage.write_text(path, training_page(self._workdir.name, self._log.lines, self._num_steps, left, samples))
 
 
 def diagnosis(line: Mapping, config) -> str:

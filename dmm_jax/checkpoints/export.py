@@ -24,6 +24,12 @@ FILE_FORMATS = (
     "single-file",
     "style-lora",
 )  # Formats that are one file. The rest are folders with a card of their own.
+PLACES = {  # Where each format is written, below the folder.
+    "dmm": "dmm",
+    "diffusers": "diffusers",
+    "single-file": "model.safetensors",
+    "style-lora": style_lora.NAME,
+}
 MAX_INHERITED_CHARS = 1_000_000  # Longer recipes of an exported model are not copied into its next export.
 
 
@@ -39,6 +45,7 @@ def export(
     keep: Sequence[str] = (),
     extra_styles: Sequence[str | os.PathLike] = (),
     stated_licenses: Sequence[str] = (),
+    dry_run: bool = False,
 ) -> list[pathlib.Path]:
     """Writes a student in each of `formats` below the folder `out`; returns the paths, in the order of the formats.
 
@@ -64,6 +71,7 @@ def export(
       keep: the styles to export, in this order, as "name" or "new name=name"; () for all.
       extra_styles: files of `dmm-jax fit-style`, one style each, which are added to the student's own.
       stated_licenses: "NAME=LICENCE" for "base" or a teacher whose files state no licence, or a wrong one.
+      dry_run: opens and checks everything, and writes nothing.
 
     Raises:
       UserError: a format, style or dtype is unknown, formats do not belong together, or `out` is not empty. Nothing is
@@ -88,6 +96,8 @@ def export(
         title = student.name if fmt == "dmm" else f"{student.name}: {style}"
         return Recipe(title, merged_from, details, license)
 
+    if dry_run:
+        return [out / PLACES[fmt] for fmt in dict.fromkeys(formats)]
     paths = {}
     with staged_folder(out) as folder:
         for fmt in dict.fromkeys(formats):

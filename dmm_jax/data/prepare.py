@@ -31,13 +31,14 @@ IMAGES_AT_ONCE = 32
 PIXELS_ENCODED = 2**23  # Per call on one device: eight images of 1024 x 1024, under 9 GiB by v5e's compiler.
 
 
-def prepare_images(config, strict: bool = False) -> LatentCache:
+def prepare_images(config, strict: bool = False, dry_run: bool = False) -> LatentCache | None:
     """Encodes `config.data.source` with the base's VAE and tokenizers into `config.data.cache`, and opens the cache.
 
     Prints the stages, and a table of how many files are used and not used.
 
     Args:
       strict: whether a file that is not used is an error.
+      dry_run: lists and checks everything, prints the table, and writes nothing.
 
     Raises:
       ValueError: the source, the base or the cache folder cannot be used.
@@ -51,6 +52,10 @@ def prepare_images(config, strict: bool = False) -> LatentCache:
     captions = CaptionTokens(tokenizers, config.data.num_chunks)
     unused = getattr(source, "unused", Unused())
     refuse("--strict: some files are not used", unused.lines(but=IGNORED) if strict else [])
+    if dry_run:
+        for line in (f"{len(source):9,d} images would be encoded into {config.data.cache}", *unused.lines()):
+            say(line)
+        return None
     listed = sum(unused.counts.values())
     scaling_factor, encode = build_encoder(base, config.dtype)
     cache = encode_images(

@@ -29,21 +29,22 @@ from dmm_jax.runtime.errors import UserError
 from dmm_jax.text.prompt_grammar import A1111, plain_text
 
 
-def prepare_cache(config, strict: bool = False) -> LatentCache:
+def prepare_cache(config, strict: bool = False, dry_run: bool = False) -> LatentCache | None:
     """Writes and opens a config's latent cache, from images or, if `data.kind` is "prompts", from prompts alone.
 
     Args:
       strict: whether a file of the source that is not used is an error.
+      dry_run: reads and checks everything, prints what would be done, and writes nothing.
 
     Raises:
       UserError: the source, the teachers, the base or the cache folder cannot be used.
     """
     if config.data.kind == PROMPTS:
-        return prepare_teacher_samples(config)
-    return prepare.prepare_images(config, strict)
+        return prepare_teacher_samples(config, dry_run)
+    return prepare.prepare_images(config, strict, dry_run)
 
 
-def prepare_teacher_samples(config) -> LatentCache:
+def prepare_teacher_samples(config, dry_run: bool = False) -> LatentCache | None:
     """Writes and opens a latent cache that the teachers of all styles draw from the prompts of `config.data.source`.
 
     Raises:
@@ -63,6 +64,9 @@ def prepare_teacher_samples(config) -> LatentCache:
         files = [pathlib.Path(entry.rpartition("=")[2]) for entry in config.embeddings]
         options["embeddings"] = " ".join(sha256(file)[:16] for file in files)
     options |= {"dtype": config.dtype, "prompt_grammar": config.sampling.prompt_grammar}
+    if dry_run:
+        processes.say(f"{len(teachers)} teachers would draw {len(draws):,d} images into {config.data.cache}")
+        return None
     return sample_prompts(
         draws,
         sampler,

@@ -81,7 +81,7 @@ def evaluate(workdir: str | os.PathLike, options: Options | None = None) -> Eval
     results["command"] = options.command(workdir.name)
     results["timings"] = {"evaluation (s)": time.perf_counter() - started}
     interpolation = _interpolation(models, sampler)
-    page = write_report(workdir / "report", results, pairs, interpolation, training_log)
+    page = write_report(workdir / "report", results, pairs, interpolation, training_log, _links(workdir))
     return Evaluation(results, page)
 
 
@@ -96,6 +96,15 @@ def _check_report(folder: Location) -> None:
             raise UserError(
                 f"the report cannot be written: no permission in {place}. Make it writable, or copy the run."
             )
+
+
+def _links(workdir: Location) -> dict[str, str]:
+    """Returns the galleries and exports below a workdir, {what it is: path from the report}."""
+    pages = [path for pattern in ("samples/index.html", "samples/*/index.html") for path in workdir.glob(pattern)]
+    cards = [path for pattern in ("*/README.md", "*/*/README.md") for path in workdir.glob(pattern)]
+    paths = {f"gallery {path.parent.name}": path for path in sorted(pages)}
+    paths |= {f"export {path.parent.name}": path.parent for path in sorted(cards)}
+    return {name: f"../{path.relative_to(workdir)}" for name, path in paths.items()}
 
 
 def _check_features(features: str, config) -> None:

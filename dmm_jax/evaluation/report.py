@@ -25,6 +25,7 @@ def write_report(
     pairs: Mapping[str, sections.Pairs] | None = None,
     interpolation: sections.Interpolation | None = None,
     training_log: Sequence[Mapping] = (),
+    links: Mapping[str, str] | None = None,
 ) -> Location:
     """Writes `index.html`, PNGs and `metrics.json` (the results themselves); returns the path of the page.
 
@@ -38,6 +39,7 @@ def write_report(
         `weights` {model: {network: SHA-256}}; `timings` (seconds); `command`.
       pairs: by style.
       training_log: the lines of the run's metrics.jsonl.
+      links: {what it is: path relative to the folder} of further pages and files.
 
     Raises:
       ValueError: the results lack a key or their shapes differ.
@@ -47,6 +49,7 @@ def write_report(
     with staged_folder(folder) as part:
         blocks = [
             sections.summary(results, TITLE),
+            sections.links(links or {}),
             sections.gains(part, results),
             sections.matrix(part, results),
             sections.pairs(part, pairs or {}),

@@ -4,6 +4,7 @@ The names of picture files hold numbers, never a style or a prompt.
 """
 
 import pathlib
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -64,6 +65,12 @@ distance between the base model and the teachers; the student closes
 <p class="soft note">{escape(results["distance"])} to the teachers on {results["n"]:,} pictures per style, averaged over
 the styles; smaller is nearer. The floor compares two samples of the same teacher: with this number of pictures, no
 smaller distance can be measured.</p>"""
+
+
+def links(paths: Mapping[str, str]) -> str:
+    """Links further pages and files of the run; empty without any."""
+    anchors = [f'<a href="{escape(urllib.parse.quote(path))}">{escape(name)}</a>' for name, path in paths.items()]
+    return f'<p class="soft">Also of this run: {" · ".join(anchors)}</p>' if anchors else ""
 
 
 def gains(folder: pathlib.Path, results: Mapping) -> str:

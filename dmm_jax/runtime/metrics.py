@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, a progress bar on a terminal, plain lines elsewhere, TensorBoard if asked for."""
+"""What a run reports: metrics.jsonl, a progress bar on a terminal, plain lines elsewhere, trackers if asked for."""
 
 import contextlib
 import io
@@ -11,9 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
+from dmm_jax.runtime import terminal
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import bucket_errors, errors_name, in_bucket, locate, part_of, read_text
+from dmm_jax.runtime.trackers import Tracker
 
 
 class HostClock:
@@ -52,6 +55,7 @@ class MetricsLog:
 
     Args:
       names: of the styles, in the order of the errors.
+      trackers: which receive the numbers too.
       writes: whether this process writes and prints.
     """
 
@@ -61,15 +65,17 @@ class MetricsLog:
         start: int,
         names: Sequence[str],
         *,
-        tensorboard: bool = False,
+        trackers: Sequence[Tracker] = (),
         writes: bool = True,
     ):
         self.path = locate(workdir) / "metrics.jsonl"
         self._names = list(names)
         self._writes = writes
-        self._tensorboard = _open_tensorboard(workdir) if tensorboard and writes else None
+        self._trackers = tuple(trackers)
+        self.lines: list[dict] = []  # All lines of the file.
         self._file = self._open(start) if writes else None
         self._clock = None
+        self.seconds_left = 0.0  # As of the last line.
         self.host = HostClock()
         self.last: dict = {}
 
@@ -77,7 +83,8 @@ class MetricsLog:
         return self
 
     def _open(self, start):
-        lines = "".join(json.dumps(line) + "\n" for line in read_log(self.path) if line["step"] <= start)
+        self.lines = [line for line in read_log(self.path) if line["step"] <= start]
+        lines = "".join(json.dumps(line) + "\n" for line in self.lines)
         if in_bucket(self.path):
             file = io.StringIO()
             file.write(lines)
@@ -92,8 +99,8 @@ class MetricsLog:
         if self._file:
             self.upload()
             self._file.close()
-        if self._tensorboard:
-            self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def upload(self) -> None:
         """Writes all lines to the bucket if the workdir is in one; an object cannot be appended to.
@@ -138,10 +145,13 @@ class MetricsLog:
             "host_ms": self.host.median_ms(),
         } | peak_memory()
         self._write(line)
-        remaining = time.strftime("%H:%M:%S", time.gmtime((num_steps - step) * step_time_s))
+        self.seconds_left = (num_steps - step) * step_time_s
+        remaining = time.strftime("%H:%M:%S", time.gmtime(self.seconds_left))
         skipped = f"  {line['skipped_steps']} steps skipped" * bool(line["skipped_steps"])
         speed = f"{line['images_per_s']:.1f} images/s"
-        self._print(f"step {step}/{num_steps}  loss {line['loss']:.5f}  {speed}  {remaining} left{skipped}", bar)
+        worst = max(line["score"], key=line["score"].get)
+        losses = f"loss {line['loss']:.5f}  most: {worst} {line['score'][worst]:.5f}"
+        self._print(f"step {step}/{num_steps}  {losses}  {speed}  {remaining} left{skipped}", bar)
 
     def validation(
         self,
@@ -163,6 +173,8 @@ class MetricsLog:
                 text += f"  {name.replace('_', ' ')} loss {mean:.5f}"
         self._write(line)
         self._print(text, bar)
+        if self._writes and not terminal.is_quiet():
+            tqdm.write(losses_table(self.lines), file=sys.stderr)
         self.start_clock(step)
 
     def has_validation(self, step: int) -> bool:
@@ -173,20 +185,36 @@ class MetricsLog:
         self.last = self.last | line
         if not self._writes:
             return
+        self.lines.append(line)
         with errors_name(self.path):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-        if self._tensorboard:
-            for name, value in _scalars(line):
-                self._tensorboard.add_scalar(name, value, line["step"])
+        for tracker in self._trackers:
+            tracker.log(line["step"], dict(_scalars(line)))
 
     def _print(self, text, bar):
-        if not self._writes:
+        if not self._writes or terminal.is_quiet():
             return
         if bar is None or bar.disable:
-            print(text, file=sys.stderr, flush=True)
+            tqdm.write(text, file=sys.stderr)
         else:
             bar.set_postfix_str(text.split("  ", 1)[1])
+
+
+def losses_table(lines: Sequence[Mapping]) -> str:
+    """Returns a table with the losses of each style: at the first and the last logged step, and the last validation."""
+    training = [line for line in lines if "score" in line]
+    validations = [line for line in lines if "validation" in line]
+    columns = {}
+    for line in dict((line["step"], line) for line in (training[:1] + training[-1:])).values():
+        columns[f"score at step {line['step']}"] = line["score"]
+    if validations:
+        bins = validations[-1]["validation"].items()
+        means = {name: [loss for loss in losses if loss is not None] for name, losses in bins}
+        columns["validation"] = {name: float(np.mean(losses)) if losses else np.nan for name, losses in means.items()}
+    names = list(dict.fromkeys(name for column in columns.values() for name in column))
+    rows = [[name, *(f"{column.get(name, np.nan):.5f}" for column in columns.values())] for name in names]
+    return terminal.table([["style", *columns], *rows])
 
 
 def peak_memory() -> dict[str, float]:
@@ -241,13 +269,3 @@ def _scalars(line, prefix=""):
             yield from _scalars(value, f"{prefix}{name}/")
         elif isinstance(value, (int, float)) and name != "step":
             yield prefix + name, value
-
-
-def _open_tensorboard(workdir):
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "--tensorboard needs the package tensorboardX: pip install tensorboardX, or omit the flag."
-        ) from None
-    return SummaryWriter(str(workdir))

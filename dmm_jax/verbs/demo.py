@@ -1,12 +1,12 @@
-"""`dmm-jax demo`: every step on the embedded world, from inspecting checkpoints to sampling the student."""
+"""`dmm-jax demo`: every step on the embedded world, from inspecting checkpoints to the report."""
 
 import argparse
 import contextlib
 import pathlib
 import shutil
-import sys
 import time
 
+from dmm_jax.runtime.terminal import table
 from dmm_jax.verbs import options
 
 MIX = "comic=0.5,neon=0.5"
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Inspects, prepares, trains, evaluates, exports and samples in the workdir; resumes a demo that was stopped."""
+    """Inspects, prepares, trains, exports, samples and evaluates in the workdir; resumes a demo that was stopped."""
     from dmm_jax import train
     from dmm_jax.checkpoints.export import export
     from dmm_jax.checkpoints.inspect import inspect
@@ -35,6 +35,7 @@ def main(args: argparse.Namespace) -> None:
     from dmm_jax.data.prepare import prepare_images
     from dmm_jax.evaluation.evaluate import evaluate
     from dmm_jax.evaluation.options import Options
+    from dmm_jax.runtime.processes import say
     from dmm_jax.runtime.storage import check_output
     from dmm_jax.world import demo_config
 
@@ -50,8 +51,6 @@ def main(args: argparse.Namespace) -> None:
         prepare_images(config)
     with _step("Merge: distil the teachers into one student with one style vector per teacher"):
         train.run(config, workdir)
-    with _step("Evaluate: compare the student with its teachers, the base and merged weights"):
-        page = evaluate(workdir, Options(**EVALUATION)).page
     with _step(f"Export: DMM folder, stock diffusers folder, stock single file (style {MIX})"):
         shutil.rmtree(workdir / "export", ignore_errors=True)
         for path in export(workdir, workdir / "export", ("dmm", "diffusers", "single-file"), MIX):
@@ -59,7 +58,22 @@ def main(args: argparse.Namespace) -> None:
     with _step("Sample: every style, and a mix, in one batch"):
         shutil.rmtree(workdir / "samples" / "gallery", ignore_errors=True)
         print(_sample(config, workdir))
-    print(f"\nOpen {page}", file=sys.stderr)
+    with _step("Evaluate: compare the student with its teachers, the base and merged weights"):
+        evaluation = evaluate(workdir, Options(**EVALUATION))
+    say(f"\n{_numbers(evaluation.results)}\n\nOpen {evaluation.page}\n\nNext:")
+    say(f'  dmm-jax sample {workdir} --prompt "a small blue star" --style "{MIX}" --out pictures')
+    say(f"  dmm-jax evaluate {workdir} --n 2000")
+    say("  dmm-jax config sd15")
+
+
+def _numbers(results) -> str:
+    """Returns a table of the distance to each teacher, and how much of the way from the base the student comes."""
+    rows = [("style", "base", "average", "student", "floor", "gap closed")]
+    for k, name in enumerate(results["styles"]):
+        distances = (results["base"][k], results["average"][k], results["matrix"][k][k], results["floor"][k])
+        closed = results["gap_closed"][k]
+        rows.append((name, *(f"{distance:.2f}" for distance in distances), f"{closed:.0%}" if closed else "-"))
+    return f"{results['distance']} to each teacher; smaller is nearer\n{table(rows)}"
 
 
 def _sample(config, workdir: pathlib.Path) -> pathlib.Path:
@@ -84,7 +98,9 @@ def _sample(config, workdir: pathlib.Path) -> pathlib.Path:
 
 @contextlib.contextmanager
 def _step(title: str):
-    print(f"\n== {title}", file=sys.stderr, flush=True)
+    from dmm_jax.runtime.processes import say
+
+    say(f"\n== {title}")
     start = time.perf_counter()
     yield
-    print(f"   {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    say(f"   {time.perf_counter() - start:.0f} s")

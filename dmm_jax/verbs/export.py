@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for base or a teacher whose files state none, or a wrong one; repeat; default: as stated",
     )
     parser.add_argument("--no-recipe", action="store_true", help="omit the recipe from the files' metadata")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the paths; write nothing")
     parser.add_argument("--verify", action="store_true", help="compare with stock diffusers; needs the [torch] extra")
 
 
@@ -74,8 +75,9 @@ def main(args: argparse.Namespace) -> None:
         lora_for=args.lora_for.split(","),
         extra_styles=args.extra_style,
         stated_licenses=args.license,
+        dry_run=args.dry_run,
     )
-    if args.verify:
+    if args.verify and not args.dry_run:
         from dmm_jax.evaluation.verify_export import verify_export
 
         student = open_student(args.workdir, args.extra_style, args.keep)

@@ -23,7 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workdir", required=True, type=pathlib.Path, metavar="FOLDER", help="of the run; new, or one to resume"
     )
-    parser.add_argument("--tensorboard", action="store_true", help="write event files too; needs tensorboardX")
+    parser.add_argument(
+        "--tracker",
+        action="append",
+        default=[],
+        choices=("tensorboard", "wandb"),
+        help="sends the numbers to TensorBoard or Weights & Biases too, if installed; repeat; default: none",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="read and check everything, compile, print the needs; write nothing"
+    )
     group = parser.add_argument_group("as one of several processes")
     group.add_argument("--distributed", action="store_true", help="ask the cluster (Cloud TPU, GKE, Slurm, Open MPI)")
     group.add_argument(
@@ -41,4 +50,22 @@ def main(args: argparse.Namespace) -> None:
         from dmm_jax.train import run
 
         with processes.joined(args.distributed, args.coordinator, args.num_processes, args.process_id):
-            run(options.read_experiment(args.config, args.overrides), args.workdir, args.tensorboard)
+            config = options.read_experiment(args.config, args.overrides)
+            run(config, args.workdir, args.tracker, args.dry_run)
+            if not args.dry_run:
+                _print_end(args.workdir)
+
+
+def _print_end(workdir: pathlib.Path) -> None:
+    """Prints the losses of each style, and what to do next."""
+    from dmm_jax.config.options import style_names
+    from dmm_jax.config.serialization import load_config
+    from dmm_jax.runtime.metrics import losses_table, read_log
+    from dmm_jax.runtime.processes import say
+    from dmm_jax.runtime.storage import locate
+
+    style = style_names(load_config(workdir))[-1]
+    say(f"\n{losses_table(read_log(locate(workdir) / 'metrics.jsonl'))}\n\nNext:")
+    say(f'  dmm-jax sample {workdir} --prompt "..." --out pictures')
+    say(f"  dmm-jax evaluate {workdir}")
+    say(f'  dmm-jax export {workdir} exported --format diffusers,single-file --style "{style}"')

@@ -3,13 +3,15 @@
 import struct
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 
 from dmm_jax.runtime import metrics
 from dmm_jax.runtime.errors import UserError
-from dmm_jax.runtime.metrics import HostClock, MetricsLog, read
+from dmm_jax.runtime.metrics import HostClock, MetricsLog, losses_table, read
+from dmm_jax.runtime.trackers import open_trackers
 
 METRICS = {"score": np.array([1.0, 3.0]), "feature": np.array([10.0, 30.0]), "grad_norm": np.float32(0.5)}
 METRICS |= {"skipped_steps": np.int32(2), "skipped_in_a_row": np.int32(0)}
@@ -36,7 +38,7 @@ def tensorboard_events(folder):
 
 
 def test_tensorboard_gets_every_number_of_a_line(tmp_path):
-    last = write_log(tmp_path, tensorboard=True)
+    last = write_log(tmp_path, trackers=open_trackers(["tensorboard"], tmp_path, {}))
     scalars = {
         value.tag: (event.step, value.simple_value)
         for event in tensorboard_events(tmp_path)
@@ -50,14 +52,40 @@ def test_tensorboard_gets_every_number_of_a_line(tmp_path):
 def test_without_tensorboardx_the_error_names_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(UserError, match="pip install tensorboardX"):
-        MetricsLog(tmp_path, 0, ["left"], tensorboard=True)
+        open_trackers(["tensorboard"], tmp_path, {})
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_and_biases_continues_the_curves_of_a_workdir(tmp_path, monkeypatch):
+    calls, steps = [], []
+    run = types.SimpleNamespace(log=lambda scalars, step: steps.append((step, scalars)), finish=lambda: steps.append(0))
+    fake = types.SimpleNamespace(init=lambda **options: calls.append(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for _ in range(2):
+        write_log(tmp_path, trackers=open_trackers(["wandb"], tmp_path, {"seed": 3}))
+    assert calls[0] == calls[1] and calls[0]["resume"] == "allow" and calls[0]["config"] == {"seed": 3}
+    assert [step and step[0] for step in steps] == 2 * [4, 4, 0] and steps[0][1]["score/left"] == 1.0
+
+
+def test_an_unknown_tracker_is_refused(tmp_path):
+    with pytest.raises(UserError, match="did you mean tensorboard"):
+        open_trackers(["tensorbord"], tmp_path, {})
+
+
+def test_the_table_of_losses_has_both_ends_and_the_last_validation(capsys):
+    lines = [{"step": step, "score": {"left": 1.0 / step, "right": 2.0}} for step in (1, 5, 10)]
+    lines.insert(2, {"step": 7, "validation": {"left": [0.5, None, 1.0], "right": [None]}})
+    assert losses_table(lines).splitlines() == [
+        "style  score at step 1  score at step 10  validation",
+        "left           1.00000           0.10000     0.75000",
+        "right          2.00000           2.00000         nan",
+    ]
 
 
 def test_a_process_that_does_not_write_has_the_same_numbers(tmp_path, capsys):
     (tmp_path / "silent").mkdir()
     (tmp_path / "writing").mkdir()
-    silent = write_log(tmp_path / "silent", writes=False, tensorboard=True)
+    silent = write_log(tmp_path / "silent", writes=False)
     assert not list((tmp_path / "silent").iterdir()) and capsys.readouterr().err == ""
     writing = write_log(tmp_path / "writing")
     for numbers in (silent, writing):

@@ -2,6 +2,14 @@
 
 import pytest
 
+from dmm_jax.verbs import main as cli
+
+
+def test_a_dry_run_counts_the_images_and_writes_nothing(experiment, tmp_path, capsys):
+    arguments = [experiment()[0], f"--config.data.cache={tmp_path / 'cache'}", "--dry-run"]
+    assert cli.main(["prepare", *arguments]) == 0
+    assert "24 images would be encoded into" in capsys.readouterr().err and not (tmp_path / "cache").exists()
+
 
 @pytest.mark.parametrize(
     "option, expected",

@@ -1,5 +1,6 @@
 """`dmm-jax train`: checkpoints, caches and options that cannot be used are refused before the workdir is made."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -10,7 +11,16 @@ from dmm_jax.checkpoints.modelspec import Recipe
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.write import write_single_file
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
+from dmm_jax.verbs import main as cli
 from tests import worlds
+
+
+def test_a_dry_run_prints_the_needs_and_writes_nothing(experiment, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(jax.config, "jax_compilation_cache_dir", str(tmp_path / "programs"), raising=False)
+    assert cli.main(["train", *experiment(), "--dry-run"]) == 0
+    printed = capsys.readouterr().err
+    assert "Compiling the training step" in printed and "Memory per device" in printed and "dry run" in printed
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_missing_checkpoint_is_named(failing, experiment, tmp_path):
