@@ -36,6 +36,6 @@ def test_curves_have_a_bounded_number_of_points_and_skip_what_is_not_finite():
     assert "<polyline" not in training_page("run", bad, 2, 1.0) and training_page("run", [], 2, 1.0)
 
 
-@pytest.mark.parametrize("seconds, text", [(5, "5 s"), (65, "1 min 05 s"), (7500, "2 h 05 min")])
+@pytest.mark.parametrize("seconds, text", [(5.0, "5 s"), (65.0, "1 min 05 s"), (7500.0, "2 h 05 min")])
 def test_durations_have_two_units(seconds, text):
     assert duration(seconds) == text
