@@ -28,6 +28,7 @@ from dmm_jax.config.options import keeps_average, opening_options
 from dmm_jax.data import batches as data_batches
 from dmm_jax.data.batches import Batch
 from dmm_jax.data.cache import LatentCache
+from dmm_jax.data.prepare import sizes_of
 from dmm_jax.diffusion import solvers
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.distill import discriminator, incremental, validation
@@ -102,15 +103,15 @@ class Distillation(Definition):
             )
             self.frozen = self.frozen._replace(**put_params(fixed, mesh, self.dtype))
         self._packing = Packing(self.abstract_state(), mesh)
-        self._step: Callable | None = None
+        self._programs: dict[tuple[int, ...], jax.stages.Compiled] = {}  # By the shape of a batch's latents.
 
     def _open_cache(self, tokenizer: Tokenizers) -> LatentCache:
         """Opens the latent cache and checks that this base made it, and that it is large enough."""
         config = self.config
-        origin = {"vae": self.base.digest("vae"), "tokenizer": tokenizer.digest, "resolution": config.data.resolution}
-        num_tokens = tokenizer([""], config.data.num_chunks).shape[1]
-        least = config.validation_size + config.batch_size
-        return LatentCache(config.data.cache, **origin, num_tokens=num_tokens, num_examples=least)
+        sizes = sizes_of(config, self.base)
+        expected = {"vae": self.base.digest("vae"), "tokenizer": tokenizer.digest, "resolution": config.data.resolution}
+        expected |= {"num_tokens": tokenizer([""], config.data.num_chunks).shape[1], "buckets": sizes[1:]}
+        return LatentCache(config.data.cache, **expected, num_examples=config.validation_size + config.batch_size)
 
     def init(self) -> RunState:
         """Returns the state at step 0: the base, the mean of the teachers, or the student that grows."""
@@ -192,13 +193,24 @@ class Distillation(Definition):
 
     def _sources(self):
         checks.check_training(self.config)
-        return self.cache.split(self.config.validation_size)
+        unit = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return self.cache.split(self.config.validation_size, unit)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width in pixels of the buckets that have images to train on."""
+        return [self.cache.header.sizes[bucket] for bucket in np.unique(self._sources()[0].bucket_of)]
 
     def compile(self, state: RunState, batch: Batch) -> jax.stages.Compiled:
-        """Compiles the step for arrays like these and returns the program; `step` does it when it is first called."""
-        step = self.jitted_step(self.abstract_state(), self.teachers, self._packing)
-        self._step, self.teachers = compile_step(step, state.arrays, self.teachers, self.frozen, batch)
-        return self._step
+        """Compiles the step for arrays or shapes like these and returns the program.
+
+        `step` does it for the first batch of each shape. The first program chooses the layout of the teachers.
+        """
+        formats = jax.tree.map(lambda leaf: leaf.format, self.teachers) if self._programs else None
+        step = self.jitted_step(self.abstract_state(), self.teachers, self._packing, formats)
+        program, self.teachers = compile_step(step, state.arrays, self.teachers, self.frozen, batch)
+        self._programs[batch.latents.shape] = program
+        return program
 
     def step(self, state: RunState, batch: Batch) -> tuple[RunState, dict[str, jax.Array]]:
         """Updates the student once; `state` is consumed.
@@ -208,9 +220,8 @@ class Distillation(Definition):
           the batch, "grad_norm", "skipped_steps", "skipped_in_a_row"; also "adversarial" and "discriminator" (N,) if
           there is a discriminator.
         """
-        if self._step is None:
-            self.compile(state, batch)
-        arrays, metrics = self._step(state.arrays, self.teachers, self.frozen, batch)
+        program = self._programs.get(batch.latents.shape) or self.compile(state, batch)
+        arrays, metrics = program(state.arrays, self.teachers, self.frozen, batch)
         return RunState(arrays, state.step + 1, state.samples_seen + self.config.batch_size), metrics
 
     def validate(self, state: RunState, average: bool = False) -> dict[str, list[float | None]]:
@@ -221,9 +232,9 @@ class Distillation(Definition):
         """
         unpacked = self._packing.unpack(state.arrays)
         params = unpacked.ema if average else unpacked.student.params
-        errors = self._validation(params, self.teachers, self.frozen, self._inputs)
+        errors = [np.asarray(self._validation(params, self.teachers, self.frozen, part)) for part in self._inputs]
         names, timesteps = [row.name for row in self.rows], self._timesteps
-        return validation.by_bin(np.asarray(errors), names, timesteps, len(self.objective.alphas_cumprod))
+        return validation.by_bin(np.concatenate(errors, 1), names, timesteps, len(self.objective.alphas_cumprod))
 
     @functools.cached_property
     def _validation(self) -> Callable:
@@ -232,11 +243,11 @@ class Distillation(Definition):
         return jax.jit(errors, out_shardings=NamedSharding(self.mesh, sharding.COPY))
 
     @functools.cached_property
-    def _inputs(self) -> Inputs:
+    def _inputs(self) -> list[Inputs]:
         _, source = self._sources()
         inputs = validation.fixed_inputs(source, self.rows, self.config.seed, len(self.objective.alphas_cumprod))
-        self._timesteps = inputs.timesteps[0]
-        return sharding.put_global(inputs, self.mesh, sharding.BATCH)
+        self._timesteps = np.concatenate([part.timesteps[0] for part in inputs])
+        return [sharding.put_global(part, self.mesh, sharding.BATCH) for part in inputs]
 
     def pipeline(self, state: RunState) -> Pipeline:
         """Returns a pipeline around the student as it is now: its average, if the run keeps one.

@@ -137,14 +137,19 @@ def _loop(distillation, state, batch, batches, hooks, progress, stop) -> tuple[i
 
 
 def _compile(distillation, state, batch) -> None:
-    """Compiles the step, and prints what it needs."""
+    """Compiles the step for every size of images, and prints what the first program needs."""
     config = distillation.config
     sizes = f"batch {config.batch_size}, {len(distillation.rows)} rows, {config.dtype}, remat {config.remat}"
-    shape = "x".join(map(str, batch.latents.shape[2:]))
     layers = distillation.student_config["block_out_channels"]
-    with compilation.announced("the training step", f"train: {layers}, {shape}, {sizes}"):
-        program = distillation.compile(state, batch)
-    say(text.render(requirements.of_distillation(distillation, program, batch)))
+    shapes = [distillation.abstract_batch(size) for size in distillation.sizes]
+    others = [other for other in shapes if other.latents.shape != batch.latents.shape]
+    programs = []
+    for number, example in enumerate([batch, *others], start=1):
+        shape = "x".join(map(str, example.latents.shape[2:]))
+        name = "the training step" + (f", bucket {number} of {len(shapes)}" if others else "")
+        with compilation.announced(name, f"train: {layers}, {shape}, {sizes}"):
+            programs.append(distillation.compile(state, example))
+    say(text.render(requirements.of_distillation(distillation, programs[0], batch)))
 
 
 def _rehearse(distillation) -> dict:

@@ -147,6 +147,8 @@ def _broken_rule(name: str, value: int | float) -> str:
         return "lie in [0, 1)"
     if own == "ema_width" and value > MAX_EMA_WIDTH:
         return f"be at most {MAX_EMA_WIDTH}"
+    if own == "max_aspect_ratio" and not 1 <= value <= 4:
+        return "be from 1 to 4"
     if own == "timestep_power" and value < 0.1:
         return "be at least 0.1"
     if own == "guidance_rescale" and not 0 <= value <= 1:

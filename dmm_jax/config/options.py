@@ -105,7 +105,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.source = ""  # The folder of the images, or the text file of the prompts, one per line.
     config.data.cache = ""  # Folder of the latent cache.
     config.data.num_chunks = 1  # Chunks of 75 tokens that a caption may fill; what is longer is cut, and counted.
-    config.data.resolution = 512  # Pixels per side; images are scaled by their short side and cropped.
+    config.data.resolution = 512  # Pixels per side of a square image; other sizes have about as many pixels.
+    # 1: images are cropped to the square. Above 1: each is cropped to the size of the nearest ratio of sides, up to
+    # this one. Every size compiles a program: at 512 pixels there are 5 up to ratio 2, and 11 up to ratio 4.
+    config.data.max_aspect_ratio = 1.0
     config.data.num_examples = 0  # How many to prepare; 0: the whole folder, each prompt once. shapes_world needs it.
 
     # How pictures are drawn: by teachers for `data.kind="prompts"`, along the way, and by `dmm-jax evaluate`.

@@ -1,6 +1,7 @@
-"""Training batches from a cache: batch k is a pure function of (seed, k)."""
+"""Training batches from a cache: batch k is a pure function of (seed, k), and all its examples are of one bucket."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -29,18 +30,20 @@ def batches(
 ) -> grain.MapDataset:
     """Returns the batches of all steps: `dataset[k]` is a `Batch`; `iterate` reads them ahead.
 
-    The examples form an endless sequence of epochs, each in a random order of its own. Batch k holds the examples
-    k * `batch_size` to (k + 1) * `batch_size` - 1 of the sequence, teacher by teacher, for any number of processes.
+    The examples of a bucket form an endless sequence of epochs, each in a random order of its own. A batch holds the
+    next `batch_size` examples of its bucket's sequence, teacher by teacher, for any number of processes. Buckets take
+    turns in a random order, as often as they have examples (`Turns`).
 
     Args:
-        source: `LatentCache` or `CacheSlice`.
+        source: `LatentCache` or `CacheSlice`, or any source whose examples are of one bucket.
         batch_size: examples per step, over all teachers and processes.
         share: the rows and columns of the batch [N, B/N] that this process reads; None: all.
         offset: added to the first example of each batch. A run that changes its batch size at some step sets it, since
             it has seen more or fewer examples than steps * `batch_size`.
 
     Raises:
-        ValueError: the source is empty, or `batch_size` is not a multiple of `num_teachers`.
+        ValueError: the source is empty, `batch_size` is not a multiple of `num_teachers`, or has changed in a run of
+            several buckets.
     """
     if len(source) == 0:
         raise UserError("the source of examples is empty. Prepare a cache with more images.")
@@ -51,11 +54,71 @@ def batches(
             f"batch_size must be a multiple of the {num_teachers} teachers; got {batch_size}. "
             f"Use {max(batch_size - batch_size % num_teachers, num_teachers)}."
         )
-    stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    groups = buckets_of(source)
+    if offset and len(groups) > 1:
+        raise UserError("batch_size has changed: a run with several buckets keeps it. Set the batch_size of its start.")
+    streams = [grain.MapDataset.source(group).seed(seed + k).shuffle().repeat() for k, group in enumerate(groups)]
     places = np.arange(batch_size).reshape(num_teachers, -1)
     if share is not None:
         places = places[np.ix_(*share)]
-    return grain.MapDataset.range(MAX_STEPS).map(_Gather(stream, places + offset, batch_size))
+    turns = Turns([len(group) for group in groups], batch_size, seed)
+    return grain.MapDataset.range(MAX_STEPS).map(_Gather(streams, turns, places + offset))
+
+
+def buckets_of(source: Any) -> list:
+    """Returns the examples of each bucket that has some, as sources."""
+    numbers = getattr(source, "bucket_of", np.zeros(1, np.uint8))
+    present = np.unique(numbers)
+    if len(present) == 1:
+        return [source]
+    return [_Members(source, np.flatnonzero(numbers == bucket)) for bucket in present]
+
+
+class _Members:
+    """Some examples of a source."""
+
+    def __init__(self, source: Any, indices: np.ndarray):
+        self.source, self.indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int):
+        return self.source[int(self.indices[index])]
+
+
+class Turns:
+    """Which bucket a batch is of, and where the batch begins in its bucket's sequence: functions of (seed, k).
+
+    An epoch is about as many batches as the examples fill. A bucket with n examples has had floor((e n + r) / B)
+    batches after e epochs, where r is a fixed number below B: so every example is seen equally often, though n is no
+    multiple of B. The batches of an epoch are in random order.
+    """
+
+    def __init__(self, sizes: Sequence[int], batch_size: int, seed: int):
+        """Takes the number of examples of each bucket."""
+        self.sizes, self.batch_size, self.seed = np.asarray(sizes, np.int64), batch_size, seed
+        several = len(sizes) > 1  # A lone bucket begins at once.
+        self.starts = np.random.default_rng(seed).integers(batch_size, size=len(sizes)) if several else np.zeros(1, int)
+        self._order = functools.lru_cache(maxsize=4)(self._shuffled)
+
+    def __call__(self, step: int) -> tuple[int, int]:
+        """Returns the bucket of a batch, and the place of the batch's first example in its bucket's sequence."""
+        epoch = max(step - len(self.sizes), 0) * self.batch_size // int(self.sizes.sum())
+        while self._batches_before(epoch + 1).sum() <= step:
+            epoch += 1
+        before = self._batches_before(epoch)
+        order = self._order(epoch)
+        place = step - int(before.sum())
+        bucket = int(order[place])
+        return bucket, (int(before[bucket]) + int((order[:place] == bucket).sum())) * self.batch_size
+
+    def _batches_before(self, epoch: int) -> np.ndarray:
+        return (epoch * self.sizes + self.starts) // self.batch_size
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        counts = self._batches_before(epoch + 1) - self._batches_before(epoch)
+        return np.random.default_rng([self.seed, epoch]).permutation(np.repeat(np.arange(len(counts)), counts))
 
 
 def iterate(dataset: grain.MapDataset, start_step: int = 0, num_threads: int = 4) -> Iterator[Batch]:
@@ -65,14 +128,14 @@ def iterate(dataset: grain.MapDataset, start_step: int = 0, num_threads: int = 4
 
 
 class _Gather:
-    """Collects batch k from the endless sequence of shuffled examples."""
+    """Collects batch k from the endless sequences of shuffled examples."""
 
-    def __init__(self, stream: grain.MapDataset, places: np.ndarray, batch_size: int):
-        self.stream, self.places, self.batch_size = stream, places, batch_size
+    def __init__(self, streams: Sequence[grain.MapDataset], turns: Turns, places: np.ndarray):
+        self.streams, self.turns, self.places = streams, turns, places
 
     def __call__(self, step: int) -> Batch:
-        first = int(step) * self.batch_size
-        examples = [self.stream[first + place] for place in self.places.ravel().tolist()]
+        bucket, first = self.turns(int(step))
+        examples = [self.streams[bucket][first + place] for place in self.places.ravel().tolist()]
         return Batch(
             latents=self._stack(examples, "latents", np.float32),
             input_ids=self._stack(examples, "input_ids", np.int32),

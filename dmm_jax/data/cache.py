@@ -1,8 +1,11 @@
 """The latent cache: float16 latents and uint16 token ids in array_record files, described by one cache.json.
 
 A record concatenates, little-endian: latents (C order), token ids, the image's frame, and its int64 id in the source.
-The frame is four int32 in pixels: the image's original height and width, and top and left of the square that is cut
-out after scaling. Stable Diffusion XL is conditioned on them (arXiv:2307.01952, section 2.2).
+The frame is four int32 in pixels: the image's original height and width, and top and left of the crop after scaling.
+Stable Diffusion XL is conditioned on them (arXiv:2307.01952, section 2.2).
+
+Latents have the size of their image's bucket. With several buckets, a file of bytes next to each file of records holds
+the bucket's number of every record.
 """
 
 import dataclasses
@@ -10,6 +13,7 @@ import json
 import math
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -19,10 +23,11 @@ from dmm_jax.data.files import open_regular
 from dmm_jax.runtime.errors import UserError, refuse
 from dmm_jax.runtime.storage import check_local
 
-FORMAT = "dmm_jax latent cache 2"
+FORMAT = "dmm_jax latent cache 3"
 LATENTS, TOKENS, FRAME, _ID = np.dtype("<f2"), np.dtype("<u2"), np.dtype("<i4"), np.dtype("<i8")
 FRAME_BYTES = 4 * FRAME.itemsize
 MAX_HEADER_BYTES = 2**26
+MAX_BUCKETS = 255  # A bucket's number is one byte.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +36,11 @@ class CacheHeader:
 
     vae: str  # Hash of the VAE's contents.
     tokenizer: str  # Hash of the tokenizer's files.
-    resolution: int  # Pixels per side, after scaling the short side and cropping the centre.
+    resolution: int  # Pixels per side of the square bucket.
     scaling_factor: float  # The VAE's; stored latents are multiplied by it.
-    latent_shape: tuple[int, ...]  # (h, w, C)
-    num_tokens: int  # Per prompt, over all tokenizers.
+    latent_shape: tuple[int, ...]  # (h, w, C) of the square bucket.
+    num_tokens: int  # Per prompt, over all tokenizers and chunks.
+    buckets: tuple[tuple[int, int], ...] = ()  # Height and width in pixels of further buckets; the square is bucket 0.
     source: str = ""  # Hash of the source of images; or teachers, prompts and sampler, as text.
     seed: int = 0  # For the posterior samples, or for the noise of the first picture.
     dtype: str = "float16"
@@ -43,9 +49,21 @@ class CacheHeader:
     shards: tuple[tuple[str, int], ...] = ()  # (file name, records)
 
     @property
-    def record_bytes(self) -> int:
-        """The size of one record in bytes."""
-        latents, tokens = LATENTS.itemsize * math.prod(self.latent_shape), TOKENS.itemsize * self.num_tokens
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width in pixels of every bucket."""
+        return ((self.resolution, self.resolution), *self.buckets)
+
+    def shape_of(self, bucket: int) -> tuple[int, ...]:
+        """Returns the shape of the latents in a bucket."""
+        height, width = (
+            side * cells // self.resolution
+            for side, cells in zip(self.sizes[bucket], self.latent_shape[:2], strict=True)
+        )
+        return height, width, self.latent_shape[2]
+
+    def record_bytes(self, bucket: int = 0) -> int:
+        """Returns the size of one record in bytes."""
+        latents, tokens = LATENTS.itemsize * math.prod(self.shape_of(bucket)), TOKENS.itemsize * self.num_tokens
         return latents + tokens + FRAME_BYTES + _ID.itemsize
 
     def differences(self, **expected: Any) -> list[str]:
@@ -80,6 +98,10 @@ _IS_VALID = {  # By a field's type; a count of records fits into int64.
     float: lambda value: type(value) in (int, float) and 0 < value < math.inf,
     tuple[int, ...]: lambda value: len(value) == 3 and all(type(size) is int and size > 0 for size in value),
     tuple[tuple[str, int], ...]: lambda value: all(type(name) is str and type(count) is int for name, count in value),
+    tuple[tuple[int, int], ...]: lambda value: (
+        len(value) < MAX_BUCKETS
+        and all(type(side) is int and 0 < side < 2**20 for height, width in value for side in (height, width))
+    ),
 }
 
 
@@ -102,7 +124,7 @@ def read_header(folder: pathlib.Path) -> tuple[CacheHeader, dict[str, Any]]:
         if wrong:
             raise ValueError(f"wrong value of {', '.join(wrong)}")
         fields["latent_shape"] = tuple(fields["latent_shape"])
-        fields["shards"] = tuple(map(tuple, fields["shards"]))
+        fields |= {name: tuple(map(tuple, fields[name])) for name in ("shards", "buckets")}
         return CacheHeader(**fields), raw
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -117,23 +139,24 @@ def encode_record(latents: np.ndarray, input_ids: np.ndarray, frame: np.ndarray,
     return b"".join(part.tobytes() for part in parts)
 
 
-def decode_record(header: CacheHeader, record: bytes) -> CachedExample:
+def decode_record(header: CacheHeader, record: bytes, bucket: int = 0) -> CachedExample:
     """Unpacks one example from the bytes of its record."""
-    num_latents = math.prod(header.latent_shape)
+    shape = header.shape_of(bucket)
+    num_latents = math.prod(shape)
     tokens_at = num_latents * LATENTS.itemsize
-    latents = np.frombuffer(record, LATENTS, num_latents).reshape(header.latent_shape)
+    latents = np.frombuffer(record, LATENTS, num_latents).reshape(shape)
     input_ids = np.frombuffer(record, TOKENS, header.num_tokens, tokens_at).astype(np.int32)
     frame = np.frombuffer(record, FRAME, 4, tokens_at + TOKENS.itemsize * header.num_tokens)
     return {
         "latents": latents,
         "input_ids": input_ids,
-        "time_ids": np.array([*frame, header.resolution, header.resolution], np.int32),
+        "time_ids": np.array([*frame, *header.sizes[bucket]], np.int32),
         "id": int(np.frombuffer(record[-_ID.itemsize :], _ID)[0]),
     }
 
 
 class LatentCache:
-    """A finished cache: a random access source of `CachedExample`.
+    """A finished cache: a random access source of `CachedExample`. `bucket_of` has the bucket's number of each.
 
     Raises:
         ValueError: the cache is not finished, or its files do not match cache.json.
@@ -145,7 +168,7 @@ class LatentCache:
         if not self.folder.exists() and partial_folder(self.folder).exists():
             raise UserError(f"{self.folder} is not finished. Run `dmm-jax prepare` again to complete it.")
         self.header, _ = read_header(self.folder)
-        self._records = self._open_shards()
+        self._records, self.bucket_of = self._open_shards()
         self.check(**expected)
 
     def check(self, *, num_examples: int = 0, **expected: Any) -> None:
@@ -165,12 +188,23 @@ class LatentCache:
         ]
         refuse(f"{self.folder} does not fit this run; prepare another cache, `dmm-jax prepare`", problems)
 
-    def split(self, num_held_out: int) -> tuple["CacheSlice", "CacheSlice"]:
-        """Returns two sources: the examples to train on, and the last `num_held_out` examples."""
-        cut = len(self) - num_held_out
-        if num_held_out < 0 or cut < 1:
+    def split(self, num_held_out: int, unit: int = 1) -> tuple["CacheSlice", "CacheSlice"]:
+        """Returns two sources: the examples to train on, and those held out, the last of each bucket.
+
+        A bucket's share of `num_held_out` follows its examples, in multiples of `unit`; the largest has the rest.
+        """
+        if not 0 <= num_held_out < len(self):
             raise UserError(f"{self.folder} has {len(self)} examples; {num_held_out} cannot be held out.")
-        return CacheSlice(self, 0, cut), CacheSlice(self, cut, len(self))
+        counts = np.bincount(self.bucket_of, minlength=len(self.header.sizes))
+        shares = np.full(1, num_held_out)
+        if len(counts) > 1:
+            shares = np.round(num_held_out * counts / len(self) / unit).astype(int) * unit
+            largest = np.argmax(counts)
+            shares[largest] = max(num_held_out - np.delete(shares, largest).sum(), 0)
+        held_out = np.zeros(len(self), bool)
+        for bucket, share in enumerate(shares):
+            held_out[np.flatnonzero(self.bucket_of == bucket)[counts[bucket] - share :]] = True
+        return CacheSlice(self, np.flatnonzero(~held_out)), CacheSlice(self, np.flatnonzero(held_out))
 
     def __len__(self) -> int:
         return self.header.count
@@ -178,7 +212,8 @@ class LatentCache:
     def __getitem__(self, index: int) -> CachedExample:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} in a cache of {len(self)} examples")
-        return decode_record(self.header, self._read(self._records, index))
+        bucket = int(self.bucket_of[index])
+        return decode_record(self.header, self._read(self._records, index, bucket), bucket)
 
     def __repr__(self) -> str:
         return f"LatentCache({str(self.folder)!r})"
@@ -189,6 +224,7 @@ class LatentCache:
             if pathlib.PurePath(name).name != name or not os.path.isfile(self.folder / name):
                 raise UserError(f"{self.folder} lacks its file {name!r}. Delete the folder and run prepare again.")
             paths.append(str(self.folder / name))
+        bucket_of = np.concatenate([np.zeros(0, np.uint8), *map(self._read_buckets, header.shards)])
         try:
             records = array_record_data_source.ArrayRecordDataSource(paths) if paths else []
         except (RuntimeError, ValueError) as error:
@@ -197,34 +233,56 @@ class LatentCache:
             raise UserError(f"{self.folder} should hold {header.count} records; its files hold {len(records)}.")
         if not header.count:
             raise UserError(f"{self.folder} has no records. Prepare the cache again.")
-        self._read(records, 0)
-        return records
+        self._read(records, 0, int(bucket_of[0]))
+        return records, bucket_of
 
-    def _read(self, records, index: int) -> bytes:
+    def _read_buckets(self, shard: tuple[str, int]) -> np.ndarray:
+        """Returns the bucket's number of each record of a shard."""
+        name, count = shard
+        if not self.header.buckets:
+            return np.zeros(count, np.uint8)
+        path = self.folder / buckets_file(name)
+        try:
+            with open_regular(path) as stream:
+                buckets = np.frombuffer(stream.read(count + 1), np.uint8)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error}). Delete the folder and run prepare again.") from error
+        if len(buckets) != count or buckets.max(initial=0) > len(self.header.buckets):
+            raise UserError(f"{path} is damaged. Delete the folder and run prepare again.")
+        return buckets
+
+    def _read(self, records, index: int, bucket: int) -> bytes:
+        expected = self.header.record_bytes(bucket)
         try:
             record = records[index]
-            if len(record) == self.header.record_bytes:
+            if len(record) == expected:
                 return record
-            error = f"{len(record)} bytes instead of {self.header.record_bytes}"
+            error = f"{len(record)} bytes instead of {expected}"
         except (RuntimeError, ValueError) as caught:  # array_record compares checksums.
             error = " ".join(str(caught).split())[:300]
         raise UserError(f"{self.folder}: record {index} is damaged ({error}). Delete the folder and run prepare again.")
 
 
 class CacheSlice:
-    """Consecutive examples of a cache, as a source."""
+    """Some examples of a cache, as a source."""
 
-    def __init__(self, cache: LatentCache, start: int, stop: int):
-        """Selects the examples `start` to `stop` - 1."""
-        self.cache, self.start, self.stop = cache, start, stop
+    def __init__(self, cache: LatentCache, indices: Sequence[int] | np.ndarray):
+        """Selects the examples of these indices."""
+        self.cache, self.indices = cache, np.asarray(indices)
+        self.bucket_of = cache.bucket_of[self.indices]
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> CachedExample:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} in a source of {len(self)} examples")
-        return self.cache[self.start + index]
+        return self.cache[int(self.indices[index])]
+
+
+def buckets_file(shard: str) -> str:
+    """Returns the name of the file that holds the bucket's numbers of a shard's records."""
+    return shard.removesuffix(".array_record") + ".buckets"
 
 
 def partial_folder(folder: pathlib.Path) -> pathlib.Path:

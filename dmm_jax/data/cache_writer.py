@@ -16,6 +16,7 @@ from dmm_jax.data.cache import (
     TOKENS,
     CacheHeader,
     LatentCache,
+    buckets_file,
     encode_record,
     partial_folder,
     read_header,
@@ -34,12 +35,12 @@ class CacheWriter:
         ValueError: the folder exists, or the interrupted cache has another header.
     """
 
-    def __init__(self, folder: str | pathlib.Path, header: CacheHeader, shard_size: int = 8192):
+    def __init__(self, folder: str | pathlib.Path, header: CacheHeader):
         """Opens the partial folder; the writer fills in the header's `count`, `dropped` and `shards`."""
-        self.folder, self.shard_size = check_local(folder, "a latent cache"), shard_size
+        self.folder = check_local(folder, "a latent cache")
         self.partial = partial_folder(self.folder)
         self.header, self.next_index = header, 0
-        self._shard, self._in_shard = None, 0
+        self._shard, self._buckets = None, bytearray()
         if self.folder.exists():
             raise UserError(f"{self.folder} exists already. Delete it, or write elsewhere.")
         if (self.partial / "cache.json").exists():
@@ -77,30 +78,26 @@ class CacheWriter:
         input_ids: Int[np.ndarray, "B L"],
         frames: Int[np.ndarray, "B 4"],
         ids: Sequence[int],
-        next_index: int,
+        bucket: int = 0,
     ) -> None:
-        """Writes a batch of examples.
+        """Writes a batch of examples of one bucket to the open shard.
 
         Args:
             latents: scaled.
-            frames: each image's original height and width, and top and left of the square after scaling.
+            frames: each image's original height and width, and top and left of the crop after scaling.
             ids: the images' ids in the source.
-            next_index: the source's index after this batch, where an interrupted cache continues.
 
         Raises:
             ValueError: the cache cannot hold these shapes, token ids or values (NaN, beyond float16).
         """
-        self._check(latents, input_ids)
+        self._check(latents, input_ids, bucket)
         with self._writing():
             if self._shard is None:
                 path = self.partial / f"latents-{len(self.header.shards):05d}.array_record"
                 self._shard = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
             for example in zip(latents, input_ids, frames, ids, strict=True):
                 self._shard.write(encode_record(*example))
-        self._in_shard += len(latents)
-        self.next_index = next_index
-        if self._in_shard >= self.shard_size:
-            self._close_shard()
+        self._buckets += bytes([bucket]) * len(latents)
 
     def drop(self, count: int) -> None:
         """Counts images that could not be read."""
@@ -108,7 +105,7 @@ class CacheWriter:
 
     def finish(self) -> LatentCache:
         """Closes the last shard, moves the cache to its folder and opens it."""
-        self._close_shard()
+        self.close_shard(self.next_index)
         if not self.header.count:
             raise UserError(f"nothing was written to {self.partial}: no image could be read.")
         with self._writing():
@@ -121,24 +118,30 @@ class CacheWriter:
         if self._shard is not None:
             with contextlib.suppress(RuntimeError):  # The disk is full; the shard is incomplete anyway.
                 self._shard.close()
-            self._shard, self._in_shard = None, 0
+            self._shard, self._buckets = None, bytearray()
         if not self.header.shards and self.partial.exists():
             shutil.rmtree(self.partial)
 
-    def _close_shard(self) -> None:
+    def close_shard(self, next_index: int) -> None:
+        """Completes the open shard; an interrupted cache continues at the source's index `next_index`."""
+        self.next_index = next_index
         if self._shard is None:
             return
         with self._writing():
             self._shard.close()
-            shards = (*self.header.shards, (f"latents-{len(self.header.shards):05d}.array_record", self._in_shard))
-            header = dataclasses.replace(self.header, shards=shards, count=self.header.count + self._in_shard)
-            write_header(self.partial, header, next_index=self.next_index)
-        self.header, self._shard, self._in_shard = header, None, 0
+            name, count = f"latents-{len(self.header.shards):05d}.array_record", len(self._buckets)
+            if self.header.buckets:
+                (self.partial / buckets_file(name)).write_bytes(self._buckets)
+            shards = (*self.header.shards, (name, count))
+            header = dataclasses.replace(self.header, shards=shards, count=self.header.count + count)
+            write_header(self.partial, header, next_index=next_index)
+        self.header, self._shard, self._buckets = header, None, bytearray()
 
-    def _check(self, latents: np.ndarray, input_ids: np.ndarray) -> None:
-        if latents.shape[1:] != self.header.latent_shape or input_ids.shape[1:] != (self.header.num_tokens,):
+    def _check(self, latents: np.ndarray, input_ids: np.ndarray, bucket: int) -> None:
+        shape = self.header.shape_of(bucket)
+        if latents.shape[1:] != shape or input_ids.shape[1:] != (self.header.num_tokens,):
             raise UserError(
-                f"expected latents {self.header.latent_shape} and {self.header.num_tokens} token ids per image; "
+                f"expected latents {shape} and {self.header.num_tokens} token ids per image; "
                 f"got {latents.shape[1:]} and {input_ids.shape[1:]}. Check the VAE and the tokenizer."
             )
         limit = float(np.finfo(LATENTS).max)

@@ -3,6 +3,7 @@
 import functools
 import pathlib
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,10 +12,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from dmm_jax.data.buckets import Size, nearest_bucket
 from dmm_jax.data.cache import CacheHeader, LatentCache
 from dmm_jax.data.cache_writer import CacheWriter
 from dmm_jax.data.files import Unused
-from dmm_jax.data.images import UnreadableImage, crop_of, fit_square
+from dmm_jax.data.images import UnreadableImage, crop_of, fit
 from dmm_jax.data.prompts import Draws
 from dmm_jax.data.sources import Example, ImageSource
 from dmm_jax.runtime import locks
@@ -34,7 +36,7 @@ def encode_images(
     out: str | pathlib.Path,
     batch_size: int,
     *,
-    resolution: int,
+    sizes: Sequence[Size],
     scaling_factor: float,
     vae: str,
     tokenizer: str,
@@ -53,46 +55,46 @@ def encode_images(
         encode: maps uint8 images (B, H, W, 3) and one PRNG key per image (B,) to unscaled latents (B, h, w, C); B is
             always `batch_size`. An image's key depends only on `seed` and the image's id.
         tokenize: maps B captions to token ids (B, L), all chunks.
-        resolution: pixels per side; images of another size are scaled by their short side and cropped at the centre.
+        sizes: height and width of the buckets, the square first. An image is scaled until it covers the bucket whose
+            ratio of sides is nearest, and cropped at its centre.
         scaling_factor: the VAE's; the cache holds latents times this factor.
         vae: hash of the VAE's contents.
         tokenizer: hash of the tokenizers (`Tokenizers.digest`).
-        shard_size: records per file; an interruption loses at most about this many.
+        shard_size: images of the source per file; an interruption loses at most this many.
         unused: counts the unreadable images by reason.
         strict: whether an unreadable image is an error.
 
     Raises:
         ValueError: `out` holds something else, the latents do not fit into float16, or no image could be read.
     """
-    recipe = {"vae": vae, "tokenizer": tokenizer, "resolution": resolution, "scaling_factor": float(scaling_factor),
-              "num_tokens": np.shape(tokenize([""]))[1], "seed": seed,
+    recipe = {"vae": vae, "tokenizer": tokenizer, "resolution": sizes[0][0], "buckets": tuple(sizes[1:]),
+              "scaling_factor": float(scaling_factor), "num_tokens": np.shape(tokenize([""]))[1], "seed": seed,
               "source": getattr(source, "digest", "")}  # fmt: skip
 
     def latent_shape() -> tuple[int, ...]:
-        black: Example = {"image": np.zeros((resolution, resolution, 3), np.uint8), "caption": "", "id": 0}
+        black: Example = {"image": np.zeros((*sizes[0], 3), np.uint8), "caption": "", "id": 0}
         return encode_examples([black], encode, batch_size, seed=0).shape[1:]
 
-    def records(writer: CacheWriter, bar: tqdm) -> Iterator[Records]:
+    def records(writer: CacheWriter, first: int, last: int, bar: tqdm) -> Iterator[Records]:
         drop = functools.partial(_drop, writer, Unused() if unused is None else unused, strict)
-        reader = grain.MapDataset.range(writer.next_index, len(source)).map(_LoadExample(source, resolution))
+        reader = grain.MapDataset.range(first, last).map(_LoadExample(source, sizes))
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * batch_size)
-        for examples, next_index in _groups(reader.to_iter_dataset(options), writer.next_index, batch_size, drop):
+        for examples in _groups(reader.to_iter_dataset(options), batch_size, drop, bar):
             latents = encode_examples(examples, encode, batch_size, seed) * np.float32(scaling_factor)
             captions, ids, frames = ([example[name] for example in examples] for name in ("caption", "id", "frame"))
-            yield latents, np.asarray(tokenize(captions)), np.array(frames, np.int32), ids, next_index
-            bar.update(next_index - bar.n)
+            yield latents, np.asarray(tokenize(captions)), np.array(frames, np.int32), ids, examples[0]["bucket"]
 
     return _fill(out, recipe, latent_shape, records, len(source), shard_size, "encoding")
 
 
 def sample_prompts(
     draws: Draws,
-    sample: Callable[[int, Sequence[str], Sequence[int]], np.ndarray],
+    sample: Callable[[int, Sequence[str], Sequence[int], Size], np.ndarray],
     tokenize: Callable[[Sequence[str]], np.ndarray],
     out: str | pathlib.Path,
     batch_size: int,
     *,
-    resolution: int,
+    sizes: Sequence[Size],
     latent_shape: tuple[int, ...],
     scaling_factor: float,
     vae: str,
@@ -106,28 +108,30 @@ def sample_prompts(
     so that each teacher is loaded once per shard.
 
     Args:
-        sample: maps a teacher's number, B prompts and B seeds to scaled latents (B, h, w, C); B is always `batch_size`.
-        latent_shape: (h, w, C) of these latents.
+        sample: maps a teacher's number, B prompts, B seeds and height and width in pixels to scaled latents
+            (B, h, w, C); B is always `batch_size`.
+        sizes: height and width of the buckets, the square first.
+        latent_shape: (h, w, C) of the square's latents.
         source: what else determines the latents: teachers, prompts, sampler.
 
     Raises:
         ValueError: `out` holds something else, or the latents do not fit into float16.
     """
-    recipe = {"vae": vae, "tokenizer": tokenizer, "resolution": resolution, "scaling_factor": float(scaling_factor),
-              "num_tokens": np.shape(tokenize([""]))[1], "seed": draws.seed, "source": source}  # fmt: skip
+    recipe = {"vae": vae, "tokenizer": tokenizer, "resolution": sizes[0][0], "buckets": tuple(sizes[1:]),
+              "scaling_factor": float(scaling_factor), "num_tokens": np.shape(tokenize([""]))[1], "seed": draws.seed,
+              "source": source}  # fmt: skip
 
-    def records(writer: CacheWriter, bar: tqdm) -> Iterator[Records]:
-        for first in range(writer.next_index, len(draws), shard_size):
-            ids = np.arange(first, min(first + shard_size, len(draws)))
-            latents = np.empty((len(ids), *latent_shape), np.float32)
-            for teacher, part in _batches_by_teacher(draws, ids, batch_size):
-                padded = np.resize(part, batch_size)  # A fixed size, so that `sample` compiles once.
-                prompts, _, seeds = zip(*(draws[int(k)] for k in padded), strict=True)
-                latents[part - first] = sample(teacher, prompts, seeds)[: len(part)]
-                bar.update(len(part))
-            input_ids = np.asarray(tokenize([draws[int(k)].prompt for k in ids]))
-            frames = np.tile(np.array([resolution, resolution, 0, 0], np.int32), (len(ids), 1))
-            yield latents, input_ids, frames, ids.tolist(), int(ids[-1]) + 1
+    def records(writer: CacheWriter, first: int, last: int, bar: tqdm) -> Iterator[Records]:
+        latents = {}
+        for teacher, bucket, ids in _draws_by_teacher(draws, np.arange(first, last), batch_size):
+            padded = np.resize(ids, batch_size)  # A fixed size, so that `sample` compiles once.
+            prompts, _, seeds, _ = zip(*(draws[int(k)] for k in padded), strict=True)
+            latents |= zip(ids.tolist(), sample(teacher, prompts, seeds, sizes[bucket]), strict=False)
+            bar.update(len(ids))
+        for index in range(first, last):
+            frame = np.array([[*sizes[draws[index].bucket], 0, 0]], np.int32)
+            input_ids = np.asarray(tokenize([draws[index].prompt]))
+            yield np.asarray(latents[index], np.float32)[None], input_ids, frame, [index], draws[index].bucket
 
     return _fill(out, recipe, lambda: latent_shape, records, len(draws), shard_size, "drawing")
 
@@ -136,7 +140,7 @@ def _fill(
     out: str | pathlib.Path,
     recipe: Mapping[str, Any],
     latent_shape: Callable[[], tuple[int, ...]],
-    records: Callable[[CacheWriter, tqdm], Iterator[Records]],
+    records: Callable[[CacheWriter, int, int, tqdm], Iterator[Records]],
     total: int,
     shard_size: int,
     stage: str,
@@ -146,7 +150,7 @@ def _fill(
     Args:
         recipe: the fields of `CacheHeader` that determine the latents.
         latent_shape: computes the shape (h, w, C) of the latents.
-        records: yields the arguments of `CacheWriter.add` from `writer.next_index` on, and advances the bar.
+        records: yields the arguments of `CacheWriter.add` for examples `first` to `last` - 1, and advances the bar.
         total: the number of examples.
     """
     out = check_place(out)
@@ -156,18 +160,21 @@ def _fill(
         refuse(f"{out} is a cache of another recipe; delete it, or set another data.cache", problems)
         return cache
     with locks.lock(out, out.with_name(f".{out.name}.lock")):
-        writer = CacheWriter(out, CacheHeader(**recipe, latent_shape=latent_shape()), shard_size)
+        writer = CacheWriter(out, CacheHeader(**recipe, latent_shape=latent_shape()))
         first = writer.next_index
         say(f"{stage} {total:,d} images into {out}" + (f"; {first:,d} are finished" if first else ""))
         start = reported = time.perf_counter()
         try:
             with tqdm(total=total, initial=first, desc=stage, unit="image", disable=None) as bar:  # On terminals only.
-                for arguments in records(writer, bar):
-                    writer.add(*arguments)
-                    if bar.disable and time.perf_counter() - reported > REPORT_S:
-                        reported = time.perf_counter()
-                        rate = (writer.next_index - first) / (reported - start)
-                        say(f"{writer.next_index:,d} of {total:,d} images, {rate:.1f} images/s")
+                for shard in range(first, total, shard_size):
+                    end = min(shard + shard_size, total)
+                    for arguments in records(writer, shard, end, bar):
+                        writer.add(*arguments)
+                        if bar.disable and time.perf_counter() - reported > REPORT_S:
+                            reported = time.perf_counter()
+                            rate = (bar.n - first) / (reported - start)
+                            say(f"{bar.n:,d} of {total:,d} images, {rate:.1f} images/s")
+                    writer.close_shard(end)
             cache = writer.finish()
         finally:
             writer.abandon()
@@ -192,13 +199,13 @@ def check_place(out: str | pathlib.Path) -> pathlib.Path:
     return out
 
 
-def _batches_by_teacher(draws: Draws, ids: np.ndarray, batch_size: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (teacher, up to `batch_size` numbers of its draws), teacher by teacher."""
-    teachers = np.array([draws[int(k)].teacher for k in ids])
-    for teacher in range(draws.num_teachers):
-        own = ids[teachers == teacher]
+def _draws_by_teacher(draws: Draws, ids: np.ndarray, batch_size: int) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Yields (teacher, bucket, up to `batch_size` numbers of its draws), teacher by teacher."""
+    kinds = np.array([(draws[int(k)].teacher, draws[int(k)].bucket) for k in ids])
+    for teacher, bucket in np.unique(kinds, axis=0).tolist():
+        own = ids[(kinds == (teacher, bucket)).all(axis=1)]
         for first in range(0, len(own), batch_size):
-            yield teacher, own[first : first + batch_size]
+            yield teacher, bucket, own[first : first + batch_size]
 
 
 def encode_examples(examples: Sequence[Example], encode: Callable, batch_size: int, seed: int) -> np.ndarray:
@@ -211,20 +218,20 @@ def encode_examples(examples: Sequence[Example], encode: Callable, batch_size: i
 
 
 def _groups(
-    examples: Iterable[Example | UnreadableImage], first: int, batch_size: int, drop: Callable[[UnreadableImage], None]
-) -> Iterator[tuple[list[Example], int]]:
-    """Yields up to `batch_size` readable examples, and the source's index after the last of them."""
-    group, index = [], first
-    for index, example in enumerate(examples, start=first + 1):
+    examples: Iterable[Example | UnreadableImage], batch_size: int, drop: Callable[[UnreadableImage], None], bar: tqdm
+) -> Iterator[list[Example]]:
+    """Yields up to `batch_size` readable examples of one bucket; what does not fill a batch comes last."""
+    groups = defaultdict(list)
+    for example in examples:
+        bar.update()
         if isinstance(example, UnreadableImage):
             drop(example)
-        else:
-            group.append(example)
+            continue
+        group = groups[example["bucket"]]
+        group.append(example)
         if len(group) == batch_size:
-            yield group, index
-            group = []
-    if group:
-        yield group, index
+            yield groups.pop(example["bucket"])
+    yield from (groups[bucket] for bucket in sorted(groups))
 
 
 def _drop(writer: CacheWriter, unused: Unused, strict: bool, image: UnreadableImage) -> None:
@@ -238,10 +245,10 @@ def _drop(writer: CacheWriter, unused: Unused, strict: bool, image: UnreadableIm
 
 
 class _LoadExample:
-    """Reads one image, fits it to the square and adds its frame; returns an `UnreadableImage` instead of raising it."""
+    """Reads one image, fits it to its bucket and adds its frame; returns an `UnreadableImage` instead of raising it."""
 
-    def __init__(self, source: ImageSource, resolution: int):
-        self.source, self.resolution = source, resolution
+    def __init__(self, source: ImageSource, sizes: Sequence[Size]):
+        self.source, self.sizes = source, tuple(sizes)
 
     def __call__(self, index: int) -> Example | UnreadableImage:
         try:
@@ -249,5 +256,7 @@ class _LoadExample:
         except UnreadableImage as error:
             return error
         height, width = example["image"].shape[:2]
-        frame = (height, width, *crop_of(height, width, self.resolution)[1])
-        return {**example, "image": fit_square(example["image"], self.resolution), "frame": frame}
+        bucket = nearest_bucket(height, width, self.sizes)
+        size = self.sizes[bucket]
+        frame = (height, width, *crop_of(height, width, size)[1])
+        return {**example, "image": fit(example["image"], size), "frame": frame, "bucket": bucket}

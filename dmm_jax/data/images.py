@@ -1,4 +1,4 @@
-"""Opens image files safely and fits images to the square that the VAE encodes."""
+"""Opens image files safely and fits images to the size that the VAE encodes."""
 
 import io
 import logging
@@ -95,20 +95,23 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if transpose is None else image.transpose(transpose)
 
 
-def crop_of(height: int, width: int, resolution: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Returns (height, width) after scaling the short side to `resolution`, and (top, left) of the central square."""
-    scale = resolution / min(width, height)
-    height, width = (max(resolution, round(side * scale)) for side in (height, width))
-    return (height, width), ((height - resolution) // 2, (width - resolution) // 2)
+def crop_of(height: int, width: int, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns (height, width) after scaling an image until it covers `size`, and (top, left) of the central crop."""
+    scale = max(size[0] / height, size[1] / width)
+    scaled = max(size[0], round(height * scale)), max(size[1], round(width * scale))
+    return scaled, ((scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2)
 
 
-def fit_square(image: Image.Image | UInt8[np.ndarray, "H W 3"], resolution: int) -> UInt8[np.ndarray, "R R 3"]:
-    """Scales the short side to `resolution` pixels and crops the centre; an image of this size stays unchanged."""
+def fit(image: Image.Image | UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
+    """Scales an image until it covers `size`, height and width in pixels, and crops the centre.
+
+    An image of this size stays unchanged.
+    """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     width, height = image.size
-    if (width, height) != (resolution, resolution):
-        scaled, (y, x) = crop_of(height, width, resolution)
+    if (height, width) != size:
+        scaled, (y, x) = crop_of(height, width, size)
         image = image.resize(scaled[::-1], Image.Resampling.LANCZOS)
-        image = image.crop((x, y, x + resolution, y + resolution))
+        image = image.crop((x, y, x + size[1], y + size[0]))
     return np.asarray(image, np.uint8)

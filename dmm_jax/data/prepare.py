@@ -15,6 +15,7 @@ from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.config import arguments, checks
 from dmm_jax.config.options import SHAPES_WORLD
+from dmm_jax.data.buckets import Size, bucket_sizes
 from dmm_jax.data.cache import LatentCache
 from dmm_jax.data.files import IGNORED, Unused
 from dmm_jax.data.fill_cache import check_place, encode_images
@@ -45,7 +46,7 @@ def prepare_images(config, strict: bool = False, dry_run: bool = False) -> Laten
     """
     check_config(config)
     base = open_checkpoint(config.base)
-    arguments.pixels("data.resolution", config.data.resolution, CELL)
+    sizes = sizes_of(config, base)
     tokenizers = base.tokenizers()
     say(f"reading {config.data.source or config.data.kind}")
     source = open_source(config)
@@ -64,7 +65,7 @@ def prepare_images(config, strict: bool = False, dry_run: bool = False) -> Laten
         captions,
         config.data.cache,
         min(IMAGES_AT_ONCE, len(source)),
-        resolution=config.data.resolution,
+        sizes=sizes,
         scaling_factor=scaling_factor,
         vae=base.digest("vae"),
         tokenizer=tokenizers.digest,
@@ -74,9 +75,29 @@ def prepare_images(config, strict: bool = False, dry_run: bool = False) -> Laten
     )
     if earlier := cache.header.dropped + listed - sum(unused.counts.values()):
         unused.add("unreadable in an earlier call", count=earlier)
-    for line in (f"{len(cache):9,d} images used", *unused.lines(), *captions.lines()):
+    for line in (f"{len(cache):9,d} images used", *bucket_lines(cache), *unused.lines(), *captions.lines()):
         say(line)
     return cache
+
+
+def sizes_of(config, base: Checkpoint) -> tuple[Size, ...]:
+    """Returns height and width in pixels of a config's buckets.
+
+    Raises:
+      UserError: the UNet cannot halve them as often as it does, or the resolution is no multiple of a latent cell.
+    """
+    arguments.pixels("data.resolution", config.data.resolution, CELL)
+    unit = CELL * 2 ** (len(base.unet_config["block_out_channels"]) - 1)
+    return bucket_sizes(config.data.resolution, config.data.max_aspect_ratio, unit)
+
+
+def bucket_lines(cache: LatentCache) -> list[str]:
+    """Returns a line for each bucket of several: its height and width, and how many images it has."""
+    if not cache.header.buckets:
+        return []
+    counts = np.bincount(cache.bucket_of, minlength=len(cache.header.sizes))
+    sizes = zip(cache.header.sizes, counts, strict=True)
+    return [f"{count:9,d} of {height} x {width} pixels" for (height, width), count in sizes]
 
 
 class CaptionTokens:

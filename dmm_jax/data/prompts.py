@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from dmm_jax.data.captions import clean_caption, text_lines
 from dmm_jax.data.files import open_regular
 from dmm_jax.runtime.errors import UserError
@@ -34,6 +36,7 @@ class Draw(NamedTuple):
     prompt: str
     teacher: int
     seed: int
+    bucket: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +46,14 @@ class Draws:
     With P prompts and N teachers, picture k has prompt k mod P, seed `seed` + k (as in `dmm-jax sample --seed`) and
     teacher (k + r) mod N, where r counts the complete rounds of lcm(P, N) pictures. Without r, a teacher would only
     ever draw some of the prompts. All teachers draw equally many pictures, up to one; all prompts are drawn equally
-    often, up to one.
+    often, up to one. Each picture has a random bucket.
     """
 
     prompts: Sequence[str]
     num_teachers: int
     count: int
     seed: int = 0
+    num_buckets: int = 1
 
     def __post_init__(self):
         if self.count < 1:
@@ -63,4 +67,5 @@ class Draws:
             raise IndexError(index)
         rounds = index // math.lcm(len(self.prompts), self.num_teachers)
         teacher = (index + rounds) % self.num_teachers
-        return Draw(self.prompts[index % len(self.prompts)], teacher, self.seed + index)
+        bucket = int(np.random.default_rng([self.seed, index]).integers(self.num_buckets))
+        return Draw(self.prompts[index % len(self.prompts)], teacher, self.seed + index, bucket)

@@ -16,7 +16,7 @@ import numpy as np
 
 from dmm_jax.data.captions import LISTS, read_caption, read_list
 from dmm_jax.data.files import DataFile, Unused, list_folder, list_tar
-from dmm_jax.data.images import IMAGE_SUFFIXES, fit_square, load_rgb
+from dmm_jax.data.images import IMAGE_SUFFIXES, fit, load_rgb
 from dmm_jax.runtime.errors import UserError
 
 TEXT_SUFFIXES = (".txt", ".caption")
@@ -81,7 +81,7 @@ class FolderSource:
     def __getitem__(self, index: int) -> Example:
         file, caption = self.rows[index]
         image = load_rgb(file)
-        pixels = fit_square(image, self.resolution) if self.resolution else np.asarray(image)
+        pixels = fit(image, (self.resolution, self.resolution)) if self.resolution else np.asarray(image)
         return {"image": pixels, "caption": caption, "id": int(index)}
 
     @property

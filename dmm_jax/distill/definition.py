@@ -158,13 +158,18 @@ class Definition:
             frozen = frozen._replace(**described(fixed, self.mesh, self.dtype))
         return teachers, frozen
 
-    def abstract_batch(self) -> Batch:
-        """Returns the shapes and shardings of a batch (N, B/N, ...)."""
-        rows, cells = num_rows(self.config), self.config.data.resolution // CELL
+    def abstract_batch(self, size: tuple[int, int] | None = None) -> Batch:
+        """Returns the shapes and shardings of a batch (N, B/N, ...).
+
+        Args:
+          size: height and width of the images in pixels; None: the square.
+        """
+        rows, resolution = num_rows(self.config), self.config.data.resolution
+        height, width = size or (resolution, resolution)
         leading = rows, self.config.batch_size // rows
         channels = self.base.unet_config.get("in_channels", 4)
         shapes = Batch(
-            latents=jax.ShapeDtypeStruct((*leading, cells, cells, channels), jnp.float32),
+            latents=jax.ShapeDtypeStruct((*leading, height // CELL, width // CELL, channels), jnp.float32),
             input_ids=jax.ShapeDtypeStruct((*leading, self.num_tokens), jnp.int32),
             time_ids=jax.ShapeDtypeStruct((*leading, NUM_TIME_IDS), jnp.int32),
         )
@@ -186,19 +191,18 @@ class Definition:
             seed=self.config.seed,
         )
 
-    def jitted_step(self, state: TrainState, teachers: Teachers, packing: Packing):
+    def jitted_step(self, state: TrainState, teachers: Teachers, packing: Packing, formats=None):
         """Returns the jitted `step(packed state, teachers, frozen, batch) -> (packed state, metrics)`.
-
-        The layout of the teachers is left open for `distill.layout.compile_step`.
 
         Args:
           state, teachers: arrays or shapes.
+          formats: the layout of the teachers; None leaves it open for `distill.layout.compile_step`.
         """
         norms = clipping.build_norm(self.mesh, state_specs(state.trained, self.mesh))
         step = build_step(self.gradients(state.trained), norms, self.optimizers, average.decay_schedule(self.config))
         return jax.jit(
             packing.around(step),
             donate_argnums=0,
-            in_shardings=(packing.places, teacher_formats(teachers), None, None),
+            in_shardings=(packing.places, formats or teacher_formats(teachers), None, None),
             out_shardings=(packing.places, NamedSharding(self.mesh, sharding.COPY)),
         )

@@ -154,7 +154,9 @@ def compile_step(step, state, teachers, frozen, batch) -> tuple[jax.stages.Compi
     the kernels of all teachers.
 
     Args:
-      step: jitted with `teacher_formats`, which leave the teachers' layout to the compiler.
+      step: jitted with `teacher_formats`, which leave the teachers' layout to the compiler, or with the formats that
+        the teachers have.
+      batch: arrays, or shapes with shardings.
 
     Returns:
       The program, and the teachers to call it with; the arrays of `teachers` are donated.

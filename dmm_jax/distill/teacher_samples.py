@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dmm_jax.checkpoints.architecture import CELL
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.compare import check_mergeable
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.provenance import sha256
-from dmm_jax.config import arguments
 from dmm_jax.config.options import PROMPTS, embedding_files, opening_options, solver_options, style_names
 from dmm_jax.data import prepare
+from dmm_jax.data.buckets import Size
 from dmm_jax.data.cache import LatentCache
 from dmm_jax.data.fill_cache import sample_prompts
 from dmm_jax.data.prompts import Draws, read_prompts
@@ -52,9 +51,10 @@ def prepare_teacher_samples(config, dry_run: bool = False) -> LatentCache | None
     """
     prepare.check_config(config)
     config = incremental.resolved(config)
-    draws, options = _draws(config), solver_options(config)
-    arguments.pixels("data.resolution", config.data.resolution, CELL)
+    options = solver_options(config)
     base = open_checkpoint(config.base, **opening_options(config, "base"))
+    sizes = prepare.sizes_of(config, base)
+    draws = _draws(config, len(sizes))
     teachers = incremental.origins(config)
     check_mergeable(base, teachers)
     sampler = TeacherSampler(config, base, teachers, draws.prompts, options)
@@ -73,7 +73,7 @@ def prepare_teacher_samples(config, dry_run: bool = False) -> LatentCache | None
         sampler.caption_ids,
         config.data.cache,
         min(config.sampling.batch_size, len(draws)),
-        resolution=config.data.resolution,
+        sizes=sizes,
         latent_shape=sampler.latent_shape,
         scaling_factor=sampler.pipeline.vae.merged().scaling_factor,
         vae=base.digest("vae"),
@@ -119,24 +119,25 @@ class TeacherSampler:
             prompts = [plain_text(prompt) for prompt in prompts]
         return self.pipeline.tokenizers(prompts, self.caption_chunks)
 
-    def __call__(self, teacher: int, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-        """Returns scaled latents (B, h, w, C), float32."""
+    def __call__(self, teacher: int, prompts: Sequence[str], seeds: Sequence[int], size: Size) -> np.ndarray:
+        """Returns scaled latents (B, h, w, C), float32, of pictures of `size`, height and width in pixels."""
         if self._loaded is None or self._loaded[0] != teacher:
             self._loaded = None  # Frees the previous teacher before the next one is loaded.
             pipeline = self.pipeline.with_checkpoint(self.teachers[teacher], self.base, self.embeddings[teacher])
             self._loaded = teacher, pipeline, pipeline.num_chunks(self.prompts)
         _, pipeline, num_chunks = self._loaded
-        options = {"height": self.resolution, "width": self.resolution, "num_chunks": num_chunks, **self.options}
+        options = {"height": size[0], "width": size[1], "num_chunks": num_chunks, **self.options}
         return pipeline(prompts, seeds=seeds, output="latents", **options)
 
 
-def _draws(config) -> Draws:
+def _draws(config, num_buckets: int) -> Draws:
     if not config.data.source:
         raise UserError("data.source is empty: set a text file with one prompt per line, for the teachers to draw.")
     if not config.teachers:
         raise UserError("teachers is empty: list at least one (style name, path) to draw the prompts.")
     prompts = read_prompts(config.data.source)
-    return Draws(prompts, len(style_names(config)), config.data.num_examples or len(prompts), config.seed)
+    count = config.data.num_examples or len(prompts)
+    return Draws(prompts, len(style_names(config)), count, config.seed, num_buckets)
 
 
 def _describe_source(base: Checkpoint, teachers: Mapping[str, Checkpoint], draws: Draws, options: Mapping) -> str:

@@ -16,6 +16,7 @@ from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.config import checks
 from dmm_jax.config.options import num_rows
 from dmm_jax.data.batches import Batch
+from dmm_jax.data.buckets import LEAST_AREA
 from dmm_jax.distill import incremental
 from dmm_jax.distill import teachers as teachers_lib
 from dmm_jax.distill.definition import Definition
@@ -72,6 +73,8 @@ class Program:
         definition = Definition(config, base, mesh, platform=platform)
         frozen = definition.abstract_frozen(num_encoders)
         arguments = Arguments(definition.abstract_state(), *frozen, definition.abstract_batch())
+        if config.data.max_aspect_ratio > 1.0:
+            assumptions += (f"all images are square; other buckets have {LEAST_AREA:.0%} to 100 % of the pixels",)
         return cls(definition, platform, arguments, (*assumptions, *encoder_assumptions))
 
     @property

@@ -92,5 +92,5 @@ def mix(rendered: LatentCache, made: LatentCache, folder: pathlib.Path, share: f
                 np.stack([example[name] for example in examples]) for name in ("latents", "input_ids", "time_ids")
             )
             ids = [example["id"] for example in examples]
-            writer.add(latents.astype(np.float32), input_ids, time_ids[:, :4], ids, 0)
+            writer.add(latents.astype(np.float32), input_ids, time_ids[:, :4], ids)
     return writer.finish()

@@ -95,10 +95,10 @@ def test_uneven_numbers_are_refused(arguments, message):
 
 
 def test_batches_of_a_cache_are_its_examples(tmp_path):
-    writer = CacheWriter(tmp_path / "cache", CacheHeader("v", "t", 16, 1.0, (2, 2, 4), 7), shard_size=4)
+    writer = CacheWriter(tmp_path / "cache", CacheHeader("v", "t", 16, 1.0, (2, 2, 4), 7))
     latents = np.random.default_rng(0).standard_normal((8, 2, 2, 4)).astype(np.float32)
     numbers = np.arange(8)[:, None]
-    writer.add(latents, numbers + np.zeros((1, 7), int), numbers + np.zeros((1, 4), int), range(8), 8)
+    writer.add(latents, numbers + np.zeros((1, 7), int), numbers + np.zeros((1, 4), int), range(8))
     writer.finish()
     train, _ = LatentCache(tmp_path / "cache").split(2)
     batch = next(pipeline.iterate(pipeline.batches(train, 0, 2, 6)))
@@ -106,3 +106,39 @@ def test_batches_of_a_cache_are_its_examples(tmp_path):
     assert sorted(order.ravel()) == list(range(6))
     np.testing.assert_array_equal(batch.time_ids[..., :4], order[..., None] + np.zeros((1, 1, 4), int))
     np.testing.assert_array_equal(batch.latents, latents.astype(np.float16).astype(np.float32)[order])
+
+
+class Buckets(Numbers):
+    """Example i is in the bucket of the first bound above it."""
+
+    def __init__(self, *counts):
+        super().__init__(sum(counts))
+        self.bucket_of = np.repeat(np.arange(len(counts), dtype=np.uint8), counts)
+
+
+@pytest.mark.parametrize("counts", [(40, 7, 13), (3, 1, 2), (100, 0, 5)])
+def test_a_batch_is_of_one_bucket_and_examples_are_seen_equally_often(counts):
+    source = Buckets(*counts)
+    data = pipeline.batches(source, 3, 2, 4)
+    numbers = [_numbers(data[k]).ravel() for k in range(10 * sum(counts))]  # 40 epochs.
+    assert all(len(np.unique(source.bucket_of[batch])) == 1 for batch in numbers)
+    seen = np.bincount(np.concatenate(numbers), minlength=sum(counts))
+    assert seen.min() >= 34 and seen.max() <= 46
+    assert len({tuple(source.bucket_of[batch[:1]]) for batch in numbers[: sum(counts)]}) == np.count_nonzero(counts)
+
+
+def test_turns_are_functions_of_the_step_alone():
+    turns = pipeline.Turns([40, 7, 13], 4, 0)
+    order = [turns(k) for k in range(200)]
+    again = pipeline.Turns([40, 7, 13], 4, 0)
+    assert [again(k) for k in reversed(range(200))] == order[::-1]
+    for bucket in range(3):  # Each batch follows the one before in its bucket's sequence.
+        assert [start for number, start in order if number == bucket] == list(range(0, 4 * 200, 4))[
+            : sum(number == bucket for number, _ in order)
+        ]
+    assert pipeline.Turns([40, 7, 13], 4, 1)(5) != order[5] or pipeline.Turns([40, 7, 13], 4, 1)(6) != order[6]
+
+
+def test_several_buckets_keep_their_batch_size():
+    with pytest.raises(ValueError, match="batch_size has changed"):
+        pipeline.batches(Buckets(9, 9), 0, 2, 4, offset=4)

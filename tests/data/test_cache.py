@@ -20,10 +20,13 @@ def _batch(start, count):
     return latents, input_ids, rng.integers(0, 2**20, (count, 4)), [1000 + start + i for i in range(count)]
 
 
-def _write(folder, starts=(0, 3, 6), shard_size=5, header=HEADER):
-    writer = CacheWriter(folder, header, shard_size)
-    for start in starts:
-        writer.add(*_batch(start, 3), next_index=start + 3)
+def _write(folder, header=HEADER):
+    """Writes a shard of six examples, and three of the next one."""
+    writer = CacheWriter(folder, header)
+    for start in (0, 3, 6):
+        writer.add(*_batch(start, 3))
+        if start == 3:
+            writer.close_shard(next_index=6)
     return writer
 
 
@@ -86,13 +89,13 @@ def test_the_folder_appears_when_the_cache_is_complete(tmp_path):
 
 def test_a_new_writer_continues_after_the_last_complete_shard(tmp_path):
     folder = tmp_path / "cache"
-    writer = _write(folder)  # A shard closes at 5 records or more: one with 6 is complete, one with 3 is open.
+    writer = _write(folder)
     writer.drop(1)
     del writer
-    resumed = CacheWriter(folder, HEADER, 5)
+    resumed = CacheWriter(folder, HEADER)
     assert (resumed.next_index, resumed.header.count, resumed.header.dropped) == (6, 6, 0)
     assert len(list(partial_folder(folder).glob("*.array_record"))) == 1
-    resumed.add(*_batch(6, 3), next_index=9)
+    resumed.add(*_batch(6, 3))
     expected = LatentCache(_write(tmp_path / "uninterrupted").finish().folder)
     cache = resumed.finish()
     assert cache.header == expected.header
@@ -126,7 +129,7 @@ def test_a_writer_refuses_an_existing_folder(folder):
 def test_values_that_a_record_cannot_hold_are_refused(tmp_path, spoil, message):
     latents, input_ids, frames, ids = _batch(0, 3)
     with pytest.raises(ValueError, match=message):
-        CacheWriter(tmp_path / "cache", HEADER).add(*spoil(latents, input_ids), frames, ids, next_index=3)
+        CacheWriter(tmp_path / "cache", HEADER).add(*spoil(latents, input_ids), frames, ids)
 
 
 def test_an_empty_cache_is_refused(tmp_path):

@@ -41,7 +41,7 @@ def tokenize(texts):
     return np.array([[len(text)] * 7 for text in texts], np.int32)
 
 
-OPTIONS = {"resolution": 4, "scaling_factor": 0.5, "vae": "v", "tokenizer": "t", "shard_size": 1}
+OPTIONS = {"sizes": ((4, 4),), "scaling_factor": 0.5, "vae": "v", "tokenizer": "t", "shard_size": 3}
 
 
 def _fill(out, source=None, batch_size=4, **changes):
@@ -129,7 +129,7 @@ def test_interrupted_work_continues_after_the_last_shard(tmp_path):
     assert partial_folder(tmp_path / "cache").exists()
     seen = [None] * 10
     cache = _fill(tmp_path / "cache", source, encode=failing, batch_size=3)
-    assert seen[11:] == [7, 10]  # Images 0 to 6 were not encoded again.
+    assert seen[11:] == [6, 9]  # Images 0 to 5 were not encoded again.
     _assert_equal(cache, _fill(tmp_path / "uninterrupted", source, batch_size=3))
     assert cache.header.dropped == 1
 
@@ -143,10 +143,10 @@ def test_a_finished_cache_is_opened_and_not_encoded_again(tmp_path):
     _assert_equal(_fill(tmp_path / "cache", encode=never), first)
 
 
-@pytest.mark.parametrize("change", [{"vae": "w"}, {"resolution": 5}, {"seed": 3}, {"scaling_factor": 0.25}])
+@pytest.mark.parametrize("change", [{"vae": "w"}, {"sizes": ((5, 5),)}, {"seed": 3}, {"scaling_factor": 0.25}])
 def test_a_cache_of_another_recipe_is_not_overwritten(tmp_path, change):
     _fill(tmp_path / "cache")
-    with pytest.raises(ValueError, match=next(iter(change))):
+    with pytest.raises(ValueError, match=next(iter(change)).replace("sizes", "resolution")):
         _fill(tmp_path / "cache", **change)
 
 
@@ -165,7 +165,7 @@ def test_latents_that_are_not_finite_are_refused(tmp_path):
 
 def test_the_embedded_worlds_images_are_encoded_unscaled(tmp_path):
     source = ShapesSource(5, "comic", 0)
-    options = {"encode": lambda images, keys: images[:, ::8, ::8] / 255.0, "resolution": 64, "scaling_factor": 1.0}
+    options = {"encode": lambda images, keys: images[:, ::8, ::8] / 255.0, "sizes": ((64, 64),), "scaling_factor": 1.0}
     cache = _fill(tmp_path / "cache", source, **options)
     for i in range(5):
         assert cache[i]["input_ids"][0] == len(source[i]["caption"])
@@ -177,3 +177,58 @@ def test_the_cache_records_an_images_original_size_and_crop(tmp_path):
     assert all(cache[i]["time_ids"].tolist() == [6, 9, 0, 1, 4, 4] for i in range(3))
     fitting = _fill(tmp_path / "fitting", Squares(3, size=(4, 4)))
     assert fitting[2]["time_ids"].tolist() == [4, 4, 0, 0, 4, 4]
+
+
+class Oblongs(Squares):
+    """Squares, tall and wide images in turn."""
+
+    def __getitem__(self, index):
+        size = ((8, 8), (20, 10), (10, 20))[index % 3]
+        return {"image": np.full((*size, 3), index, np.uint8), "caption": "x" * index, "id": index}
+
+
+SIZES = ((8, 8), (12, 6), (6, 12))
+
+
+def halved(images, keys):
+    return images[:, ::2, ::2] / 100.0
+
+
+def test_an_image_is_cut_to_the_bucket_of_its_ratio_and_says_so(tmp_path):
+    cache = _fill(tmp_path / "cache", Oblongs(9), encode=halved, sizes=SIZES, shard_size=9)
+    assert sorted(cache[i]["id"] for i in range(9)) == list(range(9))
+    for i in range(9):
+        example, bucket = cache[i], cache[i]["id"] % 3
+        assert cache.bucket_of[i] == bucket
+        assert example["latents"].shape == (*(side // 2 for side in SIZES[bucket]), 3)
+        frame = ((8, 8, 0, 0, 8, 8), (20, 10, 0, 0, 12, 6), (10, 20, 0, 0, 6, 12))[bucket]
+        assert tuple(example["time_ids"]) == frame
+        np.testing.assert_allclose(example["latents"], example["id"] / 200.0, atol=1e-3)
+
+
+def test_an_interrupted_cache_of_buckets_equals_one_that_was_not(tmp_path):
+    calls = []
+
+    def failing(images, keys):
+        calls.append(images.shape)
+        if len(calls) == 8:
+            raise RuntimeError("power cut")
+        return halved(images, keys)
+
+    options = {"sizes": SIZES, "shard_size": 5, "batch_size": 2}
+    with pytest.raises(RuntimeError, match="power cut"):
+        _fill(tmp_path / "cache", Oblongs(14), encode=failing, **options)
+    cache = _fill(tmp_path / "cache", Oblongs(14), encode=halved, **options)
+    other = _fill(tmp_path / "other", Oblongs(14), encode=halved, **options)
+    _assert_equal(cache, other)
+    for name in ("cache.json", "latents-00000.buckets", "latents-00002.array_record"):
+        assert (cache.folder / name).read_bytes() == (other.folder / name).read_bytes()
+
+
+def test_held_out_examples_come_from_every_bucket_in_whole_units(tmp_path):
+    cache = _fill(tmp_path / "cache", Oblongs(30), encode=halved, sizes=SIZES, shard_size=30)
+    train, held_out = cache.split(12, unit=2)
+    assert np.bincount(held_out.bucket_of).tolist() == [4, 4, 4] and len(train) == 18
+    assert [len(part) for part in cache.split(2, unit=2)] == [28, 2]
+    ids = [part[i]["id"] for part in (train, held_out) for i in range(len(part))]
+    assert sorted(ids) == list(range(30))

@@ -175,7 +175,7 @@ def _prepare(folder, cache) -> None:
         lambda texts: np.array([[len(text.encode()) % 2**16] * 3 for text in texts]),
         cache,
         2,
-        resolution=8,
+        sizes=((8, 8), (16, 8), (8, 16)),
         scaling_factor=1.0,
         vae="",
         tokenizer="",
@@ -203,10 +203,11 @@ def _damage_cache(rng: random.Random, folder) -> None:
 
 
 def _write_cache(folder) -> None:
-    writer = CacheWriter(folder, CacheHeader("", "", 8, 1.0, (2, 2, 3), 3), shard_size=2)
-    for start in (0, 2):
-        arrays = np.ones((2, 2, 2, 3), np.float32), np.ones((2, 3), np.int32), np.ones((2, 4), np.int32)
-        writer.add(*arrays, ids=[start, start + 1], next_index=start + 2)
+    writer = CacheWriter(folder, CacheHeader("", "", 8, 1.0, (2, 2, 3), 3, buckets=((8, 16),)))
+    for bucket in (0, 1):
+        latents = np.ones((2, *writer.header.shape_of(bucket)), np.float32)
+        writer.add(latents, np.ones((2, 3), np.int32), np.ones((2, 4), np.int32), range(2), bucket)
+        writer.close_shard(2 * bucket + 2)
     writer.finish()
 
 

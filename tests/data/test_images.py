@@ -6,7 +6,7 @@ from PIL import Image, ImageOps
 
 from dmm_jax.data import images
 from dmm_jax.data.files import DataFile
-from dmm_jax.data.images import UnreadableImage, fit_square, load_rgb, to_rgb
+from dmm_jax.data.images import UnreadableImage, fit, load_rgb, to_rgb
 
 
 def _load(path):
@@ -15,7 +15,7 @@ def _load(path):
 
 def test_an_image_of_the_right_size_stays_unchanged():
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
-    np.testing.assert_array_equal(fit_square(image, 16), image)
+    np.testing.assert_array_equal(fit(image, (16, 16)), image)
 
 
 @pytest.mark.parametrize("size", [(48, 32), (32, 48), (7, 31), (33, 32)])
@@ -24,7 +24,7 @@ def test_the_centre_stays_in_the_centre(size):
     width, height = size
     ramp_x, ramp_y = np.meshgrid(np.arange(width) - (width - 1) / 2, np.arange(height) - (height - 1) / 2)
     image = np.stack([128 + ramp_x, 128 + ramp_y, 0 * ramp_x], axis=-1).astype(np.uint8)
-    fitted = fit_square(image, 16).astype(float)
+    fitted = fit(image, (16, 16)).astype(float)
     assert fitted.shape == (16, 16, 3)
     short = min(size)
     middle = fitted[7:9, 7:9, :2].mean()

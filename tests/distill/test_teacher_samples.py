@@ -96,11 +96,11 @@ def test_interrupted_work_resumes_after_the_last_complete_shard(made, config, mo
     small_shards(monkeypatch, 4)
     call, seen = teacher_samples.TeacherSampler.__call__, []
 
-    def failing(self, teacher, prompts, seeds):
+    def failing(self, teacher, prompts, seeds, size):
         seen.append(min(seeds))
         if len(seen) == 4:  # Two teachers of the first shard, one of the second, and this.
             raise RuntimeError("power cut")
-        return call(self, teacher, prompts, seeds)
+        return call(self, teacher, prompts, seeds, size)
 
     monkeypatch.setattr(teacher_samples.TeacherSampler, "__call__", failing)
     with pytest.raises(RuntimeError, match="power cut"):
