@@ -2,6 +2,7 @@
 # Runs one training on TPU slices of a GKE cluster with xpk (pip install xpk); docs/pods.md has every step.
 # usage: launch/gke_xpk.sh [--dry-run] VERB [ARGUMENTS]
 #   create [XPK ARGUMENTS]      make the cluster, for example with --spot
+#   prepare [ARGUMENTS]         prepare the data as the workload NAME, which resumes like a run
 #   train [TRAIN ARGUMENTS]     start the run NAME; xpk restarts it up to 50 times, and it resumes
 #   state                       list the cluster's runs
 #   stop                        end the run NAME
@@ -11,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 dry_run=${1:-}
 [ "$dry_run" != --dry-run ] || shift
-verb=${1:?"usage: launch/gke_xpk.sh [--dry-run] create|train|state|stop|delete"}
+verb=${1:?"usage: launch/gke_xpk.sh [--dry-run] create|prepare|train|state|stop|delete"}
 shift
 place=(--cluster="${CLUSTER:?"set CLUSTER"}" --zone="${ZONE:?"set ZONE"}" --project="${PROJECT:?"set PROJECT"}")
 
@@ -28,21 +29,21 @@ run() {
 
 case $verb in
   create) run xpk cluster create "${place[@]}" --tpu-type="${TPU_TYPE:?"set TPU_TYPE"}" --num-slices="$slices" "$@" ;;
-  train)
-    printf -v train '%q ' dmm-jax train --distributed "$@"
+  prepare | train)
+    printf -v program '%q ' dmm-jax "$verb" --distributed "$@"
     # xpk restarts a run whose exit code is 127 or more. A run that SIGTERM stops has saved its state and exits with 0,
     # like a finished run. Here it exits with 143.
-    train="pip install --quiet --constraint launch/requirements.txt '.[tpu,gcs]' && { $train & child=\$!; \
+    program="pip install --quiet --constraint launch/requirements.txt '.[tpu,gcs]' && { $program & child=\$!; \
 trap 'stopped=143; kill -TERM \$child' TERM; \
 while kill -0 \$child 2>/dev/null; do wait \$child; status=\$?; done; exit \${stopped:-\$status}; }"
     run xpk workload create "${place[@]}" --workload="${NAME:?"set NAME"}" --tpu-type="${TPU_TYPE:?"set TPU_TYPE"}" \
-      --num-slices="$slices" --max-restarts=50 --base-docker-image=python:3.12 --script-dir=. --command="$train"
+      --num-slices="$slices" --max-restarts=50 --base-docker-image=python:3.12 --script-dir=. --command="$program"
     ;;
   state) run xpk workload list "${place[@]}" ;;
   stop) run xpk workload delete "${place[@]}" --workload="${NAME:?"set NAME"}" ;;
   delete) run xpk cluster delete "${place[@]}" ;;
   *)
-    echo "gke_xpk.sh: unknown verb $verb; the verbs are create, train, state, stop, delete" >&2
+    echo "gke_xpk.sh: unknown verb $verb; the verbs are create, prepare, train, state, stop, delete" >&2
     exit 2
     ;;
 esac

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs one training in N processes on this machine.
-# usage: launch/local_processes.sh [--dry-run] [--one-gpu-each] N --config=configs/X.py --workdir=DIR [TRAIN ARGUMENTS]
+# Runs one training, or with "prepare" one preparation of data, in N processes on this machine.
+# usage: launch/local_processes.sh [--dry-run] [--one-gpu-each] N [prepare] --config=X [ARGUMENTS OF THE VERB]
 # --one-gpu-each gives GPU K to process K; without it, every process uses all GPUs.
 # Process 0 listens on PORT (default 9310). SIGTERM to this script reaches all processes.
 set -euo pipefail
@@ -9,8 +9,13 @@ dry_run=${1:-}
 [ "$dry_run" != --dry-run ] || shift
 one_gpu_each=${1:-}
 [ "$one_gpu_each" != --one-gpu-each ] || shift
-processes=${1:?"usage: launch/local_processes.sh [--dry-run] [--one-gpu-each] N --config=... --workdir=..."}
+processes=${1:?"usage: launch/local_processes.sh [--dry-run] [--one-gpu-each] N [prepare] --config=... --workdir=..."}
 shift
+verb=train
+if [ "${1:-}" = prepare ]; then
+  verb=prepare
+  shift
+fi
 if ! [[ $processes =~ ^[1-9][0-9]{0,4}$ ]]; then
   echo "local_processes.sh: the number of processes must be a positive whole number; got '$processes'." >&2
   exit 2
@@ -23,7 +28,7 @@ fi
 children=()
 trap 'kill -TERM "${children[@]}" 2>/dev/null' TERM INT
 for ((process = 0; process < processes; process++)); do
-  command=(.venv/bin/python -m dmm_jax train "$@" --coordinator "localhost:$port"
+  command=(.venv/bin/python -m dmm_jax "$verb" "$@" --coordinator "localhost:$port"
     --num-processes "$processes" --process-id "$process")
   [ "$one_gpu_each" != --one-gpu-each ] || command=(env "JAX_LOCAL_DEVICE_IDS=$process" "${command[@]}")
   if [ "$dry_run" = --dry-run ]; then

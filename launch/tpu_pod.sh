@@ -5,6 +5,7 @@
 #   state                       print the state of the request
 #   install                     copy this folder to every host and install it; mount SHARED, if set, at /mnt/runs
 #   one VERB [ARGUMENTS]        run `dmm-jax VERB` on the first host only, with its four chips
+#   prepare [ARGUMENTS]         start `dmm-jax prepare --distributed` on every host, in the background
 #   train [TRAIN ARGUMENTS]     start `dmm-jax train --distributed` on every host, in the background
 #   log                         print the last lines of every host
 #   stop                        send SIGTERM to every host: the run saves its step and ends
@@ -15,7 +16,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 dry_run=${1:-}
 [ "$dry_run" != --dry-run ] || shift
-verb=${1:?"usage: launch/tpu_pod.sh [--dry-run] create|state|install|one|train|log|stop|delete"}
+verb=${1:?"usage: launch/tpu_pod.sh [--dry-run] create|state|install|one|prepare|train|log|stop|delete"}
 shift
 name=${TPU_NAME:?"set TPU_NAME"}
 place=(--zone "${ZONE:?"set ZONE"}")
@@ -56,15 +57,15 @@ sudo mount -t nfs $SHARED /mnt/runs && sudo chmod a+rwx /mnt/runs"
     printf -v command '%q ' .venv/bin/python -m dmm_jax "$@"
     run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=0 --command="cd dmm_jax; $alone $command"
     ;;
-  train)
-    printf -v train '%q ' .venv/bin/python -m dmm_jax train --distributed "$@"
-    on_every_host "cd dmm_jax; nohup $train > train.log 2>&1 < /dev/null & echo \$! > train.pid"
+  prepare | train)
+    printf -v program '%q ' .venv/bin/python -m dmm_jax "$verb" --distributed "$@"
+    on_every_host "cd dmm_jax; nohup $program > run.log 2>&1 < /dev/null & echo \$! > run.pid"
     ;;
-  log) on_every_host "tail -n 20 dmm_jax/train.log" ;;
-  stop) on_every_host "kill -TERM \$(cat dmm_jax/train.pid)" ;;
+  log) on_every_host "tail -n 20 dmm_jax/run.log" ;;
+  stop) on_every_host "kill -TERM \$(cat dmm_jax/run.pid)" ;;
   delete) run gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force ;;
   *)
-    echo "tpu_pod.sh: unknown verb $verb; the verbs are create, state, install, one, train, log, stop, delete" >&2
+    echo "tpu_pod.sh: unknown verb $verb; the verbs are create, state, install, one, prepare, train, log, stop, delete" >&2
     exit 2
     ;;
 esac

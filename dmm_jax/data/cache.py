@@ -84,9 +84,9 @@ class CachedExample(TypedDict):
     id: int
 
 
-def write_header(folder: pathlib.Path, header: CacheHeader, **extra: Any) -> None:
-    """Writes cache.json, with `extra` fields; atomic, so that a reader never sees half a file."""
-    text = json.dumps({"format": FORMAT, **dataclasses.asdict(header), **extra}, indent=2)
+def write_header(folder: pathlib.Path, header: CacheHeader) -> None:
+    """Writes cache.json; atomic, so that a reader never sees half a file."""
+    text = json.dumps({"format": FORMAT, **dataclasses.asdict(header)}, indent=2)
     temporary = folder / "cache.json.tmp"
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, folder / "cache.json")
@@ -105,8 +105,8 @@ _IS_VALID = {  # By a field's type; a count of records fits into int64.
 }
 
 
-def read_header(folder: pathlib.Path) -> tuple[CacheHeader, dict[str, Any]]:
-    """Reads cache.json: the header, and the extra fields of `write_header`.
+def read_header(folder: pathlib.Path) -> CacheHeader:
+    """Reads cache.json.
 
     Raises:
         ValueError: the file is missing, or `write_header` did not write it.
@@ -125,7 +125,7 @@ def read_header(folder: pathlib.Path) -> tuple[CacheHeader, dict[str, Any]]:
             raise ValueError(f"wrong value of {', '.join(wrong)}")
         fields["latent_shape"] = tuple(fields["latent_shape"])
         fields |= {name: tuple(map(tuple, fields[name])) for name in ("shards", "buckets")}
-        return CacheHeader(**fields), raw
+        return CacheHeader(**fields)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -167,7 +167,7 @@ class LatentCache:
         self.folder = check_local(folder, "a latent cache")
         if not self.folder.exists() and partial_folder(self.folder).exists():
             raise UserError(f"{self.folder} is not finished. Run `dmm-jax prepare` again to complete it.")
-        self.header, _ = read_header(self.folder)
+        self.header = read_header(self.folder)
         self._records, self.bucket_of = self._open_shards()
         self.check(**expected)
 

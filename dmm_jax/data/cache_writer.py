@@ -1,11 +1,16 @@
-"""Writes a latent cache shard by shard: the cache appears when it is complete, and an interrupted one is continued."""
+"""Writes a latent cache shard by shard: the cache appears when it is complete, and an interrupted one is continued.
+
+A shard is a fixed part of the source, so several processes write shards of one cache, each its own, and the cache is
+the same for any number of them. A shard is complete when its note, NAME.json, exists.
+"""
 
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from array_record.python import array_record_module
@@ -16,49 +21,49 @@ from dmm_jax.data.cache import (
     TOKENS,
     CacheHeader,
     LatentCache,
-    buckets_file,
     encode_record,
     partial_folder,
     read_header,
     write_header,
 )
+from dmm_jax.data.files import open_regular
+from dmm_jax.runtime import processes, storage
 from dmm_jax.runtime.errors import UserError, refuse
 from dmm_jax.runtime.storage import check_local
 
+MAX_NOTE_BYTES = 1000
+
 
 class CacheWriter:
-    """Writes a cache to `folder + ".partial"` and moves it to `folder` when it is complete.
+    """Writes a cache to `folder + ".partial"`; `finish` moves it to `folder`.
 
-    A new writer for an interrupted cache continues after its last complete shard.
+    In a run of several processes each of them has a writer of the same cache; process 0 makes and moves the folder.
 
     Raises:
         ValueError: the folder exists, or the interrupted cache has another header.
     """
 
     def __init__(self, folder: str | pathlib.Path, header: CacheHeader):
-        """Opens the partial folder; the writer fills in the header's `count`, `dropped` and `shards`."""
+        """Opens the partial folder, and deletes shards in it that are not complete."""
         self.folder = check_local(folder, "a latent cache")
-        self.partial = partial_folder(self.folder)
-        self.header, self.next_index = header, 0
-        self._shard, self._buckets = None, bytearray()
+        self.partial, self.header = partial_folder(self.folder), header
+        if processes.is_first():
+            self._open()
+        processes.wait_for_all(f"opened {self.partial}")
+
+    def _open(self) -> None:
         if self.folder.exists():
             raise UserError(f"{self.folder} exists already. Delete it, or write elsewhere.")
         if (self.partial / "cache.json").exists():
-            self._resume(header)
+            written = dataclasses.replace(read_header(self.partial), count=0, dropped=0, shards=())
+            problems = written.differences(**dataclasses.asdict(self.header))
+            refuse(f"{self.partial} has another recipe; delete it to start again", problems)
         with self._writing():
             self.partial.mkdir(parents=True, exist_ok=True)
-            complete = {name for name, _ in self.header.shards}
-            for name in {path.name for path in self.partial.glob("*.array_record")} - complete:
-                (self.partial / name).unlink()
-
-    def _resume(self, header: CacheHeader) -> None:
-        written, extra = read_header(self.partial)
-        recipe = dataclasses.replace(written, count=0, dropped=0, shards=())
-        problems = recipe.differences(**dataclasses.asdict(header))
-        refuse(f"{self.partial} has another recipe; delete it to start again", problems)
-        self.header, self.next_index = written, extra.get("next_index")
-        if type(self.next_index) is not int or self.next_index < 0:
-            raise UserError(f"{self.partial / 'cache.json'} is damaged: wrong next_index. Delete {self.partial}.")
+            write_header(self.partial, self.header)
+            for path in self.partial.glob("*.array_record"):
+                if not path.with_suffix(".json").exists():
+                    path.unlink()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -72,6 +77,84 @@ class CacheWriter:
                 "last complete file."
             ) from error
 
+    def _path(self, number: int, suffix: str) -> pathlib.Path:
+        return self.partial / f"latents-{number:05d}{suffix}"
+
+    def is_complete(self, number: int) -> bool:
+        """Returns whether a shard has been written."""
+        return self._path(number, ".json").exists()
+
+    @contextlib.contextmanager
+    def shard(self, number: int) -> Iterator["Shard"]:
+        """Opens a shard for the block, after which it is complete; if the block fails, the shard is deleted."""
+        path = self._path(number, ".array_record")
+        with self._writing():
+            records = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+        shard = Shard(self.header, records, self._writing)
+        try:
+            yield shard
+            with self._writing():
+                records.close()
+        except BaseException:
+            with contextlib.suppress(RuntimeError, OSError):  # The disk is full; the shard is incomplete anyway.
+                records.close()
+                path.unlink()
+            raise
+        with self._writing():
+            if self.header.buckets:
+                self._path(number, ".buckets").write_bytes(shard.buckets)
+            note = json.dumps({"count": len(shard.buckets), "dropped": shard.dropped})
+            storage.write_text(self._path(number, ".json"), note)
+
+    def finish(self, num_shards: int) -> LatentCache:
+        """Waits for all processes, moves the cache to its folder and opens it.
+
+        Raises:
+            ValueError: no shard has a record, or one is missing.
+        """
+        processes.wait_for_all(f"wrote {self.partial}")
+        if processes.is_first():
+            notes = [self._note(number) for number in range(num_shards)]
+            shards = tuple((f"latents-{number:05d}.array_record", count) for number, (count, _) in enumerate(notes))
+            count, dropped = np.sum(notes, axis=0).tolist()
+            if not count:
+                self.abandon()
+                raise UserError(f"nothing was written to {self.partial}: no image could be read.")
+            with self._writing():
+                complete = dataclasses.replace(self.header, shards=shards, count=count, dropped=dropped)
+                write_header(self.partial, complete)
+                os.replace(self.partial, self.folder)
+        processes.wait_for_all(f"finished {self.folder}")
+        return LatentCache(self.folder)
+
+    def _note(self, number: int) -> tuple[int, int]:
+        """Returns how many records a shard has, and how many images it lacks."""
+        path = self._path(number, ".json")
+        try:
+            with open_regular(path) as stream:
+                note = json.loads(stream.read(MAX_NOTE_BYTES))
+            counts = note["count"], note["dropped"]
+            if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
+                raise ValueError(f"wrong counts {counts}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}). Delete it and run prepare again.") from error
+        return counts
+
+    def abandon(self) -> None:
+        """Deletes the folder of a cache of which no shard is complete."""
+        if processes.is_first() and not any(self.partial.glob("latents-*.json")):
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+
+class Shard:
+    """A shard that is being written."""
+
+    def __init__(self, header: CacheHeader, records, writing: Callable):
+        """Takes array_record's writer, and a context that explains errors of the disk."""
+        self.header, self._records, self._writing = header, records, writing
+        self.buckets = bytearray()  # The bucket of each record.
+        self.dropped = 0  # Images that could not be read.
+
     def add(
         self,
         latents: Float[np.ndarray, "B h w C"],
@@ -80,7 +163,7 @@ class CacheWriter:
         ids: Sequence[int],
         bucket: int = 0,
     ) -> None:
-        """Writes a batch of examples of one bucket to the open shard.
+        """Writes a batch of examples of one bucket.
 
         Args:
             latents: scaled.
@@ -92,50 +175,9 @@ class CacheWriter:
         """
         self._check(latents, input_ids, bucket)
         with self._writing():
-            if self._shard is None:
-                path = self.partial / f"latents-{len(self.header.shards):05d}.array_record"
-                self._shard = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
             for example in zip(latents, input_ids, frames, ids, strict=True):
-                self._shard.write(encode_record(*example))
-        self._buckets += bytes([bucket]) * len(latents)
-
-    def drop(self, count: int) -> None:
-        """Counts images that could not be read."""
-        self.header = dataclasses.replace(self.header, dropped=self.header.dropped + count)
-
-    def finish(self) -> LatentCache:
-        """Closes the last shard, moves the cache to its folder and opens it."""
-        self.close_shard(self.next_index)
-        if not self.header.count:
-            raise UserError(f"nothing was written to {self.partial}: no image could be read.")
-        with self._writing():
-            write_header(self.partial, self.header)
-            os.replace(self.partial, self.folder)
-        return LatentCache(self.folder)
-
-    def abandon(self) -> None:
-        """Discards the open shard. Complete shards stay for the next writer; without any, the folder is deleted."""
-        if self._shard is not None:
-            with contextlib.suppress(RuntimeError):  # The disk is full; the shard is incomplete anyway.
-                self._shard.close()
-            self._shard, self._buckets = None, bytearray()
-        if not self.header.shards and self.partial.exists():
-            shutil.rmtree(self.partial)
-
-    def close_shard(self, next_index: int) -> None:
-        """Completes the open shard; an interrupted cache continues at the source's index `next_index`."""
-        self.next_index = next_index
-        if self._shard is None:
-            return
-        with self._writing():
-            self._shard.close()
-            name, count = f"latents-{len(self.header.shards):05d}.array_record", len(self._buckets)
-            if self.header.buckets:
-                (self.partial / buckets_file(name)).write_bytes(self._buckets)
-            shards = (*self.header.shards, (name, count))
-            header = dataclasses.replace(self.header, shards=shards, count=self.header.count + count)
-            write_header(self.partial, header, next_index=next_index)
-        self.header, self._shard, self._buckets = header, None, bytearray()
+                self._records.write(encode_record(*example))
+        self.buckets += bytes([bucket]) * len(latents)
 
     def _check(self, latents: np.ndarray, input_ids: np.ndarray, bucket: int) -> None:
         shape = self.header.shape_of(bucket)

@@ -14,19 +14,19 @@ from tqdm import tqdm
 
 from dmm_jax.data.buckets import Size, nearest_bucket
 from dmm_jax.data.cache import CacheHeader, LatentCache
-from dmm_jax.data.cache_writer import CacheWriter
+from dmm_jax.data.cache_writer import CacheWriter, Shard
 from dmm_jax.data.files import Unused
 from dmm_jax.data.images import UnreadableImage, crop_of, fit
 from dmm_jax.data.prompts import Draws
 from dmm_jax.data.sources import Example, ImageSource
-from dmm_jax.runtime import locks
+from dmm_jax.runtime import locks, processes
 from dmm_jax.runtime.errors import UserError, refuse
 from dmm_jax.runtime.processes import say
 from dmm_jax.runtime.storage import check_local, check_writable
 
 REPORT_S = 60  # Between the lines that report progress where stderr is not a terminal.
 NAMED_IMAGES = 10  # Unreadable images that are named, for each reason.
-Records = tuple[np.ndarray, np.ndarray, np.ndarray, Sequence[int], int]  # The arguments of `CacheWriter.add`.
+Records = tuple[np.ndarray, np.ndarray, np.ndarray, Sequence[int], int]  # The arguments of `Shard.add`.
 
 
 def encode_images(
@@ -48,8 +48,8 @@ def encode_images(
 ) -> LatentCache:
     """Writes the latents and token ids of a source's images to a cache and opens it.
 
-    An interrupted call continues after the last complete shard; a finished cache of the same recipe is opened as it is.
-    Unreadable images are dropped and counted.
+    An interrupted call goes on with the shards that are missing; a finished cache of the same recipe is opened as it
+    is. Unreadable images are dropped and counted. Of several processes each writes its share of the shards.
 
     Args:
         encode: maps uint8 images (B, H, W, 3) and one PRNG key per image (B,) to unscaled latents (B, h, w, C); B is
@@ -75,8 +75,8 @@ def encode_images(
         black: Example = {"image": np.zeros((*sizes[0], 3), np.uint8), "caption": "", "id": 0}
         return encode_examples([black], encode, batch_size, seed=0).shape[1:]
 
-    def records(writer: CacheWriter, first: int, last: int, bar: tqdm) -> Iterator[Records]:
-        drop = functools.partial(_drop, writer, Unused() if unused is None else unused, strict)
+    def records(shard: Shard, first: int, last: int, bar: tqdm) -> Iterator[Records]:
+        drop = functools.partial(_drop, shard, Unused() if unused is None else unused, strict)
         reader = grain.MapDataset.range(first, last).map(_LoadExample(source, sizes))
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * batch_size)
         for examples in _groups(reader.to_iter_dataset(options), batch_size, drop, bar):
@@ -121,7 +121,7 @@ def sample_prompts(
               "scaling_factor": float(scaling_factor), "num_tokens": np.shape(tokenize([""]))[1], "seed": draws.seed,
               "source": source}  # fmt: skip
 
-    def records(writer: CacheWriter, first: int, last: int, bar: tqdm) -> Iterator[Records]:
+    def records(shard: Shard, first: int, last: int, bar: tqdm) -> Iterator[Records]:
         latents = {}
         for teacher, bucket, ids in _draws_by_teacher(draws, np.arange(first, last), batch_size):
             padded = np.resize(ids, batch_size)  # A fixed size, so that `sample` compiles once.
@@ -140,7 +140,7 @@ def _fill(
     out: str | pathlib.Path,
     recipe: Mapping[str, Any],
     latent_shape: Callable[[], tuple[int, ...]],
-    records: Callable[[CacheWriter, int, int, tqdm], Iterator[Records]],
+    records: Callable[[Shard, int, int, tqdm], Iterator[Records]],
     total: int,
     shard_size: int,
     stage: str,
@@ -150,7 +150,7 @@ def _fill(
     Args:
         recipe: the fields of `CacheHeader` that determine the latents.
         latent_shape: computes the shape (h, w, C) of the latents.
-        records: yields the arguments of `CacheWriter.add` for examples `first` to `last` - 1, and advances the bar.
+        records: yields the arguments of `Shard.add` for the examples `first` to `last` - 1, and advances the bar.
         total: the number of examples.
     """
     out = check_place(out)
@@ -161,26 +161,45 @@ def _fill(
         return cache
     with locks.lock(out, out.with_name(f".{out.name}.lock")):
         writer = CacheWriter(out, CacheHeader(**recipe, latent_shape=latent_shape()))
-        first = writer.next_index
-        say(f"{stage} {total:,d} images into {out}" + (f"; {first:,d} are finished" if first else ""))
-        start = reported = time.perf_counter()
+        shards = [(first, min(first + shard_size, total)) for first in range(0, total, shard_size)]
+        missing = [number for number in range(len(shards)) if not writer.is_complete(number)]
+        num_missing = sum(shards[number][1] - shards[number][0] for number in missing)
+        finished = f"; {total - num_missing:,d} are finished" if num_missing < total else ""
+        say(f"{stage} {total:,d} images into {out}{finished}")
+        start = time.perf_counter()
+        own = missing[jax.process_index() :: jax.process_count()]
+        progress = Progress(sum(shards[number][1] - shards[number][0] for number in own), stage)
         try:
-            with tqdm(total=total, initial=first, desc=stage, unit="image", disable=None) as bar:  # On terminals only.
-                for shard in range(first, total, shard_size):
-                    end = min(shard + shard_size, total)
-                    for arguments in records(writer, shard, end, bar):
-                        writer.add(*arguments)
-                        if bar.disable and time.perf_counter() - reported > REPORT_S:
-                            reported = time.perf_counter()
-                            rate = (bar.n - first) / (reported - start)
-                            say(f"{bar.n:,d} of {total:,d} images, {rate:.1f} images/s")
-                    writer.close_shard(end)
-            cache = writer.finish()
-        finally:
+            with progress.bar:
+                for number in own:
+                    with writer.shard(number) as shard:
+                        for arguments in records(shard, *shards[number], progress.bar):
+                            shard.add(*arguments)
+                            progress.report()
+            cache = writer.finish(len(shards))
+        except BaseException:
             writer.abandon()
+            raise
     seconds = time.perf_counter() - start
-    say(f"{out}: {len(cache):,d} images; {seconds:.0f} s, {(total - first) / seconds:.1f} images/s")
+    say(f"{out}: {len(cache):,d} images; {seconds:.0f} s, {num_missing / seconds:.1f} images/s")
     return cache
+
+
+class Progress:
+    """A bar on terminals, else a line now and then; each process of several counts its own share."""
+
+    def __init__(self, total: int, stage: str):
+        """Starts at 0 of `total` images."""
+        self.bar = tqdm(total=total, desc=stage, unit="image", disable=None if processes.is_first() else True)
+        self.start = self.reported = time.perf_counter()
+
+    def report(self) -> None:
+        """Prints the images so far, if no line has done so for REPORT_S seconds."""
+        now = time.perf_counter()
+        if self.bar.disable and now - self.reported > REPORT_S:
+            self.reported = now
+            rate = self.bar.n / (now - self.start)
+            say(f"{self.bar.n:,d} of {self.bar.total:,d} images, {rate:.1f} images/s")
 
 
 def check_place(out: str | pathlib.Path) -> pathlib.Path:
@@ -234,11 +253,11 @@ def _groups(
     yield from (groups[bucket] for bucket in sorted(groups))
 
 
-def _drop(writer: CacheWriter, unused: Unused, strict: bool, image: UnreadableImage) -> None:
+def _drop(shard: Shard, unused: Unused, strict: bool, image: UnreadableImage) -> None:
     """Counts an unreadable image, and names the first ones of each reason."""
     if strict:
         raise image
-    writer.drop(1)
+    shard.dropped += 1
     unused.add(image.reason, image.name)
     if unused.counts[image.reason] <= NAMED_IMAGES:
         say(f"not used: {image}")

@@ -74,7 +74,7 @@ def prepare_images(config, strict: bool = False, dry_run: bool = False) -> Laten
         strict=strict,
     )
     if earlier := cache.header.dropped + listed - sum(unused.counts.values()):
-        unused.add("unreadable in an earlier call", count=earlier)
+        unused.add("unreadable, found by an earlier call or another process", count=earlier)
     for line in (f"{len(cache):9,d} images used", *bucket_lines(cache), *unused.lines(), *captions.lines()):
         say(line)
     return cache

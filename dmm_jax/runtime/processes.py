@@ -80,7 +80,7 @@ def _exit_after(seconds: float) -> Iterator[None]:
 
     def watch():
         if not done.wait(seconds):
-            print(f"dmm-jax train: error: {_join_failure(seconds)}", file=sys.stderr, flush=True)
+            print(f"dmm-jax: error: {_join_failure(seconds)}", file=sys.stderr, flush=True)
             os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

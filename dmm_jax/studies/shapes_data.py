@@ -85,12 +85,13 @@ def mix(rendered: LatentCache, made: LatentCache, folder: pathlib.Path, share: f
     num_made = round(share * count)
     source = f"{num_made} of [{made.header.source}], {count - num_made} of [{rendered.header.source}]"
     writer = CacheWriter(folder, dataclasses.replace(rendered.header, source=source, count=0, dropped=0, shards=()))
-    for cache, size in ((made, num_made), (rendered, count - num_made)):
-        for start in range(0, size, CHUNK_SIZE):
-            examples = [cache[k] for k in range(start, min(start + CHUNK_SIZE, size))]
-            latents, input_ids, time_ids = (
-                np.stack([example[name] for example in examples]) for name in ("latents", "input_ids", "time_ids")
-            )
-            ids = [example["id"] for example in examples]
-            writer.add(latents.astype(np.float32), input_ids, time_ids[:, :4], ids)
-    return writer.finish()
+    with writer.shard(0) as shard:
+        for cache, size in ((made, num_made), (rendered, count - num_made)):
+            for start in range(0, size, CHUNK_SIZE):
+                examples = [cache[k] for k in range(start, min(start + CHUNK_SIZE, size))]
+                latents, input_ids, time_ids = (
+                    np.stack([example[name] for example in examples]) for name in ("latents", "input_ids", "time_ids")
+                )
+                ids = [example["id"] for example in examples]
+                shard.add(latents.astype(np.float32), input_ids, time_ids[:, :4], ids)
+    return writer.finish(1)

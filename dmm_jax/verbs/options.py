@@ -1,6 +1,7 @@
 """Options that several verbs share, and the experiment file that `--config` names."""
 
 import argparse
+import contextlib
 
 from dmm_jax.config.files import read_config
 from dmm_jax.config.options import DTYPES
@@ -27,6 +28,24 @@ def add_prompt_grammar(parser: argparse.ArgumentParser) -> None:
         choices=GRAMMARS,
         help="a1111: (word:1.2), [word], BREAK and prompts of any length; plain: text, cut after 75 tokens",
     )
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Adds how this process joins others."""
+    group = parser.add_argument_group("as one of several processes")
+    group.add_argument("--distributed", action="store_true", help="ask the cluster (Cloud TPU, GKE, Slurm, Open MPI)")
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="address of process 0, without a cluster to ask; default: none"
+    )
+    group.add_argument("--num-processes", type=int, metavar="N", help="processes of the run; default: none")
+    group.add_argument("--process-id", type=int, metavar="K", help="number of this process, 0 to N - 1; default: none")
+
+
+def joined(args: argparse.Namespace) -> contextlib.AbstractContextManager:
+    """Returns the context in which this process is one of several, if the arguments say so; see `processes.joined`."""
+    from dmm_jax.runtime import processes
+
+    return processes.joined(args.distributed, args.coordinator, args.num_processes, args.process_id)
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:

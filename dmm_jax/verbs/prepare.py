@@ -17,10 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--strict", action="store_true", help="stop where an image or another file is not used")
     parser.add_argument("--dry-run", action="store_true", help="list and check everything; write nothing")
+    options.add_processes(parser)
 
 
 def main(args: argparse.Namespace) -> None:
     """Writes the cache that the experiment names."""
     from dmm_jax.distill.teacher_samples import prepare_cache
 
-    prepare_cache(options.read_experiment(args.config, args.overrides), args.strict, args.dry_run)
+    with options.joined(args):
+        prepare_cache(options.read_experiment(args.config, args.overrides), args.strict, args.dry_run)

@@ -33,23 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="read and check everything, compile, print the needs; write nothing"
     )
-    group = parser.add_argument_group("as one of several processes")
-    group.add_argument("--distributed", action="store_true", help="ask the cluster (Cloud TPU, GKE, Slurm, Open MPI)")
-    group.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="address of process 0, without a cluster to ask; default: none"
-    )
-    group.add_argument("--num-processes", type=int, metavar="N", help="processes of the run; default: none")
-    group.add_argument("--process-id", type=int, metavar="K", help="number of this process, 0 to N - 1; default: none")
+    options.add_processes(parser)
 
 
 def main(args: argparse.Namespace) -> None:
     """Trains, or resumes the run in the workdir; SIGTERM and Ctrl-C save the step that was reached."""
-    from dmm_jax.runtime import processes, stopping
+    from dmm_jax.runtime import stopping
 
     with stopping.stop_requests():  # Before all else: importing, and waiting for other processes, take long.
         from dmm_jax.train import run
 
-        with processes.joined(args.distributed, args.coordinator, args.num_processes, args.process_id):
+        with options.joined(args):
             config = options.read_experiment(args.config, args.overrides)
             run(config, args.workdir, args.tracker, args.dry_run)
             if not args.dry_run:

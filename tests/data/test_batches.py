@@ -98,8 +98,9 @@ def test_batches_of_a_cache_are_its_examples(tmp_path):
     writer = CacheWriter(tmp_path / "cache", CacheHeader("v", "t", 16, 1.0, (2, 2, 4), 7))
     latents = np.random.default_rng(0).standard_normal((8, 2, 2, 4)).astype(np.float32)
     numbers = np.arange(8)[:, None]
-    writer.add(latents, numbers + np.zeros((1, 7), int), numbers + np.zeros((1, 4), int), range(8))
-    writer.finish()
+    with writer.shard(0) as shard:
+        shard.add(latents, numbers + np.zeros((1, 7), int), numbers + np.zeros((1, 4), int), range(8))
+    writer.finish(1)
     train, _ = LatentCache(tmp_path / "cache").split(2)
     batch = next(pipeline.iterate(pipeline.batches(train, 0, 2, 6)))
     order = batch.input_ids[..., 0]

@@ -20,19 +20,19 @@ def _batch(start, count):
     return latents, input_ids, rng.integers(0, 2**20, (count, 4)), [1000 + start + i for i in range(count)]
 
 
-def _write(folder, header=HEADER):
-    """Writes a shard of six examples, and three of the next one."""
+def _write(folder, header=HEADER, shards=(0, 1)):
+    """Writes a shard of six examples, and one of three."""
     writer = CacheWriter(folder, header)
-    for start in (0, 3, 6):
-        writer.add(*_batch(start, 3))
-        if start == 3:
-            writer.close_shard(next_index=6)
+    for number in shards:
+        with writer.shard(number) as shard:
+            for start in ((0, 3), (6,))[number]:
+                shard.add(*_batch(start, 3))
     return writer
 
 
 @pytest.fixture
 def folder(tmp_path):
-    _write(tmp_path / "cache").finish()
+    _write(tmp_path / "cache").finish(2)
     return tmp_path / "cache"
 
 
@@ -83,22 +83,26 @@ def test_the_folder_appears_when_the_cache_is_complete(tmp_path):
     assert not folder.exists()
     with pytest.raises(ValueError, match="not finished"):
         LatentCache(folder)
-    writer.finish()
+    writer.finish(2)
     assert folder.exists() and not partial_folder(folder).exists()
 
 
-def test_a_new_writer_continues_after_the_last_complete_shard(tmp_path):
+def test_a_new_writer_continues_with_the_missing_shards(tmp_path):
     folder = tmp_path / "cache"
-    writer = _write(folder)
-    writer.drop(1)
-    del writer
+    with pytest.raises(RuntimeError), _write(folder, shards=(0,)).shard(1) as shard:
+        shard.add(*_batch(6, 3))
+        raise RuntimeError("power cut")
+    (partial_folder(folder) / "latents-00001.array_record").write_bytes(b"left by a killed process")
     resumed = CacheWriter(folder, HEADER)
-    assert (resumed.next_index, resumed.header.count, resumed.header.dropped) == (6, 6, 0)
-    assert len(list(partial_folder(folder).glob("*.array_record"))) == 1
-    resumed.add(*_batch(6, 3))
-    expected = LatentCache(_write(tmp_path / "uninterrupted").finish().folder)
-    cache = resumed.finish()
-    assert cache.header == expected.header
+    assert [resumed.is_complete(number) for number in range(2)] == [True, False]
+    assert [path.name for path in partial_folder(folder).glob("*.array_record")] == ["latents-00000.array_record"]
+    with pytest.raises(UserError, match="latents-00001.json is damaged"):
+        resumed.finish(2)
+    with resumed.shard(1) as shard:
+        shard.add(*_batch(6, 3))
+        shard.dropped = 1
+    expected, cache = _write(tmp_path / "uninterrupted").finish(2), resumed.finish(2)
+    assert cache.header == dataclasses.replace(expected.header, dropped=1)
     for i in range(9):
         assert cache[i]["id"] == expected[i]["id"]
         np.testing.assert_array_equal(cache[i]["latents"], expected[i]["latents"])
@@ -128,13 +132,15 @@ def test_a_writer_refuses_an_existing_folder(folder):
 )
 def test_values_that_a_record_cannot_hold_are_refused(tmp_path, spoil, message):
     latents, input_ids, frames, ids = _batch(0, 3)
-    with pytest.raises(ValueError, match=message):
-        CacheWriter(tmp_path / "cache", HEADER).add(*spoil(latents, input_ids), frames, ids)
+    with pytest.raises(ValueError, match=message), CacheWriter(tmp_path / "cache", HEADER).shard(0) as shard:
+        shard.add(*spoil(latents, input_ids), frames, ids)
 
 
 def test_an_empty_cache_is_refused(tmp_path):
+    with CacheWriter(tmp_path / "cache", HEADER).shard(0):
+        pass
     with pytest.raises(ValueError, match="nothing was written"):
-        CacheWriter(tmp_path / "cache", HEADER).finish()
+        CacheWriter(tmp_path / "cache", HEADER).finish(1)
 
 
 def _edit(folder, **changes):
@@ -166,12 +172,14 @@ def test_a_damaged_header_is_refused(folder, contents):
         LatentCache(folder)
 
 
-@pytest.mark.parametrize("next_index", [None, -1, "3", [3]])
-def test_a_damaged_header_of_an_interrupted_cache_is_refused(tmp_path, next_index):
-    _write(tmp_path / "cache")
-    _edit(partial_folder(tmp_path / "cache"), next_index=next_index)
-    with pytest.raises(UserError, match="cache.partial/cache.json is damaged"):
-        CacheWriter(tmp_path / "cache", HEADER)
+@pytest.mark.parametrize(
+    "note", ["", "[1, 2]", '{"count": 6}', '{"count": "6", "dropped": 0}', '{"count": -1, "dropped": 0}']
+)
+def test_a_damaged_note_of_a_shard_is_refused(tmp_path, note):
+    writer = _write(tmp_path / "cache")
+    (writer.partial / "latents-00000.json").write_text(note)
+    with pytest.raises(UserError, match="cache.partial/latents-00000.json is damaged"):
+        writer.finish(2)
 
 
 def test_a_folder_without_a_header_is_refused(tmp_path):

@@ -91,6 +91,11 @@ def test_unreadable_images_are_dropped_named_and_counted(tmp_path, capsys):
         _fill(tmp_path / "strict", Squares(unreadable=(2, 3, 10)), strict=True)
 
 
+def test_a_shard_may_have_no_readable_image(tmp_path):
+    cache = _fill(tmp_path / "cache", Squares(7, unreadable=(0, 1, 2)))
+    assert [cache[i]["id"] for i in range(len(cache))] == [3, 4, 5, 6] and cache.header.dropped == 3
+
+
 def test_a_source_without_readable_images_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no image could be read"):
         _fill(tmp_path / "cache", Squares(3, unreadable=(0, 1, 2)))

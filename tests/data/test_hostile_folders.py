@@ -206,9 +206,9 @@ def _write_cache(folder) -> None:
     writer = CacheWriter(folder, CacheHeader("", "", 8, 1.0, (2, 2, 3), 3, buckets=((8, 16),)))
     for bucket in (0, 1):
         latents = np.ones((2, *writer.header.shape_of(bucket)), np.float32)
-        writer.add(latents, np.ones((2, 3), np.int32), np.ones((2, 4), np.int32), range(2), bucket)
-        writer.close_shard(2 * bucket + 2)
-    writer.finish()
+        with writer.shard(bucket) as shard:
+            shard.add(latents, np.ones((2, 3), np.int32), np.ones((2, 4), np.int32), range(2), bucket)
+    writer.finish(2)
 
 
 @contextlib.contextmanager

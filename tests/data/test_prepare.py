@@ -38,7 +38,7 @@ def test_prepare_reports_its_stages_and_every_file(config, capsys):
         }  # fmt: skip
         assert third in (
             "        1 not used: damaged or not an image, for example 'b.png'",
-            "        1 not used: unreadable in an earlier call",
+            "        1 not used: unreadable, found by an earlier call or another process",
         )
 
 

@@ -93,10 +93,10 @@ def test_tpu_pod_runs_its_verbs_on_every_host():
         "--constraint launch/requirements.txt --python .venv '.[tpu,gcs]'" in install[-1]
         and "mount -t nfs 10.0.0.2:/runs /mnt/runs" in mount[-1]
     )
-    run = f"nohup .venv/bin/python -m dmm_jax train --distributed {QUOTED}  > train.log 2>&1 < /dev/null"
-    assert dry_run("tpu_pod.sh", "train", *TRAIN) == [ssh(f"cd dmm_jax; {run} & echo $! > train.pid")]
-    assert dry_run("tpu_pod.sh", "log") == [ssh("tail -n 20 dmm_jax/train.log")]
-    assert dry_run("tpu_pod.sh", "stop") == [ssh("kill -TERM $(cat dmm_jax/train.pid)")]
+    run = f"nohup .venv/bin/python -m dmm_jax train --distributed {QUOTED}  > run.log 2>&1 < /dev/null"
+    assert dry_run("tpu_pod.sh", "train", *TRAIN) == [ssh(f"cd dmm_jax; {run} & echo $! > run.pid")]
+    assert dry_run("tpu_pod.sh", "log") == [ssh("tail -n 20 dmm_jax/run.log")]
+    assert dry_run("tpu_pod.sh", "stop") == [ssh("kill -TERM $(cat dmm_jax/run.pid)")]
     queued = ["gcloud", "compute", "tpus", "queued-resources"]
     assert dry_run("tpu_pod.sh", "state") == [
         [*queued, "describe", "pod", "--zone", "us-west4-a", "--format=value(state.state)"]

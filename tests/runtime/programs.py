@@ -52,6 +52,20 @@ def resume_and_save(folder: str, address: str, number: str):
             store.save(6, jax.tree.map(put, random_state(6)))
 
 
+def fill_cache(folder: str, address: str, number: str):
+    """Fills a cache of nine pictures in shards of two, of three sizes."""
+    with joined(address, number):
+        fill(f"{folder}/cache")
+
+
+def fill(folder: str):
+    from dmm_jax.data.fill_cache import encode_images
+    from tests.data.test_fill_cache import SIZES, Oblongs, halved, tokenize
+
+    options = {"scaling_factor": 0.5, "vae": "v", "tokenizer": "t", "shard_size": 2}
+    encode_images(Oblongs(9, unreadable=(4,)), halved, tokenize, folder, 2, sizes=SIZES, **options)
+
+
 def receive_sigterm_before_the_first_step(folder: str, address: str, number: str):
     """Process 1 gets SIGTERM; both processes then stay in C."""
     with joined(address, number), stop_requests():

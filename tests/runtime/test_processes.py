@@ -15,7 +15,7 @@ from dmm_jax.runtime import processes
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.metrics import read
 from tests.runtime.conftest import BOUND_S, free_address, start, wait_for
-from tests.runtime.programs import random_state
+from tests.runtime.programs import fill, random_state
 
 TIMES = ("images_per_s", "host_ms")  # The only numbers of metrics.jsonl that differ from run to run.
 
@@ -128,6 +128,15 @@ def test_a_fault_in_one_process_ends_all(start_two):
     assert_reports_a_loss(children[0], first)
 
 
+def test_a_cache_is_the_same_for_any_number_of_processes(start_two, tmp_path):
+    for child in start_two("fill_cache"):
+        assert child.wait(BOUND_S) == 0, child.communicate()[1][-3000:]
+    fill(str(tmp_path / "alone"))
+    folders = [tmp_path / "cache", tmp_path / "alone"]
+    contents = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
+    assert contents[0] == contents[1] and len(contents[0]) == 16  # Five shards of three files each, and cache.json.
+
+
 def test_an_error_in_all_processes_is_printed_by_all(runs):
     children = runs.start_processes(
         2, f"--workdir={runs.folder / 'wrong'}", "--config.batch_size=6", "--config.num_steps=1"
@@ -147,7 +156,7 @@ def test_a_process_that_cannot_join_prints_one_line(tmp_path, number, expected):
     child = start(tmp_path, 1, *arguments, stderr=subprocess.PIPE)
     stderr = child.communicate(timeout=BOUND_S)[1]
     assert child.returncode == 1, stderr[-3000:]
-    assert stderr.startswith(f"dmm-jax train: error: process {number} of 2 ") and expected in stderr
+    assert stderr.startswith(f"dmm-jax: error: process {number} of 2 ") and expected in stderr
     assert stderr.count("\n") == 1
 
 
