@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import jax
 import ml_collections
 
-from dmm_jax.bench import fid, host, numerics, sample, timing, train
+from dmm_jax.bench import data, fid, host, numerics, sample, timing, train
 from dmm_jax.config import options
 from dmm_jax.runtime.errors import UserError
 
@@ -58,6 +58,10 @@ def bench(
         return host.measure(config, size, num_steps)
     if job == "fid":
         return [fid.measure()]
+    if job == "data":
+        return data.measure_data(config, size, num_steps)
+    if job == "prepare":
+        return data.measure_prepare(config, size, num_steps, batch_size)
     num_devices = num_devices or jax.device_count()
     about = {
         "device": jax.devices()[0].device_kind,

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 COLUMNS = (
     "job", "arithmetic", "teachers", "batch", "images_per_s", "tflop_per_s", "share_of_peak", "step_s", "queued_step_s",
-    "host_ms", "peak_memory_gb", "compile_s", "loss_error", "grad_norm_error", "gradient_error", "latents_error",
+    "host_ms", "cpus", "share_of_encode", "fewest_examples", "most_examples", "read_too_often", "peak_memory_gb",
+    "compile_s", "loss_error", "grad_norm_error", "gradient_error", "latents_error",
 )  # fmt: skip
 
 

@@ -103,6 +103,7 @@ def get_config() -> ml_collections.ConfigDict:
     # "images" with captions; "prompts" alone, whose images the teachers draw; "shapes_world": the demo's own pictures.
     config.data.kind = "images"
     config.data.source = ""  # The folder of the images, or the text file of the prompts, one per line.
+    config.data.where = ""  # Which images: "aesthetic > 6 and width >= 512", on columns of the source.
     config.data.cache = ""  # Folder of the latent cache.
     config.data.num_chunks = 1  # Chunks of 75 tokens that a caption may fill; what is longer is cut, and counted.
     config.data.resolution = 512  # Pixels per side of a square image; other sizes have about as many pixels.

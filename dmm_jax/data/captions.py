@@ -6,36 +6,46 @@ import io
 import itertools
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from dmm_jax.data.files import DataFile, open_regular
 from dmm_jax.runtime.errors import UserError
 
 MAX_LINE_CHARS, MAX_CAPTION_CHARS = 100_000, 10_000
-LISTS = tuple(f"{name}.{kind}" for name in ("captions", "metadata") for kind in ("jsonl", "csv", "parquet"))
-FILE_KEYS, CAPTION_KEYS = ("file", "file_name", "image"), ("caption", "text")
+JOURNEYDB = ("train_anno_realease_repath.jsonl", "train_anno.jsonl", "valid_anno_repath.jsonl")  # The published names.
+LISTS = tuple(f"{name}.{kind}" for name in ("captions", "metadata") for kind in ("jsonl", "csv", "parquet")) + JOURNEYDB
+FILE_KEYS, CAPTION_KEYS = ("file", "file_name", "image", "img_path"), ("caption", "text", "prompt")
 
 
-def read_list(path: pathlib.Path) -> Iterator[tuple[str, str]]:
-    """Yields (file, caption) of each row of a list.
+def read_list(path: pathlib.Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, str, dict]]:
+    """Yields (file, caption, row) of each row of a list.
+
+    JourneyDB's `Task2.Caption` describes the picture; `prompt` is what its author wrote.
+
+    Args:
+        columns: further columns that the rows must have, if the list has them.
 
     Raises:
         UserError: a row is malformed, or the file cannot be read; names the line.
     """
-    read_rows = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[path.suffix]
+    wanted = (*FILE_KEYS, *CAPTION_KEYS, *columns)
+    read_rows = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": partial(_parquet_rows, wanted)}[path.suffix]
     for place, row in read_rows(path):
-        columns = row if isinstance(row, dict) else {}
+        fields = dict(row) if isinstance(row, dict) else {}
+        if isinstance(task := fields.get("Task2"), dict) and isinstance(task.get("Caption"), str):
+            fields["caption"] = task["Caption"]
         name, caption = (
-            next((columns[key] for key in keys if isinstance(columns.get(key), str)), None)
+            next((fields[key] for key in keys if isinstance(fields.get(key), str)), None)
             for keys in (FILE_KEYS, CAPTION_KEYS)
         )
         if name is None or caption is None:
             raise UserError(
-                f'{place}: expected {{"file": "a.png", "caption": "..."}}, with file_name or image for file, and text '
-                f"for caption, if you like; got {str(row)[:200]!r}."
+                f'{place}: expected {{"file": "a.png", "caption": "..."}}, with file_name, image or img_path for '
+                f"file, and text or prompt for caption, if you like; got {str(row)[:200]!r}."
             )
-        yield name, clean_caption(caption, place)
+        yield name, clean_caption(caption, place), fields
 
 
 def clean_caption(text: str, place: str) -> str:
@@ -57,6 +67,17 @@ def read_caption(file: DataFile, place: str) -> str:
     if file.size > 4 * MAX_CAPTION_CHARS:
         raise UserError(f"{place}: a caption of more than {MAX_CAPTION_CHARS} characters. Shorten it.")
     return clean_caption("".join(line for _, line in text_lines(io.BytesIO(file.read()), place)), place)
+
+
+def read_columns(file: DataFile | None) -> dict:
+    """Returns the columns that img2dataset wrote next to an image; {} without a file, or if it is no JSON object."""
+    if file is None or file.size > MAX_LINE_CHARS:
+        return {}
+    try:
+        columns = json.loads(file.read())
+    except (ValueError, RecursionError):
+        return {}
+    return columns if isinstance(columns, dict) else {}
 
 
 def text_lines(stream: io.BufferedIOBase, name: str) -> Iterator[tuple[str, str]]:
@@ -115,7 +136,7 @@ def _csv_rows(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
             ) from error
 
 
-def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
+def _parquet_rows(wanted: Sequence[str], path: pathlib.Path) -> Iterator[tuple[str, dict]]:
     with open_regular(path) as stream:
         try:
             from pyarrow import ArrowException, parquet
@@ -123,7 +144,7 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
             raise UserError(f"{path} needs the package pyarrow: pip install pyarrow") from error
         try:
             table = parquet.ParquetFile(stream)
-            columns = [name for name in table.schema_arrow.names if name in (*FILE_KEYS, *CAPTION_KEYS)]
+            columns = [name for name in table.schema_arrow.names if name in wanted]
             batches = table.iter_batches(columns=columns)
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
             for number, row in enumerate(rows, start=1):

@@ -1,6 +1,7 @@
 """Fills a latent cache, from captioned images or from pictures that teachers draw from prompts alone."""
 
 import functools
+import os
 import pathlib
 import time
 from collections import defaultdict
@@ -25,6 +26,7 @@ from dmm_jax.runtime.processes import say
 from dmm_jax.runtime.storage import check_local, check_writable
 
 REPORT_S = 60  # Between the lines that report progress where stderr is not a terminal.
+NUM_THREADS = min(max(os.cpu_count() or 1, 4), 32)  # Pillow decodes and scales images outside the interpreter's lock.
 NAMED_IMAGES = 10  # Unreadable images that are named, for each reason.
 Records = tuple[np.ndarray, np.ndarray, np.ndarray, Sequence[int], int]  # The arguments of `Shard.add`.
 
@@ -42,7 +44,7 @@ def encode_images(
     tokenizer: str,
     seed: int = 0,
     shard_size: int = 8192,
-    num_threads: int = 4,
+    num_threads: int = NUM_THREADS,
     unused: Unused | None = None,
     strict: bool = False,
 ) -> LatentCache:

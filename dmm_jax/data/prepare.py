@@ -3,7 +3,7 @@
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +144,7 @@ def open_source(config) -> ImageSource:
         raise UserError(
             "data.source is empty: set a folder of images and captions, or data.kind='prompts' and a file of prompts."
         )
-    source = FolderSource(config.data.source)
+    source = FolderSource(config.data.source, where=config.data.where)
     if 0 < config.data.num_examples < len(source):
         surplus = len(source) - config.data.num_examples
         source.unused.add("beyond data.num_examples", source.rows[-1][0].name, surplus)
@@ -155,13 +155,18 @@ def open_source(config) -> ImageSource:
 def build_encoder(base: Checkpoint, dtype: str):
     """Returns scaling factor and `encode(images uint8 (B, H, W, 3), keys (B,)) -> unscaled latents (B, h, w, C)`."""
     model = nnx.eval_shape(lambda: AutoencoderKL.from_config(base.vae_config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
-    run = functools.partial(_encode, nnx.split(model)[0], place_params(base.params("vae"), jnp.dtype(dtype)))
+    return model.scaling_factor, encoder(nnx.split(model)[0], place_params(base.params("vae"), jnp.dtype(dtype)))
+
+
+def encoder(graph: nnx.GraphDef, params) -> Callable:
+    """Returns `encode(images uint8 (B, H, W, 3), keys (B,)) -> unscaled latents (B, h, w, C)` of a VAE."""
+    run = functools.partial(_encode, graph, params)
 
     def encode(images, keys):
         at_once = max(PIXELS_ENCODED // math.prod(images.shape[1:3]), 1)
         return sharding.in_parts(run, at_once, images, keys)
 
-    return model.scaling_factor, encode
+    return encode
 
 
 @functools.partial(jax.jit, static_argnums=0)

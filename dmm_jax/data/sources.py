@@ -14,9 +14,11 @@ from typing import Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 
-from dmm_jax.data.captions import LISTS, read_caption, read_list
+from dmm_jax.data.arrow import read_table
+from dmm_jax.data.captions import JOURNEYDB, LISTS, read_caption, read_columns, read_list
 from dmm_jax.data.files import DataFile, Unused, list_folder, list_tar
 from dmm_jax.data.images import IMAGE_SUFFIXES, fit, load_rgb
+from dmm_jax.data.where import Where
 from dmm_jax.runtime.errors import UserError
 
 TEXT_SUFFIXES = (".txt", ".caption")
@@ -40,11 +42,12 @@ class ImageSource(Protocol):
 
 
 class FolderSource:
-    """A folder of images with captions, in one of three forms.
+    """A folder of images with captions, in one of four forms.
 
     - a list of the files and captions, see `data.captions.LISTS`;
     - NAME.txt or NAME.caption next to each image, in subfolders too;
-    - tar files that hold such images and texts, as img2dataset writes them.
+    - tar files that hold such images and texts, as img2dataset writes them;
+    - a Hugging Face data set that `save_to_disk` wrote (`data.arrow`).
 
     `unused` counts the files that are not used.
 
@@ -52,17 +55,28 @@ class FolderSource:
         UserError: there are no captions, a caption is malformed, or a captioned file is missing or outside the folder.
     """
 
-    def __init__(self, folder: str | pathlib.Path, resolution: int = 0):
-        """Lists the files and reads the captions. Images are fitted to `resolution` pixels per side, unless it is 0."""
+    def __init__(self, folder: str | pathlib.Path, resolution: int = 0, where: str = ""):
+        """Lists the files and reads the captions.
+
+        Args:
+          resolution: images are fitted to a square of so many pixels per side, unless it is 0.
+          where: a condition on columns (`data.where`): of the list, of NAME.json next to an image, of the data set.
+        """
         if not os.path.isdir(folder):
             raise UserError(f"{folder} is not a folder. Give the folder that holds images and captions.")
         self.folder, self.resolution, self.unused = pathlib.Path(folder).resolve(), resolution, Unused()
+        self.where = Where(where)
         lists = [name for name in LISTS if os.path.lexists(self.folder / name)]
         if len(lists) > 1:
             raise UserError(f"{self.folder} holds {' and '.join(lists)}. Keep one of them.")
         files = list_folder(self.folder, self.unused)
         if lists:
             self.rows = list(self._listed(lists[0], files))
+        elif tables := [file for file in files if file.suffix == ".arrow"]:
+            self.rows = list(self._in_tables(tables))
+            for file in {*files} - {*tables}:
+                if file.suffix != ".json":
+                    self.unused.add("not in the data set", file.name)
         else:
             has_images = any(file.suffix in IMAGE_SUFFIXES for file in files)
             tars = [file for file in files if file.suffix == ".tar" and not has_images]
@@ -93,13 +107,21 @@ class FolderSource:
     def _listed(self, name: str, files: Sequence[DataFile]) -> Iterator[tuple[DataFile, str]]:
         """Yields the images and captions of a list; counts the files that it does not name."""
         used = {self.folder / name}
-        for image, caption in read_list(self.folder / name):
+        for image, caption, row in read_list(self.folder / name, self.where.columns):
+            if name in JOURNEYDB and not os.path.isfile(self.folder / image):  # Some files have another ending.
+                image = os.path.splitext(image)[0] + ".jpg"
             if not os.path.isfile(self.folder / image):
+                if name in JOURNEYDB:  # Few people have all its parts.
+                    self.unused.add(f"in {name}, but not in the folder", image)
+                    continue
                 raise UserError(f"{self.folder / name}: {image!r} does not exist or is not a file. Remove its row.")
             path = (self.folder / image).resolve()
             if not path.is_relative_to(self.folder):
                 raise UserError(f"{self.folder / name}: {image!r} is outside the folder. Name only files below it.")
             used.add(path)
+            if reason := self.where.reason(row):
+                self.unused.add(reason, image)
+                continue
             yield DataFile(path, str(path.relative_to(self.folder)), path.stat().st_size), caption
         for file in files:
             if file.path not in used and file.path.resolve() not in used:
@@ -107,21 +129,37 @@ class FolderSource:
 
     def _paired(self, files: Sequence[DataFile]) -> Iterator[tuple[DataFile, str]]:
         """Yields the images that have a text file of the same name; counts the other files."""
-        images, texts = set(), defaultdict(list)
+        images, texts, columns = set(), defaultdict(list), {}
         for file in files:
             if file.suffix in IMAGE_SUFFIXES:
                 images.add(file.stem)
             elif file.suffix in TEXT_SUFFIXES:
                 texts[file.stem].append(file)
+            elif file.suffix == ".json":
+                columns[file.stem] = file
         for file in files:
             if file.suffix in IMAGE_SUFFIXES and file.stem in texts:
                 captions = {read_caption(text, str(self.folder / text.name)): text.name for text in texts[file.stem]}
                 if len(captions) > 1:
                     raise UserError(f"{self.folder}: {' and '.join(captions.values())} differ. Keep one of them.")
+                if reason := self.where and self.where.reason(read_columns(columns.get(file.stem))):
+                    self.unused.add(reason, file.name)
+                    continue
                 yield file, next(iter(captions))
             elif file.suffix in IMAGE_SUFFIXES:
                 self.unused.add("image without a caption", file.name)
             elif file.suffix in TEXT_SUFFIXES and file.stem not in images:
                 self.unused.add("text without an image", file.name)
-            elif file.suffix not in TEXT_SUFFIXES:
+            elif file.suffix not in TEXT_SUFFIXES and (file.suffix != ".json" or file.stem not in images):
                 self.unused.add(f"files ending in {file.suffix!r}", file.name)
+
+    def _in_tables(self, tables: Sequence[DataFile]) -> Iterator[tuple[DataFile, str]]:
+        """Yields the images and captions of Arrow files; counts rows without an image."""
+        for table in tables:
+            for file, caption, row in read_table(table, self.where.columns):
+                if file is None:
+                    self.unused.add("row without an image in the file", table.name)
+                elif reason := self.where.reason(row):
+                    self.unused.add(reason, file.name)
+                else:
+                    yield file, caption

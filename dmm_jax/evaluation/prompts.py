@@ -73,4 +73,4 @@ def _training_prompts(config) -> list[str]:
         return list(ShapesSource(data.num_examples, seed=config.seed).captions)
     if data.kind == PROMPTS:
         return read_prompts(data.source)[: data.num_examples or None]
-    return [caption for _, caption in FolderSource(data.source).rows][: data.num_examples or None]
+    return [caption for _, caption in FolderSource(data.source, where=data.where).rows][: data.num_examples or None]

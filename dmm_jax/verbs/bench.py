@@ -18,9 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
     parser.add_argument(
         "job",
-        choices=("train", "sample", "host", "fid", "numerics", "scaling"),
-        help="host: the host's time of a step; numerics: errors relative to float32; scaling: train on 1, 2, 4, ... "
-        "devices, divided in every way",
+        choices=("train", "sample", "prepare", "data", "host", "fid", "numerics", "scaling"),
+        help="prepare: from JPEGs to a cache; data: batches of a cache; host: the host's time of a step; "
+        "numerics: errors relative to float32; scaling: train on 1, 2, 4, ... devices, divided in every way",
     )
     parser.add_argument(
         "--config",
@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--size", default="sd15", help="of the networks: sd15, sd21, sdxl, tiny, tiny_xl, narrow")
     parser.add_argument("--num-steps", type=int, default=10, help="timed steps; the median counts")
-    parser.add_argument("--batch-size", type=int, default=16, help="images at once, for sample; train has the config's")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, help="images at once, for sample and prepare; train has the config's"
+    )
     parser.add_argument(
         "--against", choices=("torch",), help="run the PyTorch peer as well; needs the [torch] extra; default: none"
     )

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from dmm_jax.bench import comparison, host, jobs, networks, numerics, sample, table, train
+from dmm_jax.bench import comparison, data, host, jobs, networks, numerics, sample, table, train
 from dmm_jax.verbs import main as cli
 
 CONTRACT = {
@@ -123,3 +123,20 @@ def test_packing_halves_the_arrays_that_a_step_returns():
 def test_numbers_below_one_are_refused_before_any_measurement(option, capsys):
     assert cli.main(["bench", "train", option, "0", "--against", "torch"]) == 1
     assert f"{option} must be a whole number of at least 1; got 0." in capsys.readouterr().err
+
+
+def test_simulated_hosts_read_equal_shares_and_no_example_twice(monkeypatch):
+    monkeypatch.setattr(data, "EXAMPLES", 512)
+    speed, shares = jobs.bench("data", config(), "tiny", num_steps=2)
+    assert speed["images_per_s"] > 0 and shares["fewest_examples"] == shares["most_examples"] == 4
+    assert shares["read_too_often"] == 0
+
+
+def test_prepare_is_timed_part_by_part_and_whole(monkeypatch):
+    monkeypatch.setattr(data, "NUM_PHOTOS", 2)
+    monkeypatch.setattr(data, "PHOTO_SIDE", 128)
+    values = config()
+    values.data.resolution = 64
+    rows = jobs.bench("prepare", values, "tiny", num_steps=1, batch_size=2)
+    assert [row["job"] for row in rows] == [f"prepare: {part}" for part in ("decode", "fit", "encode", "all")]
+    assert rows[3]["share_of_encode"] == pytest.approx(rows[3]["images_per_s"] / rows[2]["images_per_s"])
