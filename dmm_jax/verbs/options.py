@@ -2,12 +2,75 @@
 
 import argparse
 import contextlib
+import pathlib
 
 from dmm_jax.config.files import read_config
 from dmm_jax.config.options import DTYPES
 from dmm_jax.text.prompt_grammar import A1111, GRAMMARS
 
 _OF_COMMAND_LINE = ("verb", "overrides", "verbosity")  # Arguments that no function of the library takes.
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds MODEL and the options by which `open_pipeline` opens it."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a workdir, a diffusers or DMM folder, a single file, or demo: the student that comes with dmm_jax",
+    )
+    parser.add_argument(
+        "--base",
+        default=None,
+        metavar="CKPT",
+        help="provides what a single file lacks (VAE, text encoder, tokenizer); default: none",
+    )
+    parser.add_argument(
+        "--extra-style",
+        action="append",
+        default=[],
+        type=pathlib.Path,
+        metavar="FILE",
+        help="a style of fit-style; repeat; default: none",
+    )
+    parser.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a textual inversion, or NAME=FILE; prompts use it by name; repeat; default: none",
+    )
+    parser.add_argument(
+        "--clip-skip",
+        type=int,
+        default=1,
+        metavar="N",
+        help="for Stable Diffusion 1: the text encoder's N-th layer from its end conditions; default: 1, the last",
+    )
+    add_prediction_type(parser)
+    add_prompt_grammar(parser)
+    add_dtype(parser)
+
+
+def open_pipeline(args: argparse.Namespace):
+    """Opens MODEL as a `Pipeline`; prints what it takes from elsewhere."""
+    from dmm_jax.pipeline import Pipeline, default_dtype
+    from dmm_jax.runtime import compilation
+    from dmm_jax.runtime.processes import say
+
+    compilation.use_cache()
+    pipeline = Pipeline.from_pretrained(
+        args.model,
+        dtype=args.dtype or default_dtype(),
+        base=args.base,
+        extra_styles=args.extra_style,
+        prediction_type=args.prediction_type,
+        clip_skip=args.clip_skip,
+        embeddings=args.embedding,
+        prompt_grammar=args.prompt_grammar,
+    )
+    for line in pipeline.source.fallbacks:
+        say(line)
+    return pipeline
 
 
 def add_prediction_type(parser: argparse.ArgumentParser) -> None:

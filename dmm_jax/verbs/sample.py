@@ -7,6 +7,7 @@ import pathlib
 from dmm_jax.verbs import options
 
 EXAMPLES = (
+    "dmm-jax sample demo --prompts prompts.txt --out pictures",
     "dmm-jax sample runs/sd15 --prompts prompts.txt --out pictures",
     'dmm-jax sample runs/sd15 --prompts prompts.txt --style anime --style "anime=0.5,photo=0.5" --out pictures',
 )
@@ -14,7 +15,7 @@ EXAMPLES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
-    parser.add_argument("model", metavar="MODEL", help="a workdir, a diffusers or DMM folder, or a single file")
+    options.add_model(parser)
     parser.add_argument("--prompts", required=True, type=pathlib.Path, help="a text file, one prompt per line")
     parser.add_argument(
         "--style",
@@ -23,38 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="NAME, mix, or schedule: photo:600:anime is photo down to timestep 600, then anime; photo:800-400:anime "
         "fades; repeat for one column each; default: all styles",
     )
-    parser.add_argument(
-        "--extra-style",
-        action="append",
-        default=[],
-        type=pathlib.Path,
-        metavar="FILE",
-        help="a style of fit-style; repeat; default: none",
-    )
     parser.add_argument("--out", required=True, type=pathlib.Path, help="a new or empty folder")
-    parser.add_argument(
-        "--base",
-        default=None,
-        metavar="CKPT",
-        help="provides what a single file lacks (VAE, text encoder, tokenizer); default: none",
-    )
-    options.add_prediction_type(parser)
     parser.add_argument("--negative-prompt", default=None, help="default: none, which for SDXL differs from ''")
-    options.add_prompt_grammar(parser)
-    parser.add_argument(
-        "--embedding",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="a textual inversion, or NAME=FILE; prompts use it by name; repeat; default: none",
-    )
-    parser.add_argument(
-        "--clip-skip",
-        type=int,
-        default=1,
-        metavar="N",
-        help="for Stable Diffusion 1: the text encoder's N-th layer from its end conditions; default: 1, the last",
-    )
     parser.add_argument(
         "--seed", type=int, default=0, help="of the first prompt; the next has seed + 1; the same for all styles"
     )
@@ -69,7 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int, default=0, help="pixels; default: the model's")
     parser.add_argument("--width", type=int, default=0, help="pixels; default: the model's")
     parser.add_argument("--batch-size", type=int, default=8, help="images computed at once")
-    options.add_dtype(parser)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -81,27 +51,14 @@ def main(args: argparse.Namespace) -> None:
     from dmm_jax.diffusion.guidance import ADVICE
     from dmm_jax.gallery.gallery import write_gallery
     from dmm_jax.gallery.sample import sample
-    from dmm_jax.pipeline import Pipeline, default_dtype
-    from dmm_jax.runtime import compilation
     from dmm_jax.runtime.processes import say
     from dmm_jax.runtime.storage import check_output
 
     check_output(args.out)
     prompts = read_prompts(args.prompts)
-    compilation.use_cache()
-    pipeline = Pipeline.from_pretrained(
-        args.model,
-        dtype=args.dtype or default_dtype(),
-        base=args.base,
-        extra_styles=args.extra_style,
-        prediction_type=args.prediction_type,
-        clip_skip=args.clip_skip,
-        embeddings=args.embedding,
-        prompt_grammar=args.prompt_grammar,
-    )
-    needs_advice = pipeline.schedule.rescale_betas_zero_snr and not args.guidance_rescale
-    for line in pipeline.source.fallbacks + ([ADVICE] if needs_advice else []):
-        say(line)
+    pipeline = options.open_pipeline(args)
+    if pipeline.schedule.rescale_betas_zero_snr and not args.guidance_rescale:
+        say(ADVICE)
     samples = sample(
         pipeline,
         prompts,

@@ -17,10 +17,10 @@ from dmm_jax.checkpoints.formats.diffusers_folder import WEIGHTS
 from dmm_jax.checkpoints.formats.lora import PLUS
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
 from dmm_jax.checkpoints.modelspec import Recipe
+from dmm_jax.checkpoints.shipped import FOLDER
 from dmm_jax.checkpoints.write import write_folder, write_single_file
 from dmm_jax.world.lora_teacher import save_lora
 
-FOLDER = pathlib.Path(__file__).parent / "checkpoints"
 BASE = "base"
 CLASSIFIER = "shape_classifier.safetensors"
 

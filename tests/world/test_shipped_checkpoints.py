@@ -2,18 +2,21 @@
 
 import pathlib
 
+import numpy as np
 import pytest
 
+from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.inspect import inspect
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.config import checks
+from dmm_jax.pipeline import Pipeline
 from dmm_jax.world import demo_config
 from dmm_jax.world.shipped_checkpoints import BASE, CLASSIFIER, FOLDER, TEACHERS, teacher_paths
 
-MAX_BYTES = 20_000_000
+MAX_BYTES = 22_200_000
 
 
-def test_the_checkpoints_take_at_most_20_megabytes():
+def test_the_checkpoints_take_at_most_22_megabytes():
     assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= MAX_BYTES
     assert (FOLDER / CLASSIFIER).is_file()
 
@@ -38,6 +41,35 @@ def test_one_teacher_has_its_own_text_encoder():
 def test_one_teacher_is_a_lora_on_the_base():
     loras = {name: [lora.path.name for lora in open_checkpoint(path).loras] for name, path in teacher_paths()}
     assert {name: files for name, files in loras.items() if files} == {"blueprint": ["blueprint_lora.safetensors"]}
+
+
+def test_demo_names_the_student(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    student = open_checkpoint("demo")
+    assert student.name == "demo" and tuple(student.styles) == tuple(TEACHERS) and student.fallbacks == []
+    assert student.text_digest() == open_checkpoint(FOLDER / BASE).text_digest()
+
+
+def test_a_folder_with_the_name_of_the_student_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    with pytest.raises(CheckpointError, match="demo is no checkpoint"):
+        open_checkpoint("demo")
+
+
+def test_the_student_agrees_with_each_teacher_in_its_style():
+    """A teacher's own style draws the nearest latents among all styles and the base."""
+    student = Pipeline.from_pretrained("demo")
+    teachers = {name: path for name, path in teacher_paths() if name in ("ink", "neon")}
+    stock = {name: Pipeline.from_pretrained(path, base=FOLDER / BASE) for name, path in teachers.items()}
+    latents = np.random.default_rng(0).normal(size=(4, 8, 8, 4)).astype(np.float32)
+    options = {"prompts": ["a large red circle"] * 4, "latents": latents, "num_inference_steps": 1, "output": "latents"}
+    drawn = {style: student(styles=style, **options) for style in student.styles}
+    base = Pipeline.from_pretrained(FOLDER / BASE)(**options)
+    for name, teacher in stock.items():
+        target = teacher(**options)
+        errors = {style: np.mean((latents - target) ** 2) for style, latents in (drawn | {"the base": base}).items()}
+        assert min(errors, key=errors.get) == name
 
 
 def test_the_demo_config_is_valid():
