@@ -1,4 +1,4 @@
-"""`python -m tests.mesh_program CASES OUT`: two steps of eight different teachers on each of several meshes.
+"""`python -m tests.mesh_program CASES OUT`: two steps of four different teachers on each of several meshes.
 
 `test_sharding` runs it in a process with eight fake devices. CASES is a JSON list of [mesh, changes of the config]. For
 each case, OUT/NUMBER.npz has the logged metrics and the changes of the state; OUT/places.json has, for the last case,
@@ -27,8 +27,8 @@ from dmm_jax.world.architecture import SCHEDULER_CONFIG, TEXT_CONFIG, VAE_CONFIG
 from dmm_jax.world.random_checkpoints import random_tensors
 from dmm_jax.world.tokenizer import tokenizer_fields, write_tokenizer
 
-NUM_TEACHERS, NUM_STEPS, PER_TEACHER = 8, 2, 8
-WITH_ENCODERS = (2, 5)  # Teachers with their own text encoder.
+NUM_TEACHERS, NUM_STEPS, PER_TEACHER = 4, 2, 8
+WITH_ENCODERS = (1, 3)  # Teachers with their own text encoder.
 UNET = {
     "_class_name": "UNet2DConditionModel", "sample_size": 8, "down_block_types": ["DownBlock2D"],
     "up_block_types": ["UpBlock2D"], "block_out_channels": [64], "layers_per_block": 1,

@@ -17,7 +17,7 @@ from dmm_jax.runtime.errors import UserError
 from tests import mesh_program
 
 ROOT = pathlib.Path(__file__).parents[2]
-MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (4, 2, 1), (1, 1, 8)]
+MESHES = [(1, 1, 1), (4, 1, 2), (2, 2, 2), (4, 2, 1), (1, 1, 8)]
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true"
 ACCUMULATING = (4, 2, 1)  # The mesh on which gradients are summed over two micro-batches.
 UNROLLED = (2, 2, 2)  # The mesh on which the middle block's two transformer blocks are not a loop.
@@ -82,7 +82,7 @@ def test_compared_steps_are_clipped_and_every_loss_differs(results):
     """Otherwise the comparison would not see exchanged teachers."""
     arrays = results[0]["float32", (1, 1, 1)]
     losses = np.sort(arrays["logged score.0"])
-    assert losses.shape == (8,) and (np.diff(losses) > 1e-3 * losses[:-1]).all()
+    assert losses.shape == (4,) and (np.diff(losses) > 1e-3 * losses[:-1]).all()
     assert arrays["logged grad_norm.0"] > mesh_program.make_config({}).max_grad_norm
 
 
