@@ -129,7 +129,7 @@ def _loop(distillation, state, batch, batches, hooks, progress, stop) -> tuple[i
             due = batch is None or stopping or hook.is_due(state.step)
             if failure or not due or (stopping and hook.is_done):
                 continue
-            failure = hook.function(state, metrics)
+            failure = progress.settle() or hook.function(state, metrics)
             if hook.is_done and not stopping:  # Validation and samples take long: ask again.
                 stopping = stop()
         progress.bar.update()
@@ -205,24 +205,22 @@ class Progress:
     def wait(self, step: int, metrics: Mapping) -> str:
         """Waits until at most MAX_STEPS_AHEAD steps are running; returns why the run must end, or ""."""
         self._running.append((step, metrics))
-        if len(self._running) <= MAX_STEPS_AHEAD:
-            return ""
-        done, metrics = self._running.popleft()
-        with self.log.host.waiting():
-            jax.block_until_ready(metrics)
-        return self.judge(done, metrics)
+        return self.settle(MAX_STEPS_AHEAD)
 
-    def judge(self, step: int, metrics: Mapping) -> str:
-        """Returns why a run cannot go on after a step that is done, or ""."""
-        last = self.log.last.get("step", 0)
-        if last > step:  # A later step is in the log, and was judged there.
-            return ""
-        # A shorter run fails if all its steps were skipped.
-        if int(metrics["skipped_in_a_row"]) < min(self._config.max_skipped_in_a_row, self._config.num_steps):
-            return ""
-        if last < step:
-            self.write(step, metrics)
-        return diagnosis(self.log.last, self._config)
+    def settle(self, ahead: int = 0) -> str:
+        """Waits until at most `ahead` steps are running, and judges each that is done, in order.
+
+        Returns why the run must end, or "". Whatever is logged and saved, a run ends at the same step.
+        """
+        while len(self._running) > ahead:
+            step, metrics = self._running.popleft()
+            with self.log.host.waiting():
+                jax.block_until_ready(metrics)
+            # A shorter run fails if all its steps were skipped.
+            if int(metrics["skipped_in_a_row"]) >= min(self._config.max_skipped_in_a_row, self._config.num_steps):
+                self.write(step, metrics)
+                return diagnosis(self.log.last, self._config)
+        return ""
 
 
 def make_hooks(
@@ -241,7 +239,6 @@ def make_hooks(
 
     def write(state, metrics):
         progress.write(state.step, metrics)
-        return progress.judge(state.step, metrics)
 
     def validate(state, _):
         of_average = distillation.validate(state, average=True) if keeps_average(config) else None
@@ -326,7 +323,7 @@ def draw_samples(distillation: Distillation, state: RunState, workdir: storage.L
     grid = labelled_grid(pictures.reshape((-1, len(names)) + pictures.shape[1:]), prompts, names)
     path = _samples_path(workdir, state.step)
     path.parent.mkdir(exist_ok=True)
-    with storage.errors_name(path), path.open("wb") as file:
+    with storage.whole_file(path, "xb") as file:
         grid.save(file, "PNG")
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from dmm_jax import train
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.states import StateStore
-from dmm_jax.config import options
+from dmm_jax.config import serialization
 from dmm_jax.data.batches import batches
 from dmm_jax.data.cache import LatentCache
 from dmm_jax.distill.layout import COMPILER_OPTIONS
@@ -153,7 +153,7 @@ def test_sigterm_saves_the_current_step_and_the_run_resumes_exactly(tiny, traine
 def run_in_a_child(config_json, workdir, settings):
     for name, value in settings.items():
         jax.config.update(name, value)
-    train.run(options.from_json(config_json), workdir)
+    train.run(serialization.from_json(config_json), workdir)
 
 
 def test_a_run_killed_at_random_moments_resumes_exactly(tiny, trained, tmp_path):
@@ -165,7 +165,7 @@ def test_a_run_killed_at_random_moments_resumes_exactly(tiny, trained, tmp_path)
     names = ("jax_default_matmul_precision", "jax_compilation_cache_dir")
     settings = {name: getattr(jax.config, name) for name in names}
     for _ in range(max(KILLS // 5, 1)):
-        child = context.Process(target=run_in_a_child, args=(options.to_json(config), workdir, settings))
+        child = context.Process(target=run_in_a_child, args=(serialization.to_json(config), workdir, settings))
         started = time.monotonic()
         child.start()
         if longest_s:
@@ -204,18 +204,23 @@ def test_skipped_steps_are_counted_without_log_lines(tiny, tmp_path):
     assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == [4]
 
 
-def test_a_written_finite_step_outweighs_an_earlier_skipped_one(tiny, tmp_path):
-    """Log lines stay in order, and no diagnosis speaks of a step that a later one has mended."""
+def test_a_run_ends_at_the_skip_limit_whatever_it_logs(tiny, tmp_path):
+    """All steps are judged, in order, and the first at the limit ends the run, though a later one is finite."""
     config = changed(tiny[1], max_skipped_in_a_row=1)
     metrics = {name: np.zeros(2) for name in ("score", "feature")}
     metrics |= {"grad_norm": np.float32(1), "skipped_steps": np.int32(1), "skipped_in_a_row": np.int32(0)}
     with MetricsLog(tmp_path, 0, worlds.NAMES) as log:
         progress = train.Progress(log, tqdm(disable=True), config, {"score": 1.0, "feature": 0.002})
         log.start_clock(0)
-        progress.write(8, metrics)
-        assert progress.judge(7, metrics | {"skipped_in_a_row": np.int32(1)}) == ""
-        assert "step 9: 1 steps in a row" in progress.judge(9, metrics | {"skipped_in_a_row": np.int32(1)})
-    assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == [8, 9]
+        skipped = metrics | {"skipped_in_a_row": np.int32(1)}
+        assert progress.wait(6, metrics) == progress.wait(7, skipped) == progress.wait(8, metrics) == ""
+        assert "step 7: 1 steps in a row" in progress.settle()
+    with MetricsLog(tmp_path, 7, worlds.NAMES) as log:
+        progress = train.Progress(log, tqdm(disable=True), config, {"score": 1.0, "feature": 0.002})
+        log.start_clock(7)
+        assert progress.wait(8, skipped) == progress.wait(9, skipped) == ""
+        assert "step 8: 1 steps in a row" in progress.settle()
+    assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == [7, 8]
 
 
 def test_sigterm_during_validation_stops_before_samples_are_drawn(tiny, tmp_path, monkeypatch):
@@ -373,4 +378,4 @@ def test_a_run_whose_every_step_was_skipped_fails(tiny, tmp_path):
     with MetricsLog(tmp_path, 0, worlds.NAMES) as log:
         progress = train.Progress(log, tqdm(disable=True), config, {"score": 1.0, "feature": 0.002})
         log.start_clock(0)
-        assert "2 steps in a row" in progress.judge(2, metrics)
+        assert progress.wait(2, metrics) == "" and "2 steps in a row" in progress.settle()

@@ -20,7 +20,7 @@ from dmm_jax.config.options import kept_styles, opening_options, style_names
 from dmm_jax.config.serialization import load_config
 from dmm_jax.runtime import processes
 from dmm_jax.runtime.errors import UserError
-from dmm_jax.runtime.storage import Location, locate, read_json
+from dmm_jax.runtime.storage import Location, locate, read_json, write_text
 
 SHORT_HASH = 10  # Hexadecimal digits of a file's SHA-256 that hubs show ("AutoV2").
 HUB_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")  # The folder of huggingface.co's ORGANISATION/NAME on a disk.
@@ -95,7 +95,7 @@ def record_parents(workdir: Location, config) -> Iterator[None]:
     def write():
         try:
             parents = parents_of_config(config)
-            (workdir / PARENTS_FILE).write_text(json.dumps(parents, indent=2, sort_keys=True) + "\n")
+            write_text(workdir / PARENTS_FILE, json.dumps(parents, indent=2, sort_keys=True) + "\n")
         except Exception as error:  # The file system's, or any that the client of a bucket raises.
             processes.say(f"{workdir / PARENTS_FILE} was not written: {error}")
 

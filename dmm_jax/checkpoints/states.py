@@ -18,7 +18,7 @@ from dmm_jax.checkpoints import checksums
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.processes import say
-from dmm_jax.runtime.storage import in_bucket, locate
+from dmm_jax.runtime.storage import in_bucket, locate, read_text
 
 STATE, RECORD = "state", "record"  # The items of a step: its arrays; their dtypes, shapes, checksums, and the notes.
 
@@ -195,7 +195,7 @@ def _check_metadata(folder: epath.Path) -> None:
     path = folder / "_CHECKPOINT_METADATA"
     if path.exists():
         with _errors_as_damage():
-            metadata = step_metadata_serialization.deserialize(json.loads(path.read_text()))
+            metadata = step_metadata_serialization.deserialize(json.loads(read_text(path)))
             float(metadata.commit_timestamp_nsecs or 0), float(metadata.init_timestamp_nsecs or 0)  # Orbax does so.
 
 
@@ -211,12 +211,12 @@ def _record(folder: epath.Path) -> dict | None:
     """
     try:
         if not (folder / RECORD).exists():
-            saved = json.loads((folder / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
+            saved = json.loads(read_text(folder / "_CHECKPOINT_METADATA"))["item_handlers"]
             if not isinstance(saved, dict):
                 raise UserError("_CHECKPOINT_METADATA does not name the items")
             if RECORD not in saved:
                 return None
-        record = json.loads((folder / RECORD / "metadata").read_text())
+        record = json.loads(read_text(folder / RECORD / "metadata"))
         if record.pop("crc32") != _crc(record):
             raise UserError("its checksum does not match its contents")
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:

@@ -10,6 +10,7 @@ from dmm_jax.config.options import as_teachers, get_config
 from dmm_jax.runtime import storage
 from dmm_jax.runtime.errors import UserError, refuse
 
+MAX_SHOWN_CHARS = 200  # Of a value in a message.
 _GROUP = ml_collections.ConfigDict
 
 
@@ -42,7 +43,11 @@ def from_json(text: str, source: str = "config.json") -> ml_collections.ConfigDi
 def removed_options(values: Mapping) -> list[str]:
     """Returns a line for each option of an older run's config.json that no longer exists."""
     options, stored = flat_values(get_config().to_dict()), flat_values(values)
-    return [f"{name}: {value!r} -> no longer an option" for name, value in stored.items() if name not in options]
+    return [
+        f"{name[:MAX_SHOWN_CHARS]}: {_shown(value)} -> no longer an option"
+        for name, value in stored.items()
+        if name not in options
+    ]
 
 
 def _update(config, values: Mapping, prefix: str = "") -> list[str]:
@@ -52,7 +57,7 @@ def _update(config, values: Mapping, prefix: str = "") -> list[str]:
         if name not in config:
             continue
         value, default = _as_tuple(value), config[name]
-        if not _fits(value, default):
+        if not _fits(value, default, pairs=prefix + name == "teachers"):
             problems.append(f"{prefix}{name}: expected {_kind(default)}, got {_kind(value)}: {json.dumps(value)[:80]}")
         elif isinstance(value, Mapping):
             problems += _update(default, value, f"{prefix}{name}.")
@@ -61,9 +66,9 @@ def _update(config, values: Mapping, prefix: str = "") -> list[str]:
     return problems
 
 
-def _fits(value, default) -> bool:
+def _fits(value, default, pairs: bool) -> bool:
     kinds = (int, float) if isinstance(default, float) else Mapping if isinstance(default, _GROUP) else type(default)
-    if isinstance(value, tuple) and not all(isinstance(entry, (str, tuple)) for entry in value):
+    if isinstance(value, tuple) and not all(isinstance(entry, (str, tuple) if pairs else str) for entry in value):
         return False
     return isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
 
@@ -84,8 +89,16 @@ def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) 
     before, after = (flat_values(json.loads(to_json(config))) for config in (old, new))
     names = sorted(before.keys() | after.keys())
     return [
-        f"{name}: {before.get(name)!r} -> {after.get(name)!r}" for name in names if before.get(name) != after.get(name)
+        f"{name}: {_shown(before.get(name))} -> {_shown(after.get(name))}"
+        for name in names
+        if before.get(name) != after.get(name)
     ]
+
+
+def _shown(value) -> str:
+    """Returns a value as Python writes it, cut after MAX_SHOWN_CHARS: a damaged file can hold anything."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]} …"
 
 
 def flat_values(tree: Mapping, prefix: str = "") -> dict:
@@ -112,7 +125,4 @@ def load_config(path: str | os.PathLike) -> ml_collections.ConfigDict:
         raise UserError(
             f"{path.parent} is not a training workdir: {path.name} is missing. Give the --workdir of a `train` run."
         )
-    try:
-        return from_json(path.read_text(encoding="utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}). Restore it.") from None
+    return from_json(storage.read_text(path), str(path))

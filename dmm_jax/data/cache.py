@@ -21,7 +21,7 @@ from array_record.python import array_record_data_source
 
 from dmm_jax.data.files import open_regular
 from dmm_jax.runtime.errors import UserError, refuse
-from dmm_jax.runtime.storage import check_local
+from dmm_jax.runtime.storage import check_local, write_text
 
 FORMAT = "dmm_jax latent cache 3"
 LATENTS, TOKENS, FRAME, _ID = np.dtype("<f2"), np.dtype("<u2"), np.dtype("<i4"), np.dtype("<i8")
@@ -86,10 +86,7 @@ class CachedExample(TypedDict):
 
 def write_header(folder: pathlib.Path, header: CacheHeader) -> None:
     """Writes cache.json; atomic, so that a reader never sees half a file."""
-    text = json.dumps({"format": FORMAT, **dataclasses.asdict(header)}, indent=2)
-    temporary = folder / "cache.json.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, folder / "cache.json")
+    write_text(folder / "cache.json", json.dumps({"format": FORMAT, **dataclasses.asdict(header)}, indent=2))
 
 
 _IS_VALID = {  # By a field's type; a count of records fits into int64.
@@ -97,7 +94,9 @@ _IS_VALID = {  # By a field's type; a count of records fits into int64.
     int: lambda value: type(value) is int and 0 <= value < 2**63,
     float: lambda value: type(value) in (int, float) and 0 < value < math.inf,
     tuple[int, ...]: lambda value: len(value) == 3 and all(type(size) is int and size > 0 for size in value),
-    tuple[tuple[str, int], ...]: lambda value: all(type(name) is str and type(count) is int for name, count in value),
+    tuple[tuple[str, int], ...]: lambda value: all(
+        type(name) is str and type(count) is int and 0 <= count < 2**63 for name, count in value
+    ),
     tuple[tuple[int, int], ...]: lambda value: (
         len(value) < MAX_BUCKETS
         and all(type(side) is int and 0 < side < 2**20 for height, width in value for side in (height, width))
@@ -224,7 +223,6 @@ class LatentCache:
             if pathlib.PurePath(name).name != name or not os.path.isfile(self.folder / name):
                 raise UserError(f"{self.folder} lacks its file {name!r}. Delete the folder and run prepare again.")
             paths.append(str(self.folder / name))
-        bucket_of = np.concatenate([np.zeros(0, np.uint8), *map(self._read_buckets, header.shards)])
         try:
             records = array_record_data_source.ArrayRecordDataSource(paths) if paths else []
         except (RuntimeError, ValueError) as error:
@@ -233,6 +231,7 @@ class LatentCache:
             raise UserError(f"{self.folder} should hold {header.count} records; its files hold {len(records)}.")
         if not header.count:
             raise UserError(f"{self.folder} has no records. Prepare the cache again.")
+        bucket_of = np.concatenate([np.zeros(0, np.uint8), *map(self._read_buckets, header.shards)])
         self._read(records, 0, int(bucket_of[0]))
         return records, bucket_of
 

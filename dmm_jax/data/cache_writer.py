@@ -54,6 +54,8 @@ class CacheWriter:
     def _open(self) -> None:
         if self.folder.exists():
             raise UserError(f"{self.folder} exists already. Delete it, or write elsewhere.")
+        if self.partial.is_symlink():  # Another user may have put it there.
+            raise UserError(f"{self.partial} is a link, and would lead the cache elsewhere. Delete it.")
         if (self.partial / "cache.json").exists():
             written = dataclasses.replace(read_header(self.partial), count=0, dropped=0, shards=())
             problems = written.differences(**dataclasses.asdict(self.header))

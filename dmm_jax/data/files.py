@@ -12,6 +12,7 @@ from dmm_jax.runtime.errors import UserError
 
 IGNORED = "ignored by name"
 IGNORED_NAMES = (".ds_store", "thumbs.db", "desktop.ini")  # And "._*", which macOS writes next to every file.
+MAX_NAME_CHARS = 1000  # Of a member of a tar file, whose format has no bound.
 
 
 class DataFile(NamedTuple):
@@ -72,13 +73,15 @@ def open_regular(path: pathlib.Path) -> io.BufferedReader:
 
 def list_folder(folder: pathlib.Path, unused: Unused) -> list[DataFile]:
     """Returns the regular files below a folder, sorted by path; counts the other entries as unused."""
-    files = []
-
-    def unreadable(error: OSError) -> None:
-        unused.add("folder that cannot be read", os.path.relpath(error.filename, folder))
-
-    for parent, folders, names in os.walk(folder, onerror=unreadable):
-        for path in (pathlib.Path(parent, name) for name in (*folders, *names)):
+    files, folders = [], [folder]
+    while folders:  # os.walk calls itself for every level, and a folder may have thousands of them.
+        parent = folders.pop()
+        try:
+            names = os.listdir(parent)
+        except OSError:
+            unused.add("folder that cannot be read", os.path.relpath(parent, folder))
+            continue
+        for path in (parent / name for name in names):
             name = str(path.relative_to(folder))
             try:
                 mode, size = (status := path.stat()).st_mode, status.st_size
@@ -87,6 +90,8 @@ def list_folder(folder: pathlib.Path, unused: Unused) -> list[DataFile]:
             if stat.S_ISDIR(mode):
                 if path.is_symlink():
                     unused.add("link to a folder", name)
+                else:
+                    folders.append(path)
             elif path.name.startswith("._") or path.name.lower() in IGNORED_NAMES:
                 unused.add(IGNORED, name)
             elif not stat.S_ISREG(mode):
@@ -111,7 +116,9 @@ def list_tar(tar: DataFile, unused: Unused) -> list[DataFile]:
         try:
             for member in (archive := tarfile.open(fileobj=stream, mode="r:")):
                 name = f"{tar.name}/{member.name}"
-                if ".." in pathlib.PurePath(member.name).parts or member.name.startswith("/"):
+                if len(member.name) > MAX_NAME_CHARS:
+                    unused.add("tar member with an overlong name", name[:100])
+                elif ".." in pathlib.PurePath(member.name).parts or member.name.startswith("/"):
                     unused.add("tar member outside the tar's root", name)
                 elif not member.isreg() or member.issparse():
                     if not member.isdir():

@@ -5,14 +5,15 @@ import logging
 import warnings
 
 import numpy as np
-from jaxtyping import UInt8
-from PIL import ExifTags, Image, UnidentifiedImageError
+from jaxtyping import UInt8, UInt32
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from dmm_jax.data.files import DataFile
 from dmm_jax.runtime.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")  # Pillow starts Ghostscript for EPS.
+WHITE_IS_ZERO = 0  # A value of TIFF's PhotometricInterpretation.
 MAX_FILE_BYTES, MAX_PIXELS, MAX_ASPECT_RATIO = 2**28, 90_000_000, 20
 TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -75,7 +76,7 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode in ("I", "F"):
         raise UnreadableImage(name, f"pixels of mode {image.mode}, whose white is not defined")
     if image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.uint32)
+        grey = _grey_of_16_bits(image)
         grey[grey == image.info.get("transparency", -1)] = 65535
         image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
     if image.mode == "La":
@@ -84,6 +85,14 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _grey_of_16_bits(image: Image.Image) -> UInt32[np.ndarray, "H W"]:
+    """Returns grey levels from 0 to 65535. Pillow leaves TIFF's 12 bits and white zeros to its callers."""
+    grey, tags = np.asarray(image).astype(np.uint32), getattr(image, "tag_v2", {})
+    if tags.get(TiffImagePlugin.BITSPERSAMPLE) == (12,):
+        grey = (grey * 65535 + 2047) // 4095
+    return 65535 - grey if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO else grey
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -112,9 +112,10 @@ class FolderSource:
                 image = os.path.splitext(image)[0] + ".jpg"
             if not os.path.isfile(self.folder / image):
                 if name in JOURNEYDB:  # Few people have all its parts.
-                    self.unused.add(f"in {name}, but not in the folder", image)
+                    self.unused.add(f"in {name}, but not in the folder", image[:200])
                     continue
-                raise UserError(f"{self.folder / name}: {image!r} does not exist or is not a file. Remove its row.")
+                place = f"{self.folder / name}: {image[:200]!r}"
+                raise UserError(f"{place} does not exist or is not a file. Remove its row.")
             path = (self.folder / image).resolve()
             if not path.is_relative_to(self.folder):
                 raise UserError(f"{self.folder / name}: {image!r} is outside the folder. Name only files below it.")

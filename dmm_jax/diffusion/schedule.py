@@ -27,6 +27,7 @@ INERT = {
 }  # fmt: skip
 OTHER_FAMILIES = ("FlowMatch", "EDM")
 SPACING_FIELDS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
+FLAGS = ("rescale_betas_zero_snr", "set_alpha_to_one", "clip_sample", *SPACING_FIELDS)
 UNFOLLOWED = ("use_lu_lambdas",)  # Noise levels of sampling that no solver here has; the model can be used without.
 # The stock schedulers that read rescale_betas_zero_snr; PNDM and several more ignore it.
 RESCALING_SCHEDULERS = (
@@ -57,21 +58,7 @@ class NoiseSchedule:
     source: Mapping | None = dataclasses.field(default=None, repr=False, compare=False)  # The config that was read.
 
     def __post_init__(self):
-        choices = {"beta_schedule": BETA_SCHEDULES, "prediction_type": PREDICTION_TYPES}
-        choices["timestep_spacing"] = (None, *SPACINGS)
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name} must be one of {', '.join(map(str, allowed))}; got {getattr(self, name)!r}.")
-        for name in ("num_train_timesteps", "steps_offset"):
-            if type(getattr(self, name)) is not int:
-                raise UserError(f"{name} must be a whole number; got {getattr(self, name)!r}.")
-        betas = self.beta_start, self.beta_end
-        numeric = all(isinstance(beta, (int, float)) for beta in betas)
-        if not (2 <= self.num_train_timesteps <= MAX_TIMESTEPS and numeric and 0.0 < betas[0] <= betas[1] < 1.0):
-            raise UserError(
-                f"a schedule needs 2 to {MAX_TIMESTEPS} timesteps and 0 < beta_start <= beta_end < 1; got "
-                f"{self.num_train_timesteps} timesteps, betas from {self.beta_start!r} to {self.beta_end!r}."
-            )
+        _check_fields(vars(self))
 
     @classmethod
     def from_config(cls, config: Mapping) -> "NoiseSchedule":
@@ -99,7 +86,9 @@ class NoiseSchedule:
                 f"the scheduler config has unsupported fields: {fields}. Unset them to use the model without."
             )
         names = {field.name for field in dataclasses.fields(cls)} - {"source"}
+        names -= {name for name in FLAGS if written.get(name) is None}
         fields = DIFFUSERS_DEFAULTS | {name: value for name, value in written.items() if name in names}
+        _check_fields(fields)
         return cls(**fields, source=written)
 
     def to_config(self) -> dict:
@@ -151,6 +140,31 @@ class NoiseSchedule:
             return np.linspace(self.beta_start, self.beta_end, n)
         level = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2  # arXiv:2102.09672, eq. 17.
         return np.minimum(1.0 - level[1:] / level[:-1], 0.999)
+
+
+def _check_fields(fields: Mapping) -> None:
+    """Raises UserError if a field has the wrong type or is out of range; missing fields have their defaults."""
+    fields = {field.name: field.default for field in dataclasses.fields(NoiseSchedule)} | dict(fields)
+    choices = {"beta_schedule": BETA_SCHEDULES, "prediction_type": PREDICTION_TYPES}
+    choices["timestep_spacing"] = (None, *SPACINGS)
+    for name, allowed in choices.items():
+        if fields[name] not in allowed:
+            raise UserError(f"{name} must be one of {', '.join(map(str, allowed))}; got {fields[name]!r:.100}.")
+    for name in ("num_train_timesteps", "steps_offset"):
+        if type(fields[name]) is not int:
+            raise UserError(f"{name} must be a whole number; got {fields[name]!r:.100}.")
+    for name in FLAGS:
+        if type(fields[name]) is not bool:
+            raise UserError(f"{name} must be true or false; got {fields[name]!r:.100}.")
+    count, betas = fields["num_train_timesteps"], (fields["beta_start"], fields["beta_end"])
+    numeric = all(type(beta) in (int, float) for beta in betas)
+    if not 0 <= fields["steps_offset"] < MAX_TIMESTEPS:
+        raise UserError(f"steps_offset must be from 0 to {MAX_TIMESTEPS - 1}; got {str(fields['steps_offset'])[:100]}.")
+    if not (2 <= count <= MAX_TIMESTEPS and numeric and 0.0 < betas[0] <= betas[1] < 1.0):
+        raise UserError(
+            f"a schedule needs 2 to {MAX_TIMESTEPS} timesteps and 0 < beta_start <= beta_end < 1; got "
+            f"{count} timesteps, betas from {betas[0]!r:.100} to {betas[1]!r:.100}."
+        )
 
 
 def rescale_to_zero_snr(betas: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:

@@ -34,14 +34,20 @@ def lock(folder: Location, path: Location | None = None) -> Iterator[Callable[[]
         return
     owner = f"process {os.getpid()} on {socket.gethostname()}"
 
-    def check():
-        other = path.read_text() if path.is_file() else "an unknown process"
-        if other != owner:
-            raise UserError(f"{folder} was taken over by {other}: this process ends, and saves nothing more.")
-
     with bucket_errors(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with (_in_bucket if in_bucket(path) else _on_disk)(folder, path, owner):
+    with contextlib.ExitStack() as stack:
+
+        def take():
+            stack.enter_context((_in_bucket if in_bucket(path) else _on_disk)(folder, path, owner))
+
+        def check():
+            if not path.is_file():  # Somebody has deleted it, and no other process has taken the folder.
+                take()
+            elif (other := path.read_text()) != owner:
+                raise UserError(f"{folder} was taken over by {other}: this process ends, and saves nothing more.")
+
+        take()
         try:
             yield check
         finally:

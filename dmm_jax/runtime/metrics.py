@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from dmm_jax.runtime import terminal
 from dmm_jax.runtime.errors import UserError
-from dmm_jax.runtime.storage import bucket_errors, errors_name, in_bucket, locate, part_of, read_text
+from dmm_jax.runtime.storage import bucket_errors, errors_name, in_bucket, locate, read_text, write_text
 from dmm_jax.runtime.trackers import Tracker
 
 
@@ -89,10 +89,7 @@ class MetricsLog:
             file = io.StringIO()
             file.write(lines)
             return file
-        temporary = part_of(self.path)
-        with errors_name(temporary):
-            temporary.write_text(lines)
-            temporary.replace(self.path)
+        write_text(self.path, lines)
         return self.path.open("a")
 
     def __exit__(self, *_):

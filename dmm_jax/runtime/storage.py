@@ -11,13 +11,14 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from etils import epath
 
 from dmm_jax.runtime.errors import UserError
 
 Location = pathlib.Path | epath.Path  # On a file system, or in a bucket; both have the methods of pathlib.
+MAX_TEXT_BYTES = 2**27  # Of a config, or of a log: a line of metrics.jsonl takes about a kilobyte.
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+")  # pathlib folds the two slashes into one.
 
 
@@ -91,10 +92,16 @@ def read_text(path: Location) -> str:
     """Reads a text file; a byte order mark is dropped.
 
     Raises:
-      UserError: the file is not UTF-8.
+      UserError: the file is not UTF-8, is larger than MAX_TEXT_BYTES, or is no regular file (a FIFO blocks for ever).
     """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no regular file. Restore it from a copy, or move it away.")
+    with path.open("rb") as file:
+        raw = file.read(MAX_TEXT_BYTES + 1)
+    if len(raw) > MAX_TEXT_BYTES:
+        raise UserError(f"{path} is larger than {MAX_TEXT_BYTES} bytes. Restore it from a copy, or move it away.")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8, or restore it."
@@ -179,6 +186,32 @@ def part_of(path: pathlib.Path) -> pathlib.Path:
     return own
 
 
+@contextlib.contextmanager
+def whole_file(path: Location, mode: str = "x") -> Iterator[IO]:
+    """Yields a new file that becomes `path` at the end of the block, or is deleted after an error.
+
+    Readers see a complete file or none. A link that another user puts in its place is replaced and not followed. An
+    object of a bucket always appears as a whole.
+
+    Args:
+      mode: "x" for text in UTF-8, "xb" for bytes.
+    """
+    encoding = None if "b" in mode else "utf-8"
+    if in_bucket(path):
+        with path.open(mode.replace("x", "w"), encoding=encoding) as file:
+            yield file
+        return
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, and a file is to be written there. Move it away.")
+    temporary = part_of(path)
+    try:
+        with errors_name(path, temporary), temporary.open(mode, encoding=encoding) as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -201,12 +234,9 @@ def errors_name(path: str | os.PathLike, part: str | os.PathLike | None = None) 
 
 
 def write_text(path: Location, text: str) -> None:
-    """Writes a file whole: a reader sees the old text or the new one."""
-    part = path if in_bucket(path) else part_of(path)  # Objects are written whole.
-    with errors_name(path):
-        part.write_text(text, encoding="utf-8")
-        if part != path:
-            part.replace(path)
+    """Writes a text as `whole_file` does: a reader sees the old text or the new one."""
+    with whole_file(path) as file:
+        file.write(text)
 
 
 @contextlib.contextmanager

@@ -1,13 +1,13 @@
 """Judge: measures the study's students, and what they are compared with, by distances to the teachers' pictures."""
 
 import functools
-import os
 import pathlib
 
 import numpy as np
 from jaxtyping import Float
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
+from dmm_jax.checkpoints.formats.safetensors_io import save
 from dmm_jax.checkpoints.merge_methods import METHODS, merge_networks, parse_method
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.config.options import solver_options
@@ -43,8 +43,7 @@ class Judge:
         path = self.out / f"teachers_{self.num_images}.safetensors"
         if not path.exists():
             features = {name: self._sample(self._teacher(name), None, TEACHER_SEED) for name in STYLES}
-            save_file(features, path.with_suffix(".part"))
-            os.replace(path.with_suffix(".part"), path)
+            save(path, features)
         return load_file(path)
 
     def references(self, seed: int) -> dict[str, dict]:

@@ -16,6 +16,7 @@ import ml_collections
 import numpy as np
 
 from dmm_jax import train
+from dmm_jax.runtime.storage import part_of
 from dmm_jax.world import demo_config
 
 STYLES = (
@@ -167,8 +168,9 @@ def train_node(out: pathlib.Path, node: Node, num_steps: int) -> pathlib.Path:
     if before and stage.replay is None:  # Continues a copy of the parent's run.
         steps = json.loads((before / "config.json").read_text())["num_steps"]
         if not workdir.exists():
-            shutil.copytree(before, workdir.with_suffix(".part"), dirs_exist_ok=True)
-            os.replace(workdir.with_suffix(".part"), workdir)
+            part = part_of(workdir)
+            shutil.copytree(before, part)
+            os.replace(part, workdir)
     config = stage_config(out, study_config(out, stage.styles, num_steps, node.seed), stage, before)
     config.num_steps += steps
     train.run(config, workdir)

@@ -21,7 +21,7 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 CLIP_VOCAB_SIZE = 49408
-MAX_BYTES = 50_000_000
+MAX_BYTES = 50_000_000  # Of each file of a tokenizer; the transformers package reads them all.
 
 
 class Bpe(NamedTuple):
@@ -51,9 +51,11 @@ def read_bpe(folder: pathlib.Path) -> Bpe:
         )
     old = all((folder / name).is_file() for name in OLD_FILES)
     path = folder / (OLD_FILES[0] if old else NEW_FILE)
+    if large := [file for file in folder.rglob("*") if file.is_file() and file.stat().st_size > MAX_BYTES]:
+        raise UserError(
+            f"{large[0]} is larger than {MAX_BYTES} bytes, which is no tokenizer's. Fetch the folder again."
+        )
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"it is larger than {MAX_BYTES} bytes")
         contents = json.loads(path.read_text(encoding="utf-8"))
         if old:
             lines = (folder / OLD_FILES[1]).read_text(encoding="utf-8").split("\n")

@@ -1,10 +1,7 @@
-"""Damaged and hostile files of a run's folder: every reader of the folder ends well, or in a UserError of one line."""
+"""Damaged and hostile files of a run's folder: every reader ends well or in a UserError; see tests/hostile.py."""
 
 import json
-import os
-import random
 import shutil
-import warnings
 
 import jax
 import numpy as np
@@ -19,30 +16,18 @@ from dmm_jax.config.options import style_names
 from dmm_jax.config.serialization import load_config
 from dmm_jax.distill import incremental
 from dmm_jax.models.unet_config import merged_config
-from dmm_jax.runtime.errors import message
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.metrics import MetricsLog
-from tests import worlds
+from tests import hostile, worlds
 
-NUM_CASES = int(os.environ.get("DMM_JAX_HOSTILE_RUNS", "24"))
-MAX_CHARS = 2000  # The longest line of an error, paths included.
 VALUES = [
     None, True, 0, -1, 2**63, 10**400, 0.5, float("nan"), float("inf"), "", "x", "\0", "\ud800", "../..", "~",
     "x" * 5000,
     "[1]", [], [None], ["x"], [["x", "y"]], [["x"]], {}, {"x": 1}, {"x": {}}, [[[]]],
 ]  # fmt: skip
-TEXTS = [
-    b"",
-    b"{",
-    b"[]",
-    b"null",
-    b"1",
-    b'"x"',
-    b"\xff\xfe",
-    b"[" * 100_000,
-    b'{"a":' * 100_000,
-    b"\0" * 50,
-    b"{}\n{}",
-]
+TEXTS = (
+    b"", b"{", b"[]", b"null", b"1", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000, b"\0" * 50, b"{}\n{}",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +74,11 @@ def place(tree, rng):
         tree = tree[key]
 
 
-def damage(path, rng) -> str:
-    """Damages a file and says how."""
-    kind = rng.choice(["value"] * 6 + ["key", "drop", "text", "cut", "bytes", "delete", "folder", "loop"])
+def damage(path, rng) -> None:
+    """Damages a file."""
+    kind = rng.choice(["value"] * 6 + ["key", "drop", "text", "cut", "bytes", "delete", "special", "special"])
+    raw = path.read_bytes()
+    at = rng.randrange(len(raw))
     if kind in ("value", "key", "drop"):
         lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
         number = rng.randrange(len(lines))
@@ -106,19 +93,13 @@ def damage(path, rng) -> str:
             del container[key]
         lines[number] = json.dumps(tree)
         path.write_text("\n".join(lines), "utf-8", "surrogatepass")
-        return f"{kind} {key}: {str(value)[:50]!r}"
-    raw = path.read_bytes()
-    at = rng.randrange(len(raw))
-    if kind in ("text", "cut", "bytes"):
+    elif kind == "delete":
+        path.unlink()
+    elif kind == "special":
+        hostile.replace_by_special(rng, path)
+    else:
         byte = bytes([rng.randrange(256)])
         path.write_bytes({"text": rng.choice(TEXTS), "cut": raw[:at], "bytes": raw[:at] + byte + raw[at + 1 :]}[kind])
-        return kind
-    path.unlink()
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "loop":
-        path.symlink_to(path.name)
-    return kind
 
 
 READERS = {
@@ -158,23 +139,17 @@ FILES = {  # The files of a run, and what reads them.
 
 def test_hostile_files_of_a_run_are_read_or_refused_in_one_line(run, tmp_path, capsys):
     original, config = run
-    faults, ends = [], {"well": 0, "refused": 0}
-    for number in range(NUM_CASES):
-        rng, workdir = random.Random(number), tmp_path / str(number)
+
+    def case(rng, workdir):
         shutil.copytree(original, workdir)
-        name = list(FILES)[number % len(FILES)]
-        how = f"case {number}, {name}, {damage(workdir / name, rng)}"
+        name, errors = rng.choice(list(FILES)), []
+        damage(workdir / name, rng)
         for reader in FILES[name]:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                try:
-                    READERS[reader](workdir, config)
-                    ends["well"] += 1
-                except Exception as error:
-                    ends["refused"] += 1
-                    text = message(error)  # What the command line prints; None for a fault of the package.
-                    if text is None or max(map(len, text.splitlines() or [""])) > MAX_CHARS:
-                        faults.append(f"{how}: {reader}: {error!r:.300}")
-        shutil.rmtree(workdir)
-    assert faults == []
-    assert min(ends.values()) > NUM_CASES // 3
+            try:
+                READERS[reader](workdir, config)
+            except UserError as error:
+                errors.append(error)
+                assert not hostile.message_faults(error), (name, reader, error)
+        return not errors
+
+    hostile.run(case, tmp_path, default=24)

@@ -196,6 +196,7 @@ def test_options_of_wrong_types_are_refused_with_file_and_types(tmp_path):
         "num_steps": True,
         "samples": {"prompts": [3]},
         "data": {"source": None},
+        "grow": {"styles": [[["x"]]]},
     }
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError) as refused:
@@ -208,6 +209,7 @@ def test_options_of_wrong_types_are_refused_with_file_and_types(tmp_path):
         "num_steps: expected a whole number, got true or false: true",
         "samples.prompts: expected a list of texts",
         "data.source: expected a text, got null: null",
+        "grow.styles: expected a list of texts",
     ):
         assert f"  - {line}" in message
 

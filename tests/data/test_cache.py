@@ -151,7 +151,8 @@ def _edit(folder, **changes):
 @pytest.mark.parametrize(
     "changes",
     [{"count": 8}, {"num_tokens": 8}, {"format": "other"}, {"vae": "v", "shards": [["../cache/x", 9]]},
-     {"shards": []}, {"shards": [["none.array_record", 9]]}, {"shards": 3}, {"shards": [["a"]]},
+     {"shards": []}, {"shards": [["latents-00000.array_record", 2**70], ["latents-00001.array_record", 9 - 2**70]]},
+     {"shards": [["none.array_record", 9]]}, {"shards": 3}, {"shards": [["a"]]},
      {"count": "9"}, {"count": True}, {"vae": 3}, {"latent_shape": [2, 2, 4.0]}, {"latent_shape": [2, -2, -4]},
      {"resolution": None}, {"scaling_factor": float("nan")}, {"num_tokens": [[]]}],
 )  # fmt: skip
@@ -180,6 +181,14 @@ def test_a_damaged_note_of_a_shard_is_refused(tmp_path, note):
     (writer.partial / "latents-00000.json").write_text(note)
     with pytest.raises(UserError, match="cache.partial/latents-00000.json is damaged"):
         writer.finish(2)
+
+
+def test_a_link_in_the_place_of_an_unfinished_cache_is_refused(tmp_path):
+    (tmp_path / "mine").mkdir()
+    partial_folder(tmp_path / "cache").symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="cache.partial is a link"):
+        _write(tmp_path / "cache")
+    assert list((tmp_path / "mine").iterdir()) == []
 
 
 def test_a_folder_without_a_header_is_refused(tmp_path):

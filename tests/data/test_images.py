@@ -1,5 +1,7 @@
 """Laws of opening and fitting images."""
 
+import struct
+
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
@@ -98,6 +100,28 @@ def test_grey_of_16_bits_keeps_its_levels_and_transparency(tmp_path):
     np.testing.assert_array_equal(np.asarray(_load(tmp_path / "a.png"))[..., 1], expected)
     assert _load(tmp_path / "b.png").getpixel((0, 0)) == (255, 255, 255)
     np.testing.assert_array_equal(np.asarray(_load(tmp_path / "b.png"))[1:, :, 1], expected[1:])
+
+
+def _tiff(bits, white_is_zero, data):
+    """Returns a grey TIFF of two pixels in a row, upside down."""
+    tags = [(256, 3, 2), (257, 3, 1), (258, 3, bits), (262, 3, 0 if white_is_zero else 1), (273, 4, 8), (274, 3, 3),
+            (277, 3, 1), (278, 3, 1), (279, 4, len(data))]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + b"\0" * 4
+
+
+@pytest.mark.parametrize(
+    "bits, white_is_zero, data, expected",
+    [
+        (8, False, b"\x12\xff", (255, 18)), (8, True, b"\xed\0", (255, 18)),
+        (16, False, b"\x34\x12\xff\xff", (255, 18)), (16, True, b"\xcb\xed\0\0", (255, 18)),
+        (12, False, b"\x12\x3f\xff", (255, 18)),
+    ],
+)  # fmt: skip
+def test_grey_tiffs_of_12_bits_or_white_zeros_are_read_right(tmp_path, bits, white_is_zero, data, expected):
+    (tmp_path / "a.tif").write_bytes(_tiff(bits, white_is_zero, data))
+    image = _load(tmp_path / "a.tif")
+    assert tuple(image.getpixel((x, 0))[1] for x in range(2)) == expected
 
 
 @pytest.mark.parametrize("suffix", images.IMAGE_SUFFIXES)

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import pathlib
 import sys
 import tarfile
 
@@ -106,6 +107,27 @@ def test_every_unused_file_is_counted_by_reason(tmp_path):
     assert FolderSource(tmp_path).unused.counts["not in captions.jsonl"] == 4
 
 
+def test_a_folder_of_a_thousand_levels_is_listed(tmp_path, monkeypatch):
+    """Python's recursion ends at a thousand levels, and a path of the system at 4,096 bytes."""
+    monkeypatch.chdir(tmp_path)
+    names = ["d"] * 1100 + ["d" * 200] * 20
+    for name in names:
+        os.mkdir(name)
+        os.chdir(name)
+        if name == "d":
+            last = pathlib.Path.cwd()
+    _image(last / "a.png")
+    (last / "a.txt").write_text("deep")
+    source = FolderSource(tmp_path)
+    rows = _captions(source)
+    (last / "a.png").unlink(), (last / "a.txt").unlink()
+    for name in reversed(names):  # shutil.rmtree calls itself for every level.
+        os.chdir("..")
+        os.rmdir(name)
+    assert [caption for _, caption in rows] == ["deep"]
+    assert source.unused.counts == {"not a regular file": 1}
+
+
 def _tar(path, members):
     with tarfile.open(path, "w") as tar:
         for name, data in members:
@@ -122,7 +144,7 @@ def test_tar_files_are_read_where_they_are(tmp_path):
     (tmp_path / "red.png").unlink()
     for shard in ("00001", "00000"):
         members = [("1.png", image), ("1.json", b"{}"), ("1.txt", f"one of {shard}".encode()), ("2.png", image),
-                   ("../3.png", image), ("/3.txt", b"x"), ("4.png", None)]  # fmt: skip
+                   ("../3.png", image), ("/3.txt", b"x"), ("4.png", None), ("a" * 2000, b"")]  # fmt: skip
         _tar(tmp_path / f"{shard}.tar", members)
     (tmp_path / "00000_stats.json").write_text("{}")
     source = FolderSource(tmp_path)
@@ -130,7 +152,7 @@ def test_tar_files_are_read_where_they_are(tmp_path):
     assert source[1]["image"][0, 0].tolist() == [200, 0, 0]
     assert source.unused.counts == {
         "image without a caption": 2, "files ending in '.json'": 1, "tar member outside the tar's root": 4,
-        "tar member that is not a regular file": 2,
+        "tar member that is not a regular file": 2, "tar member with an overlong name": 2,
     }  # fmt: skip
 
 

@@ -83,6 +83,21 @@ def receive_sigterm_at_the_first_step(folder: str, address: str, number: str):
         processes.wait_for_all("end")
 
 
+def receive_ctrl_c_and_sigterm_under_way(folder: str, address: str, number: str):
+    """Process 0 gets Ctrl-C and process 1 SIGTERM while both take steps; each prints where and why it stops."""
+    with joined(address, number), stop_requests() as stop:
+        stop.begin()
+        for step in range(1, 10**9):
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGINT if jax.process_index() == 0 else signal.SIGTERM)
+            if stop():
+                break
+            time.sleep(0.05)
+        processes.wait_for_all("saved")
+        stopped = stop.stopped(f"step {step}")
+        print(f"{stopped} {stopped.exit_code}")
+
+
 def _send_sigterm_to_process_1():
     if jax.process_index() == 1:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -35,6 +35,15 @@ def test_a_run_whose_lock_was_replaced_saves_nothing_more(tmp_path):
     assert (tmp_path / locks.NAME).exists()  # It is the other's.
 
 
+def test_a_lock_that_somebody_deletes_is_taken_again(tmp_path):
+    with locks.lock(tmp_path) as check:
+        (tmp_path / locks.NAME).unlink()
+        check()
+        with pytest.raises(UserError, match="in use by"), locks.lock(tmp_path):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path):
     (tmp_path / "mine").write_text("mine")
     (tmp_path / locks.NAME).symlink_to(tmp_path / "mine")

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM: before the first step they end all processes at once; test_processes.py has a run under way."""
 
+import re
 import signal
 import subprocess
 
@@ -38,6 +39,13 @@ def test_ctrl_c_before_the_first_step_exits_unless_it_is_ignored(monkeypatch):
 def test_sigterm_at_the_first_step_of_a_resumed_run_stops_after_it(start_two):
     outputs = [child.communicate(timeout=BOUND_S) for child in start_two("receive_sigterm_at_the_first_step")]
     assert all("[8]" in out.split("\n") for out, _ in outputs), "".join(err for _, err in outputs)[-3000:]
+
+
+def test_ctrl_c_and_sigterm_stop_two_processes_after_one_step(start_two):
+    outputs = [child.communicate(timeout=BOUND_S) for child in start_two("receive_ctrl_c_and_sigterm_under_way")]
+    lines = [next((line for line in out.splitlines() if "stopped by" in line), "") for out, _ in outputs]
+    assert re.fullmatch(r"stopped by Ctrl-C after step \d+, which is saved. 130", lines[0]), outputs
+    assert lines[1] == lines[0].replace("Ctrl-C", "SIGTERM").replace("130", "0")
 
 
 def test_sigterm_to_one_process_before_the_first_step_ends_all(start_two):

@@ -215,6 +215,28 @@ def test_parts_of_processes_that_are_gone_are_deleted(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == kept
 
 
+def test_a_file_appears_whole_and_follows_no_link(tmp_path, monkeypatch):
+    (tmp_path / "mine").write_text("mine")
+    path = tmp_path / "notes.txt"
+    for name in (path.name, storage.part_of(path).name):
+        (tmp_path / name).symlink_to(tmp_path / "mine")
+    with storage.whole_file(path) as file:
+        file.write("grün")
+        assert path.is_symlink()
+    assert path.read_text("utf-8") == "grün" and not path.is_symlink()
+    with pytest.raises(OSError) as full, storage.whole_file(path, "xb") as file:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+    assert message(full.value) == f"{path}: No space left on device" and path.read_text("utf-8") == "grün"
+    planted = tmp_path / "planted"
+    planted.symlink_to(tmp_path / "mine")
+    monkeypatch.setattr(storage, "part_of", lambda path: planted)  # Somebody planted it just after part_of looked.
+    with pytest.raises(FileExistsError), storage.whole_file(path):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "notes.txt"}
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 def test_an_error_without_a_path_gets_the_one_that_was_written(tmp_path):
     for name in ("", "inside"):
         with pytest.raises(OSError) as full, storage.staged_folder(tmp_path / "out") as stage:
@@ -224,6 +246,23 @@ def test_an_error_without_a_path_gets_the_one_that_was_written(tmp_path):
 
 def test_a_path_without_a_scheme_is_a_folder(tmp_path):
     assert storage.locate(tmp_path) == tmp_path and not storage.in_bucket(tmp_path / "gs:" / "x")
+
+
+def test_a_text_of_gigabytes_is_refused_unread(tmp_path):
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(2**33)  # A hole takes no space on the disk.
+    with pytest.raises(UserError, match="config.json is larger than [0-9]+ bytes"):
+        storage.read_json(tmp_path / "config.json")
+
+
+def test_what_is_no_regular_file_is_neither_read_nor_replaced(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    for name in ("fifo", "folder"):
+        with pytest.raises(UserError, match=f"{name} is no regular file"):
+            storage.read_text(tmp_path / name)
+    with pytest.raises(UserError, match="folder is a folder"), storage.whole_file(tmp_path / "folder"):
+        pass
 
 
 def test_text_that_is_not_utf8_is_refused_with_its_place(tmp_path):

@@ -109,6 +109,15 @@ def test_a_saved_folder_gives_the_same_ids_to_old_and_new_readers(tmp_path):
     assert "local" not in (tmp_path / "b" / "tokenizer_config.json").read_text()
 
 
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json"])
+def test_a_file_of_gigabytes_is_refused_unread(folder, name):
+    with (folder / name).open("ab") as file:
+        file.truncate(2**33)  # A hole takes no space on the disk.
+    for read in (Tokenizer.from_folder, all_ids):
+        with pytest.raises(UserError, match=f"{name} is larger than"):
+            read(folder)
+
+
 def test_a_missing_file_is_named(folder):
     (folder / "merges.txt").unlink()
     with pytest.raises(ValueError, match="merges.txt"):

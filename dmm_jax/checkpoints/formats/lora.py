@@ -16,6 +16,7 @@ from dmm_jax.checkpoints.formats.lora_keys import KOHYA, PEFT, layer_names, othe
 from dmm_jax.checkpoints.formats.low_rank import Folded, Update
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile
 from dmm_jax.runtime.errors import refuse
+from dmm_jax.runtime.storage import read_text
 
 PLUS, TIMES = " + ", "*"
 PEFT_CONFIG = "adapter_config.json"
@@ -193,7 +194,7 @@ def _alpha(file: TensorFile, component: str, roles: Mapping[str, str]) -> float 
         where, prefix = file.path.parent / PEFT_CONFIG, ""
         if not where.is_file():
             raise CheckpointError(f"{file.path} needs {PEFT_CONFIG}, which states its alpha, in its folder. Fetch it.")
-        text = where.read_text(encoding="utf-8", errors="replace")
+        text = read_text(where)
     elif ADAPTER_METADATA in file.metadata:
         where, prefix = f"{file.path}: its metadata {ADAPTER_METADATA!r}", f"{component}."
         text = file.metadata[ADAPTER_METADATA]

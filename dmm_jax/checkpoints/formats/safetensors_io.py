@@ -19,7 +19,7 @@ import numpy as np
 
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.runtime.errors import UserError
-from dmm_jax.runtime.storage import errors_name, part_of
+from dmm_jax.runtime.storage import whole_file
 
 DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -342,23 +342,17 @@ def _save(path: pathlib.Path, tensors: Mapping, keys: Sequence[str], metadata: M
     if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
         raise UserError("safetensors metadata must be text to text: json.dumps other values.")
     header = _header(tensors, keys, metadata)
-    temporary = part_of(path)
-    try:
-        # A link that another user puts there is not followed.
-        with errors_name(path), temporary.open("xb") as file:
-            file.write(header)
-            digest = hashlib.sha256()
-            for key in keys:
-                raw = raw_bytes(tensors[key])
-                file.write(raw)
-                digest.update(raw)
-            assert file.tell() == len(header) + sum(num_bytes_of(tensors, key) for key in keys)
-            hashes = {name: f"0x{digest.hexdigest()}" for name, text in metadata.items() if text == HASH_PLACEHOLDER}
-            file.seek(0)
-            file.write(_header(tensors, keys, {**metadata, **hashes}))  # The header's length stays the same.
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path, "xb") as file:
+        file.write(header)
+        digest = hashlib.sha256()
+        for key in keys:
+            raw = raw_bytes(tensors[key])
+            file.write(raw)
+            digest.update(raw)
+        assert file.tell() == len(header) + sum(num_bytes_of(tensors, key) for key in keys)
+        hashes = {name: f"0x{digest.hexdigest()}" for name, text in metadata.items() if text == HASH_PLACEHOLDER}
+        file.seek(0)
+        file.write(_header(tensors, keys, {**metadata, **hashes}))  # The header's length stays the same.
 
 
 def _header(tensors: Mapping, keys: Sequence[str], metadata: Mapping[str, str]) -> bytes:
