@@ -15,7 +15,7 @@ FLOORS = (
     ("pipeline", "world"),
     ("gallery", "data"),
     ("distill", "evaluation"),
-    ("distillation",),
+    ("distillation", "serve"),
     ("planning",),
     ("train", "bench"),
     ("studies", "verbs", "__main__"),

@@ -14,7 +14,7 @@ are those of `spacing`. No coefficient is infinite: the step to sigma 0 is x' = 
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -191,27 +191,47 @@ def advance(
         raise UserError("this solver draws noise at every step: give `keys`, one per image.")
 
     def evaluate(state, numbered_row):
-        latents, memory, previous = state
         number, row, correction, others = numbered_row
+        latents = state[0]
         prediction = predict(latents * row["c_in"], row["timesteps"], *others)
-        x0 = row["c_skip"] * latents + row["c_out"] * prediction
-        stepped = row["keep"] * latents + row["pull"] * x0 + row["recall"] * memory
-        if plan.stochastic:
-            stepped += row["fresh"] * step_noise(keys, number, latents.shape[1:])
-        stored = row["store_latents"] * latents + row["store_x0"] * x0
-        if correction is not None:
-            stepped += correction.recall_previous * previous
-            stored += correction.store_memory * memory + correction.store_previous * previous
-            previous = x0
-        return (stepped, stored, previous), None
+        noise = step_noise(keys, number, latents.shape[1:]) if plan.stochastic else None
+        return update(row, correction, state, prediction, noise), None
 
     rows = {name: jnp.asarray(getattr(plan, name)) for name in COLUMNS}
     numbers = first + jnp.arange(len(plan.timesteps))
     return jax.lax.scan(evaluate, state, (numbers, rows, plan.previous, extra_inputs))[0]
 
 
+def update(
+    row: Mapping[str, Array],
+    correction: Previous | None,
+    state: tuple[Array, Array, Array | None],
+    prediction: Float[Array, "B h w C"],
+    noise: Float[Array, "B h w C"] | None = None,
+) -> tuple[Array, Array, Array | None]:
+    """Returns the state after one evaluation; with a correction, its last entry is this evaluation's x0.
+
+    Args:
+      row: the plan's columns at this evaluation: numbers, or one per image (B, 1, 1, 1).
+      correction: the columns of a predictor-corrector; with zeros it is another solver.
+      noise: fresh unit noise; None for a plan that is not stochastic.
+    """
+    latents, memory, previous = state
+    x0 = row["c_skip"] * latents + row["c_out"] * prediction
+    stepped = row["keep"] * latents + row["pull"] * x0 + row["recall"] * memory
+    if noise is not None:
+        stepped += row["fresh"] * noise
+    stored = row["store_latents"] * latents + row["store_x0"] * x0
+    if correction is not None:
+        stepped += correction.recall_previous * previous
+        stored += correction.store_memory * memory + correction.store_previous * previous
+        previous = x0
+    return stepped, stored, previous
+
+
 def step_noise(
-    keys: Key[Array, " B"], number: Int[Array, ""] | int, shape: tuple[int, int, int]
+    keys: Key[Array, " B"], numbers: Int[Array, " B"] | Int[Array, ""] | int, shape: tuple[int, int, int]
 ) -> Float[Array, "B h w C"]:
-    """Draws the fresh unit noise of evaluation `number`, for each image from its own key."""
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number), shape))(keys)
+    """Draws the fresh unit noise of an evaluation, for each image from its own key and the evaluation's number."""
+    numbers = jnp.broadcast_to(numbers, keys.shape)
+    return jax.vmap(lambda key, number: jax.random.normal(jax.random.fold_in(key, number), shape))(keys, numbers)

@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dmm_jax.kernels.flash_attention import flash_attention
 
@@ -46,19 +46,22 @@ def attention(
     value: Float[Array, "B S N K"],
     implementation: str = "xla",
     is_causal: bool = False,
+    num_keys: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B L N K"]:
     """Returns softmax(q k^T / sqrt(K)) v per head; logits and softmax are float32.
 
     Args:
+      num_keys: the number of keys that each row attends to, from its first on; None: all. The TPU's kernel takes none.
       implementation: "xla"; or a fused kernel wherever it takes the shapes, without a causal mask: "cudnn" (16-bit,
         NVIDIA only) or "flash" (TPU only, and in programs that are traced and never run).
     """
     if not is_causal and query.shape[1] >= FUSED_FROM_QUERIES:
-        if implementation == "flash":
+        if implementation == "flash" and num_keys is None:
             return flash_attention(query, key, value)
         if implementation == "cudnn" and _cudnn_takes(query):
-            return _cudnn(query, key, value)
-    return jax.nn.dot_product_attention(query, key, value, is_causal=is_causal, implementation="xla")
+            return _cudnn(query, key, value, num_keys)
+    lengths = {} if num_keys is None else {"key_value_seq_lengths": num_keys}
+    return jax.nn.dot_product_attention(query, key, value, is_causal=is_causal, implementation="xla", **lengths)
 
 
 def _cudnn_takes(query) -> bool:
@@ -73,11 +76,11 @@ def _largest_cudnn_head() -> int:
     return CUDNN_HEAD_SIZE_HOPPER if hopper else CUDNN_HEAD_SIZE
 
 
-def _cudnn(query, key, value):
-    num_queries, num_keys = query.shape[1], key.shape[1]
-    padding, lengths = -num_keys % CUDNN_KEYS_MULTIPLE, {}
-    if padding:
-        key, value = (jnp.pad(states, ((0, 0), (0, padding), (0, 0), (0, 0))) for states in (key, value))
+def _cudnn(query, key, value, num_keys):
+    padding, lengths = -key.shape[1] % CUDNN_KEYS_MULTIPLE, {}
+    if padding or num_keys is not None:
         zeros = 0 * query[:, 0, 0, 0].astype(jnp.int32)  # From the queries: under `vmap` JAX needs batched lengths.
-        lengths = {"query_seq_lengths": zeros + num_queries, "key_value_seq_lengths": zeros + num_keys}
+        num_keys = zeros + key.shape[1] if num_keys is None else num_keys
+        key, value = (jnp.pad(states, ((0, 0), (0, padding), (0, 0), (0, 0))) for states in (key, value))
+        lengths = {"query_seq_lengths": zeros + query.shape[1], "key_value_seq_lengths": num_keys}
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn", **lengths)

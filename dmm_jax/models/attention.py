@@ -2,7 +2,7 @@
 
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dmm_jax.kernels.attention import attention
 from dmm_jax.kernels.geglu import geglu
@@ -24,16 +24,23 @@ class Attention(nnx.Module):
         self.to_out = nnx.List([layers.Linear(width, width, **common), layers.Identity()])  # diffusers: and Dropout.
 
     def __call__(
-        self, hidden: Float[Array, "B L D"], states: Float[Array, "BP S C"] | None = None
+        self,
+        hidden: Float[Array, "B L D"],
+        states: Float[Array, "BP S C"] | None = None,
+        num_states: Int[Array, " BP"] | None = None,
     ) -> Float[Array, "BP L D"]:
-        """Returns the attended values, one row per prompt; each row of `hidden` serves P adjacent rows of `states`."""
+        """Returns the attended values, one row per prompt; each row of `hidden` serves P adjacent rows of `states`.
+
+        Args:
+          num_states: the number of states of each prompt, if padding follows them.
+        """
         states = hidden if states is None else states
         query = per_prompt(self.to_q(hidden), len(states))
         query, key, value = (
             rearrange(projected, "B L (N K) -> B L N K", N=self.num_heads)
             for projected in (query, self.to_k(states), self.to_v(states))
         )
-        attended = attention(query, key, value, self.implementation)  # (B, L, N, K)
+        attended = attention(query, key, value, self.implementation, num_keys=num_states)  # (B, L, N, K)
         return self.to_out[0](attended, num_axes=2)
 
 
@@ -75,9 +82,14 @@ class BasicTransformerBlock(nnx.Module):
         self.norm3 = layers.LayerNorm(width, rngs=rngs)
         self.ff = FeedForward(width, **common)
 
-    def __call__(self, hidden: Float[Array, "B L D"], states: Float[Array, "BP S C"]) -> Float[Array, "BP L D"]:
-        """Returns the residual stream, in the dtype of `hidden`, with one row per prompt."""
+    def __call__(
+        self,
+        hidden: Float[Array, "B L D"],
+        states: Float[Array, "BP S C"],
+        num_states: Int[Array, " BP"] | None = None,
+    ) -> Float[Array, "BP L D"]:
+        """Returns the residual stream, in the dtype of `hidden`, with one row per prompt; see `Attention`."""
         hidden = hidden + self.attn1(self.norm1(hidden))
-        attended = self.attn2(self.norm2(hidden), states)
+        attended = self.attn2(self.norm2(hidden), states, num_states)
         hidden = per_prompt(hidden, len(attended)) + attended
         return hidden + self.ff(self.norm3(hidden))

@@ -41,14 +41,14 @@ def denoise(graph, guided, params, plan, noise, keys, text, added, weights, guid
 
     With guidance, `text` holds (negative, prompt) pairs in adjacent rows, so both are on their image's device.
     """
-    predict = _predictor(graph, guided, params, len(noise), text, added, guidance_scales, rescales)
+    predict = predictor(graph, guided, params, len(noise), text, added, guidance_scales, rescales)
     return solvers.sample(plan, predict, noise, keys, *_by_evaluation(weights))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def denoise_part(graph, guided, params, plan, state, first, keys, text, added, weights, guidance_scales, rescales=None):
     """Returns the solver's state after a part of a plan that begins at evaluation `first`; otherwise as `denoise`."""
-    predict = _predictor(graph, guided, params, len(state[0]), text, added, guidance_scales, rescales)
+    predict = predictor(graph, guided, params, len(state[0]), text, added, guidance_scales, rescales)
     return solvers.advance(plan, predict, state, first, keys, *_by_evaluation(weights))
 
 
@@ -70,17 +70,17 @@ def _by_evaluation(weights):
     return [] if weights is None else [jnp.swapaxes(weights, 0, 1)]
 
 
-def _predictor(graph, guided, params, batch_size, text, added, guidance_scales, rescales):
-    """Returns the network, with guidance, as a function of latents, timestep and style weights."""
+def predictor(graph, guided, params, batch_size, text, added, guidance_scales, rescales, num_states=None):
+    """Returns the network, with guidance, as a function of latents, timestep () or (B,), and style weights."""
     unet = nnx.merge(graph, params)
     # The UNet repeats latents itself at its first cross-attention, but SDXL's prompts also enter with the timestep.
     repeats = 1 if added is None else len(text) // batch_size
 
     def predict(latents, timestep, weights=None):
         style = None if weights is None else jnp.repeat(unet.style_embedding(weights), repeats, axis=0)
+        timesteps = jnp.repeat(jnp.broadcast_to(timestep, latents.shape[:1]), repeats)
         latents = jnp.repeat(latents, repeats, axis=0)
-        timesteps = jnp.broadcast_to(timestep, latents.shape[:1])
-        prediction = unet(latents, timesteps, text, style_embedding=style, added_cond=added).sample
+        prediction = unet(latents, timesteps, text, style, added, num_states).sample
         if not guided:
             return prediction
         result = guidance.guide(prediction[0::2], prediction[1::2], guidance_scales)

@@ -3,7 +3,7 @@
 import jax
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dmm_jax.kernels.shared_rows import per_prompt
 from dmm_jax.models import layers
@@ -52,16 +52,26 @@ class Transformer2DModel(nnx.Module):
         self.transformer_blocks = blocks[0] if looped else nnx.List(blocks)
         self.proj_out = projection()
 
-    def __call__(self, hidden: Float[Array, "B h w C"], states: Float[Array, "BP S D"]) -> Float[Array, "BP h w C"]:
-        """Returns the feature map after the blocks, one per prompt: P adjacent rows of `states` share a map."""
+    def __call__(
+        self,
+        hidden: Float[Array, "B h w C"],
+        states: Float[Array, "BP S D"],
+        num_states: Int[Array, " BP"] | None = None,
+    ) -> Float[Array, "BP h w C"]:
+        """Returns the feature map after the blocks, one per prompt: P adjacent rows of `states` share a map.
+
+        Args:
+          num_states: the number of states of each prompt, if padding follows them.
+        """
         # A dense layer on (h, w, C) is the 1x1 convolution and the flattened projection alike.
         cells = self.proj_in(self.norm(hidden))
         tokens = rearrange(cells, "B h w C -> B (h w) C")
         if self.looped:
             graph, stacked = nnx.split(self.transformer_blocks)
             tokens = per_prompt(tokens, len(states))  # A loop's carry keeps its shape.
-            tokens, _ = jax.lax.scan(lambda rows, one: (nnx.merge(graph, one)(rows, states), None), tokens, stacked)
+            block = lambda rows, one: (nnx.merge(graph, one)(rows, states, num_states), None)  # noqa: E731
+            tokens, _ = jax.lax.scan(block, tokens, stacked)
         else:
             for block in self.transformer_blocks:
-                tokens = block(tokens, states)
+                tokens = block(tokens, states, num_states)
         return per_prompt(hidden, len(tokens)) + self.proj_out(tokens.reshape(-1, *hidden.shape[1:]))

@@ -1,14 +1,15 @@
 """The levels of the UNet: resnets, each followed by a transformer if the level attends, then a resampling.
 
 Shapes: B latents, each with P adjacent prompts (two for guidance). Up to the first cross-attention the prompts of a
-latent share one row; from there on there are BP rows. `_B` is either.
+latent share one row; from there on there are BP rows. `_B` is either. `num_states` is each prompt's number of states,
+if padding follows them.
 """
 
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dmm_jax.kernels.shared_rows import per_prompt
 from dmm_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
@@ -52,14 +53,18 @@ class DownBlock(nnx.Module):
             self.downsamplers = nnx.List([Downsample2D(out_channels, **common)])
 
     def __call__(
-        self, hidden: Float[Array, "B h w C"], temb: Float[Array, "_B E"], states: Float[Array, "BP S D"]
+        self,
+        hidden: Float[Array, "B h w C"],
+        temb: Float[Array, "_B E"],
+        states: Float[Array, "BP S D"],
+        num_states: Int[Array, " BP"] | None = None,
     ) -> list[Float[Array, "_B _h _w _C"]]:
         """Returns the skips of this level, finest first; the last is its output."""
         skips = []
         for layer, resnet in enumerate(self.resnets):
             hidden = call(self.remat, resnet, hidden, temb)
             if hasattr(self, "attentions"):
-                hidden = call(self.remat, self.attentions[layer], hidden, states)
+                hidden = call(self.remat, self.attentions[layer], hidden, states, num_states)
             skips.append(hidden)
         if hasattr(self, "downsamplers"):
             skips.append(self.downsamplers[0](hidden))
@@ -76,11 +81,15 @@ class MidBlock(nnx.Module):
         self.attentions = nnx.List([Transformer2DModel(channels, **attention, **common)])
 
     def __call__(
-        self, hidden: Float[Array, "B h w C"], temb: Float[Array, "_B E"], states: Float[Array, "BP S D"]
+        self,
+        hidden: Float[Array, "B h w C"],
+        temb: Float[Array, "_B E"],
+        states: Float[Array, "BP S D"],
+        num_states: Int[Array, " BP"] | None = None,
     ) -> Float[Array, "BP h w C"]:
         """Returns the coarsest features."""
         hidden = call(self.remat, self.resnets[0], hidden, temb)
-        hidden = call(self.remat, self.attentions[0], hidden, states)
+        hidden = call(self.remat, self.attentions[0], hidden, states, num_states)
         return call(self.remat, self.resnets[1], hidden, temb)
 
 
@@ -119,11 +128,12 @@ class UpBlock(nnx.Module):
         skips: Sequence[Array],
         temb: Float[Array, "_B E"],
         states: Float[Array, "BP S D"],
+        num_states: Int[Array, " BP"] | None = None,
     ) -> Float[Array, "BP h2 w2 C2"]:
         """Returns the level's output; takes one skip per resnet, in the order given."""
         for layer, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
             joined = jnp.concatenate([hidden, per_prompt(skip, len(hidden))], axis=-1)
             hidden = call(self.remat, resnet, joined, temb)
             if hasattr(self, "attentions"):
-                hidden = call(self.remat, self.attentions[layer], hidden, states)
+                hidden = call(self.remat, self.attentions[layer], hidden, states, num_states)
         return self.upsamplers[0](hidden) if hasattr(self, "upsamplers") else hidden

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Int, Num
 
 from dmm_jax.models import config_json, layers, unet_config
 from dmm_jax.models.embeddings import TimestepEmbedding, timestep_sinusoids
@@ -91,6 +91,7 @@ class UNet2DEncoder(nnx.Module):
         encoder_hidden_states: Float[Array, "BP L D"],
         style_embedding: Float[Array, "B E"] | None = None,
         added_cond: Mapping[str, Array] | None = None,
+        num_states: Int[Array, " BP"] | None = None,
     ) -> Encoded:
         """Runs the way down; arguments and errors are those of `UNet2DConditionModel.__call__`."""
         _check_shapes(latents, encoder_hidden_states, multiple=2 ** (len(self.down_blocks) - 1))
@@ -99,9 +100,9 @@ class UNet2DEncoder(nnx.Module):
         states = encoder_hidden_states.astype(self.dtype)
         skips, features = [self.conv_in(latents.astype(self.dtype))], []
         for block in self.down_blocks:
-            skips += block(skips[-1], temb, states)
+            skips += block(skips[-1], temb, states, num_states)
             features.append(skips[-1])
-        hidden = self.mid_block(skips[-1], temb, states)
+        hidden = self.mid_block(skips[-1], temb, states, num_states)
         return Encoded(hidden, skips, [*features, hidden], temb, states)
 
     def _time_embedding(self, timesteps, style_embedding, added_cond) -> Float[Array, "B E"]:
@@ -223,6 +224,7 @@ class UNet2DConditionModel(UNet2DEncoder):
         encoder_hidden_states: Float[Array, "BP L D"],
         style_embedding: Float[Array, "B E"] | None = None,
         added_cond: Mapping[str, Array] | None = None,
+        num_states: Int[Array, " BP"] | None = None,
     ) -> UNetOutput:
         """Predicts the noise (or velocity) in `latents`.
 
@@ -232,16 +234,18 @@ class UNet2DConditionModel(UNet2DEncoder):
             predictions and share the features before the first cross-attention.
           style_embedding: mixed rows of the style table, before the MLP; needed by a merged model, refused by others.
           added_cond: SDXL's {"text_embeds": (B, P), "time_ids": (B, 6)}.
+          num_states: the number of states of each prompt, if padding follows them: attention does not see padding, so
+            that prompts of several lengths share a batch.
 
         Raises:
           ValueError: latents that the levels cannot halve, a number of prompts that is not a multiple of the latents',
             or conditioning that is missing or that the model does not take.
         """
-        down = self.encode(latents, timesteps, encoder_hidden_states, style_embedding, added_cond)
+        down = self.encode(latents, timesteps, encoder_hidden_states, style_embedding, added_cond, num_states)
         hidden, skips, features = down.hidden, list(down.skips), list(down.features)
         for block in self.up_blocks:
             taken = [skips.pop() for _ in block.resnets]
-            hidden = block(hidden, taken, down.temb, down.states)
+            hidden = block(hidden, taken, down.temb, down.states, num_states)
             features.append(hidden)
         hidden = self.conv_norm_out(hidden, activation=jax.nn.silu)
         return UNetOutput(self.conv_out(hidden).astype(jnp.float32), tuple(features))
