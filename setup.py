@@ -27,6 +27,7 @@ RUNTIME = [
 ]
 GCSFS = "gcsfs>=2026.9"
 PARQUET = "pyarrow>=20"
+SERVE = ["fastapi>=0.165", "uvicorn>=0.54", "prometheus_client>=0.26"]
 TORCH = ["torch==2.13.0", "diffusers==0.42.1"]
 
 setup(
@@ -40,7 +41,10 @@ setup(
     packages=[*find_packages(include=["dmm_jax", "dmm_jax.*"]), "dmm_jax.configs"],
     package_dir={"dmm_jax.configs": "configs"},  # `--config=sd15` finds them there.
     package_data={
-        "dmm_jax": ["world/checkpoints/**/*", "world/checkpoints/*", "text/clip_bpe/**/*", "text/clip_bpe/*"]
+        "dmm_jax": [
+            *("world/checkpoints/**/*", "world/checkpoints/*", "text/clip_bpe/**/*", "text/clip_bpe/*"),
+            "serve/static/*",
+        ]
     },
     install_requires=RUNTIME,
     extras_require={
@@ -53,8 +57,13 @@ setup(
         "gcs": [GCSFS],  # Workdirs in gs:// buckets.
         "completion": ["shtab>=1.7"],  # `dmm-jax completion`.
         "parquet": [PARQUET],  # Captions in Parquet files.
+        "serve": SERVE,
         "test": [
             *TORCH,
+            *SERVE,
+            "openai>=3.57",  # Real clients of `dmm-jax serve`.
+            "webuiapi>=0.9.17",
+            "selenium>=4.51",
             "peft>=0.21",  # diffusers' loader of LoRAs needs it.
             GCSFS,
             PARQUET,

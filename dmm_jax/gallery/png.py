@@ -1,6 +1,7 @@
 """PNG files that carry the parameters of their picture, as AUTOMATIC1111's web UI writes them and as exact JSON."""
 
 import dataclasses
+import io
 import json
 import pathlib
 from collections.abc import Mapping
@@ -74,7 +75,7 @@ def _quote(value):
     return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
 
 
-def save_png(path: str | pathlib.Path, image: UInt8[np.ndarray, "H W 3"], parameters: Parameters) -> None:
+def save_png(path: str | pathlib.Path | io.BytesIO, image: UInt8[np.ndarray, "H W 3"], parameters: Parameters) -> None:
     """Writes a PNG with two text chunks: `parameters` (AUTOMATIC1111's text) and `dmm_jax` (the same as exact JSON)."""
     chunks = PngImagePlugin.PngInfo()
     chunks.add_text("parameters", parameters.a1111_text())  # tEXt, or iTXt if the text is not Latin-1.

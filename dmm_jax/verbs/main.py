@@ -30,6 +30,7 @@ VERBS = {  # In the order of --help. The file of `fit-style` is fit_style.py.
     "average": "write a weight average of checkpoints as one stock checkpoint; no training",
     "fit-style": "learn one new style vector from a handful of images; everything else is frozen",
     "sample": "draw prompts in styles: PNGs, grid.png, index.html",
+    "serve": "keep one model resident: OpenAI and A1111 interfaces, and a page; styles differ per request",
     "evaluate": "measure fidelity, the style matrix, FD or FID; writes metrics.json and a report",
     "bench": "measure images/s and TFLOP/s on random data and compare with the device's peak",
     "config": "print every option of an experiment: its value and its meaning",

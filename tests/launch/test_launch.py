@@ -51,6 +51,13 @@ def test_the_lock_holds_every_requirement_with_hashes_and_no_host():
     assert all("--hash=sha256:" in entry for entry in entries) and "://" not in lock
 
 
+def test_serve_serves_the_shipped_student_or_a_model():
+    server = [".venv/bin/python", "-m", "dmm_jax", "serve"]
+    assert dry_run("serve.sh", environment={}) == [[*server, "demo", "--port", "8000"]]
+    (command,) = dry_run("serve.sh", "my run", "--port", "9", environment={"PORT": "1"})
+    assert command == [*server, "my run", "--port", "9"]
+
+
 def test_local_processes_starts_each_with_its_number():
     commands = dry_run("local_processes.sh", "2", *TRAIN, environment={"PORT": "1234"})
     several = ["--coordinator", "localhost:1234", "--num-processes", "2", "--process-id"]

@@ -14,6 +14,8 @@ SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE", "dmm_
 FIRST_STEPS = """
 import sys, pathlib
 import dmm_jax
+from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.serve.app import STATIC
 from dmm_jax.verbs.main import main
 from dmm_jax.world import demo_config
 
@@ -24,6 +26,7 @@ assert main(["config", "sd15"]) == 0
 assert main(["inspect", config.base, *(path for _, path in config.teachers)]) == 0
 size = ["--config.data.num_examples=8", "--config.data.cache=cache"]
 assert main(["prepare", "--config=demo_gpu", *size]) == 0
+assert open_checkpoint("demo").styles and (STATIC / "index.html").is_file()
 """
 
 

@@ -1,0 +1,135 @@
+"""Who may ask: hosts, origins, keys; how much: sizes of bodies; and the headers of every answer."""
+
+import base64
+import socket
+
+import pytest
+
+from dmm_jax.runtime.errors import UserError
+from dmm_jax.serve.guards import is_loopback
+from dmm_jax.serve.server import check_access
+from dmm_jax.serve.service import matching_key, read_keys
+from tests.serve.running import running
+
+KEYS = ("first-key-0123456789", "second-key-0123456789")
+BODY = {"prompt": "a", "styles": ["anime"], "steps": 1}
+
+
+@pytest.fixture(scope="module")
+def locked():
+    with running(keys=KEYS) as web:
+        yield web
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "evil.example:80", "", "[", "user@"])
+def test_a_foreign_host_name_is_refused_on_loopback(web, host):
+    answer = web.get("/api/model", headers={"Host": host})
+    assert answer.status_code in (400, 421) and "styles" not in answer.text
+
+
+@pytest.mark.parametrize("host", ["localhost", "localhost:1", "127.0.0.1:9", "[::1]:8000"])
+def test_names_of_this_machine_are_accepted(web, host):
+    assert web.get("/healthz", headers={"Host": host}).status_code == 200
+
+
+def test_another_page_may_not_post(web):
+    accepted = web.engine.numbers["accepted"]
+    answer = web.post("/api/draw", BODY, headers={"Origin": "https://evil.example"})
+    assert answer.status_code == 403 and web.engine.numbers["accepted"] == accepted
+    assert web.post("/api/draw", BODY, headers={"Origin": web.address}).status_code == 200
+
+
+def test_no_page_elsewhere_reads_answers_without_cors(web):
+    answer = web.session.options(f"{web.address}/api/draw", headers={"Origin": "https://a.example"})
+    assert not [name for name in answer.headers if name.lower().startswith("access-control")]
+
+
+def test_cors_names_the_pages_that_may():
+    with running(cors=("https://a.example",), keys=KEYS) as web:
+        asking = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+        preflight = web.session.options(f"{web.address}/api/draw", headers={"Origin": "https://a.example"} | asking)
+        assert preflight.headers["access-control-allow-origin"] == "https://a.example"
+        bearer = {"Authorization": f"Bearer {KEYS[0]}"}
+        assert web.post("/api/draw", BODY, headers={"Origin": "https://a.example"} | bearer).status_code == 200
+        assert web.post("/api/draw", BODY, headers={"Origin": "https://b.example"} | bearer).status_code == 403
+
+
+@pytest.mark.parametrize(
+    "path", ["/api/model", "/v1/models", "/sdapi/v1/sd-models", "/metrics", "/docs", "/openapi.json"]
+)
+def test_a_key_is_needed_and_any_of_the_file_is_enough(locked, path):
+    assert locked.get(path).status_code == 401
+    assert locked.get(path, headers={"Authorization": "Bearer first-key-012345678"}).status_code == 401
+    assert locked.get(path, headers={"Authorization": f"Basic {KEYS[0]}"}).status_code == 401
+    for key in KEYS:
+        assert locked.get(path, headers={"Authorization": f"Bearer {key}"}).status_code == 200
+    assert locked.get(path, auth=("anybody", KEYS[1])).status_code == 200
+
+
+def test_the_page_and_the_probes_need_no_key(locked):
+    assert {locked.get(path).status_code for path in ("/", "/healthz", "/readyz", "/static/style.css")} == {200}
+    assert locked.get("/static/../../../setup.py").status_code in (401, 404)
+
+
+def test_each_key_is_a_client_of_its_own(locked):
+    for key in KEYS:
+        locked.post("/api/draw", BODY, headers={"Authorization": f"Bearer {key}"})
+    assert locked.engine.clients[-2:] == ["key 0", "key 1"]
+
+
+@pytest.mark.parametrize("text, expected", [("b" * 20, 1), ("", None), ("b" * 19, None), ("ä" * 20, None)])
+def test_a_key_matches_as_a_whole(text, expected):
+    assert matching_key(text, ("a" * 20, "b" * 20)) == expected
+
+
+@pytest.mark.parametrize(
+    "text, expected", [("", "no key"), ("# only\n", "no key"), ("short\n", "fewer than 16"), ("ä" * 20, "ASCII")]
+)
+def test_unusable_key_files_are_refused(tmp_path, text, expected):
+    (tmp_path / "keys").write_text(text)
+    with pytest.raises(UserError, match=expected):
+        read_keys(tmp_path / "keys")
+
+
+def test_key_files_have_comments_and_blank_lines(tmp_path):
+    (tmp_path / "keys").write_text(f"# mine\n{KEYS[0]}\n\n {KEYS[1]} \n")
+    assert read_keys(tmp_path / "keys") == KEYS
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "gpu-machine"])
+def test_other_addresses_need_a_key_or_a_word(host):
+    with pytest.raises(UserError, match="--api-key-file FILE, or --no-auth"):
+        check_access(host, (), no_auth=False)
+    check_access(host, KEYS, no_auth=False)
+    check_access(host, (), no_auth=True)
+    assert not is_loopback(host) and is_loopback("127.0.0.1") and is_loopback("::1") and is_loopback("localhost")
+
+
+def test_large_bodies_are_refused(web):
+    limit = web.service.settings.max_body_bytes
+    json_type = {"Content-Type": "application/json"}
+    assert web.post("/api/draw", data=b" " * (limit + 1), headers=json_type).status_code == 413
+    parts = (b" " * 65536 for _ in range(limit // 65536 + 1))  # Chunked: no length is stated.
+    assert web.post("/v1/images/generations", data=parts, headers=json_type).status_code == 413
+
+
+def test_a_slow_body_is_given_up():
+    with running(body_timeout_s=0.2) as web:
+        host, port = "127.0.0.1", web.service.settings.port
+        with socket.create_connection((host, port), 10) as connection:
+            head = f"POST /api/draw HTTP/1.1\r\nHost: {host}\r\nContent-Length: 9\r\n\r\n"
+            connection.sendall(head.encode() + b"{")
+            assert b" 408 " in connection.recv(200)
+
+
+def test_answers_forbid_foreign_scripts(web):
+    for path in ("/", "/docs", "/api/model", "/nowhere"):
+        headers = web.get(path).headers
+        policy = dict(part.strip().partition(" ")[::2] for part in headers["Content-Security-Policy"].split(";"))
+        assert policy["default-src"] == "'none'" and policy["script-src"] == policy["style-src"] == "'self'"
+        assert headers["X-Content-Type-Options"] == "nosniff" and "server" not in headers
+
+
+def test_basic_authentication_without_a_colon_is_wrong(locked):
+    value = base64.b64encode(KEYS[0].encode()).decode()
+    assert locked.get("/api/model", headers={"Authorization": f"Basic {value}"}).status_code == 401

@@ -1,0 +1,117 @@
+"""Under load and faults: full queues, clients that leave, images that fail, probes, and metrics."""
+
+import concurrent.futures
+import json
+import socket
+
+import openai
+import pytest
+
+from tests.serve.fake import FakeEngine
+from tests.serve.running import running, until
+
+BODY = {"prompt": "a", "styles": ["anime"], "steps": 50}
+
+
+@pytest.fixture
+def slow():
+    with running(FakeEngine(num_slots=1, queue_size=2, period_s=0.02)) as web:
+        yield web
+
+
+def leaving(web, path, body):
+    """Sends a request, and returns the connection."""
+    connection = socket.create_connection(("127.0.0.1", web.service.settings.port), 10)
+    text = json.dumps(body)
+    head = [
+        f"POST {path} HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/json",
+        f"Content-Length: {len(text)}",
+    ]
+    connection.sendall("\r\n".join([*head, "", text]).encode())
+    return connection
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/api/draw", BODY),
+        ("/api/draw", BODY | {"stream": True}),
+        ("/v1/images/generations", {"prompt": "a", "model": "ink", "steps": 50}),
+        ("/v1/images/generations", {"prompt": "a", "model": "ink", "steps": 50, "stream": True}),
+        ("/sdapi/v1/txt2img", {"prompt": "a", "batch_size": 2}),
+    ],
+)
+def test_a_client_that_leaves_frees_its_slots(slow, path, body):
+    connection = leaving(slow, path, body)
+    until(lambda: slow.engine.running and slow.engine.running[0].step > 2)
+    jobs = [*slow.engine.running, *slow.engine.waiting]
+    connection.close()
+    until(lambda: all(job.future.cancelled() for job in jobs))
+    assert jobs[0].step < jobs[0].num_steps
+
+
+def test_a_full_queue_is_429_and_says_when_to_come_back(slow):
+    connections = [leaving(slow, "/api/draw", BODY) for _ in range(3)]
+    until(lambda: len(slow.engine.waiting) == 2)
+    answer = slow.post("/api/draw", BODY)
+    assert answer.status_code == 429 and answer.headers["Retry-After"] == "3"
+    assert answer.json()["error"]["code"] == "queue_full"
+    client = openai.OpenAI(base_url=f"{slow.address}/v1", api_key="none", max_retries=0)
+    with pytest.raises(openai.RateLimitError, match="ask again"):
+        client.images.generate(model="ink", prompt="a")
+    for connection in connections:
+        connection.close()
+
+
+def test_a_request_that_does_not_fit_the_queue_leaves_nothing_in_it(slow):
+    answer = slow.post("/api/draw", BODY | {"num_images": 8})
+    assert answer.status_code == 429
+    until(lambda: not [job for job in [*slow.engine.waiting, *slow.engine.running] if not job.future.done()])
+
+
+def test_a_bad_image_fails_alone(web):
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        prompts = ["a", "NaN", "b", "broken", "c", "NaN"]
+        answers = pool.map(lambda prompt: web.post("/api/draw", BODY | {"prompt": prompt}).status_code, prompts)
+        assert list(answers) == [200, 422, 200, 503, 200, 422]
+
+
+def test_requests_before_the_compilation_are_503():
+    with running(start=False) as web:
+        assert web.get("/healthz").status_code == 200 and web.get("/readyz").status_code == 503
+        answer = web.post("/v1/images/generations", {"prompt": "a", "model": "ink"})
+        assert (
+            answer.status_code == 503
+            and answer.headers["Retry-After"]
+            and answer.json()["error"]["code"] == "not_ready"
+        )
+        web.engine.start()
+        assert web.get("/readyz").json() == {"status": "ready"}
+
+
+def test_metrics_count_requests_and_images(web):
+    web.post("/api/draw", BODY | {"steps": 1})
+    web.get("/no/such/address")
+    lines = dict(line.rsplit(" ", 1) for line in web.get("/metrics").text.splitlines() if not line.startswith("#"))
+    assert (
+        float(lines["dmm_jax_finished_total"]) >= 1
+        and lines["dmm_jax_slots"] == "4.0"
+        and lines["dmm_jax_ready"] == "1.0"
+    )
+    assert float(lines['dmm_jax_images_seconds_bucket{le="+Inf"}']) == float(lines["dmm_jax_finished_total"])
+    assert lines['dmm_jax_step_s{size="64x64"}'] == "0.002"
+    assert float(lines['dmm_jax_http_requests_total{path="/api/draw",status="200"}']) >= 1
+    assert float(lines['dmm_jax_http_requests_total{path="other",status="404"}']) >= 1
+
+
+@pytest.mark.parametrize("log_prompts", [False, True])
+def test_prompts_are_printed_only_if_the_user_asks(capfd, log_prompts):
+    with running(log_prompts=log_prompts) as web:
+        for path, style in [("/api/draw", {"styles": ["ink"]}), ("/v1/images/generations", {"model": "ink"})]:
+            assert web.post(path, {"prompt": "a secret", "steps": 1} | style).status_code == 200
+            assert web.post(path, {"prompt": "a secret", "steps": 999} | style).status_code == 400
+            assert web.post(path, {"prompt": "a secret NaN", "steps": 1} | style).status_code == 422
+    printed = "".join(capfd.readouterr())
+    assert "/api/draw: 1 x 64x64" in printed and ("secret" in printed) == log_prompts
