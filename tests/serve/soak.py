@@ -126,18 +126,18 @@ def main():
         failures.append("requests were lost")
     server.stop()
     server.start()
-    memory = {}
+    memory, every = [], args.memory_requests // 10
 
     def measure(count):
-        if count in (args.memory_requests // 10, args.memory_requests):
-            memory[count] = server.memory_mb
+        if count % every == 0:
+            memory.append(server.memory_mb)
 
-    outcomes = load(server, range(args.memory_requests), set(), measure)
+    load(server, range(args.memory_requests), set(), measure)
     server.stop()
-    first, last = memory.values()
-    print(f"memory after {list(memory)} requests: {first:.1f} and {last:.1f} MB ({100 * (last / first - 1):+.1f} %)")
-    if last > 1.02 * first:
+    print(f"memory in MB after every {every} requests: {' '.join(f'{number:.1f}' for number in memory)}")
+    if memory[-1] > 1.02 * memory[0]:
         failures.append("the memory grew")
+    print("; ".join(failures) or "all is well")
     return bool(failures)
 
 
