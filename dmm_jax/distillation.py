@@ -12,7 +12,7 @@ Its base class, `distill.definition.Definition`, allocates nothing: `plan` and `
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import ml_collections
@@ -38,11 +38,12 @@ from dmm_jax.distill.objective import Inputs
 from dmm_jax.distill.state import TrainState, all_finite, init_state
 from dmm_jax.distill.step import build_validation
 from dmm_jax.distill.student import put_student, put_trained, style_params
-from dmm_jax.distill.teachers import missing_text_encoders, put_params, put_teachers
+from dmm_jax.distill.teachers import BatchRow, missing_text_encoders, put_params, put_teachers
 from dmm_jax.models.block_loops import unstack_blocks
 from dmm_jax.models.network import cast_params
 from dmm_jax.pipeline import Pipeline
 from dmm_jax.runtime import processes, sharding, storage
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.text.tokenizer import Tokenizers
 
 
@@ -83,19 +84,22 @@ class Distillation(Definition):
         base = base or open_checkpoint(config.base, **opening_options(config, "base"))
         if teachers is None:
             teachers = incremental.open_teachers(config)
-        check_mergeable(base, teachers)
+        check_mergeable(base, teachers, by_distillation=True)
         base.params("unet")  # Reports compare with the base: refuse damaged tensors now, not after the training.
         self.old_student = incremental.old_student(config, base)
         self.rows = incremental.batch_rows(teachers, self.old_student, config.grow.replay)
         if config.samples.every:  # Refuses a solver or a number of steps that cannot run.
-            schedule = NoiseSchedule.from_config(base.scheduler_config)
+            schedule = NoiseSchedule.from_config(base.predicting(config.student_prediction).scheduler_config)
             solvers.plan(config.sampling.solver, schedule, config.sampling.num_inference_steps)
         assumptions = [line for teacher in teachers.values() for line in teacher.assumptions(base)]
-        self.notes = (*base.fallbacks, *missing_text_encoders(base, teachers), *assumptions)
+        conversions = _conversions(config.student_prediction or base.prediction_type, base, self.rows)
+        self.notes = (*base.fallbacks, *missing_text_encoders(base, teachers), *assumptions, *conversions)
         tokenizer = base.tokenizers() if base.tokenizer_folders else None
         super().__init__(config, base, mesh, tokenizer=tokenizer)
         self.cache = self._open_cache(tokenizer) if config.data.cache else None
-        self.teachers, self.frozen = put_teachers(base, self.rows, self.teacher_config, mesh, self.dtype)
+        self.teachers, self.frozen = put_teachers(
+            base, self.rows, self.teacher_config, mesh, self.dtype, self.prediction_type
+        )
         if self.config.adversarial.weight:
             self._judge, fixed = discriminator.split(
                 discriminator.initial_params(*self._discriminator_arguments, base.params("unet"), config.seed),
@@ -118,7 +122,10 @@ class Distillation(Definition):
         return RunState(self._packing.pack(self._fresh()))
 
     def _fresh(self) -> TrainState:
-        sources = [row.teacher for row in self.rows] if self.config.student_init == "average" else [self.base]
+        sources = [self.base]
+        if self.config.student_init == "average":  # Of weights with the student's meaning.
+            teachers = [row.teacher for row in self.rows]
+            sources = [it for it in teachers if it.prediction_beside(self.base) == self.prediction_type] or sources
         if self.old_student:
             sources = [self.old_student]
             style = incremental.grown_style(
@@ -268,4 +275,24 @@ class Distillation(Definition):
     @functools.cached_property
     def _empty_pipeline(self) -> Pipeline:
         options = {"dtype": self.config.dtype, "prompt_grammar": self.config.sampling.prompt_grammar}
-        return Pipeline.for_unet(self.base, self.student_config, self.styles, **options)
+        base = self.base.predicting(self.prediction_type)
+        return Pipeline.for_unet(base, self.student_config, self.styles, **options)
+
+
+def _conversions(prediction_type: str, base: Checkpoint, rows: Sequence[BatchRow]) -> list[str]:
+    """Returns a sentence for each row of the batch whose predictions are converted to the student's type.
+
+    Raises:
+      UserError: the noise schedule ends at a signal-to-noise ratio of zero, where there is no conversion.
+    """
+    others = [row.name for row in rows if row.teacher.prediction_beside(base) != prediction_type]
+    if others and NoiseSchedule.from_config(base.scheduler_config).alphas_cumprod[-1] == 0.0:
+        raise UserError(
+            f"{', '.join(others)}: noise and velocity do not convert into one another at a terminal signal-to-noise "
+            f"ratio of zero (rescale_betas_zero_snr), and the student is to predict {prediction_type}. Use teachers of "
+            "one prediction type, and student_prediction of the same."
+        )
+    return [
+        f"{name}: its predictions are converted to {prediction_type} for the student; its features are not compared."
+        for name in others
+    ]

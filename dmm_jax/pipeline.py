@@ -183,7 +183,12 @@ class Pipeline:
 
     def with_checkpoint(self, checkpoint: Checkpoint, base: Checkpoint, embeddings: Sequence = ()) -> "Pipeline":
         """Returns this pipeline with a checkpoint's UNet, text encoders (or else the base's) and embeddings."""
-        pipeline = self.with_unet(checkpoint.params("unet")).with_text_encoders(checkpoint.text_params(base))
+        schedule = dataclasses.replace(self.schedule, prediction_type=checkpoint.prediction_beside(base))
+        pipeline = (
+            dataclasses.replace(self, schedule=schedule)
+            .with_unet(checkpoint.params("unet"))
+            .with_text_encoders(checkpoint.text_params(base))
+        )
         return pipeline.with_embeddings(embeddings)
 
     def with_embeddings(self, files: Sequence) -> "Pipeline":

@@ -103,9 +103,7 @@ def run(
         stop.begin()  # Until here a signal exits at once; from here on the loop sees it, and saves first.
         log.start_clock(state.step)
         if state.step == config.num_steps:
-            for hook in hooks:
-                if hook.is_done and not hook.is_done(state.step):
-                    hook.function(state, {})
+            _make_up(hooks, state)
         step, failure, stopping = _loop(distillation, state, batch, batches, hooks, progress, stop)
     if failure:
         raise FloatingPointError(failure)
@@ -114,6 +112,13 @@ def run(
     if stopping:
         raise stop.stopped(f"step {step} of {config.num_steps}")
     return log.last
+
+
+def _make_up(hooks: Sequence[Hook], state: RunState) -> None:
+    """Runs the hooks that a stop request left out after the last step."""
+    for hook in hooks:
+        if hook.is_done and not hook.is_done(state.step):
+            hook.function(state, {})
 
 
 def _loop(distillation, state, batch, batches, hooks, progress, stop) -> tuple[int, str | None, bool]:

@@ -92,6 +92,12 @@ def test_a_log_line_holds_the_loss_of_every_teacher(trained):
     assert all(set(line["score"]) == set(worlds.NAMES) for line in lines)
 
 
+def test_a_finished_run_has_a_page_with_its_losses(trained):
+    page = (trained / "report" / "index.html").read_text()
+    assert "Step 6 of 6: finished" in page and "refresh" not in page
+    assert page.count("<polyline") == 4 and "left" in page and "right" in page
+
+
 def test_validation_is_written_per_style_and_timestep_bin(trained):
     lines = [line for line in read(trained / "metrics.jsonl") if "validation" in line]
     assert [line["step"] for line in lines] == [3, 6]

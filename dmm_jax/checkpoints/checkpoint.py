@@ -174,6 +174,12 @@ class Checkpoint:
         """What the UNet predicts: "epsilon", "v_prediction", or "unknown" if a single file does not state it."""
         return self.scheduler_config.get("prediction_type", "epsilon")
 
+    def predicting(self, prediction_type: str) -> "Checkpoint":
+        """Returns this checkpoint with a UNet that predicts "epsilon" or "v_prediction"; "" changes nothing."""
+        if prediction_type in ("", self.prediction_type):
+            return self
+        return dataclasses.replace(self, scheduler_config=self.scheduler_config | {"prediction_type": prediction_type})
+
     @property
     def text_encoders(self) -> tuple[str, ...]:
         """The names of the text encoders of this family, whether this checkpoint holds them or not."""
@@ -195,6 +201,10 @@ class Checkpoint:
             return self.scheduler_config
         return base.scheduler_config | {field: self.scheduler_config[field] for field in self.explicit_fields}
 
+    def prediction_beside(self, base: "Checkpoint") -> str:
+        """Returns what this checkpoint's UNet predicts, next to a base: "epsilon", "v_prediction" or "unknown"."""
+        return self.schedule_beside(base).get("prediction_type", "epsilon")
+
     @property
     def fallbacks(self) -> list[str]:
         """One sentence for each part that this checkpoint lacks and takes from its base or from this package."""
@@ -205,7 +215,7 @@ class Checkpoint:
 
     def assumptions(self, base: "Checkpoint") -> list[str]:
         """One sentence for each thing that a teacher does not state, or states otherwise, and that its base decides."""
-        lines, prediction_type = [], self.schedule_beside(base).get("prediction_type", "epsilon")
+        lines, prediction_type = [], self.prediction_beside(base)
         if prediction_type != self.prediction_type:
             lines.append(f"{self.path} does not state what it predicts: {prediction_type} is used, as for the base.")
         if self.zeros_for_no_prompt not in (None, base.zeros_for_no_prompt is not False):

@@ -46,25 +46,34 @@ class Problem(str):
         return problem
 
 
-def check_mergeable(base: Checkpoint, teachers: Mapping[str, Checkpoint]) -> None:
+def check_mergeable(base: Checkpoint, teachers: Mapping[str, Checkpoint], by_distillation: bool = False) -> None:
     """Checks that named teachers can be merged on a base.
+
+    Args:
+      by_distillation: whether their predictions are compared, and not their weights: then each may predict noise or
+        velocity.
 
     Raises:
       CheckpointError: lists every problem of every checkpoint.
     """
     named = [(f"teacher {name!r} ({teacher.path})", teacher) for name, teacher in teachers.items()]
-    refuse("These checkpoints cannot be merged", merge_problems(base, named), CheckpointError)
+    refuse("These checkpoints cannot be merged", merge_problems(base, named, by_distillation), CheckpointError)
 
 
-def merge_problems(base: Checkpoint, teachers: Sequence[tuple[str, Checkpoint]]) -> list[str]:
+def merge_problems(
+    base: Checkpoint, teachers: Sequence[tuple[str, Checkpoint]], by_distillation: bool = False
+) -> list[str]:
     """Returns a sentence for each thing that prevents a merge of `teachers` on `base`; an empty list if nothing does.
 
     Args:
       base: the checkpoint that the student starts from.
       teachers: pairs of a teacher's name, as the sentences call it, and its checkpoint.
+      by_distillation: as in `check_mergeable`.
     """
     problems = base_problems(base, f"base {base.path}")
-    return problems + [problem for name, teacher in teachers for problem in teacher_problems(base, name, teacher)]
+    for name, teacher in teachers:
+        problems += teacher_problems(base, name, teacher, by_distillation)
+    return problems
 
 
 def base_problems(base: Checkpoint, name: str) -> list[str]:
@@ -124,7 +133,7 @@ def _prediction_problems(prediction_type, name) -> list[str]:
     ]
 
 
-def teacher_problems(base: Checkpoint, name: str, teacher: Checkpoint) -> list[str]:
+def teacher_problems(base: Checkpoint, name: str, teacher: Checkpoint, by_distillation: bool = False) -> list[str]:
     """Returns what prevents a merge of one teacher on `base`; `name` is the teacher's name in the sentences."""
     if not teacher.has("unet"):
         return [f"{name} holds no unet, and a teacher is one. Give the whole checkpoint."]
@@ -141,10 +150,10 @@ def teacher_problems(base: Checkpoint, name: str, teacher: Checkpoint) -> list[s
             problems += _differing_shapes(component, base, name, teacher) or _differing_fields(
                 component, base, name, teacher
             )
-    prediction_type = teacher.schedule_beside(base).get("prediction_type", "epsilon")
+    prediction_type = teacher.prediction_beside(base)
     problems += _prediction_problems(prediction_type, name)
     if UNKNOWN not in (prediction_type, base.prediction_type):
-        problems += _differing_targets(base, name, teacher, prediction_type)
+        problems += _differing_targets(base, name, teacher, prediction_type, by_distillation)
     return problems
 
 
@@ -187,11 +196,11 @@ def _shapeless_fields(component, config) -> dict:
     return fields
 
 
-def _differing_targets(base, name, teacher, prediction_type) -> list[str]:
-    if prediction_type != base.prediction_type:
+def _differing_targets(base, name, teacher, prediction_type, by_distillation) -> list[str]:
+    if prediction_type != base.prediction_type and not by_distillation:
         return [
-            f"{name} predicts {printable(str(prediction_type))}, the base {base.prediction_type}: their errors cannot "
-            "be compared. Use teachers of one prediction type."
+            f"{name} predicts {printable(str(prediction_type))}, the base {base.prediction_type}: their weights have "
+            "different meanings. Only `dmm-jax train` merges both, by converting predictions."
         ]
     try:
         base_levels, teacher_levels = (_noise_levels(base, checkpoint) for checkpoint in (base, teacher))

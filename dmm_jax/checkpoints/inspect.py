@@ -131,7 +131,7 @@ def _merge_problems(checkpoints: Sequence[Checkpoint | None], reports) -> list[t
     ]
     for teacher, teacher_is_comparable in zip(teachers, comparable[1:], strict=True):
         if teacher is not None and teacher_is_comparable and comparable[0]:
-            problems += [(teacher.path, text) for text in teacher_problems(base, str(teacher.path), teacher)]
+            problems += [(teacher.path, text) for text in teacher_problems(base, str(teacher.path), teacher, True)]
     return [(str(path), text if isinstance(text, Problem) else Problem(text)) for path, text in problems]
 
 

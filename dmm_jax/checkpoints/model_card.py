@@ -78,11 +78,11 @@ def card(
     about = (
         f"{merged}; styles are selected and mixed per image." if has_all_styles else f"One style or mix of {merged}."
     )
-    parts = [_head(license, family, parents), f"# {_escaped(title)}", about]
+    parts = [_head(license, family, parents), f"# {escaped(title)}", about]
     if has_grid:
         parts.append(f"![Samples of every style]({GRID})")
     parts += ["## Styles", _table(_style_rows(styles, parents))]
-    parts.append(f"Licences that the parents state: {_escaped(license or licenses.UNKNOWN)}.")
+    parts.append(f"Licences that the parents state: {escaped(license or licenses.UNKNOWN)}.")
     if metrics:
         parts += ["## Measured", *_measured(metrics)]
     parts += ["## Use", *(USE[fmt].replace("{styles}", json.dumps(styles[0])) for fmt in formats)]
@@ -148,18 +148,18 @@ def _metric_rows(metrics):
 
 def _metric_notes(metrics):
     settings = (f"{name} {metrics['settings'][name]}" for name in ("num_inference_steps", "guidance_scale", "solver"))
-    return _escaped(
+    return escaped(
         f"{metrics['distance']} to the style's own teacher over {metrics['n']} pictures per style "
         f"({', '.join(settings)}); the floor is the teacher compared with itself under other noise."
     )
 
 
 def _table(rows) -> str:
-    head, *body = ([_escaped(cell) for cell in row] for row in rows)
+    head, *body = ([escaped(cell) for cell in row] for row in rows)
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Returns text that Markdown shows unchanged, on one line."""
     return SPECIAL.sub(r"\\\1", " ".join(str(text).split()))
 
@@ -180,8 +180,8 @@ def metrics_of(workdir: Location, styles: Sequence[str]) -> dict | None:
         return None
     metrics = read_json(path)
     try:
-        if list(metrics["styles"]) != list(styles):
-            return None
+        if list(metrics["styles"]) != list(styles) or "matrix" not in metrics:
+            return None  # Of other styles, or of pairs of pictures alone.
         _measured(metrics)
         return metrics
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):

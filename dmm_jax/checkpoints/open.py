@@ -218,7 +218,7 @@ def _open_workdir(path: Location) -> Checkpoint:
         path=path,
         kind="workdir",
         components={**base.components, "unet": Component(unet, load)},
-        scheduler_config=base.scheduler_config,
+        scheduler_config=base.predicting(config.student_prediction).scheduler_config,
         clip_skip=base.clip_skip,
         explicit_fields=base.explicit_fields,
         zeros_for_no_prompt=base.zeros_for_no_prompt,

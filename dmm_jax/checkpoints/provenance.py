@@ -6,6 +6,7 @@ A run records its parents when it reads them. So an export needs none of them an
 import contextlib
 import hashlib
 import json
+import os
 import pathlib
 import re
 import threading
@@ -15,8 +16,9 @@ from dmm_jax.checkpoints import licenses
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats import hub
+from dmm_jax.checkpoints.formats.safetensors_io import TensorFile
 from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
-from dmm_jax.config.options import kept_styles, opening_options, style_names
+from dmm_jax.config.options import as_kept, kept_styles, opening_options, style_names
 from dmm_jax.config.serialization import load_config
 from dmm_jax.runtime import processes
 from dmm_jax.runtime.errors import UserError
@@ -26,6 +28,7 @@ SHORT_HASH = 10  # Hexadecimal digits of a file's SHA-256 that hubs show ("AutoV
 HUB_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")  # The folder of huggingface.co's ORGANISATION/NAME on a disk.
 PARENTS_FILE = "parents.json"
 BASE = "base"
+TRIGGER, MAX_TRIGGER_CHARS = "modelspec.trigger_phrase", 300  # ModelSpec's field of a file's metadata.
 
 
 def record(checkpoint: Checkpoint, hashed: bool = True) -> dict:
@@ -38,10 +41,14 @@ def record(checkpoint: Checkpoint, hashed: bool = True) -> dict:
       file: the checkpoint's name. license: the licence that it states, or "unknown". files: the files of its UNet, by
       name, with their SHA-256 and its first ten digits. loras: the same for the LoRAs that are folded in, with their
       weights. clip_skip: if it is not 1. hub: its name on the hub, if its path shows that it is a copy from there.
+      trigger: the words that its files or LoRAs state for prompts.
     """
     entry = {"file": checkpoint.name, "license": checkpoint.license or licenses.UNKNOWN} | hub_of(checkpoint.root)
     if checkpoint.clip_skip != 1:
         entry["clip_skip"] = checkpoint.clip_skip
+    files = [path for path in (*unet_files(checkpoint), *(lora.path for lora in checkpoint.loras)) if path.is_file()]
+    if words := list(filter(None, (TensorFile(path).metadata.get(TRIGGER, "").strip() for path in files))):
+        entry["trigger"] = ", ".join(dict.fromkeys(words))[:MAX_TRIGGER_CHARS]
     if hashed:
         entry["files"] = [file_hashes(path, checkpoint.root) for path in unet_files(checkpoint)]
         if checkpoint.loras:
@@ -119,6 +126,15 @@ def parents_of_workdir(workdir: Location, hashed: bool = True) -> dict[str, dict
     return _read_parents(workdir, config) or parents_of_config(config, hashed)
 
 
+def triggers_of_workdir(path: str | os.PathLike, student: Checkpoint, keep: Sequence[str] = ()) -> dict[str, str]:
+    """Returns the trigger words that the teachers' files state, by the styles of a student; {} for a DMM folder."""
+    if student.kind != "workdir":
+        return {}
+    parents = parents_of_workdir(locate(path), hashed=False)
+    names = as_kept(keep) if keep else {name: name for name in student.styles}
+    return {new: parents[old]["trigger"] for new, old in names.items() if parents.get(old, {}).get("trigger")}
+
+
 def with_licenses(parents: Mapping[str, Mapping], entries: Sequence[str]) -> dict[str, dict]:
     """Returns the records with the licences of ("NAME=LICENCE", ...) where NAME is "base" or a style.
 
@@ -148,7 +164,7 @@ def _read_parents(workdir, config) -> dict | None:
 def _is_record(parent) -> bool:
     """Tells whether a value has the form that `record` returns; may raise for another type."""
     lists = [parent.get("files", []), parent.get("loras", [])]
-    texts = [parent["file"], parent["license"], parent.get("hub", "")]
+    texts = [parent["file"], parent["license"], parent.get("hub", ""), parent.get("trigger", "")]
     texts += [text for files in lists for file in files for text in (file["autov2"], file.get("hub", ""))]
     weights = [lora["weight"] for lora in lists[1]]
     return all(isinstance(text, str) for text in texts) and all(isinstance(w, (int, float)) for w in weights)

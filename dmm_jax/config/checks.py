@@ -21,6 +21,7 @@ CHOICES = {
     "dtype": DTYPES,
     "attention": ("auto", "xla", "cudnn", "flash"),
     "prediction_type": ("", "epsilon", "v_prediction"),
+    "student_prediction": ("", "epsilon", "v_prediction"),
     "optimizer": ("adamw", "muon"),
     "data.kind": (IMAGES, PROMPTS, SHAPES_WORLD),
     "sampling.prompt_grammar": GRAMMARS,

@@ -35,6 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.teachers = ()
 
     # The student.
+    config.student_prediction = ""  # "epsilon", "v_prediction", or "" for the base's; other teachers are converted.
     config.student_init = "average"  # The mean of the teachers' weights (docs/study.md); or "base", the paper's.
     config.style_init = (
         "zero"  # "zero": the style MLP's last layer is 0, so the first step equals the start; "paper": random.

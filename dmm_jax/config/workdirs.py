@@ -51,6 +51,7 @@ def _check_state(workdir, old, new):
     """Refuses changes that a resume cannot follow: of the arrays that a checkpoint holds, and of its start."""
     fixed = {
         "student_init": lambda config: config.student_init,
+        "student_prediction": lambda config: config.student_prediction,
         "style_init": lambda config: config.style_init,
         "grow.student": lambda config: config.grow.student,
         "optimizer": lambda config: config.optimizer,

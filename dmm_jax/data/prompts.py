@@ -1,8 +1,10 @@
 """Prompts without images: reads them from a file, and assigns a teacher and a seed to each picture to draw."""
 
 import dataclasses
+import io
 import math
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,15 +16,16 @@ from dmm_jax.runtime.errors import UserError
 
 
 def read_prompts(path: str | pathlib.Path) -> list[str]:
-    """Reads a text file with one prompt per line; empty lines are skipped.
+    """Reads a text file, or standard input for "-", with one prompt per line; empty lines are skipped.
 
     Raises:
         ValueError: the file is missing, not UTF-8 or UTF-16 text, has an overlong line, or has no prompt.
     """
     path = pathlib.Path(path)
-    if not path.exists():
+    is_stdin = str(path) == "-"
+    if not is_stdin and not path.exists():
         raise UserError(f"there is no prompt file {path}. Give a text file with one prompt per line.")
-    with open_regular(path) as stream:
+    with io.BytesIO(sys.stdin.buffer.read()) if is_stdin else open_regular(path) as stream:
         prompts = [clean_caption(line, place) for place, line in text_lines(stream, str(path))]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:

@@ -39,6 +39,28 @@ def to_x0(
     return (latents - spread * prediction) / signal
 
 
+def converted(
+    prediction: Float[Array, "B h w C"],
+    latents: Float[Array, "B h w C"],
+    alpha_bar: Float[Array, " B"] | Float[Array, ""],
+    prediction_type: str,
+) -> Float[Array, "B h w C"]:
+    """Returns a prediction for noisy `latents` as the given type, from the other of the two types.
+
+    With latents = signal x0 + spread noise, a velocity gives noise = spread latents + signal v at every timestep. A
+    noise gives v = (noise - spread latents) / signal except at alpha_bar 0, where no noise determines it. The division
+    weights its squared error by 1 / alpha_bar.
+
+    Args:
+      prediction_type: what is returned: "epsilon" from a velocity, or "v_prediction" from a noise.
+    """
+    signal, spread = _signal_and_spread(alpha_bar)
+    prediction = prediction.astype(jnp.float32)
+    if prediction_type == "epsilon":
+        return spread * latents + signal * prediction
+    return (prediction - spread * latents) / signal
+
+
 def _signal_and_spread(alpha_bar):
     """Returns the standard deviations of signal and noise, (B or 1, 1, 1, 1)."""
     alpha_bar = alpha_bar.astype(jnp.float32).reshape(-1, 1, 1, 1)

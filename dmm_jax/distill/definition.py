@@ -56,6 +56,7 @@ class Definition:
         """
         self.config, self.base, self.mesh = config, base, mesh
         self.styles = tuple(style_names(config))
+        self.prediction_type = config.student_prediction or base.prediction_type  # Of the student.
         self.dtype = jnp.dtype(config.dtype)
         self.student_config = merged_config(base.unet_config, len(self.styles))
         num_kept = len(kept_styles(config)) if config.grow.replay else 0
@@ -63,7 +64,7 @@ class Definition:
         self.teacher_config = merged_config(base.unet_config, num_kept) if num_kept else base.unet_config
         self.networks = self._networks(choose_implementation(config.attention, self.dtype, platform))
         self.objective = self._objective(tokenizer or self._zero_ids)
-        if config.adversarial.weight and base.prediction_type == "epsilon" and self.objective.alphas_cumprod[-1] == 0.0:
+        if config.adversarial.weight and self.prediction_type == "epsilon" and self.objective.alphas_cumprod[-1] == 0.0:
             raise UserError(
                 "adversarial.weight needs one-step predictions of the clean latents, which epsilon prediction does not "
                 "give at a zero terminal SNR (rescale_betas_zero_snr). Set adversarial.weight=0, or use a base that "
@@ -109,7 +110,7 @@ class Definition:
         config = self.config
         return Objective(
             alphas_cumprod=tuple(NoiseSchedule.from_config(self.base.scheduler_config).alphas_cumprod.tolist()),
-            prediction_type=self.base.prediction_type,
+            prediction_type=self.prediction_type,
             feature_loss_weight=config.feature_loss_weight,
             feature_loss=config.feature_loss,
             adversarial_weight=config.adversarial.weight,

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from dmm_jax.data.batches import Batch
-from dmm_jax.diffusion.prediction import to_x0
+from dmm_jax.diffusion.prediction import converted, to_x0
 from dmm_jax.diffusion.schedule import add_noise
 from dmm_jax.distill import adversarial, losses
 from dmm_jax.distill.teachers import Frozen, Teachers, stacked
@@ -38,7 +38,7 @@ class Objective:
     """The weights of the loss, the noise schedule, and how samples are drawn."""
 
     alphas_cumprod: tuple[float, ...]
-    prediction_type: str
+    prediction_type: str  # Of the student.
     feature_loss_weight: float
     feature_loss: str
     adversarial_weight: float
@@ -135,6 +135,9 @@ def sample_errors(
     noisy = add_noise(samples.latents, samples.noise, samples.timesteps, alphas_cumprod)
     text = encode_prompts(networks, objective, frozen.text_encoders, samples.input_ids)
     target = predict_teachers(networks, objective, teachers, inputs, noisy, text)
+    if teachers.is_converted is not None:
+        is_converted = jnp.repeat(teachers.is_converted, teachers_and_samples[1])
+        target = _as_the_student_predicts(objective, target, noisy, alphas_cumprod[samples.timesteps], is_converted)
 
     student = nnx.merge(networks.student, trained["student"])
     style = student.style_embedding(jax.nn.one_hot(samples.style_ids, student.num_models))
@@ -145,6 +148,8 @@ def sample_errors(
     errors["feature"] = jnp.zeros_like(errors["score"])
     if objective.feature_loss_weight:
         errors["feature"] = losses.feature_error(output.features, target.features, objective.feature_loss)
+        if teachers.is_converted is not None:  # Such features lead to another quantity than the student's.
+            errors["feature"] = jnp.where(is_converted, 0.0, errors["feature"])
     if objective.adversarial_weight:
         alpha_bar = alphas_cumprod[samples.timesteps]
         clean = [to_x0(unet.sample, noisy, alpha_bar, objective.prediction_type) for unet in (output, target)]
@@ -152,6 +157,13 @@ def sample_errors(
         judge = adversarial.judge(networks.discriminator, samples.renoising, alphas_cumprod, text, added_cond)
         errors |= adversarial.errors(judge, params, *clean, samples.style_ids, student.num_models)
     return jax.tree.map(lambda error: error.reshape(teachers_and_samples), errors)
+
+
+def _as_the_student_predicts(objective, target: UNetOutput, noisy, alpha_bar, is_converted) -> UNetOutput:
+    """Returns the teachers' predictions, those of the other type converted; `is_converted` is (B,)."""
+    sample = target.sample.astype(jnp.float32)
+    other = converted(sample, noisy, alpha_bar, objective.prediction_type)
+    return target._replace(sample=jnp.where(is_converted[:, None, None, None], other, sample))
 
 
 def predict_teachers(

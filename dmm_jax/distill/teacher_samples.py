@@ -56,7 +56,7 @@ def prepare_teacher_samples(config, dry_run: bool = False) -> LatentCache | None
     sizes = prepare.sizes_of(config, base)
     draws = _draws(config, len(sizes))
     teachers = incremental.origins(config)
-    check_mergeable(base, teachers)
+    check_mergeable(base, teachers, by_distillation=True)
     sampler = TeacherSampler(config, base, teachers, draws.prompts, options)
     if sampler.pipeline.schedule.rescale_betas_zero_snr and not options["guidance_rescale"]:
         processes.say(f"{guidance.ADVICE} Set sampling.guidance_rescale.")

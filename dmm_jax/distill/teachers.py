@@ -28,6 +28,7 @@ class Teachers(NamedTuple):
     text: Any  # Parameters of the teachers' own text encoders (shards of `teacher` x rows, ...), or None.
     encoder: jax.Array  # int32 (N,), the row of its shard in `text`; -1 for the base's encoders.
     styles: jax.Array  # int32 (N, 2), the first style of the student that it teaches, and how many.
+    is_converted: Any = None  # bool (N,), whether it predicts the other type than the student; None if no teacher does.
 
 
 class Frozen(NamedTuple):
@@ -58,11 +59,17 @@ def missing_text_encoders(base: Checkpoint, teachers: Mapping[str, Checkpoint]) 
 
 
 def put_teachers(
-    base: Checkpoint, rows: Sequence[BatchRow], unet_config: Mapping, mesh: Mesh, dtype
+    base: Checkpoint,
+    rows: Sequence[BatchRow],
+    unet_config: Mapping,
+    mesh: Mesh,
+    dtype,
+    prediction_type: str = "",
 ) -> tuple[Teachers, Frozen]:
     """Loads the teachers of all rows, and the base's text encoders, onto the mesh.
 
     Args:
+      prediction_type: what the student predicts; "" is what all teachers predict.
       unet_config: the config of the UNet that runs all teachers: the base's, with a style table if a teacher is a
         merged student. A teacher without that table gets zeros, which add nothing to the time embedding.
     """
@@ -84,7 +91,10 @@ def put_teachers(
         text = jax.tree.map_with_path(lambda path, *leaves: _put_stack(path, leaves, mesh, dtype), *params)
     numbers = np.array(encoder, np.int32), np.array([(row.first_style, row.num_styles) for row in rows], np.int32)
     encoder, styles = sharding.put_global(numbers, mesh, sharding.TEACHERS)
-    teachers = Teachers(jax.tree.map_with_path(put, shapes, *unets), text, encoder, styles)
+    types = [row.teacher.prediction_beside(base) for row in rows]
+    is_converted = np.array([bool(prediction_type) and kind != prediction_type for kind in types])
+    is_converted = sharding.put_global(is_converted, mesh, sharding.TEACHERS) if is_converted.any() else None
+    teachers = Teachers(jax.tree.map_with_path(put, shapes, *unets), text, encoder, styles, is_converted)
     return teachers, Frozen(put_params(base.text_params(), mesh, dtype))
 
 

@@ -27,7 +27,8 @@ class ComparedModels:
         self._teachers = origins(config)
         self._student = open_checkpoint(workdir)
         options = {"dtype": self.dtype, **self._options}
-        pipeline = Pipeline.for_unet(self._base, self._student.unet_config, self.names, **options)
+        base = self._base.predicting(self._student.prediction_type)
+        pipeline = Pipeline.for_unet(base, self._student.unet_config, self.names, **options)
         self.student = pipeline.with_unet(self._student.params("unet")).with_embeddings(self._embeddings["base"])
 
     @property

@@ -20,7 +20,7 @@ from dmm_jax.config.options import SHAPES_WORLD
 from dmm_jax.config.serialization import load_config
 from dmm_jax.evaluation import clip, lpips
 from dmm_jax.evaluation.compared_models import OTHER_DTYPE, ComparedModels, merge_settings
-from dmm_jax.evaluation.feature_networks import SHAPES, draws_shapes_world, open_feature_network
+from dmm_jax.evaluation.feature_networks import NONE, SHAPES, draws_shapes_world, open_feature_network
 from dmm_jax.evaluation.fidelity import paired_fidelity
 from dmm_jax.evaluation.kernel_distances import NUM_SUBSETS, SUBSET_SIZE
 from dmm_jax.evaluation.options import Options
@@ -28,7 +28,7 @@ from dmm_jax.evaluation.prompts import choose_prompts
 from dmm_jax.evaluation.published_weights import Weights
 from dmm_jax.evaluation.report import write_report
 from dmm_jax.evaluation.report_sections import Interpolation, Pairs
-from dmm_jax.evaluation.samples import Sampler, concatenate, kernel_distance
+from dmm_jax.evaluation.samples import Pictures, Sampler, concatenate, kernel_distance
 from dmm_jax.evaluation.style_matrix import style_matrix
 from dmm_jax.runtime import metrics
 from dmm_jax.runtime.errors import UserError
@@ -59,11 +59,12 @@ def evaluate(workdir: str | os.PathLike, options: Options | None = None) -> Eval
     config = load_config(workdir)
     _check_report(workdir / "report")
     training_log = metrics.read_log(workdir / "metrics.jsonl")
-    _check_features(options.features, config)
-    prompts = choose_prompts(config, max(options.num_images, options.num_pairs), options.prompts_file)
+    features = _features(options, config)
+    num_prompts = options.num_pairs if features == NONE else max(options.num_images, options.num_pairs)
+    prompts = choose_prompts(config, max(num_prompts, 2), options.prompts_file)
     grammar = PLAIN if prompts.are_captions else options.prompt_grammar or config.sampling.prompt_grammar
     config.sampling.prompt_grammar = grammar
-    network = open_feature_network(options.features)
+    network = None if features == NONE else open_feature_network(features)
     perceptual = lpips.load(options.lpips_file) if options.lpips_file else None
     scorer = clip.Scorer.open(options.clip_folder, prompts.lines) if options.clip_folder else None
     sampling = options.solver_options(config)
@@ -71,10 +72,13 @@ def evaluate(workdir: str | os.PathLike, options: Options | None = None) -> Eval
         sampling["num_chunks"] = config.data.num_chunks  # As in training.
     sampler = Sampler(network, scorer, prompts.lines, options, sampling)
     models = ComparedModels(config, workdir)
-    results, pairs = _compare(models, sampler, perceptual, options.weight_merges)
+    if network is None:
+        results, pairs = _compare_pairs(models, sampler, perceptual)
+    else:
+        results, pairs = _compare(models, sampler, perceptual, options.weight_merges)
+        results["settings"] |= merge_settings(options.weight_merges)
     results["settings"] |= sampler.settings | prompts.settings | _conditions(config)
     results["settings"]["prompt grammar"] = grammar
-    results["settings"] |= merge_settings(options.weight_merges)
     results["settings"] |= {} if perceptual is None else lpips.settings(perceptual)
     results["settings"]["fidelity's floor"] = f"the teacher in {OTHER_DTYPE[config.dtype]} against {config.dtype}"
     results["weights"] = models.digests()
@@ -107,15 +111,51 @@ def _links(workdir: Location) -> dict[str, str]:
     return {name: f"../{path.relative_to(workdir)}" for name, path in paths.items()}
 
 
-def _check_features(features: str, config) -> None:
-    """Raises ValueError if FD (shapes) is to measure models that do not draw the embedded world."""
-    if features != SHAPES or config.data.kind == SHAPES_WORLD or draws_shapes_world(open_checkpoint(config.base)):
-        return
-    raise UserError(
-        f"FD (shapes) is a distance of the embedded world's pictures, and {config.base} does not draw that world: its "
-        "tokenizer is another. Give Inception's weights as --features inception:PATH or CLIP's as clip:PATH, or "
-        "compare by eye with `dmm-jax sample`."
-    )
+def _features(options: Options, config) -> str:
+    """Returns the features to measure with.
+
+    Raises:
+      UserError: FD (shapes) is to measure models that do not draw the embedded world, or CLIPScore has no set of
+        pictures.
+    """
+    features = options.features
+    if features in ("", SHAPES):
+        is_shapes = config.data.kind == SHAPES_WORLD or draws_shapes_world(open_checkpoint(config.base))
+        if features and not is_shapes:
+            raise UserError(
+                f"FD (shapes) is a distance of the embedded world's pictures, and {config.base} does not draw that "
+                "world: its tokenizer is another. Give Inception's weights as --features inception:PATH or CLIP's as "
+                "clip:PATH, or compare pairs of pictures with --features none."
+            )
+        features = SHAPES if is_shapes else NONE
+    if features == NONE and options.clip_folder:
+        raise UserError("CLIPScore is measured on the pictures of --features: give inception:PATH or clip:PATH, too.")
+    return features
+
+
+def _compare_pairs(
+    models: ComparedModels, sampler: Sampler, perceptual: Weights | None
+) -> tuple[dict, dict[str, Pairs]]:
+    """Returns the fidelity of pairs of pictures, without a distance between sets, and the pairs to show."""
+    fidelity, pairs = defaultdict(dict), {}
+    for name in models.names:
+        teacher = models.teacher(name)
+        own, other = (sampler.pictures(teacher, None, seed) for seed in (TEACHER_SEED, OTHER_SEED))
+        pairs[name] = _pair(models, sampler, perceptual, name, own, other, fidelity)
+    height, width = pairs[name].student.shape[1:3]
+    settings = {"pixels": f"{width} x {height}"}
+    results = {"styles": list(models.names), "fidelity": dict(fidelity), "pairs": sampler.num_pairs}
+    return results | {"settings": settings}, pairs
+
+
+def _pair(models, sampler, perceptual, name: str, own: Pictures, other_noise: Pictures, fidelity) -> Pairs:
+    """Compares the student's pictures in one style with the teacher's; adds to {measure: {style: value}}."""
+    student = sampler.pictures(models.student, name, TEACHER_SEED)
+    rounded = sampler.pictures(models.teacher_in_other_dtype(name), None, TEACHER_SEED)
+    for measure, value in paired_fidelity(own, student, rounded, other_noise, perceptual).items():
+        fidelity[measure][name] = value
+    shown = min(NUM_SHOWN, sampler.num_pairs)
+    return Pairs(sampler.prompts[:shown], own.images[:shown], student.images[:shown])
 
 
 def _compare(
@@ -124,7 +164,7 @@ def _compare(
     """Returns the results, without the general settings, and the pairs of pictures to show, by style."""
     network, prompts = sampler.network, sampler.prompts
     summaries, scores, fidelity, pairs = defaultdict(list), defaultdict(list), defaultdict(dict), {}
-    kernel, num_shown = {"student": {}, "floor": {}}, min(NUM_SHOWN, sampler.num_pairs)
+    kernel = {"student": {}, "floor": {}}
     for name in models.names:
         teacher = models.teacher(name)
         samples = {
@@ -139,11 +179,7 @@ def _compare(
             kernel["student"][name] = kernel_distance(samples["teacher"], samples["student"])
             kernel["floor"][name] = kernel_distance(samples["teacher"], samples["teacher_again"])
         own, other_noise = samples["teacher"].first, samples["teacher_again"].first
-        student = sampler.pictures(models.student, name, TEACHER_SEED)
-        rounded = sampler.pictures(models.teacher_in_other_dtype(name), None, TEACHER_SEED)
-        pairs[name] = Pairs(prompts[:num_shown], own.images[:num_shown], student.images[:num_shown])
-        for measure, value in paired_fidelity(own, student, rounded, other_noise, perceptual).items():
-            fidelity[measure][name] = value
+        pairs[name] = _pair(models, sampler, perceptual, name, own, other_noise, fidelity)
     references = {}
     for model in ("base", *merges):
         sample = sampler.sample(models.base if model == "base" else models.merged(model), None, OTHER_SEED)
@@ -152,7 +188,8 @@ def _compare(
     names = {"distance_name": network.distance_name, "distance": network.distance}
     results = style_matrix(models.names, **summaries, **names)
     results |= {"fidelity": dict(fidelity), "pairs": sampler.num_pairs}
-    results["settings"] = {"pixels": f"{student.images.shape[2]} x {student.images.shape[1]}"}
+    height, width = pairs[name].student.shape[1:3]
+    results["settings"] = {"pixels": f"{width} x {height}"}
     if network.kernel_name:
         size = min(SUBSET_SIZE, sampler.num_images)
         results["kernel"] = {"distance": network.kernel_name, "subsets": f"{NUM_SUBSETS} of {size}"} | kernel

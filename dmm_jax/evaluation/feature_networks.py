@@ -19,6 +19,7 @@ from dmm_jax.world import classifier
 from dmm_jax.world.shipped_checkpoints import BASE, CLASSIFIER, FOLDER
 
 SHAPES = "shapes"
+NONE = "none"  # No network: pairs of pictures are compared, and no sets of them.
 CLIP = "clip"
 RESIZES = {"inception": "TensorFlow 1 bilinear to 299", "clean-inception": "clean-fid bicubic to 299"}
 
@@ -60,7 +61,7 @@ def open_feature_network(spec: str) -> FeatureNetwork:
     if kind in RESIZES and path:
         return from_inception(inception.load(path), kind)
     raise UserError(
-        f"unknown features {spec!r}; use {SHAPES} (of the embedded world), one of "
+        f"unknown features {spec!r}; use {NONE}, {SHAPES} (of the embedded world), one of "
         f"{', '.join(f'{name}:PATH' for name in RESIZES)}, where PATH is Inception's weights as .safetensors, "
         f"or {CLIP}:PATH, where PATH is a CLIP's folder."
     )

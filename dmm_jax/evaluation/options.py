@@ -5,7 +5,6 @@ import shlex
 
 from dmm_jax.checkpoints.merge_methods import METHODS
 from dmm_jax.config import arguments, options
-from dmm_jax.evaluation.feature_networks import SHAPES
 from dmm_jax.runtime.errors import UserError
 
 FLAGS = {"num_images": "n", "num_pairs": "pairs", "num_inference_steps": "steps", "weight_merges": "merges",
@@ -21,7 +20,8 @@ class Options:
 
     Attributes:
       num_images: pictures per style and model; the distances' bias falls with it.
-      features: the network that measures, as `feature_networks.open_feature_network` takes it.
+      features: the network that measures, as `feature_networks.open_feature_network` takes it; "none" compares pairs
+        of pictures alone; "" is "shapes" for the embedded world, and "none" for others.
       clip_folder: a CLIP, which adds CLIPScore.
       lpips_file: the weights of LPIPS, which adds it to the fidelity.
       prompts_file: a text file with one prompt per line, best with prompts outside the training data; "" takes new
@@ -34,7 +34,7 @@ class Options:
     """
 
     num_images: int = 2000
-    features: str = SHAPES
+    features: str = ""
     clip_folder: str = ""
     lpips_file: str = ""
     prompts_file: str = ""

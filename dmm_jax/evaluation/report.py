@@ -30,9 +30,12 @@ def write_report(
     """Writes `index.html`, PNGs and `metrics.json` (the results themselves); returns the path of the page.
 
     Args:
-      results: the keys of `style_matrix`: `styles`, `distance` (its name), `n` (pictures per style), `matrix` (one row
-        per style of the student, one column per teacher), and one value per teacher in `floor`, `base`, `gap_closed`
-        and in each key that `weight_merges` names (`average` is always among them); `diagonal_is_minimum`.
+      results: without a distance between sets of pictures, `styles`, `fidelity` and the optional keys except `kernel`
+        and `clip_score`.
+        With a distance, the keys of `style_matrix`: `styles`, `distance` (its name), `n` (pictures per style), `matrix`
+        (one row per style of the student, one column per teacher), and one value per teacher in `floor`, `base`,
+        `gap_closed` and in each key that `weight_merges` names (`average` is always among them);
+        `diagonal_is_minimum`.
         Optional: `kernel` {distance: its name, subsets: their number and size, student and floor: {style: {mean,
         std}}}; `clip_score` {name, and lists in the order of the styles: base, each weight merge, student, teacher,
         teacher_again}; `fidelity` {measure: {style: value}} with the number of `pairs` per style; `settings`;
@@ -47,11 +50,11 @@ def write_report(
     check(results)
     values = plain(results)
     with staged_folder(folder) as part:
-        blocks = [
-            sections.summary(results, TITLE),
-            sections.links(links or {}),
-            sections.gains(part, results),
-            sections.matrix(part, results),
+        blocks = [sections.paired_summary(results, TITLE), sections.links(links or {})]
+        if has_distances(results):
+            blocks[0] = sections.summary(results, TITLE)
+            blocks += [sections.gains(part, results), sections.matrix(part, results)]
+        blocks += [
             sections.pairs(part, pairs or {}),
             sections.interpolation(part, interpolation) if interpolation else "",
             sections.losses(part, training_log, results["styles"]),
@@ -66,8 +69,15 @@ def write_report(
     return locate(folder) / "index.html"
 
 
+def has_distances(results: Mapping) -> bool:
+    """Tells whether results compare sets of pictures, and not pairs alone."""
+    return "matrix" in results or "fidelity" not in results
+
+
 def check(results: Mapping) -> None:
     """Raises ValueError naming every key of `results` that is missing or has the wrong shape."""
+    if not has_distances(results):
+        return
     merges = results.get("weight_merges", ())
     missing = [key for key in dict.fromkeys((*_NEEDED, *merges)) if key not in results]
     if missing:

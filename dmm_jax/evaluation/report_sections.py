@@ -67,6 +67,15 @@ the styles; smaller is nearer. The floor compares two samples of the same teache
 smaller distance can be measured.</p>"""
 
 
+def paired_summary(results: Mapping, title: str) -> str:
+    """Says what the report compares where no distance between sets of pictures was measured."""
+    return f"""<h1>{escape(title)}</h1>
+<p class="lead">{len(results["styles"])} models, each with a style of its own, were distilled into one student that
+takes the style as an input. This report compares teacher and student picture by picture.</p>
+<p class="soft note">A distance between sets of pictures needs a network's weights:
+<code>dmm-jax evaluate --features</code>.</p>"""
+
+
 def links(paths: Mapping[str, str]) -> str:
     """Links further pages and files of the run; empty without any."""
     anchors = [f'<a href="{escape(urllib.parse.quote(path))}">{escape(name)}</a>' for name, path in paths.items()]
@@ -218,9 +227,13 @@ def provenance(results: Mapping) -> str:
             f'<tr><th scope="row">{escape(key)}</th><td>{html.text(value)}</td></tr>' for key, value in values.items()
         ]
         blocks.append(f"<div><h3>{name}</h3><table>{html.lines(rows)}</table></div>" if rows else "")
+    counted = (
+        f"A distance compares {results['n']:,} pictures of a model with {results['n']:,} of the teacher. "
+        if "n" in results
+        else ""
+    )
     command = f"<pre>{escape(results['command'])}</pre>" if results.get("command") else ""
     return f"""<h2>How the numbers were made</h2>
-<p>A distance compares {results["n"]:,} pictures of a model with {results["n"]:,} of the teacher. The unrounded numbers
-are in <a href="metrics.json">metrics.json</a>.</p>
+<p>{counted}The unrounded numbers are in <a href="metrics.json">metrics.json</a>.</p>
 {command}
 <div class="facts">{"".join(blocks)}</div>"""

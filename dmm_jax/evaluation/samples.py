@@ -42,7 +42,7 @@ class Sampler:
 
     def __init__(
         self,
-        network: FeatureNetwork,
+        network: FeatureNetwork | None,
         scorer: clip.Scorer | None,
         prompts: Sequence[str],
         options: Options,
@@ -58,7 +58,7 @@ class Sampler:
         """What a reader of the report needs to repeat a number."""
         scorer = {} if self.scorer is None else self.scorer.settings
         prompt = {"negative prompt": self.negative_prompt or "none"}
-        return self.sampling | prompt | dict(self.network.settings) | scorer
+        return self.sampling | prompt | dict(self.network.settings if self.network else {}) | scorer
 
     def draw(self, pipeline: Pipeline, jobs: Sequence) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields images and latents of (prompt, style, seed) jobs, batch by batch."""

@@ -1,9 +1,10 @@
-"""`dmm-jax export --verify`: compares stock diffusers with this library on exported files.
+"""`dmm-jax verify` and `export --verify`: compares stock diffusers with this library on exported files.
 
 Both compute in float32, diffusers on the CPU. Needs the `[torch]` extra.
 """
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Mapping
 
@@ -15,6 +16,7 @@ from jaxtyping import Float
 from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.architecture import SDXL
 from dmm_jax.checkpoints.checkpoint import Checkpoint
+from dmm_jax.checkpoints.formats import style_lora
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.write import PIPELINES, state_dict
 from dmm_jax.pipeline import Pipeline
@@ -22,7 +24,6 @@ from dmm_jax.runtime.errors import UserError, refuse
 
 TOLERANCE = 1e-5  # For the UNet: the largest difference over the output's maximum.
 SAMPLE_TOLERANCE = 1e-4  # A sample accumulates the rounding of all its evaluations.
-STOCK = ("diffusers", "single-file")  # The formats that stock diffusers opens.
 PROMPT, NUM_STEPS, GUIDANCE_SCALE = "a large red circle", 4, 3.0
 TIMESTEPS = (20, 500, 980)
 
@@ -54,7 +55,7 @@ def verify(paths: Mapping[str, pathlib.Path]) -> list[Agreement]:
         import transformers
     except ImportError as error:
         raise UserError(
-            f"--verify needs the [torch] extra ({error.name} is missing): pip install 'dmm-jax[torch]'."
+            f"verifying needs the [torch] extra ({error.name} is missing): pip install 'dmm-jax[torch]'."
         ) from error
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
@@ -76,25 +77,60 @@ def verify(paths: Mapping[str, pathlib.Path]) -> list[Agreement]:
     return agreements
 
 
-def verify_export(student: Checkpoint, written: Mapping[str, pathlib.Path], dtype: str) -> list[str]:
-    """Compares an export with the student and with stock diffusers; returns one line of text per comparison.
+def verify_folder(folder: str | os.PathLike, against="", student: Checkpoint | None = None) -> list[str]:
+    """Compares what an export's folder holds with stock diffusers; returns one line of text per comparison.
 
     Args:
-      written: {format: path}, as `checkpoints.export` wrote them.
+      against: the path of the student, whose tensors a DMM folder must hold bit for bit; "" for no such comparison.
+      student: the same, opened and reduced to the styles of the export.
 
     Raises:
-      ValueError: a file differs from the student, or diffusers computes other values.
+      UserError: the folder holds no export, a file differs from the student, or diffusers computes other values.
     """
-    lines = []
-    if "dmm" in written:
-        check_reads_back(student, written["dmm"], dtype)
-        lines.append(f"{written['dmm']}: reads back bit for bit")
-    return lines + [str(it) for it in verify({fmt: path for fmt, path in written.items() if fmt in STOCK})]
+    lines, found = [], exports_in(pathlib.Path(folder))
+    if not found:
+        raise UserError(f"{folder} holds no export: neither dmm/ nor diffusers/ with a single file. Give its folder.")
+    for place, paths in found.items():
+        files = [path for path in paths if path.is_file()]
+        if files and place / "diffusers" not in paths:
+            raise UserError(
+                f"{files[0]} is compared with the help of a diffusers folder: add diffusers to --format of its export."
+            )
+        for path in paths:
+            if path.name == "dmm" and against:
+                check_reads_back(student or open_checkpoint(against), path)
+                lines.append(f"{path}: reads back bit for bit")
+        stock = {"diffusers": path for path in filter(_is_stock, paths)}  # noqa: B035 - At most one.
+        for single in [{"single-file": file} for file in files] or [{}]:
+            lines += [str(agreement) for agreement in verify(single | stock)] if stock else []
+    if not lines:
+        raise UserError(f"{folder} holds a DMM folder alone, which stock diffusers does not open: give --against.")
+    return lines
 
 
-def check_reads_back(student, path: pathlib.Path, dtype: str) -> None:
-    """Raises ValueError naming every UNet tensor of a DMM folder that differs from the student's in any bit."""
-    written, expected = open_checkpoint(path).tensors("unet"), state_dict(student, "unet", dtype)
+def exports_in(folder: pathlib.Path) -> dict[pathlib.Path, list[pathlib.Path]]:
+    """Returns {folder: its exports} of an export's folder, and of its subfolders, one per style."""
+    if (folder / "model_index.json").is_file():
+        return {folder.parent: [folder]}
+    found = {}
+    for place in (folder, *sorted(path for path in folder.glob("*") if path.is_dir())):
+        if (place / "model_index.json").is_file():
+            continue
+        paths = [place / name for name in ("dmm", "diffusers") if (place / name / "model_index.json").is_file()]
+        paths += [path for path in sorted(place.glob("*.safetensors")) if path.name != style_lora.NAME]
+        found |= {place: paths} if paths else {}
+    return found
+
+
+def _is_stock(path: pathlib.Path) -> bool:
+    return path.is_dir() and path.name != "dmm" and open_checkpoint(path).styles is None
+
+
+def check_reads_back(student: Checkpoint, path: pathlib.Path) -> None:
+    """Raises UserError naming every UNet tensor of a DMM folder that differs from the student's in any bit."""
+    written = open_checkpoint(path).tensors("unet")
+    dtype = str(next(iter(written.values())).dtype)
+    expected = state_dict(student, "unet", dtype)
     wrong = [key for key in expected if key not in written or written[key].tobytes() != expected[key].tobytes()]
     if wrong:
         raise UserError(f"{path} does not read back as it was written: {naming.listed(wrong)} differ.")

@@ -12,6 +12,7 @@ from PIL import Image, PngImagePlugin
 
 from dmm_jax.config.styles import Style, style_text
 from dmm_jax.diffusion import solvers
+from dmm_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,3 +84,17 @@ def save_png(path: str | pathlib.Path | io.BytesIO, image: UInt8[np.ndarray, "H 
     styles = dict(parameters.styles) if isinstance(parameters.styles, Mapping) else parameters.styles
     chunks.add_text("dmm_jax", json.dumps(values | {"styles": styles}))
     Image.fromarray(image).save(path, format="PNG", pnginfo=chunks)
+
+
+def read_parameters(path: str | pathlib.Path) -> Parameters:
+    """Reads the parameters that `save_png` wrote.
+
+    Raises:
+      UserError: the file is no PNG of this package.
+    """
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            image.load()
+            return Parameters(**json.loads(image.info["dmm_jax"]))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a PNG with parameters ({error}). Delete it, and draw it again.") from None

@@ -29,6 +29,7 @@ class Device:
 
 
 GIB = 2.0**30
+PCIE_4, PCIE_5, ETHERNET = 25e9, 50e9, 1.25e9  # Bytes/s between the cards of a desktop, and between desktops.
 # The compiler allows v5e's memory; other TPUs have the same proportion, GPUs lose CUDA's context.
 DEVICES = {
     "v5e": Device("TPU v5e", 197e12, 819e9, 15.75 * GIB, 90e9, 3.125e9, "TPU v5 ?(lite|e)"),
@@ -38,8 +39,31 @@ DEVICES = {
     "H200": Device("NVIDIA H200", 989e12, 4800e9, 0.95 * 141e9, 450e9, 50e9, "NVIDIA H200.*"),
     "A100": Device("NVIDIA A100", 312e12, 2039e9, 0.95 * 80e9, 300e9, 25e9, "NVIDIA A100.*80GB"),
     "A100-40GB": Device("NVIDIA A100", 312e12, 1555e9, 0.95 * 40e9, 300e9, 25e9, "NVIDIA A100.*40GB"),
+    "L40S": Device("NVIDIA L40S", 362e12, 864e9, 0.95 * 48e9, PCIE_4, ETHERNET, "NVIDIA L40S"),
+    "A6000": Device("NVIDIA RTX A6000", 155e12, 768e9, 0.95 * 48e9, PCIE_4, ETHERNET, "NVIDIA RTX A6000"),
+    "A10": Device("NVIDIA A10", 125e12, 600e9, 0.95 * 24e9, PCIE_4, ETHERNET, "NVIDIA A10G?"),
+    "L4": Device("NVIDIA L4", 121e12, 300e9, 0.95 * 24e9, PCIE_4, ETHERNET, "NVIDIA L4"),
+    # GeForce cards compute products in bfloat16 at twice their float32 rate.
+    **{
+        f"RTX{name.replace(' ', '')}": Device(
+            f"NVIDIA RTX {name}", 2 * flops, bandwidth, 0.95 * memory, link, ETHERNET, f"NVIDIA GeForce RTX {name}"
+        )
+        for name, flops, bandwidth, memory, link in (
+            ("5090", 104.8e12, 1792e9, 32e9, PCIE_5),
+            ("4090", 82.6e12, 1008e9, 24e9, PCIE_4),
+            ("3090", 35.6e12, 936e9, 24e9, PCIE_4),
+            ("4080", 48.7e12, 717e9, 16e9, PCIE_4),
+            ("4070 Ti", 40.1e12, 504e9, 12e9, PCIE_4),
+            ("3060", 12.7e12, 360e9, 12e9, PCIE_4),
+            ("4060", 15.1e12, 272e9, 8e9, PCIE_4 / 2),
+            ("3070", 20.3e12, 448e9, 8e9, PCIE_4),
+        )
+    },
 }
-GPU_BY_MEMORY = {"80GB": "H100", "141GB": "H200", "40GB": "A100-40GB"}
+GPU_BY_MEMORY = {
+    "80GB": "H100", "141GB": "H200", "40GB": "A100-40GB", "48GB": "L40S", "32GB": "RTX5090", "24GB": "RTX4090",
+    "16GB": "RTX4080", "12GB": "RTX4070Ti", "8GB": "RTX4060",
+}  # fmt: skip
 FLAT_SLICES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SIZES = {  # In ascending order.
     "v5e": FLAT_SLICES,
@@ -92,7 +116,7 @@ class Topology:
 
 
 def topology(name: str) -> Topology:
-    """Reads "v5e:4x4", "v5p:2x2x2", "v5e:16x16*2" (two slices), "gpu:8x80GB" or "gpu:8xH200".
+    """Reads "v5e:4x4", "v5p:2x2x2", "v5e:16x16*2" (two slices), "gpu:8x80GB", "gpu:8xH200" or "gpu:1xrtx4090".
 
     Raises:
       UserError: another form, a slice that is not offered, or an unknown device.
@@ -100,7 +124,9 @@ def topology(name: str) -> Topology:
     kind, _, size = name.partition(":")
     if kind == "gpu":
         match = re.fullmatch(r"(\d+)x(\w[\w-]*)", size)
-        model = GPU_BY_MEMORY.get(match[2], match[2]) if match else None
+        names = {name.lower(): name for name in (*DEVICES, *GPU_BY_MEMORY)}
+        model = names.get(match[2].lower()) if match else None
+        model = GPU_BY_MEMORY.get(model, model)
         if model in DEVICES and model not in SIZES and int(match[1]) > 0:
             return Topology(name, DEVICES[model], int(match[1]), "gpu", GPUS_PER_HOST)
     elif kind in SIZES:

@@ -80,20 +80,12 @@ def _sample(config, workdir: pathlib.Path) -> pathlib.Path:
     from dmm_jax.config.options import solver_options
     from dmm_jax.config.styles import parse_style
     from dmm_jax.gallery.gallery import write_gallery
-    from dmm_jax.gallery.sample import sample
     from dmm_jax.pipeline import Pipeline, default_dtype
 
     prompts, styles = list(config.samples.prompts), [*(name for name, _ in config.teachers), MIX]
     pipeline = Pipeline.from_pretrained(workdir / "export" / "dmm", dtype=default_dtype())
-    samples = sample(
-        pipeline,
-        prompts,
-        list(map(parse_style, styles)),
-        negative_prompt="",
-        **solver_options(config),
-        batch_size=len(styles) * len(prompts),
-    )
-    return write_gallery(workdir / "samples" / "gallery", *samples, row_labels=prompts, column_labels=styles)
+    options = solver_options(config) | {"negative_prompt": "", "batch_size": len(styles) * len(prompts)}
+    return write_gallery(pipeline, workdir / "samples" / "gallery", prompts, list(map(parse_style, styles)), **options)
 
 
 @contextlib.contextmanager

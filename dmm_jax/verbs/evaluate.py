@@ -58,8 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--features",
         "features",
-        "shapes (for the embedded world, default), inception:PATH or clean-inception:PATH (FID's weights), "
-        "clip:PATH (folder of a CLIP: CMMD with ViT-L/14 at 336 pixels, else MMD)",
+        "none (pairs of pictures alone), shapes (of the embedded world), inception:PATH or clean-inception:PATH (FID's "
+        "weights), clip:PATH (folder of a CLIP: CMMD with ViT-L/14 at 336 pixels, else MMD); default: shapes for its "
+        "world, else none",
     )
     add("--clip", "clip_folder", "folder of a CLIP: adds CLIPScore; default: none", metavar="PATH")
     add("--lpips", "lpips_file", "weights of LPIPS: adds it to the fidelity; default: none", metavar="PATH")

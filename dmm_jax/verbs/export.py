@@ -1,7 +1,9 @@
 """`dmm-jax export`: writes a trained student as PyTorch safetensors, in one or several formats."""
 
 import argparse
+import contextlib
 import pathlib
+import re
 
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.verbs import options
@@ -9,7 +11,10 @@ from dmm_jax.verbs import options
 EXAMPLES = (
     "dmm-jax export runs/sd15 out --format dmm",
     'dmm-jax export runs/sd15 out --format diffusers,single-file --style "anime=0.7,photo=0.3"',
+    "dmm-jax export runs/sd15 out --format single-file --all-styles --name merged",
+    "dmm-jax export runs/sd15 out --format dmm --examples pictures --trigger anime=anime,cel --push OWNER/NAME",
 )
+FILE = "model.safetensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--style", default="", help='the style to fold in: NAME, or a mix such as "anime=0.7,photo=0.3"; default: none'
     )
+    parser.add_argument(
+        "--all-styles", action="store_true", help="fold in every style by itself, each in a folder of its own"
+    )
+    parser.add_argument("--name", default="", help="of the single file, without .safetensors; default: model")
     parser.add_argument(
         "--keep",
         action="append",
@@ -52,34 +61,119 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for base or a teacher whose files state none, or a wrong one; repeat; default: as stated",
     )
     parser.add_argument("--no-recipe", action="store_true", help="omit the recipe from the files' metadata")
+    group = parser.add_argument_group("the model card and the hub")
+    group.add_argument(
+        "--trigger",
+        action="append",
+        default=[],
+        metavar="STYLE=WORDS",
+        help="words that a style's prompts need; repeat; default: those that the teachers' files state",
+    )
+    group.add_argument(
+        "--examples", type=pathlib.Path, metavar="FOLDER", help="a folder of `dmm-jax sample`; default: no pictures"
+    )
+    group.add_argument(
+        "--push", default="", metavar="OWNER/NAME", help="upload to a private repository on the hub; default: none"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the paths; write nothing")
     parser.add_argument("--verify", action="store_true", help="compare with stock diffusers; needs the [torch] extra")
 
 
 def main(args: argparse.Namespace) -> None:
     """Writes every format, compares them with diffusers if asked to, and prints their paths."""
+    from dmm_jax.checkpoints.card_additions import add_to_cards, read_triggers
     from dmm_jax.checkpoints.export import export, open_student
+    from dmm_jax.checkpoints.formats import hub
+    from dmm_jax.checkpoints.provenance import triggers_of_workdir
+    from dmm_jax.runtime.storage import check_output, staged_folder
 
     formats = list(dict.fromkeys(args.format.split(",")))
+    _check(args, formats)
+    if args.push:
+        hub.check_repository(args.push)
+    check_output(args.out)
+    student = open_student(args.workdir, args.extra_style, args.keep)
+    triggers = triggers_of_workdir(args.workdir, student, args.keep) | read_triggers(args.trigger, student.styles)
+    examples = _examples(args.examples) if args.examples else []
+    paths = []
+    with contextlib.nullcontext(args.out) if args.dry_run else staged_folder(args.out) as stage:
+        for folder, some_formats, style, name in _parts(args, formats, student.styles):
+            written = export(
+                args.workdir,
+                stage / folder,
+                some_formats,
+                style,
+                args.dtype,
+                recipe=not args.no_recipe,
+                keep=args.keep,
+                lora_base=args.lora_base,
+                lora_for=args.lora_for.split(","),
+                extra_styles=args.extra_style,
+                stated_licenses=args.license,
+                dry_run=args.dry_run,
+            )
+            written = [path if args.dry_run else _renamed(path, name) for path in written]
+            paths += [args.out / path.relative_to(stage) for path in written]
+        if args.dry_run:
+            print("\n".join(map(str, paths)))
+            return
+        add_to_cards(stage, triggers, examples)
+    if args.verify:
+        from dmm_jax.evaluation.verify_export import verify_folder
+
+        print("\n".join(verify_folder(args.out, args.workdir, student)))
+    print("\n".join(map(str, paths)))
+    if args.push:
+        print(hub.push_folder(paths[0] if len(paths) == 1 and paths[0].is_dir() else args.out, args.push))
+
+
+def _check(args, formats) -> None:
+    if args.all_styles and args.style:
+        raise UserError("--all-styles folds in each style by itself: leave --style out.")
+    if args.name and not re.fullmatch(r"\w[\w .-]*", args.name):
+        raise UserError(f"--name is a file name of letters, digits, '_', '-', '.' and blanks; got {args.name!r}.")
     if args.verify and "single-file" in formats and "diffusers" not in formats:
         raise UserError("--verify compares a single file with a diffusers folder: add diffusers to --format.")
-    paths = export(
-        args.workdir,
-        args.out,
-        formats,
-        args.style,
-        args.dtype,
-        recipe=not args.no_recipe,
-        keep=args.keep,
-        lora_base=args.lora_base,
-        lora_for=args.lora_for.split(","),
-        extra_styles=args.extra_style,
-        stated_licenses=args.license,
-        dry_run=args.dry_run,
-    )
-    if args.verify and not args.dry_run:
-        from dmm_jax.evaluation.verify_export import verify_export
 
-        student = open_student(args.workdir, args.extra_style, args.keep)
-        print("\n".join(verify_export(student, dict(zip(formats, paths, strict=True)), args.dtype)))
-    print("\n".join(map(str, paths)))
+
+def _parts(args, formats, styles):
+    """Yields (subfolder, formats, style, name of the single file) for each export that is written."""
+    if not args.all_styles:
+        yield "", formats, args.style, args.name or "model"
+        return
+    from dmm_jax.gallery.gallery import word
+
+    if "dmm" in formats:  # It holds all styles, once.
+        yield "", ["dmm"], "", ""
+    stock, names = [fmt for fmt in formats if fmt != "dmm"], set()
+    for number, style in enumerate(styles if stock else ()):
+        name = word(style)  # Not the style itself, which a file may have named.
+        name = f"{name}_{number}" if name in names or name == "dmm" else name
+        names.add(name)
+        yield name, stock, style, f"{args.name}_{name}" if args.name else name
+
+
+def _renamed(path: pathlib.Path, name: str) -> pathlib.Path:
+    """Gives a single file its name, in the model card, too."""
+    if path.name != FILE or name == "model":
+        return path
+    card = path.parent / "README.md"
+    card.write_text(card.read_text(encoding="utf-8").replace(f"`{FILE}`", f"`{name}.safetensors`"), encoding="utf-8")
+    return path.rename(path.with_name(f"{name}.safetensors"))
+
+
+def _examples(folder: pathlib.Path) -> list:
+    """Returns the pictures of a gallery.
+
+    Raises:
+      UserError: the folder holds none.
+    """
+    from dmm_jax.checkpoints.card_additions import MAX_EXAMPLES, Example
+    from dmm_jax.config.styles import style_text
+    from dmm_jax.gallery.png import read_parameters
+
+    files = [path for path in sorted(folder.glob("*.png")) if path.name != "grid.png"][:MAX_EXAMPLES]
+    if not files:
+        raise UserError(f"{folder} holds no pictures. Give a folder that `dmm-jax sample` wrote.")
+    pictures = [(path.read_bytes(), read_parameters(path)) for path in files]
+    return [Example(png, picture.prompt, style_text(picture.styles) or "none") for png, picture in pictures]

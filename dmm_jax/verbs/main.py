@@ -27,6 +27,7 @@ VERBS = {  # In the order of --help. The file of `fit-style` is fit_style.py.
     "train": "distil the teachers into one student; resumes a run that was stopped",
     "plan": "compute the memory, work, hours and chip-hours of a run, without its devices",
     "export": "write a trained student as PyTorch safetensors",
+    "verify": "compare an export with stock diffusers, and with the student that it was made from",
     "average": "write a weight average of checkpoints as one stock checkpoint; no training",
     "fit-style": "learn one new style vector from a handful of images; everything else is frozen",
     "sample": "draw prompts in styles: PNGs, grid.png, index.html",
@@ -146,8 +147,8 @@ def _check_overrides(parser, args, overrides):
 def _hide_alarms(args):
     """Keeps XLA's alarms about slow compilations off the terminal; in a run of several processes its log stays."""
     alone = not getattr(args, "distributed", False) and getattr(args, "coordinator", None) is None
-    if alone and not terminal.is_verbose():
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # Before JAX is loaded: fatal errors alone.
+    if alone and not terminal.is_verbose() and "jaxlib" not in sys.modules:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # Fatal errors alone.
 
 
 def _module(verb: str):

@@ -4,11 +4,13 @@ import argparse
 import functools
 import pathlib
 
+from dmm_jax.runtime.errors import UsageError
 from dmm_jax.verbs import options
 
 EXAMPLES = (
-    "dmm-jax sample demo --prompts prompts.txt --out pictures",
-    "dmm-jax sample runs/sd15 --prompts prompts.txt --out pictures",
+    'dmm-jax sample demo --prompt "a large red circle" --out pictures',
+    'dmm-jax sample runs/sd15 --prompt "a lighthouse" --prompt "a cat, (ink:1.2)" --out pictures',
+    "dmm-jax sample runs/sd15 --lora detail.safetensors*0.6 --prompts prompts.txt --out pictures",
     'dmm-jax sample runs/sd15 --prompts prompts.txt --style anime --style "anime=0.5,photo=0.5" --out pictures',
 )
 
@@ -16,7 +18,16 @@ EXAMPLES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
     options.add_model(parser)
-    parser.add_argument("--prompts", required=True, type=pathlib.Path, help="a text file, one prompt per line")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="what to draw; repeat for one row each; default: none",
+    )
+    parser.add_argument(
+        "--prompts", type=pathlib.Path, metavar="FILE", help="one prompt per line; - is standard input; default: none"
+    )
     parser.add_argument(
         "--style",
         action="append",
@@ -24,7 +35,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="NAME, mix, or schedule: photo:600:anime is photo down to timestep 600, then anime; photo:800-400:anime "
         "fades; repeat for one column each; default: all styles",
     )
-    parser.add_argument("--out", required=True, type=pathlib.Path, help="a new or empty folder")
+    parser.add_argument("--out", required=True, type=pathlib.Path, metavar="FOLDER", help="new, or to be continued")
+    parser.add_argument(
+        "--name",
+        default="",
+        metavar="PATTERN",
+        help="of the files, with {number}, {row}, {column}, {seed}, {style}, {prompt}; default: {number}_seed{seed}",
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a LoRA that is folded into the model, or FILE*0.8 with a weight; repeat; default: none",
+    )
+    _add_drawing(parser)
+
+
+def _add_drawing(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of drawing."""
     parser.add_argument("--negative-prompt", default=None, help="default: none, which for SDXL differs from ''")
     parser.add_argument(
         "--seed", type=int, default=0, help="of the first prompt; the next has seed + 1; the same for all styles"
@@ -46,23 +75,26 @@ def main(args: argparse.Namespace) -> None:
     """Draws the pictures, one row per prompt and one column per style, and prints the path of the page."""
     from tqdm import tqdm
 
+    from dmm_jax.checkpoints.formats.lora import PLUS
     from dmm_jax.config.styles import parse_style
-    from dmm_jax.data.prompts import read_prompts
     from dmm_jax.diffusion.guidance import ADVICE
-    from dmm_jax.gallery.gallery import write_gallery
-    from dmm_jax.gallery.sample import sample
+    from dmm_jax.gallery.gallery import NAME, check_folder, write_gallery
+    from dmm_jax.runtime import terminal
     from dmm_jax.runtime.processes import say
-    from dmm_jax.runtime.storage import check_output
 
-    check_output(args.out)
-    prompts = read_prompts(args.prompts)
+    check_folder(args.out)
+    prompts = _prompts(args)
+    say(f"Reading {args.model}")
+    args.model = PLUS.join([args.model, *args.lora])
     pipeline = options.open_pipeline(args)
     if pipeline.schedule.rescale_betas_zero_snr and not args.guidance_rescale:
         say(ADVICE)
-    samples = sample(
+    page = write_gallery(
         pipeline,
+        args.out,
         prompts,
         [parse_style(text, pipeline.schedule.num_train_timesteps) for text in args.style],
+        name=args.name or NAME,
         negative_prompt=args.negative_prompt,
         seed=args.seed,
         height=args.height,
@@ -72,7 +104,18 @@ def main(args: argparse.Namespace) -> None:
         guidance_rescale=args.guidance_rescale,
         solver=args.solver,
         batch_size=args.batch_size,
-        progress=functools.partial(tqdm, disable=None),
+        progress=functools.partial(tqdm, desc="drawing", unit="batch", disable=terminal.is_quiet() or None),
     )
-    labels = args.style or list(pipeline.styles) or [pipeline.name]
-    print(write_gallery(args.out, *samples, row_labels=prompts, column_labels=labels))
+    print(page)
+
+
+def _prompts(args) -> list[str]:
+    """Returns the prompts of --prompt, and those of the file or of standard input."""
+    from dmm_jax.data.prompts import read_prompts
+
+    prompts = [text.strip() for text in args.prompt]
+    if not args.prompts and not prompts:
+        raise UsageError("give --prompt TEXT, once or several times, or --prompts FILE (- for standard input).")
+    if not all(prompts):
+        raise UsageError("--prompt is empty: give a text.")
+    return prompts + (read_prompts(args.prompts) if args.prompts else [])

@@ -163,6 +163,7 @@ def test_damaged_training_metrics_are_refused(workdir, damaged, message, no_draw
 
 
 def test_a_report_folder_that_cannot_be_written_is_refused(workdir, no_drawing, monkeypatch):
+    shutil.rmtree(workdir / "report")
     (workdir / "report").write_text("")
     with pytest.raises(ValueError, match="report is a file"):
         module.evaluate(workdir)
@@ -176,7 +177,25 @@ def test_the_embedded_worlds_distance_is_refused_for_other_worlds(workdir, no_dr
     monkeypatch.setattr(module, "draws_shapes_world", lambda base: False)
     change(workdir, data={"kind": "images", "source": "pictures"})
     with pytest.raises(ValueError, match="FD .shapes. is a distance of the embedded world's pictures"):
-        module.evaluate(workdir)
+        module.evaluate(workdir, Options(features="shapes"))
+    with pytest.raises(ValueError, match="CLIPScore is measured on the pictures of --features"):
+        module.evaluate(workdir, Options(clip_folder="clip"))
+
+
+def test_pairs_of_pictures_are_compared_without_any_network(reported, workdir, monkeypatch):
+    (workdir / "samples" / "gallery").mkdir(parents=True)
+    (workdir / "samples" / "gallery" / "index.html").write_text("")
+    monkeypatch.setattr(module, "draws_shapes_world", lambda base: False)
+    prompts = reported / "other.txt"
+    change(workdir, data={"kind": "images", "source": "pictures"})
+    arguments = ["--prompts", str(prompts), "--negative-prompt", "a star"]
+    assert cli.main(["evaluate", str(workdir), *arguments, *FEW]) == 0
+    results = read_results(workdir)
+    assert "matrix" not in results and results["fidelity"] == read_results(reported)["fidelity"]
+    assert results["command"] == f"dmm-jax evaluate run --prompts {prompts} --negative-prompt 'a star' {' '.join(FEW)}"
+    page = (workdir / "report" / "index.html").read_text()
+    assert "Paired fidelity" in page and "pair_00_00.png" in page and "FD" not in page
+    assert '<a href="../samples/gallery/index.html">gallery gallery</a>' in page
 
 
 @pytest.mark.parametrize("merges", [(), ("ties",), ("average", "soup"), ("average", "average")])

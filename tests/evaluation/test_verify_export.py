@@ -1,6 +1,7 @@
 """`export --verify` passes exports that stock diffusers computes alike, and names those that differ."""
 
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -28,6 +29,20 @@ def test_exports_are_verified(exported):
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "diffusers", "dmm", "model.safetensors"]
 
 
+def test_an_existing_folder_is_verified_as_a_whole(exported, trained, capsys):
+    assert cli.main(["verify", str(exported[1]), "--against", str(trained)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0].rpartition("/")[2] for line in lines] == ["dmm", "model.safetensors", "diffusers"]
+
+
+def test_folders_that_cannot_be_verified_are_refused(exported, tmp_path, capsys):
+    (tmp_path / "alone.safetensors").write_bytes((exported[1] / "model.safetensors").read_bytes())
+    shutil.copytree(exported[1] / "dmm", tmp_path / "only" / "dmm")
+    for folder, message in (("nothing", "holds no export"), ("", "add diffusers to --format"), ("only", "--against")):
+        assert cli.main(["verify", str(tmp_path / folder)]) == 1
+        assert message in capsys.readouterr().err
+
+
 def test_networks_that_differ_are_refused_with_their_distance(exported, monkeypatch):
     forward = verify_export._forward
     monkeypatch.setattr(verify_export, "_forward", lambda *args: forward(*args) * np.float32(1.0001))
@@ -38,7 +53,7 @@ def test_networks_that_differ_are_refused_with_their_distance(exported, monkeypa
 def test_a_tensor_that_changed_in_the_file_is_named(exported, trained, tmp_path):
     source = exported[1] / "dmm"
     student = open_checkpoint(trained)
-    verify_export.check_reads_back(student, source, "float32")
+    verify_export.check_reads_back(student, source)
     changed = tmp_path / "dmm"
     for path in source.rglob("*"):
         target = changed / path.relative_to(source)
@@ -51,7 +66,7 @@ def test_a_tensor_that_changed_in_the_file_is_named(exported, trained, tmp_path)
     weights.unlink()
     save(weights, tensors, {"format": "pt"})
     with pytest.raises(ValueError, match=r"conv_in\.bias"):
-        verify_export.check_reads_back(student, changed, "float32")
+        verify_export.check_reads_back(student, changed)
 
 
 def test_a_single_file_alone_cannot_be_verified(trained, tmp_path, capsys):

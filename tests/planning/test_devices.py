@@ -20,6 +20,20 @@ def test_a_gpu_is_named_by_memory_or_model():
     assert devices.topology("gpu:1x80GB").device.name == "NVIDIA H100"
 
 
+@pytest.mark.parametrize("gigabytes", [8, 12, 16, 24, 32, 48])
+def test_desktop_cards_are_known_by_size_and_by_name(gigabytes):
+    device = devices.topology(f"gpu:1x{gigabytes}GB").device
+    assert device.memory == pytest.approx(0.95 * gigabytes * 1e9)
+    name = devices.GPU_BY_MEMORY[f"{gigabytes}GB"]
+    assert devices.topology(f"gpu:2x{name}").device == devices.topology(f"gpu:2x{name.lower()}").device == device
+
+
+def test_the_list_names_topologies_that_can_be_planned():
+    head, *rows = devices.listed()
+    assert head[0] == "topology" and len(rows) == len(devices.DEVICES)
+    assert all(devices.topology(name).device.name == device for name, device, _ in rows)
+
+
 @pytest.mark.parametrize(
     "name, message",
     [

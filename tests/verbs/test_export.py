@@ -1,12 +1,18 @@
 """`dmm-jax export`: what it refuses, and that an export that fails leaves nothing."""
 
+import os
+
+import huggingface_hub
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from dmm_jax.checkpoints.formats import safetensors_io
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile
+from dmm_jax.gallery.png import save_png
 from dmm_jax.verbs import main as cli
+from tests.gallery.pictures import parameters, pictures
 
 
 def test_a_non_empty_output_folder_is_refused(failing, trained, tmp_path):
@@ -89,3 +95,64 @@ def test_a_style_lora_is_small_and_names_its_base(failing, trained, tmp_path):
     metadata_bytes = file.path.stat().st_size - file.num_bytes  # The recipe included.
     assert metadata_bytes < 4000
     assert len(file) == 4 and '"style": "right=1.0"' in file.metadata["dmm_jax.lora_base"]
+
+
+def test_a_dry_run_prints_the_paths_and_writes_nothing(trained, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["export", str(trained), str(out), "--format", "dmm,single-file", "--all-styles", "--dry-run"]
+    assert cli.main(arguments) == 0 and not out.exists()
+    assert capsys.readouterr().out.splitlines() == [
+        str(out / name) for name in ("dmm", "left/model.safetensors", "right/model.safetensors")
+    ]
+
+
+def test_every_style_is_exported_under_its_name_with_words_and_pictures(trained, tmp_path):
+    out, gallery = tmp_path / "out", tmp_path / "gallery"
+    gallery.mkdir()
+    save_png(gallery / "00000_seed1.png", pictures(1)[0], parameters(prompt="a | cat", styles="left"))
+    arguments = ["--format", "single-file", "--all-styles", "--name", "mine", "--trigger", "left=ink, drawing"]
+    assert cli.main(["export", str(trained), str(out), *arguments, "--examples", str(gallery)]) == 0
+    files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    assert files == [
+        f"{style}/{name}"
+        for style in ("left", "right")
+        for name in ("README.md", "examples/00.png", f"mine_{style}.safetensors")
+    ]
+    card = (out / "right" / "README.md").read_text()
+    assert "`mine_right.safetensors` is a checkpoint" in card and "| left | ink, drawing |" in card
+    assert "| ![](examples/00.png) | left | a \\| cat |" in card
+    assert yaml.safe_load(card.split("---\n")[1])["widget"][0]["output"] == {"url": "examples/00.png"}
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["--all-styles", "--style=left"], "leave --style out"),
+        (["--style=left", "--name=../x"], "--name is a file name"),
+        (["--style=left", "--trigger=lift=a"], "a style of left, right"),
+        (["--style=left", "--examples=nowhere"], "holds no pictures"),
+        (["--style=left", "--push=name"], "--push is OWNER/NAME"),
+    ],
+)
+def test_impossible_options_write_nothing(failing, trained, tmp_path, options, expected):
+    error = failing("export", trained, tmp_path / "o", "--format=single-file", *options)
+    assert expected in error and not (tmp_path / "o").exists()
+
+
+def test_an_export_is_pushed_when_asked_into_a_private_repository(trained, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    class Interface:
+        def create_repo(self, name, **options):
+            calls.append((name, options))
+
+        def upload_folder(self, folder_path, repo_id):
+            calls.append((repo_id, sorted(os.listdir(folder_path))))
+            return "https://hub/me/merged"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Interface)
+    arguments = ["export", str(trained), str(tmp_path / "out"), "--format", "dmm", "--push", "me/merged"]
+    assert cli.main(arguments) == 0
+    assert calls[0] == ("me/merged", {"private": True, "exist_ok": True})
+    assert calls[1][0] == "me/merged" and {"README.md", "unet", "model_index.json"} <= set(calls[1][1])
+    assert capsys.readouterr().out.endswith("https://hub/me/merged\n")

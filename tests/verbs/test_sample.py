@@ -1,6 +1,12 @@
 """`dmm-jax sample`: prompts that cannot be used, and components that come from another checkpoint."""
 
+import numpy as np
 import pytest
+
+from dmm_jax.checkpoints.formats import lora
+from dmm_jax.checkpoints.formats.safetensors_io import save
+from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.styles import fold_style
 
 
 @pytest.mark.parametrize("content, expected", [(None, "no prompt file"), ("\n", "no prompt")])
@@ -8,6 +14,16 @@ def test_missing_or_empty_prompts_are_refused(failing, tmp_path, content, expect
     if content is not None:
         (tmp_path / "prompts.txt").write_text(content)
     assert expected in failing("sample", "unopened", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "o")
+
+
+def test_prompts_must_be_given_and_not_empty(failing, tmp_path):
+    assert "--prompt TEXT" in failing("sample", "unopened", "--out", tmp_path / "o", code=2)
+    assert "is empty" in failing("sample", "unopened", "--out", tmp_path / "o", "--prompt", " ", code=2)
+
+
+def test_a_lora_of_the_student_is_opened_with_it(failing, arguments, tmp_path):
+    error = failing(*arguments, "--lora", f"{tmp_path / 'missing.safetensors'}*0.8")
+    assert "missing.safetensors" in error and not (tmp_path / "o").exists()
 
 
 @pytest.fixture
@@ -27,3 +43,20 @@ def test_borrowed_components_are_printed_before_drawing(failing, arguments):
 
 def test_the_prediction_type_is_compared_with_the_recorded_one(failing, arguments):
     assert "v_prediction" in failing(*arguments, "--prediction-type", "v_prediction")
+
+
+def test_a_lora_on_the_student_is_the_same_lora_on_its_stock_export(trained, tmp_path):
+    layer, file = "down_blocks.0.resnets.0.conv1", tmp_path / "detail.safetensors"
+    student = open_checkpoint(trained)
+    channels_out, channels_in, *_ = student.shapes("unet")[f"{layer}.weight"]
+    rng, key = np.random.default_rng(0), f"lora_unet_{layer.replace('.', '_')}"
+    factors = {"lora_down": (3, channels_in, 3, 3), "lora_up": (channels_out, 3, 1, 1)}
+    save(file, {f"{key}.{name}.weight": rng.standard_normal(shape, np.float32) for name, shape in factors.items()})
+    with_lora = open_checkpoint(lora.PLUS.join([str(trained), f"{file}*0.8"]))
+    mix = np.array([0.3, 0.7], np.float32)
+    expected = lora.with_loras(fold_style(student, mix), tmp_path, [(file, 0.8)]).tensors("unet")
+    folded = fold_style(with_lora, mix).tensors("unet")
+    assert with_lora.styles == student.styles and folded.keys() == expected.keys()
+    assert all(np.array_equal(folded[name], expected[name]) for name in expected)
+    before = fold_style(student, mix).tensors("unet")
+    assert [name for name in before if not np.array_equal(folded[name], before[name])] == [f"{layer}.weight"]

@@ -1,7 +1,7 @@
-"""Diffusers folders on the Hugging Face hub, `hf:OWNER/NAME` or `hf:OWNER/NAME@REVISION`.
+"""Diffusers folders on the Hugging Face hub, `hf:OWNER/NAME` or `hf:OWNER/NAME@REVISION`, and uploads to it.
 
-Only text with this prefix makes dmm_jax use the network. huggingface_hub fetches the files into its own cache, once;
-with HF_HUB_OFFLINE=1 it reads the cache only.
+Only text with this prefix, and `export --push`, make dmm_jax use the network. huggingface_hub fetches the files into
+its own cache, once; with HF_HUB_OFFLINE=1 it reads the cache only.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dmm_jax.checkpoints.abstract import COMPONENTS
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.naming import printable
+from dmm_jax.runtime.errors import UserError
 
 PREFIX = "hf:"
 _HUB_ID = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
@@ -86,3 +87,29 @@ def fetch_folder(text) -> tuple[str, pathlib.Path]:
             "yourself and give its path."
         ) from error
     return repository.partition("/")[2], folder
+
+
+def push_folder(folder: pathlib.Path, repository: str) -> str:
+    """Uploads a folder to a model repository, which is made as a private one if it does not exist; returns its address.
+
+    Raises:
+      UserError: the name is not OWNER/NAME, or the hub refuses the upload.
+    """
+    check_repository(repository)
+    import huggingface_hub
+
+    try:
+        interface = huggingface_hub.HfApi()
+        interface.create_repo(repository, private=True, exist_ok=True)
+        return str(interface.upload_folder(folder_path=str(folder), repo_id=repository))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder} was not uploaded to {repository} ({printable(str(error), 500)}). It stays here. Log in with "
+            "`hf auth login`, and repeat the upload with `hf upload`."
+        ) from error
+
+
+def check_repository(repository: str) -> None:
+    """Raises UserError if a text is not the name of a repository, OWNER/NAME."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository, re.ASCII):
+        raise UserError(f"--push is OWNER/NAME, the name of a repository on the hub; got {repository!r}.")
