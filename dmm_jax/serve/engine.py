@@ -130,8 +130,10 @@ class Engine:
             self._draining, self.ready = True, False
             self._stopping.set()
             self._changed.notify_all()
-        self._decodings.put(None)
-        for thread in self._threads:
+        for thread in self._threads[:1]:
+            thread.join()
+        self._decodings.put(None)  # After the last images.
+        for thread in self._threads[1:]:
             thread.join()
         for pool in self.pools.values():
             for job in [*pool.waiting, *pool.running]:

@@ -58,11 +58,10 @@ class Pool:
         room = max(PIXELS_DECODED // math.prod(size), 1)
         self.decode_counts = sorted({1, min(IMAGES_DECODED, self.per_device, room)}, reverse=True)
         small = max(self.per_device // SMALL_SHARE, 1)
-        counts = sorted({small, self.per_device})
-        self.variants = [Variant(count, guided, 1) for count in counts for guided in (False, True)]
-        if max_chunks > 1:
-            self.variants += [Variant(count, True, max_chunks) for count in counts]
-        self.variants.sort(key=lambda variant: variant.cost)
+        # Four programs, since each takes seconds to compile: the small one serves all kinds of requests.
+        every_kind = {Variant(small, True, max_chunks), Variant(self.per_device, True, max_chunks)}
+        full = {Variant(self.per_device, guided, 1) for guided in (False, True)}
+        self.variants = sorted(every_kind | full, key=lambda variant: variant.cost)
         encoders = len(pipeline.tokenizers.tokenizers)
         empty = pipeline.tokenize([""])
         self.empty_chunk = [rows[0, 0] for rows in empty]  # Ids and weights.
