@@ -81,6 +81,7 @@ def router(service: Service) -> APIRouter:
             "num_train_timesteps": pipeline.schedule.num_train_timesteps,
             "limits": {"images": service.settings.max_images, "steps": engine.limits.max_steps},
             "needs_key": bool(service.settings.keys),
+            "example": dict(service.settings.example),
         }
 
     @routes.post("/draw", response_model=None)

@@ -71,6 +71,7 @@ def main(args: argparse.Namespace) -> int:
         cors=tuple(args.cors),
         log_prompts=args.log_prompts,
         max_images=args.max_images,
+        example=example_of(args.model),
     )
     pipeline = options.open_pipeline(args)
     engine = Engine(pipeline, sizes, args.slots, queue_size=args.queue, max_steps=args.max_steps)
@@ -81,6 +82,16 @@ def check_installed() -> None:
     """Raises UserError if a package of the extra is missing."""
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise UserError(f"serve needs {', '.join(missing)}: install them with pip install 'dmm-jax[serve]'.")
+
+
+def example_of(model: str) -> dict[str, str | float]:
+    """Returns what the page's form begins with: for the shipped student, a prompt whose words it knows."""
+    from dmm_jax.checkpoints.shipped import is_demo
+    from dmm_jax.world import demo_config
+
+    if not is_demo(model):
+        return {}
+    return {"prompt": demo_config.PROMPTS[-1], "guidance_scale": demo_config.get_config().sampling.guidance_scale}
 
 
 def parse_sizes(text: str) -> list[tuple[int, int]]:

@@ -210,6 +210,14 @@ def test_every_control_has_a_name(page):
 
 
 @needs_browser
+def test_the_form_begins_with_the_servers_example(chromium):
+    with running(example={"prompt": "a large red circle", "guidance_scale": 2.5}) as web:
+        chromium.get(web.address)
+        until(lambda: chromium.find_elements("css selector", ".slider"))
+        assert value(chromium, "#prompt") == "a large red circle" and value(chromium, "#guidance") == "2.5"
+
+
+@needs_browser
 def test_a_key_is_asked_for_and_kept_for_the_tab(chromium):
     key = "a-key-of-the-tests-0123"
     with running(keys=(key,)) as web:

@@ -43,6 +43,11 @@ def test_a_missing_model_is_one_line(failing):
     assert "there is no checkpoint unopened" in failing("serve", "unopened", "--port", "0")
 
 
+def test_the_page_of_the_shipped_student_has_an_example(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert serve.example_of("demo")["prompt"].startswith("a small") and serve.example_of("runs/sd15") == {}
+
+
 def test_missing_packages_are_named(failing, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else object())
     assert "serve needs uvicorn: install them with pip install 'dmm-jax[serve]'" in failing("serve", "unopened")

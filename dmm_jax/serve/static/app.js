@@ -32,6 +32,7 @@ async function start() {
   byId("strip-to").selectedIndex = Math.min(1, model.styles.length - 1);
   byId("count").max = model.limits.images;
   byId("steps").max = model.limits.steps;
+  for (const [id, field] of [["prompt", "prompt"], ["guidance", "guidance_scale"]]) byId(id).value = model.example[field] ?? byId(id).value;
   watchSolver();
   watchServer();
 }
