@@ -45,7 +45,7 @@ class FakeEngine(Engine):
         self.ready, self.draining, self.stopped = False, False, False
         self.seconds, self.limits = Histogram(), Limits(self.sizes, 100, 4)
         self.waiting, self.running, self.lock = collections.deque(), [], threading.Lock()
-        self.clients, self.requests, self.numbers = [], [], collections.Counter()
+        self.jobs, self.numbers = [], collections.Counter()
 
     def start(self):
         """Starts the thread."""
@@ -75,8 +75,7 @@ class FakeEngine(Engine):
                 self.numbers["refused"] += 1
                 raise QueueFull(f"{self.queue_size} images wait already: ask again in 3 s.", 2.5)
             self.waiting.append(job)
-            self.clients.append(client)
-            self.requests.append(job.request)
+            self.jobs.append(job)
             self.numbers["accepted"] += 1
         return job
 

@@ -74,7 +74,7 @@ def test_the_page_and_the_probes_need_no_key(locked):
 def test_each_key_is_a_client_of_its_own(locked):
     for key in KEYS:
         locked.post("/api/draw", BODY, headers={"Authorization": f"Bearer {key}"})
-    assert locked.engine.clients[-2:] == ["key 0", "key 1"]
+    assert [job.client for job in locked.engine.jobs[-2:]] == ["key 0", "key 1"]
 
 
 @pytest.mark.parametrize("text, expected", [("b" * 20, 1), ("", None), ("b" * 19, None), ("ä" * 20, None)])

@@ -68,7 +68,7 @@ def test_a_full_queue_is_429_and_says_when_to_come_back(slow):
 def test_a_request_that_does_not_fit_the_queue_leaves_nothing_in_it(slow):
     answer = slow.post("/api/draw", BODY | {"num_images": 8})
     assert answer.status_code == 429
-    until(lambda: not [job for job in [*slow.engine.waiting, *slow.engine.running] if not job.future.done()])
+    assert slow.engine.jobs and all(job.future.cancelled() for job in slow.engine.jobs)
 
 
 def test_a_bad_image_fails_alone(web):

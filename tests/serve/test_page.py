@@ -82,7 +82,7 @@ def test_typing_and_sliding_draw_a_mix(page, server):
     element(page, "#draw").click()
     (caption,) = finished(page, 1)
     assert caption[:2] == ["anime=0.75,photo=0.25", "seed 11"]
-    request = server.engine.requests[-1]
+    request = server.engine.jobs[-1].request
     assert request.prompt == "a quiet harbour" and request.style == {"anime": 0.75, "photo": 0.25}
     element(page, "figure .frame").click()
     assert "Seed: 11" in element(page, "#viewer-text").text
