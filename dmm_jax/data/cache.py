@@ -120,6 +120,8 @@ def read_header(folder: pathlib.Path) -> CacheHeader:
         wrong = [
             field.name for field in dataclasses.fields(CacheHeader) if not _IS_VALID[field.type](fields[field.name])
         ]
+        if not fields["resolution"]:  # Shapes are relative to it.
+            wrong.append("resolution")
         if wrong:
             raise ValueError(f"wrong value of {', '.join(wrong)}")
         fields["latent_shape"] = tuple(fields["latent_shape"])

@@ -94,7 +94,7 @@ def read_text(path: Location) -> str:
     Raises:
       UserError: the file is not UTF-8, is larger than MAX_TEXT_BYTES, or is no regular file (a FIFO blocks for ever).
     """
-    if path.exists() and not path.is_file():
+    if not in_bucket(path) and os.path.exists(path) and not os.path.isfile(path):  # For epath, a FIFO is a file.
         raise UserError(f"{path} is no regular file. Restore it from a copy, or move it away.")
     with path.open("rb") as file:
         raw = file.read(MAX_TEXT_BYTES + 1)

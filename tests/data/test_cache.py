@@ -154,7 +154,7 @@ def _edit(folder, **changes):
      {"shards": []}, {"shards": [["latents-00000.array_record", 2**70], ["latents-00001.array_record", 9 - 2**70]]},
      {"shards": [["none.array_record", 9]]}, {"shards": 3}, {"shards": [["a"]]},
      {"count": "9"}, {"count": True}, {"vae": 3}, {"latent_shape": [2, 2, 4.0]}, {"latent_shape": [2, -2, -4]},
-     {"resolution": None}, {"scaling_factor": float("nan")}, {"num_tokens": [[]]}],
+     {"resolution": None}, {"resolution": 0}, {"scaling_factor": float("nan")}, {"num_tokens": [[]]}],
 )  # fmt: skip
 def test_a_header_that_contradicts_the_files_is_refused(folder, changes):
     _edit(folder, **changes)

@@ -118,12 +118,14 @@ def test_a_folder_of_a_thousand_levels_is_listed(tmp_path, monkeypatch):
             last = pathlib.Path.cwd()
     _image(last / "a.png")
     (last / "a.txt").write_text("deep")
-    source = FolderSource(tmp_path)
-    rows = _captions(source)
-    (last / "a.png").unlink(), (last / "a.txt").unlink()
-    for name in reversed(names):  # shutil.rmtree calls itself for every level.
-        os.chdir("..")
-        os.rmdir(name)
+    try:
+        source = FolderSource(tmp_path)
+        rows = _captions(source)
+    finally:
+        (last / "a.png").unlink(), (last / "a.txt").unlink()
+        for name in reversed(names):  # shutil.rmtree calls itself for every level.
+            os.chdir("..")
+            os.rmdir(name)
     assert [caption for _, caption in rows] == ["deep"]
     assert source.unused.counts == {"not a regular file": 1}
 

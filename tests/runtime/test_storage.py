@@ -10,6 +10,7 @@ import threading
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 import dmm_jax
 from dmm_jax import train
@@ -259,8 +260,9 @@ def test_what_is_no_regular_file_is_neither_read_nor_replaced(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "folder").mkdir()
     for name in ("fifo", "folder"):
-        with pytest.raises(UserError, match=f"{name} is no regular file"):
-            storage.read_text(tmp_path / name)
+        for path in (tmp_path / name, epath.Path(tmp_path / name)):
+            with pytest.raises(UserError, match=f"{name} is no regular file"):
+                storage.read_text(path)
     with pytest.raises(UserError, match="folder is a folder"), storage.whole_file(tmp_path / "folder"):
         pass
 

@@ -152,6 +152,12 @@ def test_the_text_encoders_shapes_determine_its_config(prefix):
     assert inferred["eos_token_id"] == 98  # The last row, as in every CLIP.
 
 
+def test_an_encoder_narrower_than_a_head_has_one_head():
+    shapes = {"embeddings.token_embedding.weight": (99, 32), "embeddings.position_embedding.weight": (77, 32),
+              "encoder.layers.0.mlp.fc1.weight": (96, 32)}  # fmt: skip
+    assert single_file_config.text_config(shapes, "X")["num_attention_heads"] == 1
+
+
 @pytest.mark.parametrize(
     "name, downsamplers, upsamplers",
     [("SD 1", ["3.0", "6.0", "9.0"], ["2.1", "5.2", "8.2"]), ("SD XL", ["3.0", "6.0"], ["2.2", "5.2"])],
