@@ -185,6 +185,21 @@ def scaling(lines: Mapping[str, Sequence[tuple[int, float]]], theme: Theme) -> F
     return figure
 
 
+def latencies(lines: Mapping[str, Sequence[tuple[float, float]]], theme: Theme) -> Figure:
+    """Draws the 99th percentile of the time to an image over the load, one line per way to serve."""
+    figure = _figure(7.2, 4.2)
+    ax = figure.subplots()
+    for colour, (name, points) in zip(_LINES[theme.name], lines.items(), strict=False):
+        _curve(ax, points, color=colour, label=name)
+    ax.set_yscale("log")
+    _plain_ticks(ax.yaxis)
+    ax.set_xlabel("requests/s, as a share of the engine's images/s at saturation", color=theme.soft, fontsize=9)
+    ax.set_ylabel("seconds to an image, 99th percentile", color=theme.soft, fontsize=9)
+    _quiet(ax, theme, grid="y")
+    ax.legend(loc="upper left", frameon=False, labelcolor=theme.ink, fontsize=9)
+    return figure
+
+
 def _curve(ax, points, **style):
     """Draws a line; a long one is faint, under its running mean."""
     if not points:

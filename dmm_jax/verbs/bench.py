@@ -18,9 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
     parser.add_argument(
         "job",
-        choices=("train", "sample", "prepare", "data", "host", "fid", "numerics", "scaling"),
-        help="prepare: from JPEGs to a cache; data: batches of a cache; host: the host's time of a step; "
-        "numerics: errors relative to float32; scaling: train on 1, 2, 4, ... devices, divided in every way",
+        choices=("train", "sample", "serve", "prepare", "data", "host", "fid", "numerics", "scaling"),
+        help="serve: the engine under load, next to other ways to serve; prepare: from JPEGs to a cache; "
+        "data: batches of a cache; host: the host's time of a step; numerics: errors relative to float32; "
+        "scaling: train on 1, 2, 4, ... devices, divided in every way",
     )
     parser.add_argument(
         "--config",
@@ -46,12 +47,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--results", default="", metavar="FILE", help="scaling: a file of rows, not measured again; default: none"
     )
     parser.add_argument(
-        "--figure", type=pathlib.Path, metavar="PNG", help="scaling: draw it, and NAME_dark.png; default: none"
+        "--figure", type=pathlib.Path, metavar="PNG", help="scaling, serve: draw it, and NAME_dark.png; default: none"
     )
     parser.add_argument("--size", default="sd15", help="of the networks: sd15, sd21, sdxl, tiny, tiny_xl, narrow")
     parser.add_argument("--num-steps", type=int, default=10, help="timed steps; the median counts")
     parser.add_argument(
-        "--batch-size", type=int, default=16, help="images at once, for sample and prepare; train has the config's"
+        "--batch-size",
+        type=int,
+        default=16,
+        help="images at once, for sample, serve and prepare; train has the config's",
+    )
+    parser.add_argument(
+        "--loads", default="0.5,0.8,0.95", metavar="X", help="serve: requests/s, as shares of images/s at saturation"
+    )
+    parser.add_argument(
+        "--requests", type=int, default=0, metavar="N", help="serve: of each row; default: 12 for each image at once"
+    )
+    parser.add_argument(
+        "--sampling-steps", type=_integers, default=[20, 25, 30], metavar="N", help="serve: of the requests"
     )
     parser.add_argument(
         "--against", choices=("torch",), help="run the PyTorch peer as well; needs the [torch] extra; default: none"
@@ -75,6 +88,8 @@ def main(args: argparse.Namespace) -> int | None:
         raise UserError(f"--against is for `bench train` and `bench sample`; PyTorch has no peer of `{args.job}`.")
     if args.job == "scaling":
         return _run_scaling(args, config)
+    if args.job == "serve":
+        return _run_serve(args, config)
     if len(args.devices) > 1:
         raise UserError(f"--devices of `{args.job}` is one number; `bench scaling` takes several.")
     if args.teachers and args.job != "train":
@@ -110,6 +125,32 @@ def _run_scaling(args, config):
     if args.figure:
         scaling.write_figure(rows, args.figure)
     return 1 if all("failed" in row for row in rows) else 0
+
+
+def _run_serve(args, config):
+    from dmm_jax.bench import serve, table
+
+    loads = [_load(part) for part in args.loads.split(",")]
+    rows = []
+    for row in serve.measure(config, args.size, args.batch_size, args.requests, loads, args.sampling_steps):
+        rows.append(row | serve.device() | {"size": args.size})
+        if args.json:
+            print(json.dumps(rows[-1]), flush=True)
+    if not args.json:
+        print(table.render(rows, serve.COLUMNS))
+    if args.figure:
+        serve.write_figure(rows, args.figure)
+    return 0
+
+
+def _load(text):
+    try:
+        load = float(text)
+    except ValueError:
+        load = 0.0
+    if not 0.0 < load <= 10.0:
+        raise UserError(f"--loads must be numbers above 0, as in 0.5,0.8; got {text!r}.")
+    return load
 
 
 def _integers(text):
