@@ -1,4 +1,4 @@
-"""Requests over time for `bench serve`: what is asked, when, and how long each answer took."""
+"""Requests over time for `bench serve`: the requests, their arrivals, and the time to each answer."""
 
 import concurrent.futures
 import threading
@@ -57,14 +57,14 @@ def open_loop(submit: Submit, requests: Sequence[ImageRequest], per_s: float, se
     clock = _Clock()
     futures = []
     for request, arrival in zip(requests, arrivals, strict=True):
-        time.sleep(max(arrival - clock.now(), 0.0))
+        time.sleep(max(arrival - clock.elapsed(), 0.0))
         futures.append(submit(request))
         futures[-1].add_done_callback(lambda _, arrival=arrival: clock.record(arrival))
     return clock.wait(futures)
 
 
 def closed_loop(submit: Submit, requests: Sequence[ImageRequest], clients: int) -> Measured:
-    """Sends requests from so many clients, each of which waits for its answer before it sends the next."""
+    """Sends requests from so many clients, where a client waits for its answer before its next request."""
     clock, waiting, lock, futures = _Clock(), list(reversed(requests)), threading.Lock(), []
 
     def client():
@@ -73,7 +73,7 @@ def closed_loop(submit: Submit, requests: Sequence[ImageRequest], clients: int) 
                 if not waiting:
                     return
                 request = waiting.pop()
-            sent = clock.now()
+            sent = clock.elapsed()
             future = submit(request)
             future.result()
             clock.record(sent)
@@ -93,11 +93,11 @@ class _Clock:
     def __init__(self):
         self._start, self._answers = time.monotonic(), []
 
-    def now(self) -> float:
+    def elapsed(self) -> float:
         return time.monotonic() - self._start
 
     def record(self, arrival: float) -> None:
-        done = self.now()
+        done = self.elapsed()
         self._answers.append((done, done - arrival))
 
     def wait(self, futures) -> Measured:

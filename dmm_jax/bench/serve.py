@@ -40,7 +40,7 @@ def measure(
 
     Args:
       size: of the networks: a name in `SIZES`.
-      num_slots: of the engine, and the largest batch of the others.
+      num_slots: of the engine, and the largest batch of the other servers.
       num_requests: of each measurement; 0: twelve per slot.
       loads: requests per second of the open loops, as shares of the engine's images/s in the closed loop.
       steps: of the requests, equally often.

@@ -27,7 +27,8 @@ from dmm_jax.serve.pool import Flight, Pool
 from dmm_jax.serve.requests import Draining, EngineFailed, ImageRequest, Job, NotFinite, QueueFull
 from dmm_jax.serve.warm_up import warm_up
 
-SHARE_BEFORE_END = 0.25  # Of an evaluation's time: the next one is dispatched so long before its end, or earlier.
+# The next evaluation is dispatched when this share of the current one's time is left, or earlier.
+SHARE_BEFORE_END = 0.25
 NEWEST_SHARE = 0.2  # Weight of the newest measurement in the running means of times.
 
 
@@ -143,9 +144,9 @@ class Engine:
         """Returns counters since the start, and how many requests wait and run now."""
         with self._changed:
             running = sum(len(pool.running) for pool in self.pools.values())
-            now = {"waiting": self._num_waiting(), "running": running, "slots": self.num_slots * len(self.pools)}
+            gauges = {"waiting": self._num_waiting(), "running": running, "slots": self.num_slots * len(self.pools)}
             step_s = {f"{width}x{height}": pool.newest_step_s for (height, width), pool in self.pools.items()}
-            return self._counts.as_dict() | now | {"step_s": step_s}
+            return self._counts.as_dict() | gauges | {"step_s": step_s}
 
     def _num_waiting(self) -> int:
         return sum(len(pool.waiting) for pool in self.pools.values())
@@ -228,11 +229,11 @@ class Engine:
     def _complete(self, pool: Pool, flight: Flight, dispatched_at: float) -> None:
         """Waits for an evaluation on the device, and tells its jobs."""
         finite = np.asarray(flight.finite)
-        now = time.monotonic()
-        seconds = now - max(self._completed_at, dispatched_at)
+        completed_at = time.monotonic()
+        seconds = completed_at - max(self._completed_at, dispatched_at)
         pool.step_s[flight.variant] += NEWEST_SHARE * (seconds - pool.step_s[flight.variant])
         pool.newest_step_s = pool.step_s[flight.variant]
-        self._completed_at = now
+        self._completed_at = completed_at
         for job, row in flight.jobs:
             job.step, job.newest_preview = job.step + 1, (flight.previews, row)
             if not finite[row]:

@@ -99,13 +99,13 @@ class Pool:
         """Frees the slots of jobs that are cancelled or have failed."""
         self.jobs = [None if job is not None and job.future.done() else job for job in self.jobs]
 
-    def admit(self, now: float) -> list[tuple[int, Job]]:
+    def admit(self, time_s: float) -> list[tuple[int, Job]]:
         """Gives free slots to waiting jobs, as far as there are both; returns these slots and jobs."""
         new = []
         for slot in self.order:
             if self.jobs[slot] is None and self.waiting:
                 self.jobs[slot] = job = self.waiting.pop()
-                job.started_at = now
+                job.started_at = time_s
                 new.append((slot, job))
         return new
 
@@ -152,18 +152,18 @@ class Pool:
     def denoise(self) -> Flight:
         """Dispatches one evaluation for every job, by the smallest program that serves them."""
         rows = np.zeros((len(self.jobs), self._num_columns), np.float32)
-        held = [(slot, job) for slot, job in enumerate(self.jobs) if job is not None]
-        for slot, job in held:
+        busy = [(slot, job) for slot, job in enumerate(self.jobs) if job is not None]
+        for slot, job in busy:
             rows[slot] = job.work.table[job.num_dispatched]
             job.num_dispatched += 1
         needed = Variant(
-            max(slot % self.per_device for slot, _ in held) + 1,
-            any(job.work.guided for _, job in held),
-            max(job.work.num_chunks for _, job in held),
+            max(slot % self.per_device for slot, _ in busy) + 1,
+            any(job.work.guided for _, job in busy),
+            max(job.work.num_chunks for _, job in busy),
         )
         variant = next(variant for variant in self.variants if variant.serves(needed))
         previews, finite = self.run(variant, rows)
-        numbered = [(job, slot // self.per_device * variant.num_slots + slot % self.per_device) for slot, job in held]
+        numbered = [(job, slot // self.per_device * variant.num_slots + slot % self.per_device) for slot, job in busy]
         return Flight(variant, numbered, previews, finite)
 
     @property

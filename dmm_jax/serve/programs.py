@@ -32,7 +32,7 @@ class Slots(NamedTuple):
 
     latents: Float[Array, "S h w C"]
     memory: Float[Array, "S h w C"]
-    x0: Float[Array, "S h w C"]  # Of the last evaluation.
+    x0: Float[Array, "S h w C"]  # The last evaluation's.
     seeds: UInt[Array, " S"]
     states: Float[Array, "S 2 K L D"]  # Negative prompt and prompt, in chunks.
     pooled: Float[Array, "S 2 P"] | None

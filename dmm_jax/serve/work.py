@@ -18,7 +18,7 @@ from dmm_jax.pipeline import Pipeline
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.text.prompt_chunks import PromptTokens
 
-MAX_CHARACTERS = 2**14  # Of a prompt: reading it takes a moment.
+MAX_CHARACTERS = 2**14  # A prompt has at most so many, so that it is read in a moment.
 # A row holds these columns, then the weights of the styles.
 REQUEST_COLUMNS = ("number", "guidance_scale", "guidance_rescale", "num_states")
 COLUMNS = (*solvers.COLUMNS, *Previous._fields, *REQUEST_COLUMNS)
@@ -113,8 +113,8 @@ def _check_text(name, text):
 
 def _size(height, width, sizes: Sequence[Size]) -> Size:
     """Returns height and width; a 0 takes the first size's side."""
-    given = arguments.whole_number("height", height, 0), arguments.whole_number("width", width, 0)
-    size = given[0] or sizes[0][0], given[1] or sizes[0][1]
+    sides = arguments.whole_number("height", height, 0), arguments.whole_number("width", width, 0)
+    size = sides[0] or sizes[0][0], sides[1] or sizes[0][1]
     if size not in sizes:
         offered = ", ".join(f"{width} x {height}" for height, width in sizes)
         raise UserError(f"there is no size {size[1]} x {size[0]} here (width x height); there are: {offered}.")

@@ -66,11 +66,11 @@ def test_percentiles_and_rates_are_those_of_the_answers():
 
 
 def test_a_batch_has_one_style_and_one_number_of_steps():
-    drawn, release = [], threading.Event()
+    batches, release = [], threading.Event()
 
     def pipeline(prompts, styles, seeds, guidance_scale, num_inference_steps, solver):
         release.wait()
-        drawn.append((styles, num_inference_steps))
+        batches.append((styles, num_inference_steps))
         return np.asarray(seeds)
 
     server = BatchServer(pipeline, [1, 2, 4])
@@ -84,7 +84,7 @@ def test_a_batch_has_one_style_and_one_number_of_steps():
     ]
     release.set()
     assert [future.result(10.0) for future in futures] == list(range(6)) and first.result() == 0
-    assert drawn[1:] == [(["a"] * 4, 20), (["b"] * 2, 20), (["a"], 30)]
+    assert batches[1:] == [(["a"] * 4, 20), (["b"] * 2, 20), (["a"], 30)]
     server.stop()
 
 

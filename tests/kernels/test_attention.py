@@ -29,6 +29,14 @@ def test_attention_is_the_softmax_of_scaled_products(std, form):
     assert np.abs(form(*heads) - exact).max() < 1e-5 * np.abs(exact).max()
 
 
+def test_a_row_attends_to_its_own_number_of_keys():
+    query, key, value = query_key_value()
+    attended = attention(query, key, value, num_keys=jnp.array([5, 12]))
+    alone = attention(query[:1], key[:1, :5], value[:1, :5])
+    assert np.abs(attended[:1] - alone).max() < 1e-6 * np.abs(alone).max()
+    assert np.abs(attended[1:] - attention(query[1:], key[1:], value[1:])).max() < 1e-6 * np.abs(attended).max()
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_values_and_gradients_are_the_references(is_causal):
     forms = [lambda *heads, form=form: form(*heads, is_causal=is_causal) for form in (attention, reference)]

@@ -27,7 +27,7 @@ def main() -> None:
     places = [engine.pools[(64, 64)].slots.latents.sharding.num_devices, jax.local_device_count()]
     engine.stop()
     pairs = [(images[k], drawn_alone(pipeline, jobs[k].request)) for k in (1, 4, 10)]
-    print(places, max(int(np.abs(ours.astype(int) - theirs).max()) for ours, theirs in pairs))
+    print(places, max(int(np.abs(image.astype(int) - expected).max()) for image, expected in pairs))
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def memory_mb() -> float:
 
 
 def main() -> int:
-    """Runs 200 requests, reads the memory, and runs the others."""
+    """Runs 200 requests, reads the memory, and runs the remaining requests."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(FOLDER / BASE))
     parser.add_argument("--requests", type=int, default=2000)

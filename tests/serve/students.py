@@ -15,8 +15,8 @@ def small_pipeline(size: str = "tiny", **unet):
     """Returns a pipeline of random float32 weights; `unet` changes its config."""
     config = jobs.get_config()
     config.teachers, config.dtype = config.teachers[:2], "float32"
-    known = dict(networks.SIZES)
-    networks.SIZES["changed"] = known[size] | {"unet": known[size]["unet"] | unet}
+    sizes = dict(networks.SIZES)
+    networks.SIZES["changed"] = sizes[size] | {"unet": sizes[size]["unet"] | unet}
     try:
         return networks.random_pipeline("changed", config)
     finally:

@@ -1,4 +1,4 @@
-"""The engine: what a request returns does not depend on the others, and a fault stays with those that it concerns."""
+"""The engine: an image does not depend on other requests, and a fault stays with the requests that it concerns."""
 
 import threading
 import time
@@ -110,8 +110,8 @@ def test_an_image_that_is_not_finite_fails_alone(engine, pipeline, monkeypatch):
     assert np.abs(drawn_alone(pipeline, good.request).astype(int) - good.future.result(TIMEOUT)).max() <= 1
     with pytest.raises(NotFinite, match="hold NaN or infinity. Take a lower guidance scale"):
         bad.future.result(TIMEOUT)
-    again = engine.submit(request(seed=3))  # In the slot that held NaN.
-    assert np.abs(drawn_alone(pipeline, again.request).astype(int) - again.future.result(TIMEOUT)).max() <= 1
+    later = engine.submit(request(seed=3))  # In the slot that held NaN.
+    assert np.abs(drawn_alone(pipeline, later.request).astype(int) - later.future.result(TIMEOUT)).max() <= 1
 
 
 @pytest.mark.parametrize("program", ["denoise", "place", "decode"])

@@ -60,13 +60,13 @@ def test_rows_hold_the_plan_the_request_and_the_styles(pipeline, solver):
     schedule = [(1000, "style_0"), (500, "style_1")]
     _, arrays = check(pipeline, solver=solver, style=schedule, num_inference_steps=4, guidance_rescale=0.25)
     plan = solvers.plan(solver, pipeline.schedule, 4)
-    row, correction, asked, weights = work.unpack(jnp.asarray(arrays.table))
+    row, correction, columns, weights = work.unpack(jnp.asarray(arrays.table))
     for name in solvers.COLUMNS:
         assert np.array_equal(np.ravel(row[name]), getattr(plan, name))
     for name, column in correction._asdict().items():
         assert np.array_equal(
             np.ravel(column), getattr(plan.previous, name) if plan.previous else np.zeros(len(column))
         )
-    assert asked["number"].tolist() == list(range(len(plan.timesteps)))
-    assert set(asked["guidance_rescale"].tolist()) == {0.25} and set(asked["num_states"].tolist()) == {77}
+    assert columns["number"].tolist() == list(range(len(plan.timesteps)))
+    assert set(columns["guidance_rescale"].tolist()) == {0.25} and set(columns["num_states"].tolist()) == {77}
     assert np.array_equal(weights, pipeline.style_weights([schedule], 1, plan.timesteps)[0])
