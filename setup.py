@@ -65,6 +65,7 @@ setup(
             "webuiapi>=0.9.17",
             "selenium>=4.51",
             "peft>=0.21",  # diffusers' loader of LoRAs needs it.
+            "toml>=0.10",  # LyCORIS needs it.
             GCSFS,
             PARQUET,
             "pytest>=9",
@@ -78,7 +79,7 @@ setup(
             "hypothesis>=6.170",
             "mkdocs>=1.6",
             "mkdocstrings[python]>=1.0",
-            # ComfyUI's own code, for one file of tests, comes without its dependencies: requirements-test-alone.txt.
+            # ComfyUI's code and LyCORIS come without their dependencies: requirements-test-alone.txt.
         ],
     },
     entry_points={"console_scripts": ["dmm-jax = dmm_jax.__main__:main"]},

@@ -25,6 +25,7 @@ from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats.embedding import read_embeddings
 from dmm_jax.checkpoints.formats.fitted_style import with_fitted_styles
 from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.vae import with_vae
 from dmm_jax.config import arguments
 from dmm_jax.config.options import DTYPES
 from dmm_jax.config.styles import Style, image_names, is_schedule, style_rows
@@ -99,6 +100,7 @@ class Pipeline:
         clip_skip: int = 1,
         embeddings: Sequence = (),
         prompt_grammar: str = A1111,
+        vae="",
     ) -> "Pipeline":
         """Opens a diffusers folder (stock or DMM), a single file, or the workdir of a training run.
 
@@ -111,6 +113,7 @@ class Pipeline:
           clip_skip: the layer of Stable Diffusion 1's text encoder that conditions, from its end: 1 is the last.
           embeddings: files of textual inversion, or "NAME=FILE"; prompts use them by name, in the grammar "a1111".
           prompt_grammar: "a1111", the weights and chunks of `text.prompt_grammar`, or "plain".
+          vae: a file, folder or checkpoint whose VAE replaces the checkpoint's own.
 
         Raises:
           ValueError: the checkpoint is damaged, incomplete or of an unknown architecture, or an extra style was fitted
@@ -118,7 +121,7 @@ class Pipeline:
         """
         arguments.whole_number("clip_skip", clip_skip, 1)
         checkpoint = open_checkpoint(path, base=base, prediction_type=prediction_type, clip_skip=clip_skip)
-        checkpoint = with_fitted_styles(checkpoint, extra_styles)
+        checkpoint = with_vae(with_fitted_styles(checkpoint, extra_styles), vae)
         options = {"dtype": dtype, "prompt_grammar": prompt_grammar}
         pipeline = cls.for_unet(checkpoint, checkpoint.unet_config, checkpoint.styles or (), **options)
         return pipeline.with_unet(checkpoint.params("unet")).with_embeddings(embeddings)

@@ -11,7 +11,8 @@ from dmm_jax.checkpoints.compare import check_mergeable
 from dmm_jax.checkpoints.merge_methods import METHODS, Method, merge_networks, parse_method
 from dmm_jax.checkpoints.modelspec import Recipe
 from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
-from dmm_jax.checkpoints.write import DTYPES, write_folder, write_single_file
+from dmm_jax.checkpoints.vae import with_vae
+from dmm_jax.checkpoints.write import DTYPES, FLOAT8, write_folder, write_single_file
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import check_output
 
@@ -38,6 +39,7 @@ def average(
     dtype: str = "float16",
     components: str = ",".join(COMPONENTS),
     prediction_type: str = "",
+    vae: str | os.PathLike = "",
 ) -> Average:
     """Writes a weight average of checkpoints as one stock checkpoint; returns its path and a note per network.
 
@@ -53,16 +55,18 @@ def average(
       scale: the factor of the merged difference to the base; None for the method's default.
       density: the share of each difference that is kept, for ties and dare; None for the method's default.
       seed: determines which entries dare drops; None for 0.
-      dtype: the dtype of the written tensors: float32, float16 or bfloat16.
+      dtype: the dtype of the written tensors: float32, float16, bfloat16, or for a single file float8_e4m3fn.
       components: the networks to merge, separated by commas: unet, text_encoder (which means all text encoders).
       prediction_type: for single files that do not state it; see `open_checkpoint`.
+      vae: a file, folder or checkpoint whose VAE replaces the base's; "" keeps it.
 
     Raises:
       UserError: the output exists, a number is out of range, or the method does not take an option.
       CheckpointError: a checkpoint is damaged or does not fit the base; lists all problems. Nothing is written.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
+    is_file = pathlib.Path(out).suffix == SINGLE_FILE
+    if dtype not in DTYPES and (dtype != FLOAT8 or not is_file):
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, or {FLOAT8} for a single file; got {dtype!r}.")
     parsed = parse_method(method, len(teachers), weights, scale=scale, density=density, seed=seed)
     out = _check_output(pathlib.Path(out))
     opened = [open_teacher(path, base, prediction_type=prediction_type) for path in teachers]
@@ -72,9 +76,10 @@ def average(
     networks = networks_of(opened_base, components.split(","))
     license = licenses.together(checkpoint.license for checkpoint in (opened_base, *opened))
     recipe = Recipe(f"{method} of {', '.join(names)}", names, describe(opened_base, opened, parsed, networks), license)
-    write = write_single_file if out.suffix == SINGLE_FILE else write_folder
-    path = write(out, merge_networks(opened_base, opened, parsed, networks), dtype, recipe)
-    return Average(path, _notes(opened_base, opened, networks, method))
+    write = write_single_file if is_file else write_folder
+    merged = with_vae(merge_networks(opened_base, opened, parsed, networks), vae)
+    path = write(out, merged, dtype, recipe)
+    return Average(path, _notes(opened_base, opened, networks, method, vae))
 
 
 def networks_of(base: Checkpoint, components: Sequence[str] = COMPONENTS) -> tuple[str, ...]:
@@ -91,7 +96,7 @@ def networks_of(base: Checkpoint, components: Sequence[str] = COMPONENTS) -> tup
     return unet + tuple(name for name in text_encoders if base.has(name))
 
 
-def _notes(base: Checkpoint, teachers: Sequence[Checkpoint], networks: Sequence[str], method: str) -> list[str]:
+def _notes(base: Checkpoint, teachers: Sequence[Checkpoint], networks: Sequence[str], method: str, vae="") -> list[str]:
     lines = []
     for network in networks:
         names = [
@@ -99,7 +104,8 @@ def _notes(base: Checkpoint, teachers: Sequence[Checkpoint], networks: Sequence[
             for teacher in teachers
         ]
         lines.append(f"{network}: {method} of {', '.join(names)}")
-    from_base = [name for name in base.components if name not in networks]
+    from_base = [name for name in base.components if name not in networks and not (vae and name == "vae")]
+    lines += [f"vae: that of {vae}"] if vae else []
     return [*lines, f"{', '.join([*from_base, 'tokenizer'])}: the base's, {base.name}"]
 
 

@@ -40,8 +40,13 @@ class Place(NamedTuple):
         """The tensor's dtype, from the file's header."""
         return self.file.dtype(self.name)
 
+    @property
+    def computed(self) -> bool:
+        """Whether reading computes the tensor, as for float8."""
+        return self.file.is_computed(self.name)
+
     def read(self) -> np.ndarray:
-        """Returns the tensor as a view of the memory-mapped file."""
+        """Returns the tensor: a view of the memory-mapped file, if it is not `computed`."""
         array = self.file[self.name]
         if self.third is not None:
             rows = len(array) // 3
@@ -107,12 +112,13 @@ class Component:
 
 
 class FoldedLora(NamedTuple):
-    """The facts about a LoRA file that is folded into a checkpoint."""
+    """The facts about an adapter file that is folded into a checkpoint."""
 
     path: pathlib.Path
     weight: float
     ranks: Sequence[int]  # The distinct ranks of its layers, ascending.
-    networks: Mapping[str, int]  # {network: number of layers that the file changes}
+    networks: Mapping[str, int]  # {network: number of tensors that the file changes}
+    kinds: Mapping[str, int]  # {kind of adapter, such as "LoRA" or "DoRA of LoHa": number of tensors}
 
 
 def build_abstract(component: str, config: Mapping, path: Location) -> dict:

@@ -1,30 +1,28 @@
 """Exports a training run's student as PyTorch safetensors, in one or several formats, with model cards."""
 
+import functools
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from dmm_jax.checkpoints import licenses, model_card, provenance
+from dmm_jax.checkpoints import export_lora, licenses, model_card, provenance
 from dmm_jax.checkpoints.checkpoint import Checkpoint
-from dmm_jax.checkpoints.formats import style_lora
+from dmm_jax.checkpoints.formats import extract_lora, style_lora
 from dmm_jax.checkpoints.formats.fitted_style import with_fitted_styles
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile
 from dmm_jax.checkpoints.modelspec import MERGED_FROM, RECIPE_KEY, Recipe
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.styles import select_styles
-from dmm_jax.checkpoints.write import DTYPES, FORMATS, write_format
-from dmm_jax.config.options import as_kept
+from dmm_jax.checkpoints.vae import with_vae
+from dmm_jax.checkpoints.write import DTYPES, FLOAT8, FORMATS, write_format
+from dmm_jax.config.options import as_kept, opening_options
 from dmm_jax.config.serialization import load_config, to_json
 from dmm_jax.config.styles import parse_style, style_row
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import check_output, locate, staged_folder
 
-FILE_FORMATS = (
-    "single-file",
-    "style-lora",
-)  # Formats that are one file. The rest are folders with a card of their own.
-PLACES = {  # Where each format is written, below the folder.
+PLACES = {  # Where each format is written, below the folder; LoRAs have one file per style.
     "dmm": "dmm",
     "diffusers": "diffusers",
     "single-file": "model.safetensors",
@@ -46,6 +44,11 @@ def export(
     extra_styles: Sequence[str | os.PathLike] = (),
     stated_licenses: Sequence[str] = (),
     dry_run: bool = False,
+    vae: str | os.PathLike = "",
+    rank: str = "64",
+    exact: bool = False,
+    base: str | os.PathLike = "",
+    progress: Callable = lambda keys: keys,
 ) -> list[pathlib.Path]:
     """Writes a student in each of `formats` below the folder `out`; returns the paths, in the order of the formats.
 
@@ -55,23 +58,31 @@ def export(
     | diffusers   | out/diffusers/             | one style or mix, as a stock diffusers pipeline                |
     | single-file | out/model.safetensors      | one style or mix, as a checkpoint for ComfyUI, A1111 and Forge |
     | style-lora  | out/style_lora.safetensors | the difference between two mixes, a few kilobytes              |
+    | lora        | out/lora*.safetensors      | a style minus the base, of low rank; without `style`, each one |
 
     Each folder holds a model card; `out` holds one for the files. If the run has recorded its parents' hashes, no
     teacher is opened; the base is, for its VAE and text encoders. All formats are written, or none.
 
     Args:
-      workdir: the workdir of a training run, or a DMM folder.
+      workdir: the workdir of a training run, or a DMM folder; for the format lora alone, also a stock checkpoint.
       out: a new or empty folder.
       formats: names from the table.
-      style: the name or mix ("anime=0.7,photo=0.3") that is folded into every format except dmm, which ignores it.
-      dtype: the dtype of the written tensors: float32, float16 or bfloat16.
+      style: the name or mix ("anime=0.7,photo=0.3") that is folded into every format except dmm, which ignores it;
+        "" for lora makes one file per style.
+      dtype: the dtype of the written tensors: float32, float16, bfloat16, or for single-file alone float8_e4m3fn.
       recipe: whether the files' metadata and the cards name the parents and their hashes.
       lora_base: the name or mix whose stock export a style-lora is used on; "" for all styles in equal parts.
-      lora_for: the tools that can read the style-lora: comfyui, diffusers, a1111.
+      lora_for: the tools that can read the style-lora or lora: comfyui, diffusers, a1111.
       keep: the styles to export, in this order, as "name" or "new name=name"; () for all.
       extra_styles: files of `dmm-jax fit-style`, one style each, which are added to the student's own.
       stated_licenses: "NAME=LICENCE" for "base" or a teacher whose files state no licence, or a wrong one.
       dry_run: opens and checks everything, and writes nothing.
+      vae: a file, folder or checkpoint whose VAE replaces the base's; "" keeps it.
+      rank: of a lora's layers, as "64", or "auto:0.98" for the rank at which each layer keeps this share of its squared
+        difference.
+      exact: whether a lora is decomposed exactly and not by the randomised algorithm, which is faster.
+      base: the checkpoint that a lora changes; "" for the run's base.
+      progress: wraps the sequence of a lora's tensors, for a progress bar.
 
     Raises:
       UserError: a format, style or dtype is unknown, formats do not belong together, or `out` is not empty. Nothing is
@@ -79,47 +90,80 @@ def export(
       CheckpointError: the student or a parent is damaged or missing. Nothing is written then.
     """
     _check_options(formats, dtype)
-    out, run = check_output(out), locate(workdir)
-    student = open_student(workdir, extra_styles, keep)
+    lora_rank = extract_lora.parse_rank(rank)
+    out, run, is_lora = check_output(out), locate(workdir), set(formats) == {"lora"}
+    student = with_vae(open_student(workdir, extra_styles, keep, allow_stock=is_lora and bool(base)), vae)
     weights = _weights_to_fold(formats, style, student)
-    base_weights = _row(lora_base, student.styles) if lora_base else style_lora.equal_parts(student.styles)
+    lora_parent = base_of(workdir, student, base) if "lora" in formats else None
     parents = provenance.parents_of_workdir(run, hashed=recipe) if student.kind == "workdir" else {}
     parents = provenance.with_licenses(parents, stated_licenses)
     license = licenses.together(parent["license"] for parent in parents.values()) or student.license
-    merged_from, details, card_parents = list(student.styles), None, {}
+    merged_from, details, card_parents = list(student.styles or [student.name]), None, {}
     if recipe:
         merged_from = merged_from_names(parents, student)
         details = describe(workdir, student, parents, style) | ({"kept": list(keep)} if keep else {})
+        details |= {"vae": pathlib.Path(vae).name} if vae else {}
         card_parents = _parents_by_new_name(parents, student, keep)
 
-    def about(fmt):
-        title = student.name if fmt == "dmm" else f"{student.name}: {style}"
+    def about(fmt, mix=style):
+        title = student.name if fmt == "dmm" or not mix else f"{student.name}: {mix}"
         return Recipe(title, merged_from, details, license)
 
     if dry_run:
-        return [out / PLACES[fmt] for fmt in dict.fromkeys(formats)]
+        return _planned(out, formats, student, style, lora_for)
+    loras = {"rank": lora_rank, "dtype": dtype, "tools": lora_for, "exact": exact, "progress": progress}
     paths = {}
     with staged_folder(out) as folder:
         for fmt in dict.fromkeys(formats):
             if fmt == "style-lora":
+                base_weights = _row(lora_base, student.styles) if lora_base else style_lora.equal_parts(student.styles)
                 path, mixes = folder / style_lora.NAME, (weights, base_weights)
-                paths[fmt] = style_lora.write_style_lora(path, student, *mixes, dtype, lora_for, about(fmt))
+                paths[fmt] = [style_lora.write_style_lora(path, student, *mixes, dtype, lora_for, about(fmt))]
+            elif fmt == "lora":
+                place = folder, student, lora_parent, export_lora.mixes_of(student, style)
+                record = card_parents.get(provenance.BASE, {})
+                paths[fmt] = export_lora.write_loras(
+                    *place, about=functools.partial(about, fmt), base_record=record, **loras
+                )
             else:
-                paths[fmt] = write_format(folder, fmt, student, weights, dtype, about(fmt))
-        cards = {path: [fmt] for fmt, path in paths.items() if fmt not in FILE_FORMATS}
-        cards[folder] = [fmt for fmt in paths if fmt in FILE_FORMATS]
+                paths[fmt] = [write_format(folder, fmt, student, weights, dtype, about(fmt))]
+        cards = {written[0]: [fmt] for fmt, written in paths.items() if written[0].is_dir()}
+        cards[folder] = [fmt for fmt, written in paths.items() if not written[0].is_dir()]
         for card_folder, card_formats in cards.items():
             if card_formats:
                 _write_card(card_folder, card_formats, about(card_formats[0]), student, run, card_parents)
-        return [out / path.relative_to(folder) for path in paths.values()]
+        return [out / path.relative_to(folder) for written in paths.values() for path in written]
+
+
+def _planned(out, formats, student, style, lora_for) -> list[pathlib.Path]:
+    """Returns the paths that an export writes, in the order of the formats."""
+    paths = []
+    for fmt in dict.fromkeys(formats):
+        is_lora = fmt == "lora"
+        paths += list(export_lora.places(out, student, style, lora_for)) if is_lora else [out / PLACES[fmt]]
+    return paths
+
+
+def base_of(workdir: str | os.PathLike, student: Checkpoint, base: str | os.PathLike = "") -> Checkpoint:
+    """Returns the checkpoint whose difference to a student is a LoRA: `base`, or a run's own.
+
+    Raises:
+      UserError: the student is not a training run, and no base is given.
+    """
+    if base:
+        return open_checkpoint(base)
+    if student.kind != "workdir":
+        raise UserError(f"{workdir} does not say which base a LoRA of it changes: give it by --base.")
+    config = load_config(locate(workdir))
+    return open_checkpoint(config.base, **opening_options(config, provenance.BASE))
 
 
 def _check_options(formats, dtype):
     unknown = [fmt for fmt in formats if fmt not in FORMATS]
     if unknown or not formats:
         raise UserError(f"there is no format {', '.join(unknown) or '(none given)'}; there are: {', '.join(FORMATS)}.")
-    if dtype not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
+    if dtype not in DTYPES and (dtype != FLOAT8 or set(formats) != {"single-file"}):
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, or {FLOAT8} for single-file alone; got {dtype!r}.")
     stock = [fmt for fmt in formats if fmt in ("diffusers", "single-file")]
     if stock and "style-lora" in formats:
         raise UserError(
@@ -130,7 +174,7 @@ def _check_options(formats, dtype):
 
 def _weights_to_fold(formats, style, student):
     """Returns the mix (N,) that is folded into the stock formats; None if all formats keep all styles."""
-    if all(fmt == "dmm" for fmt in formats):
+    if student.styles is None or all(fmt in ("dmm", "lora") for fmt in formats) and not style:
         return None
     if not style:
         raise UserError(
@@ -140,17 +184,26 @@ def _weights_to_fold(formats, style, student):
 
 
 def open_student(
-    workdir: str | os.PathLike, extra_styles: Sequence[str | os.PathLike] = (), keep: Sequence[str] = ()
+    workdir: str | os.PathLike,
+    extra_styles: Sequence[str | os.PathLike] = (),
+    keep: Sequence[str] = (),
+    allow_stock: bool = False,
 ) -> Checkpoint:
     """Opens a merged checkpoint, adds fitted styles, and reduces it to the styles in `keep`.
+
+    Args:
+      allow_stock: whether a checkpoint without styles is returned as it is.
 
     Raises:
       UserError: it is a stock checkpoint, or a style is unknown.
     """
     student = open_checkpoint(workdir)
+    if student.styles is None and allow_stock:
+        return student
     if student.styles is None:
         raise UserError(
-            f"{workdir} holds a stock checkpoint; only a merged one is exported. Give the --workdir of a `train` run."
+            f"{workdir} holds a stock checkpoint; only a merged one is exported, or any one with --base as lora alone. "
+            "Give the workdir of a `train` run."
         )
     student = with_fitted_styles(student, extra_styles)
     return select_styles(student, as_kept(keep)) if keep else student
@@ -162,17 +215,17 @@ def _row(style, styles):
 
 def _parents_by_new_name(parents, student, keep) -> dict[str, dict]:
     """Returns the parents of the exported styles and the base, by their new names; a fitted style has no parent."""
-    names = as_kept(keep) if keep else {name: name for name in student.styles}
+    names = as_kept(keep) if keep else {name: name for name in student.styles or ()}
     names = {provenance.BASE: provenance.BASE, **names}
     return {new: parents[old] for new, old in names.items() if old in parents}
 
 
 def _write_card(folder, formats, about, student, workdir, parents):
-    grid, metrics = model_card.grid_of(workdir), model_card.metrics_of(workdir, student.styles)
+    grid, metrics = model_card.grid_of(workdir), model_card.metrics_of(workdir, student.styles or ())
     if grid:
         (folder / model_card.GRID).write_bytes(grid.read_bytes())
     text = model_card.card(
-        formats, about.title, student.styles, student.architecture, parents, about.license, metrics, bool(grid),
+        formats, about.title, student.styles or (), student.architecture, parents, about.license, metrics, bool(grid),
         student.scheduler_config, student.clip_skip,
     )  # fmt: skip
     (folder / model_card.NAME).write_text(text, encoding="utf-8")

@@ -17,8 +17,8 @@ from dmm_jax.checkpoints.architecture import SD1, SD2, SDXL, architecture
 from dmm_jax.checkpoints.checkpoint import Checkpoint, is_unused
 from dmm_jax.checkpoints.compare import COMPARED, Problem, base_problems, contradictions, teacher_problems
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.checkpoints.formats import single_file
-from dmm_jax.checkpoints.formats.safetensors_io import dtype_of, shape_of
+from dmm_jax.checkpoints.formats import adapter_facts, single_file
+from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, dtype_of, shape_of
 from dmm_jax.checkpoints.naming import listed, printable
 from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
 from dmm_jax.checkpoints.provenance import SHORT_HASH, relative_name, sha256
@@ -62,6 +62,7 @@ def inspect(
       checkpoints: one dictionary per path: "path", "name", "kind", "architecture", "prediction_type", "license",
         "styles", "tokenizer", "files" (name, bytes, sha256), "hash" (the AutoV2 hash of a single file), "components"
         (parameters, tensors, dtypes, digest), "damage" (component, kind, tensors, matters, meaning), "loras",
+        "float8" (in words), "adapter" (`adapter_facts.facts` of an adapter, else None),
         "loans" (sentences about the parts that come from elsewhere), "ema_tensors", "unused_tensors", "unsupported",
         "read" ("all" or "sample"), and "error", which is not empty if the checkpoint cannot be opened.
       mergeable: whether nothing prevents a merge; for a single path, whether the checkpoint is sound.
@@ -144,7 +145,7 @@ def _report(path: pathlib.Path, checkpoint: Checkpoint | None, error: str, deep,
         "path": str(path), "name": name, "error": error, "kind": None, "architecture": None,
         "prediction_type": None, "license": None, "styles": None, "tokenizer": False, "files": [], "hash": None,
         "components": {}, "ema_tensors": 0, "unused_tensors": 0, "unsupported": "", "damage": [], "loras": [],
-        "read": "all", "loans": [],
+        "read": "all", "loans": [], "float8": "", "adapter": None,
     }  # fmt: skip
     files = [root] if root.is_file() else checkpoint.files if checkpoint else []
     read_all = deep or sum(file.stat().st_size for file in files) <= COMPLETE_BYTES
@@ -155,7 +156,8 @@ def _report(path: pathlib.Path, checkpoint: Checkpoint | None, error: str, deep,
     if path.is_file() and report["files"][0]["sha256"]:
         report["hash"] = report["files"][0]["sha256"][:SHORT_HASH]
     if checkpoint is None:
-        return report
+        return report | {"adapter": _adapter(root)}
+    report["float8"] = "; ".join(filter(None, (TensorFile(file).float8 for file in files)))
     ema = [key for key in checkpoint.unused if key.startswith(single_file.EMA)]
     for component in checkpoint.components:
         report["components"][component], damages = _component(checkpoint, component, read_all)
@@ -179,6 +181,14 @@ def _report(path: pathlib.Path, checkpoint: Checkpoint | None, error: str, deep,
     }
 
 
+def _adapter(path: pathlib.Path) -> dict | None:
+    """Returns the facts about an adapter file; None for any other file."""
+    try:
+        return adapter_facts.facts(TensorFile(path))
+    except (ValueError, OSError):
+        return None
+
+
 def _fallbacks(checkpoint, base) -> list[str]:
     """Returns one sentence for each part that a checkpoint takes from elsewhere; a teacher takes them from the base."""
     if checkpoint is None or checkpoint is base:
@@ -196,6 +206,7 @@ def _lora(lora) -> dict:
     file = _file(lora.path, lora.path, hashed=True)
     return file | {
         "hash": file["sha256"][:SHORT_HASH], "weight": lora.weight, "ranks": lora.ranks, "networks": lora.networks,
+        "kinds": lora.kinds,
     }  # fmt: skip
 
 

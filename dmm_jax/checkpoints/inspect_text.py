@@ -22,7 +22,8 @@ def render(report: Mapping) -> str:
 def _rows(checkpoint) -> Iterator[tuple[str, ...]]:
     """Yields one row per network, the checkpoint's own columns in the first of them."""
     if checkpoint["error"]:
-        yield printable(checkpoint["name"]), "cannot be opened", *("",) * (len(COLUMNS) - 2)
+        kind = "adapter" if checkpoint["adapter"] else "cannot be opened"
+        yield printable(checkpoint["name"]), kind, *("",) * (len(COLUMNS) - 2)
         return
     columns = [checkpoint[name] or "-" for name in ("name", "kind", "architecture", "prediction_type")]
     columns = tuple(printable(str(cell)) for cell in columns)
@@ -61,6 +62,8 @@ def _notes(checkpoint) -> Iterator[str]:
         yield f"{GAP}read: the start, middle and end of every tensor; --deep reads all of it"
     if any(not file["sha256"] for file in checkpoint["files"]):
         yield f"{GAP}hash: not computed, it takes a while; --hash does"
+    if checkpoint["float8"]:
+        yield f"{GAP}float8: {checkpoint['float8']}; read in float16, or with the scale in float32"
     for sentence in checkpoint["loans"]:
         yield GAP + printable(sentence, 1000)
     for lora in checkpoint["loras"]:
@@ -78,9 +81,12 @@ def _notes(checkpoint) -> Iterator[str]:
 
 def _lora(lora) -> str:
     layers = ", ".join(f"{count} of {network}" for network, count in lora["networks"].items())
-    ranks = ("rank " if len(lora["ranks"]) == 1 else "ranks ") + ", ".join(map(str, lora["ranks"]))
+    kinds, ranks = ", ".join(lora["kinds"]), lora["ranks"]
+    rank = ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks)) if ranks else "no rank"
     file = printable(lora["file"])
-    return f"LoRA {file} * {lora['weight']:g}: {ranks}, layers: {layers}; hash {lora['hash']}, SHA-256 {lora['sha256']}"
+    return (
+        f"{kinds} {file} * {lora['weight']:g}: {rank}, tensors: {layers}; hash {lora['hash']}, SHA-256 {lora['sha256']}"
+    )
 
 
 def _verdict(report) -> str:
@@ -89,5 +95,6 @@ def _verdict(report) -> str:
         text = f"These checkpoints can be merged on {base}: {', '.join(teachers)}" if teachers else f"{base} is sound"
         sampled = any(checkpoint["read"] == SAMPLE for checkpoint in report["checkpoints"])
         return text + (", as far as it was read." if sampled else ".")
-    heading = "These checkpoints cannot be merged:" if teachers else f"{base} cannot be used:"
+    alone = f"{base} is an adapter:" if report["checkpoints"][0]["adapter"] else f"{base} cannot be used:"
+    heading = "These checkpoints cannot be merged:" if teachers else alone
     return "\n".join([heading, *(f"{GAP}- {sentence}" for sentence in report["obstacles"])])

@@ -28,6 +28,9 @@ image = pipe("a prompt", num_inference_steps=25, guidance_scale=7.0).images[0]
     "single-file": "`model.safetensors` is a checkpoint for ComfyUI, A1111, Forge and diffusers' `from_single_file`.",
     "style-lora": "`style_lora.safetensors` is used at strength 1 on the stock export of the mix that its metadata "
     "names (`dmm_jax.lora_base`), and on nothing else.",
+    "lora": "Each `lora*.safetensors` turns the base that its metadata names (`dmm_jax.lora_base`) into a style, at "
+    "strength 1: in ComfyUI, A1111, kohya's tools and dmm_jax (`BASE + FILE`), or, those with `_diffusers` in their "
+    "name, in diffusers' `load_lora_weights`.",
 }
 # {scheduler field or value: what it says about the UNet}
 SCHEDULES = {
@@ -63,8 +66,8 @@ def card(
     """Returns the text of a card, Markdown under a YAML head.
 
     Args:
-      formats: the formats in the card's folder: "dmm" or "diffusers" alone; or "single-file", "style-lora" or both.
-      styles: the names of the merged model's styles, in row order.
+      formats: the formats in the card's folder: "dmm" or "diffusers" alone; or some of the formats that are files.
+      styles: the names of the merged model's styles, in row order; none for a LoRA of another checkpoint.
       family: its architecture, by ModelSpec's name.
       parents: `provenance.record` by "base" and style; empty if the card is not to name them.
       license: the licences of all parents together.
@@ -78,14 +81,16 @@ def card(
     about = (
         f"{merged}; styles are selected and mixed per image." if has_all_styles else f"One style or mix of {merged}."
     )
+    if not styles:
+        about = "The difference between a fine-tuned checkpoint and its base, made with dmm_jax."
     parts = [_head(license, family, parents), f"# {escaped(title)}", about]
     if has_grid:
         parts.append(f"![Samples of every style]({GRID})")
-    parts += ["## Styles", _table(_style_rows(styles, parents))]
+    parts += ["## Styles", _table(_style_rows(styles, parents))] if styles else []
     parts.append(f"Licences that the parents state: {escaped(license or licenses.UNKNOWN)}.")
     if metrics:
         parts += ["## Measured", *_measured(metrics)]
-    parts += ["## Use", *(USE[fmt].replace("{styles}", json.dumps(styles[0])) for fmt in formats)]
+    parts += ["## Use", *(USE[fmt].replace("{styles}", json.dumps(next(iter(styles), ""))) for fmt in formats)]
     parts += _schedule(schedule, "single-file" in formats)
     parts += [CLIP_SKIP.format(clip_skip)] if clip_skip != 1 else []
     return "\n\n".join(parts) + "\n"

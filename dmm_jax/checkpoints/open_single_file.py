@@ -65,6 +65,27 @@ def open_single_file(path: pathlib.Path) -> Checkpoint:
     )
 
 
+def open_vae_file(file: TensorFile) -> Component:
+    """Returns the VAE of a file that holds nothing else, or nothing but a VAE and unknown tensors, in LDM's layout.
+
+    Raises:
+      CheckpointError: the file holds no VAE, or one of an unknown architecture.
+    """
+    first = "encoder.conv_in.weight"
+    prefix = next((prefix for prefix in (*single_file.PREFIXES["vae"], "") if prefix + first in file), None)
+    if prefix is None:
+        keys = naming.listed(list(file)[:5])
+        raise CheckpointError(f"{file.path} holds no VAE: it lacks {first!r}. Its first keys: {keys}.")
+    bare = {key.removeprefix(prefix): key for key in file if key.startswith(prefix)}
+    keys = {
+        single_file.ldm_key("vae", key): name
+        for key, name in bare.items()
+        if not key.startswith(single_file.VAE_TRAINING)
+    }
+    vae = _component(file.path, file, "vae", keys)
+    return vae if vae.config else vae.load()  # Without a config, loading raises the reason.
+
+
 def _keys_of(component, file) -> dict[str, str]:
     """Returns {key without the prefix: key in the file} of a network; empty if the file does not hold it."""
     prefix = single_file.prefix_of(component, file)
@@ -156,7 +177,8 @@ def _component(path, file: TensorFile, component: str, keys: Mapping[str, str]) 
     Args:
       keys: {key without the prefix: key in the file}.
     """
-    prefix, shapes = single_file.prefix_of(component, file), {key: file.shape(name) for key, name in keys.items()}
+    prefix = single_file.prefix_of(component, file) or ""  # A file of a VAE alone has none.
+    shapes = {key: file.shape(name) for key, name in keys.items()}
     try:
         config = read_config(component, shapes, prefix, str(path))
     except CheckpointError as error:

@@ -13,7 +13,7 @@ from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.architecture import SD1, SD2, SDXL, text_encoders
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.checkpoints.formats import single_file
+from dmm_jax.checkpoints.formats import float8, single_file
 from dmm_jax.checkpoints.formats.diffusers_folder import EMPTY_PROMPT, WEIGHTS
 from dmm_jax.checkpoints.formats.open_clip import to_open_clip
 from dmm_jax.checkpoints.formats.safetensors_io import Computed, Tensors, save, save_parts
@@ -29,8 +29,10 @@ FORMATS = {  # {name: meaning}
     "diffusers": "a stock diffusers folder with one style or mix",
     "single-file": "a stock checkpoint with one style or mix, for ComfyUI, A1111, Forge and diffusers",
     "style-lora": "a style as a few kilobytes, for the stock export of one mix",
+    "lora": "a style, or each one, minus the base as a LoRA of low rank, for ComfyUI, A1111 and diffusers",
 }
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+FLOAT8 = "float8_e4m3fn"  # For single files: the UNet's dense layers, each with a scale; the rest is float16.
 TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
     "tokenizer.json", "added_tokens.json",
@@ -170,6 +172,9 @@ def stock_unet_config(config: Mapping) -> dict:
 def write_single_file(out: pathlib.Path, source: Checkpoint, dtype: str, recipe: Recipe) -> pathlib.Path:
     """Writes a single file: UNet, VAE and text encoders under the names of LDM, or of SGM for Stable Diffusion XL.
 
+    Args:
+      dtype: float32, float16, bfloat16, or float8_e4m3fn (see `FLOAT8`).
+
     Raises:
       CheckpointError: a network is damaged or does not fit `dtype`, or `out` exists.
     """
@@ -179,7 +184,11 @@ def write_single_file(out: pathlib.Path, source: Checkpoint, dtype: str, recipe:
     family = source.architecture if source.has("unet") else SD1
     tensors = {}
     for component in source.components:
-        tensors |= _in_single_file(component, source.config(component), state_dict(source, component, dtype), family)
+        config = source.config(component)
+        own = state_dict(source, component, "float16" if dtype == FLOAT8 else dtype)
+        tensors |= _in_single_file(component, config, own, family)
+        if dtype == FLOAT8 and component == "unet":
+            tensors |= _scaled(_in_single_file(component, config, state_dict(source, component, "float32"), family))
     tensors |= _schedule_flags(source)
     save(out, Tensors(tensors), metadata(source, recipe, "sgm"))
     return out
@@ -201,6 +210,27 @@ def _in_single_file(component, config, tensors, family) -> dict[str, Computed]:
         # LDM's VAE holds the attention's dense layers as 1x1 convolutions.
         is_conv = component == "vae" and ".attn_1." in name and len(shape) == 2
         entries[prefix + name] = reshaped(tensors, key, (*shape, 1, 1) if is_conv else shape)
+    return entries
+
+
+def _scaled(tensors: Mapping[str, Computed]) -> dict[str, Computed]:
+    """Returns the dense layers of a UNet in float8 with their scales, as ComfyUI reads them, and its marker.
+
+    Convolutions, norms and biases are not among them: ComfyUI does not scale these.
+    """
+    empty = np.zeros(0, float8.E4M3)
+    entries = {single_file.UNET + float8.MARKER: Computed(empty.shape, empty.dtype, lambda: empty)}
+
+    def encoded(read):
+        array = read()
+        return float8.encoded(array, float8.scale_for(array))
+
+    for key, tensor in tensors.items():
+        if len(tensor.shape) == 2 and key.endswith(".weight"):
+            read = tensor.read
+            scale = key.removesuffix(".weight") + float8.SCALES[0]
+            entries[key] = Computed(tensor.shape, float8.E4M3, functools.partial(encoded, read))
+            entries[scale] = Computed((), np.dtype(np.float32), lambda read=read: float8.scale_for(read()))
     return entries
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.architecture import SDXL
 from dmm_jax.checkpoints.checkpoint import Checkpoint
-from dmm_jax.checkpoints.formats import style_lora
+from dmm_jax.checkpoints.formats.safetensors_io import TensorFile
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.write import PIPELINES, state_dict
 from dmm_jax.pipeline import Pipeline
@@ -117,9 +117,14 @@ def exports_in(folder: pathlib.Path) -> dict[pathlib.Path, list[pathlib.Path]]:
         if (place / "model_index.json").is_file():
             continue
         paths = [place / name for name in ("dmm", "diffusers") if (place / name / "model_index.json").is_file()]
-        paths += [path for path in sorted(place.glob("*.safetensors")) if path.name != style_lora.NAME]
+        paths += [path for path in sorted(place.glob("*.safetensors")) if not _is_lora(path)]
         found |= {place: paths} if paths else {}
     return found
+
+
+def _is_lora(path: pathlib.Path) -> bool:
+    """Tells whether a file that `export` wrote is a LoRA or style-lora."""
+    return TensorFile(path).metadata.get("modelspec.architecture", "").endswith("/lora")
 
 
 def _is_stock(path: pathlib.Path) -> bool:

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", type=float, help="factor of the merged difference; default: 1 for ties, else 0.4")
     parser.add_argument("--density", type=float, help="share of a difference that is kept; default: ties 0.2, dare 0.1")
     parser.add_argument("--seed", type=int, help="for what dare drops; default: 0")
+    options.add_vae(parser)
     options.add_prediction_type(parser)
     options.add_file_dtype(parser)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import pathlib
 import re
 
@@ -12,6 +13,7 @@ EXAMPLES = (
     "dmm-jax export runs/sd15 out --format dmm",
     'dmm-jax export runs/sd15 out --format diffusers,single-file --style "anime=0.7,photo=0.3"',
     "dmm-jax export runs/sd15 out --format single-file --all-styles --name merged",
+    "dmm-jax export runs/sd15 out --format lora --rank 64",
     "dmm-jax export runs/sd15 out --format dmm --examples pictures --trigger anime=anime,cel --push OWNER/NAME",
 )
 FILE = "model.safetensors"
@@ -19,7 +21,12 @@ FILE = "model.safetensors"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
-    parser.add_argument("workdir", type=pathlib.Path, metavar="WORKDIR", help="a training run, or a DMM folder")
+    parser.add_argument(
+        "workdir",
+        type=pathlib.Path,
+        metavar="WORKDIR",
+        help="a training run, or a DMM folder; for lora, any checkpoint",
+    )
     parser.add_argument(
         "out", type=pathlib.Path, metavar="OUT", help="a new or empty folder, for one file or folder per format"
     )
@@ -53,6 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="NAME or mix of the export that style-lora is applied to; default: equal parts",
     )
     parser.add_argument("--lora-for", default="comfyui", help="comma list of comfyui, diffusers, a1111 (adds 3.3 MB)")
+    parser.add_argument("--rank", default="64", help="of a lora's layers, or auto:0.98 to keep this share of each")
+    parser.add_argument("--exact", action="store_true", help="decompose a lora exactly; slower")
+    parser.add_argument("--base", default="", help="the checkpoint that a lora changes; default: the run's base")
+    options.add_vae(parser)
     parser.add_argument(
         "--license",
         action="append",
@@ -81,6 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Writes every format, compares them with diffusers if asked to, and prints their paths."""
+    from tqdm import tqdm
+
     from dmm_jax.checkpoints.card_additions import add_to_cards, read_triggers
     from dmm_jax.checkpoints.export import export, open_student
     from dmm_jax.checkpoints.formats import hub
@@ -92,8 +105,8 @@ def main(args: argparse.Namespace) -> None:
     if args.push:
         hub.check_repository(args.push)
     check_output(args.out)
-    student = open_student(args.workdir, args.extra_style, args.keep)
-    triggers = triggers_of_workdir(args.workdir, student, args.keep) | read_triggers(args.trigger, student.styles)
+    student = open_student(args.workdir, args.extra_style, args.keep, allow_stock=formats == ["lora"])
+    triggers = triggers_of_workdir(args.workdir, student, args.keep) | read_triggers(args.trigger, student.styles or ())
     examples = _examples(args.examples) if args.examples else []
     paths = []
     with contextlib.nullcontext(args.out) if args.dry_run else staged_folder(args.out) as stage:
@@ -111,6 +124,11 @@ def main(args: argparse.Namespace) -> None:
                 extra_styles=args.extra_style,
                 stated_licenses=args.license,
                 dry_run=args.dry_run,
+                vae=args.vae,
+                rank=args.rank,
+                exact=args.exact,
+                base=args.base,
+                progress=functools.partial(tqdm, disable=None, desc="lora"),
             )
             written = [path if args.dry_run else _renamed(path, name) for path in written]
             paths += [args.out / path.relative_to(stage) for path in written]
@@ -122,18 +140,28 @@ def main(args: argparse.Namespace) -> None:
         from dmm_jax.evaluation.verify_export import verify_folder
 
         print("\n".join(verify_folder(args.out, args.workdir, student)))
+    if "lora" in formats:
+        from dmm_jax.checkpoints.export import base_of
+        from dmm_jax.evaluation.lora_error import print_lora_errors
+
+        base = base_of(args.workdir, student, args.base)
+        print_lora_errors(student, base, args.out, args.style, args.lora_for.split(","))
     print("\n".join(map(str, paths)))
     if args.push:
         print(hub.push_folder(paths[0] if len(paths) == 1 and paths[0].is_dir() else args.out, args.push))
 
 
 def _check(args, formats) -> None:
+    from dmm_jax.checkpoints.write import FLOAT8
+
     if args.all_styles and args.style:
         raise UserError("--all-styles folds in each style by itself: leave --style out.")
     if args.name and not re.fullmatch(r"\w[\w .-]*", args.name):
         raise UserError(f"--name is a file name of letters, digits, '_', '-', '.' and blanks; got {args.name!r}.")
     if args.verify and "single-file" in formats and "diffusers" not in formats:
         raise UserError("--verify compares a single file with a diffusers folder: add diffusers to --format.")
+    if args.verify and args.dtype == FLOAT8:
+        raise UserError(f"--verify compares with diffusers, which does not read {FLOAT8} with scales.")
 
 
 def _parts(args, formats, styles):
@@ -143,9 +171,10 @@ def _parts(args, formats, styles):
         return
     from dmm_jax.gallery.gallery import word
 
-    if "dmm" in formats:  # It holds all styles, once.
-        yield "", ["dmm"], "", ""
-    stock, names = [fmt for fmt in formats if fmt != "dmm"], set()
+    once = [fmt for fmt in formats if fmt in ("dmm", "lora")]  # These are made for all styles together.
+    if once:
+        yield "", once, "", ""
+    stock, names = [fmt for fmt in formats if fmt not in once], set()
     for number, style in enumerate(styles if stock else ()):
         name = word(style)  # Not the style itself, which a file may have named.
         name = f"{name}_{number}" if name in names or name == "dmm" else name

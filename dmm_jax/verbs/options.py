@@ -46,6 +46,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="for Stable Diffusion 1: the text encoder's N-th layer from its end conditions; default: 1, the last",
     )
+    add_vae(parser)
     add_prediction_type(parser)
     add_prompt_grammar(parser)
     add_dtype(parser)
@@ -67,6 +68,7 @@ def open_pipeline(args: argparse.Namespace):
         clip_skip=args.clip_skip,
         embeddings=args.embedding,
         prompt_grammar=args.prompt_grammar,
+        vae=args.vae,
     )
     for line in pipeline.source.fallbacks:
         say(line)
@@ -126,8 +128,18 @@ def add_file_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         default="float16",
-        choices=("float32", "float16", "bfloat16"),
-        help="of the tensors in the written files",
+        choices=("float32", "float16", "bfloat16", "float8_e4m3fn"),
+        help="of the tensors in the written files; float8_e4m3fn, with scales, for single files",
+    )
+
+
+def add_vae(parser: argparse.ArgumentParser) -> None:
+    """Adds --vae."""
+    parser.add_argument(
+        "--vae",
+        default="",
+        metavar="FILE",
+        help="a VAE, or a checkpoint with one, that replaces the base's; default: none",
     )
 
 

@@ -20,7 +20,8 @@ from dmm_jax.checkpoints.formats import style_lora
 from dmm_jax.checkpoints.formats.safetensors_io import Computed, Tensors
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.styles import fold_style
-from tests import families
+from tests import adapters, families
+from tests.checkpoints import test_export_lora
 from tests.checkpoints.formats import test_lora
 
 torch = pytest.importorskip("torch")
@@ -145,14 +146,21 @@ def test_comfyui_and_diffusers_predict_the_same_from_exports(comfy, merged, file
     assert (prediction - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("kind", ["LoCon", "Tucker"])
-def test_comfyui_folds_loras_of_every_shape_to_our_tensors(comfy, folder, tmp_path, kind):
+KINDS_OF_ADAPTERS = (
+    "LoCon", "LoRA, Tucker", "LoHa", "LoHa, Tucker", "LoKr", "LoKr, both", "LoKr, Tucker", "LoRA with biases",
+    "full difference",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_ADAPTERS)
+def test_comfyui_folds_adapters_of_every_kind_to_our_tensors(comfy, folder, tmp_path, kind):
     base = open_checkpoint(folder)
-    locon = [layer for layer in test_lora.LAYERS if layer[0] == "unet"]
-    tensors = test_lora.tensors_of(test_lora.factors(base, locon), "kohya, LDM names")
-    if kind == "Tucker":
-        name = test_lora.ldm("unet", test_lora.CONV_3)
-        tensors |= {f"{name}.lora_{role}.weight": part for role, part in test_lora.tucker(base).items()}
+    if kind == "LoCon":
+        locon = [layer for layer in test_lora.LAYERS if layer[0] == "unet"]
+        tensors = test_lora.tensors_of(test_lora.factors(base, locon), "kohya, LDM names")
+    else:
+        layers = (test_lora.DENSE, test_lora.CONV_3)
+        tensors = adapters.random_adapter(kind, base.shapes("unet"), layers)
     path = test_lora.write(tmp_path / "x.safetensors", tensors)
     folded = open_checkpoint(f"{folder} + {path}*0.8")
     checkpoints = {"base": base, "folded": folded}
@@ -162,9 +170,50 @@ def test_comfyui_folds_loras_of_every_shape_to_our_tensors(comfy, folder, tmp_pa
     }
     before, expected = (unet_of(read(file)) for file in files.values())
     patched_tensors = patched(comfy, opened(comfy, "sd1", files["base"]), path, 0.8)
-    assert len([key for key in expected if not torch.equal(expected[key], before[key])]) == 3
+    assert (
+        len([key for key in expected if not torch.equal(expected[key], before[key])])
+        == folded.loras[0].networks["unet"]
+    )
     for key, tensor in expected.items():
         torch.testing.assert_close(patched_tensors[key], tensor, rtol=0, atol=1e-6 * float(tensor.abs().max()))
+
+
+def test_comfyui_makes_a_style_of_the_base_by_an_exported_lora(comfy, merged, tmp_path):
+    family, student = merged
+    base = open_checkpoint(student.path)
+    student = test_export_lora.changed_student(base)
+    (path,) = test_export_lora.write_loras(tmp_path, student, base)
+    checkpoints = {"base": base, "style": fold_style(student, MIX)}
+    files = {
+        name: write.write_single_file(tmp_path / f"{name}.safetensors", checkpoint, "float32", families.RECIPE)
+        for name, checkpoint in checkpoints.items()
+    }
+    after, expected = patched(comfy, opened(comfy, family, files["base"]), path, 1.0), unet_of(read(files["style"]))
+    for key, tensor in expected.items():
+        torch.testing.assert_close(after[key], tensor, rtol=0, atol=3e-6 * float(tensor.abs().max()))
+
+
+def test_comfyui_knows_the_layers_of_a_float8_export(comfy, merged, files, tmp_path):
+    """ComfyUI's copy here is older than scales, so the test multiplies by them, as its newer layers do."""
+    family, student = merged
+    path = write.write_single_file(tmp_path / "x.safetensors", fold_style(student, MIX), write.FLOAT8, families.RECIPE)
+    stored = read(path)
+    assert stored.pop(f"{UNET}scaled_fp8").dtype == torch.float8_e4m3fn
+    scales = {key: stored.pop(key) for key in list(stored) if key.endswith(".scale_weight")}
+    model = opened(comfy, family, files["style"])
+    dense = {
+        f"{name}.weight" for name, layer in model.diffusion_model.named_modules() if isinstance(layer, torch.nn.Linear)
+    }
+    assert {key.removeprefix(UNET).replace(".scale_weight", ".weight") for key in scales} == dense
+    weights = unet_of(stored)
+    assert {key for key, tensor in weights.items() if tensor.dtype == torch.float8_e4m3fn} == dense
+    decoded = {
+        key: tensor.float() * scales.get(UNET + key.replace(".weight", ".scale_weight"), 1)
+        for key, tensor in weights.items()
+    }
+    model.diffusion_model.load_state_dict(decoded, strict=True)
+    tensors = open_checkpoint(path).tensors("unet")
+    np.testing.assert_array_equal(tensors["time_embedding.linear_1.weight"], decoded["time_embed.0.weight"].numpy())
 
 
 def full_size(name, monkeypatch):

@@ -1,30 +1,29 @@
-"""LoRA files (kohya, diffusers, PEFT, ComfyUI) as part of a checkpoint: `BASE + LORA.safetensors*0.8`.
+"""Adapter files (LoRA, LoHa, LoKr, DoRA and others) as part of a checkpoint: `BASE + LORA.safetensors*0.8`.
 
-`with_loras` returns the base with the updates folded in (see `low_rank`); it reads headers only.
+`with_loras` returns the base with the differences folded in (see `folding`); it reads headers and scalars only.
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
+
 from dmm_jax.checkpoints import licenses, naming
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component, FoldedLora
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.checkpoints.formats.lora_keys import KOHYA, PEFT, layer_names, other_kinds, split_role
-from dmm_jax.checkpoints.formats.low_rank import Folded, Update
+from dmm_jax.checkpoints.formats import adapter_facts, adapter_kinds, lora_keys, peft_options
+from dmm_jax.checkpoints.formats.folding import Folded, Update
+from dmm_jax.checkpoints.formats.lora_keys import BIASES, DORA, SCALES
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile
 from dmm_jax.runtime.errors import refuse
-from dmm_jax.runtime.storage import read_text
 
 PLUS, TIMES = " + ", "*"
-PEFT_CONFIG = "adapter_config.json"
-ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers writes PEFT's config here, as JSON with keys "unet.lora_alpha".
-HOW_TO_FOLD = (
-    "Only plain LoRA and LoCon are folded here. Merge it into its base with the tool that made it and give the merged "
-    "checkpoint instead, or use a plain LoRA of this style."
-)
+# What may be wrong with keys of a file, as messages call it.
+UNKNOWN, TWICE, INCOMPLETE = "unknown", "named twice", "incomplete, or of several kinds"
+LACKING = "of layers or networks that this base does not have; the file belongs to another family"
+MISSHAPEN, QUANTISED, NO_ALPHA = "misshapen", "quantised", "with an alpha that is not a number"
 
 
 def parse(path: str | pathlib.Path) -> tuple[pathlib.Path, list[tuple[pathlib.Path, float]]]:
@@ -64,30 +63,30 @@ def _weighted(term: str) -> tuple[pathlib.Path, float]:
 
 
 def with_loras(base: Checkpoint, path: pathlib.Path, files: Sequence[tuple[pathlib.Path, float]]) -> Checkpoint:
-    """Returns a checkpoint whose UNet and text encoders are the base's with LoRAs folded in; reads headers only.
+    """Returns a checkpoint whose UNet and text encoders are the base's with adapters folded in; reads headers only.
 
     Args:
       base: the opened base.
       path: the complete text that the user wrote.
-      files: (LoRA file, weight), in order. Weight 0 leaves the base's tensors as stored.
+      files: (adapter file, weight), in order. Weight 0 leaves the base's tensors as stored.
 
     Raises:
-      CheckpointError: a file is missing, damaged or another kind of adapter, or has layers that are unknown,
+      CheckpointError: a file is missing, damaged or of a kind that is not read, or has layers that are unknown,
         incomplete or misshapen; lists those of all files at once.
     """
     opened = [(TensorFile(file), weight) for file, weight in files]
-    shapes = {name: base.shapes(name) for name in KOHYA if base.has(name)}
-    layers = layer_names(shapes, base.unet_config if base.has("unet") else None)
+    shapes = {name: base.shapes(name) for name in lora_keys.FLAT if base.has(name)}
+    layers = lora_keys.layer_names(shapes, base.unet_config if base.has("unet") else None)
     lines, loras, terms = [], [], []
     for file, weight in opened:
-        _refuse_other_kinds(file)
-        updates, problems = _match(file, layers, shapes)
-        ranks = sorted({update.rank for network in updates.values() for update in network.values()})
-        networks = {component: len(network) for component, network in updates.items() if network}
-        loras.append(FoldedLora(file.path, weight, ranks, networks))
-        terms.append((weight, updates))
-        lines += [f"{file.path}, {len(keys)} {kind}: {naming.listed(keys)}" for kind, keys in problems.items() if keys]
-    advice = "use LoRAs that were trained on its family, and a base that holds the networks that they change"
+        adapter_facts.refuse_other_kinds(file)
+        if not len(file):
+            raise CheckpointError(f"{file.path} is not a LoRA: it holds no tensor.")
+        match = Match(file, layers, shapes)
+        loras.append(FoldedLora(file.path, weight, match.ranks, match.networks, match.kinds))
+        terms.append((weight, match.updates))
+        lines += [f"{file.path}, {len(keys)} {kind}: {naming.listed(keys)}" for kind, keys in match.problems.items()]
+    advice = "use adapters that were trained on its family, and a base that holds the networks that they change"
     refuse(f"LoRA files do not fit {base.path}; {advice}", lines, CheckpointError)
     components = {name: _folded(name, part, terms, shapes) for name, part in base.components.items()}
     folded = [name for name, part in components.items() if part is not base.components[name]]
@@ -103,26 +102,17 @@ def with_loras(base: Checkpoint, path: pathlib.Path, files: Sequence[tuple[pathl
 
 
 def refuse_alone(file: TensorFile) -> None:
-    """Raises CheckpointError if a file given as a checkpoint is a LoRA; the message says how to add it to a base."""
-    _refuse_other_kinds(file)
-    if any(split_role(key) for key in file):
-        raise CheckpointError(
-            f"{file.path} is a LoRA, which changes a checkpoint and is not one. Give it with its base, as one text: "
-            f"'BASE + {file.path}*0.8', where 0.8 is the weight."
-        )
-
-
-def _refuse_other_kinds(file: TensorFile) -> None:
-    if kinds := other_kinds(file):
-        examples = ", ".join(f"{kind} ({naming.printable(key)})" for kind, key in kinds.items())
-        raise CheckpointError(f"{file.path} is not a plain LoRA; it holds {examples}. {HOW_TO_FOLD}")
+    """Raises CheckpointError if a file given as a checkpoint is an adapter; the message says how to use it."""
+    adapter_facts.refuse_other_kinds(file)
+    if facts := adapter_facts.facts(file):
+        raise CheckpointError(f"{file.path} is {adapter_facts.sentence(facts)} {adapter_facts.how_to_use(file)}")
 
 
 def _folded(component: str, part: Component, terms: Sequence[tuple[float, Mapping]], shapes: Mapping) -> Component:
     """Returns a network with its updates folded in; without updates of nonzero weight, the same object.
 
     Args:
-      terms: for each LoRA its weight and the updates that `_match` returns.
+      terms: for each adapter its weight and the updates of its `Match`.
     """
     weighted_updates = {}
     for weight, updates in terms:
@@ -133,80 +123,145 @@ def _folded(component: str, part: Component, terms: Sequence[tuple[float, Mappin
     return Component(part.config, lambda: Folded(part.tensors, weighted_updates, shapes[component]))
 
 
-def _match(file: TensorFile, layers: Mapping, shapes: Mapping) -> tuple[dict, dict[str, list[str]]]:
-    """Returns {network: {our key: update}} and {problem: keys in the file}."""
-    problems = {
-        "unknown": [], "incomplete": [], "named twice": [], "misshapen": [], "quantised": [],
-        "with an alpha that is not a number": [],
-    }  # fmt: skip
-    roles_of_layers = {}
-    for key in file:
-        layer, role = split_role(key) or (None, None)
-        if layer not in layers:
-            problems["unknown"].append(key)
-        elif role in roles_of_layers.setdefault(layers[layer], {}):
-            problems["named twice"].append(key)
-        else:
-            roles_of_layers[layers[layer]][role] = key
-    updates = {component: {} for component in shapes}
-    for (component, our_key), roles in roles_of_layers.items():
-        if not {"up", "down"} <= roles.keys():
-            problems["incomplete"] += roles.values()
-            continue
-        factors = {role: key for role, key in roles.items() if role != "alpha"}
-        problems["quantised"] += [key for key in factors.values() if file.dtype(key).kind in "biu"]
-        misfit = _misfit({role: file.shape(key) for role, key in factors.items()}, shapes[component][our_key])
-        if misfit:
-            problems["misshapen"].append(f"{roles['up']} ({misfit})")
-            continue
-        alpha = _alpha(file, component, roles)
-        if alpha is not None and not math.isfinite(alpha):
-            problems["with an alpha that is not a number"].append(roles.get("alpha", roles["up"]))
-        updates[component][our_key] = Update(file, factors, alpha)
-    if not len(file):
-        raise CheckpointError(f"{file.path} is not a LoRA: it holds no tensor.")
-    return updates, problems
+class Match:
+    """The layers of a base that an adapter file changes: `updates` {network: {our key: update}}, and `problems`."""
 
+    def __init__(self, file: TensorFile, layers: Mapping, shapes: Mapping):
+        """Takes a file, the names of the base's layers (`lora_keys.layer_names`), and {network: {our key: shape}}."""
+        self.file, self.layers, self.shapes = file, layers, shapes
+        self.updates: dict[str, dict[str, Update]] = {component: {} for component in shapes}
+        self.problems: dict[str, list[str]] = {}  # {kind of problem: keys in the file}
+        self._options: dict[tuple[str, bool], peft_options.PeftOptions | None] = {}
+        self._patterns = None
+        roles_of_layers = {}
+        for key in file:
+            name, role = lora_keys.split_role(key, file) or (key, None)
+            if role is None or name not in layers:
+                self._report(self._stranger(name), key)
+            elif role in roles_of_layers.setdefault(layers[name], {}):
+                self._report(TWICE, key)
+            else:
+                roles_of_layers[layers[name]][role] = key
+        for (component, our_key), roles in roles_of_layers.items():
+            self._add(component, our_key, roles)
 
-def _misfit(factors: Mapping[str, tuple[int, ...]], expected: tuple[int, ...]) -> str:
-    """Returns why factors of these shapes do not give a tensor of the `expected` shape; "" if they do."""
-    # Dense layers may be stored as 1x1 convolutions.
-    up, down, layer = (
-        tuple(shape[:2]) if len(shape) == 4 and tuple(shape[2:]) == (1, 1) else tuple(shape)
-        for shape in (factors["up"], factors["down"], expected)
-    )
-    rank = down[0] if down else 0
-    if "mid" in factors:
-        fits = len(layer) == 4 and factors["mid"] == (rank, rank, *layer[2:]) and down == (rank, layer[1])
-    else:
-        fits = down == (rank, *layer[1:])
-    if fits and len(layer) in (2, 4) and rank and up == (layer[0], rank):
-        return ""
-    return f"the layer is {expected}, the factors " + ", ".join(f"{role} {shape}" for role, shape in factors.items())
+    def _report(self, problem: str, *keys: str) -> None:
+        self.problems.setdefault(problem, []).extend(keys)
 
+    def _stranger(self, name: str) -> str:
+        """Returns the problem of a layer that the base lacks: its name is unknown, or names a layer of other bases."""
+        if self._patterns is None:
+            self._patterns = {lora_keys.without_numbers(layer) for layer in self.layers}
+        network = lora_keys.network_of(name)
+        is_known = network and network not in self.shapes or lora_keys.without_numbers(name) in self._patterns
+        return LACKING if is_known else UNKNOWN
 
-def _alpha(file: TensorFile, component: str, roles: Mapping[str, str]) -> float | None:
-    """Returns a layer's alpha from its own tensor, or else from PEFT's config; NaN if the tensor is not a number."""
-    if "alpha" in roles:
-        array = file[roles["alpha"]].reshape(-1)
-        return float(array[0]) if array.size == 1 else math.nan
-    if roles["up"].startswith(PEFT):
-        where, prefix = file.path.parent / PEFT_CONFIG, ""
-        if not where.is_file():
-            raise CheckpointError(f"{file.path} needs {PEFT_CONFIG}, which states its alpha, in its folder. Fetch it.")
-        text = read_text(where)
-    elif ADAPTER_METADATA in file.metadata:
-        where, prefix = f"{file.path}: its metadata {ADAPTER_METADATA!r}", f"{component}."
-        text = file.metadata[ADAPTER_METADATA]
-    else:
-        return None
-    try:
-        options = {key.removeprefix(prefix): value for key, value in json.loads(text).items() if key.startswith(prefix)}
-        alpha = options.get("lora_alpha")
-        alpha = None if alpha is None else float(alpha)
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(f"{where} cannot be read. {HOW_TO_FOLD}") from None
-    for option in ("use_rslora", "use_dora", "alpha_pattern"):
-        if options.get(option):
-            raise CheckpointError(f"{file.path} was trained with {option}, which changes its scale. {HOW_TO_FOLD}")
-    return alpha
+    def _add(self, component: str, our_key: str, roles: Mapping[str, str]) -> None:
+        """Adds the updates of a layer's weight and bias, or reports what is wrong with them."""
+        of_bias = {role: key for role, key in roles.items() if role in BIASES}
+        of_weight = {role: key for role, key in roles.items() if role not in BIASES}
+        factors = {role: key for role, key in of_weight.items() if role not in ("alpha", "scalar")}
+        kind = lora_keys.kind_of(factors)
+        if not kind and (of_weight or not of_bias) or len(of_bias) > 1:
+            self._report(INCOMPLETE, *roles.values())
+            return
+        quantised = [key for role, key in roles.items() if role not in SCALES and self._is_quantised(role, key)]
+        if quantised:
+            self._report(QUANTISED, *quantised)
+            return
+        layer = our_key.removesuffix(".weight")
+        if "ia3_l" in factors:
+            factors = {self._side(component, layer, factors["ia3_l"]): factors["ia3_l"]}
+        shapes = {role: self.file.shape(key) for role, key in factors.items()}
+        if kind and not self._fits(kind, factors, shapes, self.shapes[component][our_key]):
+            return
+        scale = self._scale(component, layer, roles, adapter_kinds.rank(kind, shapes))
+        if scale is None:
+            return
+        if kind:
+            factor = 1.0 if kind in ("full difference", "IA3") else scale
+            self.updates[component][our_key] = Update(self.file, kind, factors, factor)
+            if "ia3_out" in factors and f"{layer}.bias" in self.shapes[component]:
+                self.updates[component][f"{layer}.bias"] = Update(self.file, kind, factors, factor)
+        for role, key in of_bias.items():
+            expected = self.shapes[component].get(f"{layer}.bias")
+            if expected is None and role == "up_bias" and not np.any(self.file[key]):
+                continue  # PEFT's layers have a bias if any has; zeros change nothing.
+            if self.file.shape(key) != expected:
+                self._report(MISSHAPEN, f"{key} (the bias is {expected}, the difference {self.file.shape(key)})")
+            else:
+                factor = scale if role == "up_bias" else 1.0
+                self.updates[component][f"{layer}.bias"] = Update(self.file, "full difference", {role: key}, factor)
+
+    def _side(self, component: str, layer: str, key: str) -> str:
+        """Returns the role of a factor of PEFT's IA3: "ia3_in" if it multiplies the inputs, else "ia3_out".
+
+        A factor is (1, I) or (O, 1) for dense layers, and (1, I, 1, 1) or (1, O, 1, 1) for convolutions; if I equals
+        O, PEFT's config tells them apart.
+        """
+        shape, expected = self.file.shape(key), self.shapes[component][f"{layer}.weight"]
+        if len(shape) == 2 or expected[0] != expected[1]:
+            return "ia3_in" if len(shape) > 1 and shape[0] == 1 and shape[1] == expected[1] else "ia3_out"
+        options = self._peft(component, key)
+        names = options.fields.get("feedforward_modules") if options else None
+        names = names if isinstance(names, list) else []
+        return "ia3_in" if any(f".{layer}".endswith(f".{name}") for name in names) else "ia3_out"
+
+    def _is_quantised(self, role: str, key: str) -> bool:
+        return role != "on_input" and self.file.dtype(key).kind in "biu"
+
+    def _fits(self, kind: str, factors: Mapping, shapes: Mapping, layer: tuple[int, ...]) -> bool:
+        """Tells whether factors fit a layer; reports them if not."""
+        parts = {role: shape for role, shape in shapes.items() if role not in DORA}
+        fit = adapter_kinds.fits(kind, parts, layer) and all(
+            adapter_kinds.magnitude_shape(role, shape, layer) for role, shape in shapes.items() if role in DORA
+        )
+        if not fit:
+            described = ", ".join(f"{role} {shape}" for role, shape in shapes.items())
+            self._report(MISSHAPEN, f"{next(iter(factors.values()))} (the layer is {layer}, the factors {described})")
+        return fit
+
+    def _scale(self, component: str, layer: str, roles: Mapping[str, str], rank: int | None) -> float | None:
+        """Returns the factor of a layer's difference; None after reporting that it is not a number."""
+        scale = 1.0
+        for role in ("alpha", "scalar"):
+            if role in roles:
+                is_number = math.prod(self.file.shape(roles[role])) == 1
+                number = float(self.file[roles[role]].reshape(-1)[0]) if is_number else math.nan
+                scale *= number / rank if role == "alpha" and rank else 1.0 if role == "alpha" else number
+                if not math.isfinite(number):
+                    self._report(NO_ALPHA, roles[role])
+                    return None
+        options = None if "alpha" in roles else self._peft(component, next(iter(roles.values())))
+        if options is not None:
+            scale *= options.scale(layer, rank)
+        if not math.isfinite(scale):
+            self._report(NO_ALPHA, *roles.values())
+            return None
+        return scale
+
+    def _peft(self, component: str, key: str) -> peft_options.PeftOptions | None:
+        place = component, key.startswith(lora_keys.PEFT)
+        if place not in self._options:
+            self._options[place] = peft_options.options_of(self.file, component, key)
+        return self._options[place]
+
+    @property
+    def ranks(self) -> list[int]:
+        """The distinct ranks of the layers, ascending."""
+        return sorted({update.rank for network in self.updates.values() for update in network.values()} - {None})
+
+    @property
+    def networks(self) -> dict[str, int]:
+        """{network: number of tensors that the file changes}, without networks that it leaves alone."""
+        return {component: len(network) for component, network in self.updates.items() if network}
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """{kind of adapter: number of tensors}; DoRA counts as a kind of its own."""
+        kinds = [
+            f"DoRA of {update.kind}" if set(DORA) & set(update.factors) else update.kind
+            for network in self.updates.values()
+            for update in network.values()
+        ]
+        return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}

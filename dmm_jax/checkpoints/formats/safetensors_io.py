@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.formats import float8
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import whole_file
 
@@ -25,17 +26,10 @@ DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "U16": np.dtype(np.uint16),
-    "U32": np.dtype(np.uint32), "U64": np.dtype(np.uint64), "BOOL": np.dtype(bool),
+    "U32": np.dtype(np.uint32), "U64": np.dtype(np.uint64), "BOOL": np.dtype(bool), **float8.DTYPES,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-# The ends of names with which bitsandbytes, GPTQ and scaled 8-bit files accompany a weight.
-QUANTISED_KEYS = (
-    ".absmax", ".quant_map", ".nested_absmax", ".bitsandbytes__nf4", ".bitsandbytes__fp4", ".SCB", ".weight_format",
-    ".scale_weight", ".weight_scale", ".scale_input", ".input_scale", "scaled_fp8", ".comfy_quant", ".qweight",
-    ".qzeros", ".g_idx",
-)  # fmt: skip
-FEW_BITS = ("F8", "F6", "F4")  # The starts of the names of floats of 8, 6 and 4 bits.
 # SDXL's header takes 0.4 MB, a LoRA's with its training metadata a few MB. Parsing takes about 25 times that in memory.
 MAX_HEADER_BYTES = 16_000_000
 MAX_TENSORS = 100_000
@@ -81,6 +75,8 @@ class Entry(NamedTuple):
 class TensorFile(Mapping):
     """A safetensors file: `file[key]` is a view of the memory-mapped file. Opening reads the header only.
 
+    Only float8 tensors are computed when they are read: in float16, or in float32 if the file holds a scale.
+
     Raises:
       CheckpointError: the file is missing, is a pickle, or breaks a rule of the format; the message names the rule.
     """
@@ -96,6 +92,7 @@ class TensorFile(Mapping):
             header, self._start = _read_header(file, self.path, size)
             self.metadata = _metadata(self.path, header)
             self._entries = _entries(self.path, header, size - self._start)
+            self._scales, self._hidden = float8.scales(self.path, self._entries)
             try:
                 self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
             except ValueError:
@@ -107,10 +104,21 @@ class TensorFile(Mapping):
         return self._entries[key].shape
 
     def dtype(self, key: str) -> np.dtype:
-        """Returns a tensor's dtype without reading it."""
-        return self._entries[key].dtype
+        """Returns the dtype in which a tensor is read, without reading it."""
+        dtype = self._entries[key].dtype
+        return np.dtype(np.float32 if key in self._scales else np.float16) if float8.is_float8(dtype) else dtype
+
+    def is_computed(self, key: str) -> bool:
+        """Tells whether reading a tensor computes it instead of mapping the file."""
+        return float8.is_float8(self._entries[key].dtype)
 
     def __getitem__(self, key: str) -> np.ndarray:
+        array = self._view(key)
+        if not self.is_computed(key):
+            return array
+        return float8.decoded(array, self._view(self._scales[key]) if key in self._scales else None)
+
+    def _view(self, key: str) -> np.ndarray:
         entry = self._entries[key]
         # A file that another program cuts short later, while the view is read, ends the process: nothing prevents it.
         if self._map.size() < self._start + entry.end:
@@ -122,11 +130,19 @@ class TensorFile(Mapping):
         flat = np.frombuffer(self._map, entry.dtype, math.prod(entry.shape), self._start + entry.begin)
         return flat.reshape(entry.shape)
 
+    def __contains__(self, key) -> bool:
+        return key in self._entries and key not in self._hidden
+
     def __iter__(self):
-        return iter(self._entries)
+        return (key for key in self._entries if key not in self._hidden)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._entries) - len(self._hidden)
+
+    @property
+    def float8(self) -> str:
+        """How many tensors are float8, in words; "" if none are."""
+        return float8.summary(self._entries, self._scales)
 
     @property
     def num_bytes(self) -> int:
@@ -197,7 +213,7 @@ def _metadata(path: pathlib.Path, header: dict) -> dict[str, str]:
 def _entries(path: pathlib.Path, header: dict, num_bytes: int) -> dict[str, Entry]:
     """Returns the checked entries of a header; tensors must fill `num_bytes` without a hole or an overlap."""
     entries = {}
-    _refuse_quantised(path, header)
+    float8.refuse_quantised(path, header)
     for name, fields in header.items():
         if not name or len(name) > MAX_NAME_CHARS or not name.isprintable() or ".." in name:
             fault = f"is empty, longer than {MAX_NAME_CHARS}, or holds control characters or '..'"
@@ -213,17 +229,6 @@ def _entries(path: pathlib.Path, header: dict, num_bytes: int) -> dict[str, Entr
         fault = f"its tensors need {position} bytes, the file holds {num_bytes}: truncated, or something follows"
         raise _damaged(path, fault)
     return entries
-
-
-def _refuse_quantised(path: pathlib.Path, header: Mapping) -> None:
-    """Raises CheckpointError if tensors are codes of weights, which other tensors scale, and not the weights."""
-    for name, fields in header.items():
-        dtype = str(fields.get("dtype")) if isinstance(fields, dict) else ""
-        if dtype not in DTYPES and dtype.startswith(FEW_BITS) or name.endswith(QUANTISED_KEYS):
-            raise CheckpointError(
-                f"{path} is quantised: it stores {name[:40]!r} as {dtype[:16]!r}. Weights of 8 bits or "
-                "fewer are too coarse for a teacher and are not read. Use the float16 file of this model."
-            )
 
 
 def _entry(path: pathlib.Path, name: str, fields) -> Entry:
@@ -268,6 +273,11 @@ class Tensors(Mapping):
     def dtype(self, key: str) -> np.dtype:
         """Returns a tensor's dtype without reading it."""
         return self._entries[key].dtype
+
+    @property
+    def computed(self) -> frozenset[str]:
+        """The keys whose tensors a file holds in another form, so that each reading computes them."""
+        return frozenset(key for key, entry in self._entries.items() if getattr(entry, "computed", False))
 
     def __getitem__(self, key: str) -> np.ndarray:
         return self._entries[key].read()

@@ -15,7 +15,7 @@ from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints import write as export
 from dmm_jax.checkpoints.compare import check_mergeable
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.checkpoints.formats import lora, low_rank
+from dmm_jax.checkpoints.formats import folding, lora
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
 from dmm_jax.checkpoints.inspect import inspect
 from dmm_jax.checkpoints.inspect_text import render
@@ -77,7 +77,34 @@ def peft(component, layer):
     return f"base_model.model.{layer}" if component == "unet" else dotted(component, layer)
 
 
+def ldm_dotted(component, layer):
+    return comfy(component, layer).removeprefix("diffusion_model.")
+
+
+def onetrainer(component, layer):
+    if component != "unet":
+        return f"clip_l.{layer}"
+    return f"unet.{ldm_dotted(component, layer)}"
+
+
+def comfy_text(component, layer):
+    return f"text_encoders.clip_l.transformer.{layer}" if component != "unet" else comfy(component, layer)
+
+
+def nested(component, layer):
+    return f"base_model.model.{layer}"
+
+
 STYLES = {
+    "ComfyUI, text encoders too": (comfy_text, ".lora_B.weight", ".lora_A.weight"),
+    "OneTrainer": (onetrainer, ".lora_up.weight", ".lora_down.weight"),
+    "LyCORIS, flattened": (
+        lambda c, layer: "lycoris_" + layer.replace(".", "_"),
+        ".lora_up.weight",
+        ".lora_down.weight",
+    ),
+    "PEFT's prefix, all networks": (nested, ".lora_B.weight", ".lora_A.weight"),
+    "unet. and kohya's ends": (dotted, ".lora_up.weight", ".lora_down.weight"),
     "diffusers' first": (as_processor, "_lora.up.weight", "_lora.down.weight"),
     "diffusers' first, without unet": (unprefixed(as_processor), "_lora.up.weight", "_lora.down.weight"),
     "PEFT without unet": (unprefixed(dotted), ".lora_B.weight", ".lora_A.weight"),
@@ -249,16 +276,16 @@ def test_pefts_own_files_take_alpha_from_adapter_config_json(folder, base, tmp_p
     config.write_text(json.dumps({"lora_alpha": 6, "r": RANK}))
     folded = stored(open_checkpoint(f"{folder} + {path}"), "unet", DENSE)
     assert_close(folded, expected(stored(base, "unet", DENSE), (6 / RANK, *updates[LAYERS[0]])))
-    for text in ('{"lora_alpha": 6, "use_rslora": true}', "{", '{"lora_alpha": []}', "[" * 10**5):
+    for text in ("{", '{"lora_alpha": []}', "[" * 10**5):
         config.write_text(text)
-        with pytest.raises(CheckpointError, match="use_rslora|adapter_config.json cannot be read"):
+        with pytest.raises(CheckpointError, match="states no number|adapter_config.json cannot be read"):
             open_checkpoint(f"{folder} + {path}")
 
 
 def test_a_lora_may_change_text_encoders_that_only_the_base_holds(folder, base, recipe, tmp_path):
     alone = export.write_single_file(tmp_path / "unet.safetensors", unet_alone(base), "float32", recipe)
     text = f"{alone} + {write(tmp_path / 'ink.safetensors', tensors_of(factors(base)))}"
-    with pytest.raises(CheckpointError, match="unknown"):
+    with pytest.raises(CheckpointError, match="layers or networks that this base does not have"):
         open_checkpoint(text)
     complete = open_checkpoint(f"{folder} + {tmp_path / 'ink.safetensors'}")
     config = get_config()
@@ -335,7 +362,7 @@ def test_folded_parameters_are_computed_at_each_read(folder, base, tmp_path, mon
     computed = [leaf for leaf in leaves.values() if isinstance(leaf, naming.ComputedArray)]
     assert len(computed) == 1 and computed[0].shape == base.shapes("unet")[f"{DENSE}.weight"][::-1]
     calls = []
-    monkeypatch.setattr(low_rank.Update, "delta", counted(low_rank.Update.delta, calls))
+    monkeypatch.setattr(folding.Update, "difference", counted(folding.Update.difference, calls))
     array = np.asarray(computed[0])
     np.testing.assert_array_equal(computed[0][2:5], array[2:5])
     np.testing.assert_array_equal(array, open_checkpoint(f"{folder} + {path}").tensors("unet")[f"{DENSE}.weight"].T)
@@ -343,9 +370,9 @@ def test_folded_parameters_are_computed_at_each_read(folder, base, tmp_path, mon
 
 
 def counted(method, calls):
-    def call(self, weight):
+    def call(self, base):
         calls.append(self)
-        return method(self, weight)
+        return method(self, base)
 
     return call
 
@@ -357,30 +384,23 @@ def test_the_metadata_may_state_pefts_alpha(folder, base, tmp_path):
     stated = open_checkpoint(f"{folder} + {write(tmp_path / 'a.safetensors', tensors, metadata)}")
     stored_alpha = open_checkpoint(f"{folder} + {write(tmp_path / 'b.safetensors', tensors_of(updates))}")
     assert stated.digest("unet") == stored_alpha.digest("unet")
-    metadata = {"lora_adapter_metadata": json.dumps({"unet.use_rslora": True})}
-    with pytest.raises(CheckpointError, match="use_rslora"):
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.fan_in_fan_out": True})}
+    with pytest.raises(CheckpointError, match="fan_in_fan_out"):
         open_checkpoint(f"{folder} + {write(tmp_path / 'c.safetensors', tensors, metadata)}")
 
 
-@pytest.mark.parametrize(
-    "key, kind",
-    [
-        ("lora_unet_x.hada_w1_a", "LoHa"),
-        ("lora_unet_x.lokr_w1", "LoKr"),
-        ("lora_unet_x.dora_scale", "DoRA"),
-        ("unet.x.lora_magnitude_vector.weight", "DoRA"),
-        ("lora_unet_x.on_input", "IA3"),
-        ("lora_unet_x.a1.weight", "GLoRA"),
-        ("lora_unet_x.oft_blocks", "OFT"),
-        ("lora_unet_x.diff", "full differences"),
-        ("lora_unet_x.diff_b", "full differences"),
-    ],
-)
-def test_other_adapters_are_refused_by_name(folder, base, tmp_path, key, kind):
-    tensors = tensors_of(factors(base)) | {key: np.zeros((2, 2), np.float32)}
-    path = write(tmp_path / "a.safetensors", tensors)
-    with pytest.raises(CheckpointError, match=f"holds {kind} .*the tool that made it"):
-        open_checkpoint(f"{folder} + {path}")
+def test_twenty_loras_cost_one_pass_over_the_base(folder, base, tmp_path, monkeypatch):
+    files = [write(tmp_path / f"{n}.safetensors", tensors_of(factors(base, seed=n), alpha=None)) for n in range(20)]
+    folded = open_checkpoint(" + ".join([str(folder), *(f"{file}*0.05" for file in files)]))
+    reads, read = [], TensorFile.__getitem__
+    monkeypatch.setattr(TensorFile, "__getitem__", lambda self, key: reads.append((self.path, key)) or read(self, key))
+    tensors = folded.tensors("unet")
+    assert not reads and len(folded.loras) == 20
+    sums = {key: np.asarray(tensors[key]) for key in tensors}
+    of_base = [key for path, key in reads if path not in files]
+    assert sorted(of_base) == sorted(tensors)
+    terms = [(0.05, *factors(base, seed=n)["unet", DENSE]) for n in range(20)]
+    assert_close(sums[f"{DENSE}.weight"], expected(stored(base, "unet", DENSE), *terms))
 
 
 def test_a_complete_checkpoint_is_not_taken_for_an_adapter(folder, base, recipe, tmp_path):
@@ -403,9 +423,10 @@ def test_one_error_lists_everything_that_does_not_fit(folder, base, tmp_path):
         open_checkpoint(f"{folder} + {first} + {second}")
     message = str(error.value)
     for text in (
-        "2 unknown: ", "lora_unet_no_such_layer.lora_up.weight", "text_encoder_2.x.lora_A.weight",
-        f"1 misshapen: {kohya('unet', CONV_3)}.lora_up.weight", "(3, 5, 3, 3)", "1 with an alpha that is not a number",
-        "1 named twice: ", "2 incomplete: ", "b.safetensors, 1 unknown: lora_unet_other.alpha",
+        "1 unknown: ", "lora_unet_no_such_layer.lora_up.weight", "text_encoder_2.x.lora_A.weight",
+        f"1 misshapen: {kohya('unet', CONV_3)}.lora_down.weight", "(3, 5, 3, 3)",
+        "1 with an alpha that is not a number",
+        "1 named twice: ", "2 incomplete, or of several kinds: ", "b.safetensors, 1 unknown: lora_unet_other.alpha",
     ):  # fmt: skip
         assert text in message
 
@@ -434,8 +455,12 @@ def test_a_lora_without_a_base_is_refused_with_the_right_form(base, tmp_path):
     path = write(tmp_path / "ink.safetensors", tensors_of(factors(base)))
     with pytest.raises(CheckpointError, match="is a LoRA.*'BASE [+] .*ink.safetensors[*]0.8'"):
         open_checkpoint(path)
-    with pytest.raises(CheckpointError, match="not a plain LoRA; it holds LoKr"):
-        open_checkpoint(write(tmp_path / "b.safetensors", {"lora_unet_x.lokr_w1": np.zeros((2, 2), np.float32)}))
+    parts = {"lora_unet_x.lokr_w1": np.zeros((2, 2), np.float32), "lora_unet_x.lokr_w2": np.zeros((2, 2), np.float32)}
+    metadata = {"ss_sd_model_name": "nai.safetensors", "ss_base_model_version": "sd_v1"}
+    with pytest.raises(CheckpointError, match="an adapter, .*LoKr of 1 layers, in unet. .*trained on nai.safetensors"):
+        open_checkpoint(write(tmp_path / "b.safetensors", parts, metadata))
+    with pytest.raises(CheckpointError, match="holds OFT or BOFT"):
+        open_checkpoint(write(tmp_path / "c.safetensors", {"lora_unet_x.oft_blocks": np.zeros((2, 2), np.float32)}))
 
 
 def test_inspect_shows_the_loras_and_whether_they_can_be_merged(folder, base, tmp_path):
@@ -447,11 +472,11 @@ def test_inspect_shows_the_loras_and_whether_they_can_be_merged(folder, base, tm
     assert entry["files"] == report["checkpoints"][0]["files"]
     (shown,) = entry["loras"]
     assert (shown["weight"], shown["ranks"], shown["networks"]) == (0.8, [RANK], {"unet": 3, "text_encoder": 1})
-    line = f"LoRA ink.safetensors * 0.8: rank 3, layers: 3 of unet, 1 of text_encoder; hash {shown['sha256'][:10]}"
+    line = f"LoRA ink.safetensors * 0.8: rank 3, tensors: 3 of unet, 1 of text_encoder; hash {shown['sha256'][:10]}"
     assert line in render(report)
-    bad = write(tmp_path / "bad.safetensors", {"lora_unet_x.lokr_w1": np.zeros((2, 2), np.float32)})
+    bad = write(tmp_path / "bad.safetensors", {"lora_unet_x.oft_blocks": np.zeros((2, 2), np.float32)})
     report = inspect([folder, pathlib.Path(f"{folder} + {bad}")])
-    assert not report["mergeable"] and "LoKr" in report["obstacles"][0]
+    assert not report["mergeable"] and "OFT" in report["obstacles"][0]
 
 
 def test_nan_in_a_lora_is_damage_of_the_folded_tensor(folder, base, tmp_path):

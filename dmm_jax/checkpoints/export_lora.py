@@ -1,0 +1,134 @@
+"""Writes the difference between a checkpoint and its base as LoRA files: one for a mix, or one for each style."""
+
+import json
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from dmm_jax.checkpoints.checkpoint import Checkpoint
+from dmm_jax.checkpoints.formats import extract_lora
+from dmm_jax.checkpoints.formats.adapter_facts import STYLE_BASE
+from dmm_jax.checkpoints.formats.extract_lora import DIFFUSERS, KOHYA, Rank
+from dmm_jax.checkpoints.formats.safetensors_io import save
+from dmm_jax.checkpoints.formats.style_lora import TOOLS
+from dmm_jax.checkpoints.modelspec import Recipe, architecture, metadata
+from dmm_jax.checkpoints.styles import BIAS, fold_style
+from dmm_jax.checkpoints.write import DTYPES
+from dmm_jax.config.styles import parse_style, style_row
+from dmm_jax.runtime.errors import UserError
+from dmm_jax.runtime.processes import say
+
+STEM, SUFFIXES = "lora", {KOHYA: "", DIFFUSERS: "_diffusers"}
+WHOLE = BIAS.removesuffix(".bias")  # A1111 reads the bias of a layer only next to the whole difference of its weight.
+# {family: what kohya's metadata calls it}
+BASE_VERSIONS = {
+    "stable-diffusion-v1": "sd_v1",
+    "stable-diffusion-v2": "sd_v2",
+    "stable-diffusion-xl-v1-base": "sdxl_base_v1-0",
+}
+
+
+def write_loras(
+    folder: pathlib.Path,
+    student: Checkpoint,
+    base: Checkpoint,
+    mixes: Mapping[str, np.ndarray | None],
+    rank: Rank,
+    dtype: str,
+    tools: Sequence[str],
+    about: Callable[[str], Recipe],
+    base_record: Mapping,
+    exact: bool = False,
+    progress: Callable = lambda keys: keys,
+) -> list[pathlib.Path]:
+    """Writes one LoRA per mix, and per spelling that the tools need; returns their paths.
+
+    All styles of a student differ in one bias alone, so the layers are decomposed once.
+
+    Args:
+      student: a merged checkpoint, or a stock one with the only mix None.
+      base: the checkpoint on which the LoRAs are used.
+      mixes: {name: weights of the styles (N,)}.
+      tools: names of `style_lora.TOOLS`; "diffusers" has a file of its own.
+      about: returns the recipe of a mix, from its name.
+      base_record: what the metadata states about the base.
+    """
+    spellings = _spellings(tools)
+    stems, paths, shared = _stems(list(mixes)), [], None
+    for name, weights in mixes.items():
+        changed = folded(student, weights)
+        if shared is None:
+            result = shared = extract_lora.extract(changed, base, rank, DTYPES[dtype], exact, progress)
+        else:
+            result = extract_lora.with_vector(shared, ("unet", BIAS), _bias_difference(changed, base))
+        for spelling in spellings:
+            path = folder / f"{stems[name]}{SUFFIXES[spelling]}.safetensors"
+            matrices = (WHOLE,) if "a1111" in tools else ()
+            stored = extract_lora.without_norms(result) if spelling == DIFFUSERS else result
+            tensors = extract_lora.tensors_of(stored, spelling, changed.architecture, changed.unet_config, matrices)
+            save(path, tensors, _metadata(changed, base, about(name), base_record, stored))
+            paths.append(path)
+            say(f"{path.name}: {extract_lora.described(stored)}.")
+    return paths
+
+
+def mixes_of(student: Checkpoint, style: str) -> dict[str, np.ndarray | None]:
+    """Returns {name: weights (N,)} of the LoRAs of an export: of a mix, or one per style; one of a stock checkpoint."""
+    if student.styles is None:
+        return {student.name: None}
+    if style:
+        return {style: style_row(parse_style(style), student.styles)}
+    return {name: style_row(name, student.styles) for name in student.styles}
+
+
+def places(folder: pathlib.Path, student: Checkpoint, style: str, tools: Sequence[str]) -> dict[pathlib.Path, str]:
+    """Returns {LoRA file: the name of its mix} of an export into a folder, in the order in which they are written."""
+    stems = _stems(list(mixes_of(student, style)))
+    suffixes = [SUFFIXES[spelling] for spelling in _spellings(tools)]
+    return {folder / f"{stem}{suffix}.safetensors": name for name, stem in stems.items() for suffix in suffixes}
+
+
+def folded(student: Checkpoint, weights: np.ndarray | None) -> Checkpoint:
+    """Returns the stock checkpoint of a mix; a stock checkpoint itself, without weights."""
+    return student if weights is None else fold_style(student, weights)
+
+
+def _spellings(tools: Sequence[str]) -> list[str]:
+    """Returns the spellings of the keys that tools read."""
+    unknown = sorted(set(tools) - set(TOOLS))
+    if unknown or not tools:
+        raise UserError(f"--lora-for takes {', '.join(TOOLS)}; got {', '.join(unknown) or 'nothing'}.")
+    return [KOHYA] * bool(set(tools) - {DIFFUSERS}) + [DIFFUSERS] * (DIFFUSERS in tools)
+
+
+def _bias_difference(changed: Checkpoint, base: Checkpoint) -> np.ndarray:
+    new, old = (np.asarray(it.tensors("unet")[BIAS], np.float32) for it in (changed, base))
+    return new - old
+
+
+def _stems(names: Sequence[str]) -> dict[str, str]:
+    """Returns a file's name for every mix, of plain letters and digits alone."""
+    if len(names) == 1:
+        return {names[0]: STEM}
+    stems = {}
+    for number, name in enumerate(names):
+        plain = re.sub(r"[^A-Za-z0-9-]+", "_", name)[:60].strip("_")
+        stem = f"{STEM}_{plain}" if plain else f"{STEM}_{number}"
+        stems[name] = stem if stem.lower() not in {other.lower() for other in stems.values()} else f"{stem}_{number}"
+    return stems
+
+
+def _metadata(changed: Checkpoint, base: Checkpoint, recipe: Recipe, record: Mapping, result) -> dict[str, str]:
+    ranks = [len(factors.down) for factors in result.factors.values()]
+    return metadata(changed, recipe, "sgm") | {
+        "modelspec.architecture": f"{architecture(changed)}/lora",
+        STYLE_BASE: json.dumps({"name": base.name, **record}, sort_keys=True),
+        "dmm_jax.kept_share": f"{result.share:.6f}",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(max(ranks, default=0)),
+        "ss_network_alpha": str(max(ranks, default=0)),
+        "ss_sd_model_name": base.name,
+        "ss_base_model_version": BASE_VERSIONS[changed.architecture],
+    }

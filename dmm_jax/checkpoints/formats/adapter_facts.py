@@ -1,0 +1,121 @@
+"""Facts about an adapter file, without its base: its kind, its layers, what it was trained on, and how to use it."""
+
+import collections
+import json
+from collections.abc import Mapping
+
+from dmm_jax.checkpoints import naming
+from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.formats import adapter_kinds, lora_keys
+from dmm_jax.checkpoints.formats.lora_keys import BIASES, DORA
+from dmm_jax.checkpoints.formats.safetensors_io import TensorFile
+
+# {fact: the fields of a file's metadata that state it, the best first}, of kohya's trainer, ModelSpec and dmm_jax.
+STATED = {
+    "base": ("ss_sd_model_name", "ss_base_model_version", "modelspec.merged_from"),
+    "family": ("modelspec.architecture", "ss_base_model_version"),
+    "title": ("modelspec.title", "ss_output_name"),
+    "trainer": ("ss_network_module", "modelspec.implementation"),
+    "trigger": ("modelspec.trigger_phrase",),
+    "images": ("ss_num_train_images",),
+    "clip_skip": ("ss_clip_skip",),
+}
+MAX_CHARS = 120
+STYLE_BASE = "dmm_jax.lora_base"  # Metadata of the files of `export`: the checkpoint that they belong to.
+
+
+def refuse_other_kinds(file: TensorFile) -> None:
+    """Raises CheckpointError that names the kinds of adapters in a file that are not read, and what to do."""
+    kinds = lora_keys.other_kinds(file)
+    if kinds:
+        examples = ", ".join(f"{kind} ({naming.printable(key)})" for kind, (key, _) in kinds.items())
+        advice = " ".join(dict.fromkeys(advice for _, advice in kinds.values()))
+        raise CheckpointError(f"{file.path} holds {examples}, which is not read. {advice}")
+
+
+def facts(file: TensorFile) -> dict | None:
+    """Returns facts about an adapter, ready for JSON; None if a file holds none.
+
+    Returns:
+      A dictionary with these keys:
+      kinds: {kind: number of layers}.
+      ranks: the distinct ranks, ascending.
+      networks: {network: number of layers}; the network is "" if a layer's name does not tell it.
+      stated: {fact: what the metadata states}.
+    """
+    layers: dict[str, dict[str, str]] = collections.defaultdict(dict)
+    for key in file:
+        name, role = lora_keys.split_role(key, file) or (key, None)
+        if role is not None:
+            layers[name][role] = key
+    kinds, ranks, networks = collections.Counter(), set(), collections.Counter()
+    for name, roles in layers.items():
+        kind = lora_keys.kind_of(roles) or ("full difference" if set(roles) & set(BIASES) else "")
+        if not kind:
+            continue
+        factors = {role: file.shape(key) for role, key in roles.items() if role not in (*BIASES, "alpha", "scalar")}
+        kinds[f"DoRA of {kind}" if set(DORA) & set(roles) else kind] += 1
+        networks[lora_keys.network_of(name)] += 1
+        if kind in lora_keys.DECOMPOSED and all(factors.values()):  # A scalar has no rank.
+            ranks.add(adapter_kinds.rank(kind, factors))
+    if not kinds:
+        return None
+    return {
+        "kinds": dict(kinds),
+        "ranks": sorted(ranks - {None}),
+        "networks": dict(networks),
+        "stated": _stated(file.metadata),
+    }
+
+
+def _stated(metadata: Mapping[str, str]) -> dict[str, str]:
+    facts = {}
+    for fact, fields in STATED.items():
+        text = next((metadata[name] for name in fields if metadata.get(name, "None") not in ("None", "")), "")
+        if text:
+            facts[fact] = naming.printable(" ".join(text.split()), MAX_CHARS)
+    return facts
+
+
+def sentence(facts: Mapping) -> str:
+    """Returns the facts as sentences that continue "FILE is"."""
+    kinds = " and ".join(f"{kind} of {count} layers" for kind, count in facts["kinds"].items())
+    article = "a LoRA" if set(facts["kinds"]) == {"LoRA"} else "an adapter"
+    ranks = f", rank {_listed(facts['ranks'])}" if facts["ranks"] else ""
+    networks = ", ".join(name for name in facts["networks"] if name)
+    lines = [
+        f"{article}, which changes a checkpoint and is not one: {kinds}{ranks}{f', in {networks}' if networks else ''}."
+    ]
+    names = {
+        "base": "trained on",
+        "family": "for",
+        "title": "called",
+        "trigger": "trigger words",
+        "clip_skip": "clip skip",
+    }
+    stated = [f"{names[fact]} {text}" for fact, text in facts["stated"].items() if fact in names]
+    if stated:
+        lines.append(f"Its metadata states: {'; '.join(stated)}.")
+    return " ".join(lines)
+
+
+def _listed(ranks) -> str:
+    return ", ".join(map(str, ranks)) if len(ranks) < 6 else f"{ranks[0]} to {ranks[-1]}"
+
+
+def how_to_use(file: TensorFile) -> str:
+    """Returns a sentence about how to use an adapter."""
+    if STYLE_BASE in file.metadata:
+        try:
+            base = json.loads(file.metadata[STYLE_BASE])
+            style = (
+                naming.printable(str(base["style"]), MAX_CHARS) if isinstance(base, dict) and "style" in base else ""
+            )
+        except (ValueError, RecursionError):
+            style = ""
+        if style:
+            return (
+                f"It changes the stock export of the mix {style} of one student, and no other checkpoint. Give it with "
+                f"that export, as one text: 'EXPORT + {file.path}'."
+            )
+    return f"Give it with its base, as one text: 'BASE + {file.path}*0.8', where 0.8 is the weight."

@@ -1,0 +1,88 @@
+"""`--vae` replaces the VAE alone, whatever form the other one comes in, and refuses one of other latents."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from dmm_jax.checkpoints import vae, write
+from dmm_jax.checkpoints.average import average
+from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.export import export
+from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
+from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.pipeline import Pipeline
+from tests import families
+from tests.checkpoints.files import rewrite
+
+KEY = "decoder.conv_out.weight"
+
+
+@pytest.fixture(scope="module")
+def other(folder, tmp_path_factory):
+    """{form: path} of one VAE that differs from the base's."""
+    root = tmp_path_factory.mktemp("vae")
+    whole = shutil.copytree(folder, root / "whole")
+    weights = whole / "vae" / "diffusion_pytorch_model.safetensors"
+    rewrite(weights, lambda tensors: tensors.update({KEY: tensors[KEY] + 1}))
+    single = write.write_single_file(root / "single.safetensors", open_checkpoint(whole), "float32", families.RECIPE)
+    file = TensorFile(single)
+    prefix = "first_stage_model."
+    prefixed = {key: np.array(file[key]) for key in file if key.startswith(prefix)}
+    save(root / "prefixed.safetensors", prefixed)
+    bare = {key.removeprefix(prefix): array for key, array in prefixed.items()}
+    save(root / "bare.safetensors", bare | {"loss.logvar": np.zeros(1, np.float32)})
+    return {
+        "a folder of a pipeline": whole, "a folder of a VAE": whole / "vae", "a file with diffusers' keys": weights,
+        "a single file": single, "a file with a prefix": root / "prefixed.safetensors",
+        "a bare file": root / "bare.safetensors",
+    }  # fmt: skip
+
+
+FORMS = (
+    "a folder of a pipeline", "a folder of a VAE", "a file with diffusers' keys", "a single file",
+    "a file with a prefix", "a bare file",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_vae_replaces_the_base_s(folder, other, form):
+    base = open_checkpoint(folder)
+    changed = vae.with_vae(base, other[form])
+    expected = open_checkpoint(other["a folder of a pipeline"])
+    assert changed.digest("vae") == expected.digest("vae") != base.digest("vae")
+    assert changed.digest("unet") == base.digest("unet")
+    assert changed.vae_config["scaling_factor"] == base.vae_config["scaling_factor"]
+    assert vae.with_vae(base, "") is base
+
+
+def test_export_average_and_pipeline_take_a_vae(folder, other, student, tmp_path):
+    path, expected = other["a bare file"], open_checkpoint(other["a folder of a pipeline"])
+    dmm = write.write_folder(tmp_path / "dmm", student, "float32", families.RECIPE)
+    (single,) = export(dmm, tmp_path / "export", ["single-file"], "anime", "float32", vae=path)
+    result = average(tmp_path / "average", folder, [folder], "average", dtype="float32", vae=path)
+    assert f"vae: that of {path}" in result.notes
+    for written in (single, result.path):
+        np.testing.assert_array_equal(
+            open_checkpoint(written).params("vae")["decoder"]["conv_out"]["kernel"],
+            expected.params("vae")["decoder"]["conv_out"]["kernel"],
+        )
+    pipe = Pipeline.from_pretrained(folder, vae=path)
+    kernel = expected.params("vae")["decoder"]["conv_out"]["kernel"]
+    np.testing.assert_array_equal(np.asarray(pipe.vae.params["decoder"]["conv_out"]["kernel"]), kernel)
+
+
+def test_a_vae_of_other_latents_is_refused(folder, other, tmp_path):
+    base = open_checkpoint(folder)
+    changed = shutil.copytree(other["a folder of a VAE"], tmp_path / "vae")
+    config = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.13025}))
+    with pytest.raises(CheckpointError, match="scaling_factor 0.13025.*another family"):
+        vae.with_vae(base, changed)
+    with pytest.raises(CheckpointError, match="holds no VAE"):
+        save(tmp_path / "x.safetensors", {"x": np.zeros(1, np.float32)})
+        vae.with_vae(base, tmp_path / "x.safetensors")
+    rewrite(other["a bare file"], lambda tensors: tensors.pop("decoder.conv_in.bias"))
+    with pytest.raises(CheckpointError, match="1 missing: decoder.conv_in.bias"):
+        vae.with_vae(base, other["a bare file"])
