@@ -17,6 +17,8 @@ from dmm_jax.diffusion.schedule import NoiseSchedule, add_noise
 from dmm_jax.distill import objective as module
 from dmm_jax.distill.teachers import Teachers
 from dmm_jax.distillation import Distillation
+from dmm_jax.evaluation.compared_models import ComparedModels
+from dmm_jax.pipeline import Pipeline
 from dmm_jax.runtime import sharding
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.world.architecture import SCHEDULER_CONFIG
@@ -99,7 +101,7 @@ def test_equal_predictions_leave_the_step_as_it_is(tiny):
     assert jax.tree.structure(teachers) == jax.tree.structure(four)
 
 
-def test_a_mixed_run_starts_from_its_own_type_and_takes_a_step(mixed):
+def test_a_mixed_run_trains_and_its_student_states_what_it_predicts(mixed, tmp_path):
     for name, starts_from in (("epsilon", "left"), ("v_prediction", "right")):
         config = mixed.copy_and_resolve_references()
         config.student_prediction = name
@@ -110,7 +112,20 @@ def test_a_mixed_run_starts_from_its_own_type_and_takes_a_step(mixed):
         start = open_checkpoint(dict(config.teachers)[starts_from]).params("unet")["conv_in"]["bias"]
         assert np.array_equal(run.unpack(state).student.params["conv_in"]["bias"], start)
         state, metrics = run.step(state, next(run.batches()))
-        assert np.isfinite(metrics["score"]).all()
+        own, other = (np.asarray(metrics["score"])[row] for row in np.argsort(run.teachers.is_converted))
+        # It starts as the teacher of its own type, except for that teacher's text encoder.
+        assert own < other / 10 and np.isfinite(other)
+        assert metrics["feature"][np.argmax(run.teachers.is_converted)] == 0
+        assert run.pipeline(state).schedule.prediction_type == name
+        run.save(tmp_path / name, state)
+        assert open_checkpoint(tmp_path / name).prediction_type == name
+        assert Pipeline.from_pretrained(tmp_path / name).schedule.prediction_type == name
+        models = ComparedModels(config, tmp_path / name)
+        schedules = [
+            pipe.schedule for pipe in (models.base, models.teacher("left"), models.teacher("right"), models.student)
+        ]
+        types = ["epsilon", "epsilon", "v_prediction", name]
+        assert [schedule.prediction_type for schedule in schedules] == types
 
 
 def test_conversion_is_refused_at_zero_terminal_snr(tiny, tmp_path):
