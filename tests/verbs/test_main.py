@@ -144,6 +144,7 @@ def test_help_texts_do_not_import_jax():
     [
         (KeyboardInterrupt(), 130, "interrupted"),
         (UserError("name another file"), 1, "dmm-jax inspect: error: name another file\n"),
+        (UserError("a name with \x1b[31mred"), 1, "error: a name with \\x1b[31mred\n"),
         (FileNotFoundError(2, "No such file", "a.txt"), 1, "error: a.txt: No such file\n"),
         (FloatingPointError("step 3: the loss is not finite"), 1, "error: step 3: the loss is not finite\n"),
         (MemoryError("Unable to allocate 9 TiB"), 1, "out of memory: Unable to allocate 9 TiB"),
