@@ -189,5 +189,5 @@ def metrics_of(workdir: Location, styles: Sequence[str]) -> dict | None:
             return None  # Of other styles, or of pairs of pictures alone.
         _measured(metrics)
         return metrics
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
         raise UserError(f"{path} is damaged. Run `dmm-jax evaluate` again, or delete it.") from None

@@ -11,6 +11,7 @@ from dmm_jax.runtime import storage
 from dmm_jax.runtime.errors import UserError, refuse
 
 MAX_SHOWN_CHARS = 200  # Of a value in a message.
+MAX_INT_AS_FLOAT = 2**1000  # Python cannot convert larger ones.
 _GROUP = ml_collections.ConfigDict
 
 
@@ -69,6 +70,8 @@ def _update(config, values: Mapping, prefix: str = "") -> list[str]:
 def _fits(value, default, pairs: bool) -> bool:
     kinds = (int, float) if isinstance(default, float) else Mapping if isinstance(default, _GROUP) else type(default)
     if isinstance(value, tuple) and not all(isinstance(entry, (str, tuple) if pairs else str) for entry in value):
+        return False
+    if isinstance(default, float) and isinstance(value, int) and abs(value) > MAX_INT_AS_FLOAT:
         return False
     return isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
 

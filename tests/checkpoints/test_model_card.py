@@ -85,7 +85,10 @@ def test_a_card_says_how_to_sample_from_a_velocity_model(zero):
     assert "v-prediction" not in card()
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff"])
+HUGE = b'{"styles": ["left"], "matrix": [[1%s]], "floor": [1.0], "base": [1.0]}' % (b"0" * 400)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff", HUGE])
 def test_damaged_metrics_are_refused(tmp_path, content):
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "metrics.json").write_bytes(content)

@@ -197,6 +197,7 @@ def test_options_of_wrong_types_are_refused_with_file_and_types(tmp_path):
         "samples": {"prompts": [3]},
         "data": {"source": None},
         "grow": {"styles": [[["x"]]]},
+        "weight_decay": 10**400,
     }
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError) as refused:
@@ -210,6 +211,7 @@ def test_options_of_wrong_types_are_refused_with_file_and_types(tmp_path):
         "samples.prompts: expected a list of texts",
         "data.source: expected a text, got null: null",
         "grow.styles: expected a list of texts",
+        "weight_decay: expected a number, got a whole number: 1000",
     ):
         assert f"  - {line}" in message
 

@@ -120,6 +120,13 @@ def test_quiet_hides_progress_and_verbose_shows_tracebacks(capsys, monkeypatch):
     assert "Traceback" in printed["--verbose"] and printed["--verbose"].endswith(printed["--quiet"])
 
 
+def test_the_home_folder_is_expanded_in_arguments(monkeypatch):
+    arguments = []
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr(inspect_verb, "main", lambda args: arguments.append(str(vars(args))))
+    assert cli.main(["inspect", "~/a"]) == 0 and "/home/me/a" in arguments[0]
+
+
 HELP = """
 import sys
 from dmm_jax.verbs.main import VERBS, main
