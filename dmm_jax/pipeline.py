@@ -35,6 +35,7 @@ from dmm_jax.kernels.attention import choose_implementation
 from dmm_jax.models import drawing, text_encoders
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.network import Network, place_params
+from dmm_jax.models.preview import Preview, fit_preview, patches
 from dmm_jax.models.text_encoders import TextConditioning, TextEncoders
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
 from dmm_jax.models.unet_config import per_axis
@@ -271,6 +272,16 @@ class Pipeline:
         drawing.check_finite("pixels", finite, names)
         return images
 
+    def preview(self, latents: np.ndarray) -> np.ndarray:
+        """Returns small pictures of latents (B, h, w, C), uint8 (B, h, w, 3): cheap, for a callback."""
+        return np.asarray(self._preview.draw(np.asarray(latents, np.float32)))
+
+    @functools.cached_property
+    def _preview(self) -> Preview:
+        config = self.unet.merged().config
+        latents = patches((1, *per_axis(config["sample_size"]), config["in_channels"]))
+        return fit_preview(latents, np.asarray(self.decode(latents)))
+
     def __call__(
         self,
         prompts: Sequence[str],
@@ -318,7 +329,8 @@ class Pipeline:
           num_chunks: empty chunks fill every prompt up to the longest of the batch, and to this number. Batches of one
             number share a compiled program, and an image is the same in each.
           callback: called after every evaluation of the network with its number, its timestep and the noisy latents
-            (B, h, w, C); drawing stops if it returns False. Evaluations then run one by one, a little slower.
+            (B, h, w, C), of which `preview` makes pictures; drawing stops if it returns False. Evaluations then run one
+            by one, a little slower.
 
         Raises:
           ValueError: an argument does not fit; the message names what does.
@@ -339,8 +351,10 @@ class Pipeline:
         weights = self.style_weights(styles, batch_size, plan.timesteps, num_images_per_prompt)
         names = image_names(prompts, styles)
         keys = _keys(seeds, batch_size)
-        scales = _per_image("guidance_scale", guidance_scale, batch_size, num_images_per_prompt)
-        rescales = _per_image("guidance_rescale", guidance_rescale, batch_size, num_images_per_prompt, 0.0, 1.0)
+        scales = arguments.per_image("guidance_scale", guidance_scale, batch_size, num_images_per_prompt)
+        rescales = arguments.per_image(
+            "guidance_rescale", guidance_rescale, batch_size, num_images_per_prompt, 0.0, 1.0
+        )
         guided = bool(np.any(scales != 1.0))
         height, width = self._image_size(height, width, latents)
         noise = self._noise(keys, latents, height, width)
@@ -398,10 +412,3 @@ def _keys(seeds, batch_size):
     seeds = arguments.per_prompt("seeds", range(batch_size) if seeds is None else seeds, batch_size)
     seeds = [arguments.whole_number("a seed", seed, 0, arguments.MAX_SEED) for seed in seeds]
     return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-
-
-def _per_image(name, values, batch_size, repeats, *bounds) -> np.ndarray:
-    """Returns one number per image (B,)."""
-    values = [values] * batch_size if np.ndim(values) == 0 else values
-    values = arguments.per_prompt(name, values, batch_size, repeats)
-    return np.array([arguments.number(name, value, *bounds) for value in values], np.float32)

@@ -151,6 +151,8 @@ def test_a_callback_sees_every_evaluation_and_may_stop(student, solver):
     assert np.abs(watched - plain).max() < 1e-5 * np.abs(plain).max()
     stopped = student(PROMPTS, callback=lambda *_: False, **options)
     np.testing.assert_array_equal(stopped, seen[0][2])
+    small = student.preview(seen[0][2])
+    assert small.dtype == np.uint8 and small.shape == (*seen[0][2].shape[:3], 3)
 
 
 def test_new_prompts_styles_seeds_and_scales_compile_nothing(student):

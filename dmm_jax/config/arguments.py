@@ -10,6 +10,8 @@ import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from dmm_jax.runtime.errors import UserError, nearest, refuse
 
 MAX_SEED = 2**32 - 1  # The largest seed of a JAX key.
@@ -67,6 +69,12 @@ def per_prompt(name: str, values: Any, count: int, repeats: int = 1) -> list:
     if len(values) != count:
         raise UserError(f"{name} has {len(values)} entries for {count} prompts: give one each.")
     return list(values)
+
+
+def per_image(name: str, values: Any, count: int, repeats: int, *bounds: float) -> np.ndarray:
+    """Returns one number per image (B,), float32; `bounds` as in `number`."""
+    values = [values] * count if np.ndim(values) == 0 else values
+    return np.array([number(name, value, *bounds) for value in per_prompt(name, values, count, repeats)], np.float32)
 
 
 def texts(name: str, values: Any) -> list:

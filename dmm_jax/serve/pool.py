@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from dmm_jax.models import drawing
+from dmm_jax.models.preview import GREY
 from dmm_jax.pipeline import PIXELS_DECODED, Pipeline
 from dmm_jax.runtime import sharding
 from dmm_jax.serve import programs, work
@@ -66,7 +66,7 @@ class Pool:
         empty = pipeline.tokenize([""])
         self.empty_chunk = [rows[0, 0] for rows in empty]  # Ids and weights.
         self.chunk_length = empty.input_ids.shape[2] // encoders
-        self.preview = programs.Preview(jnp.zeros((4, 3)), jnp.full(3, 0.5))
+        self.preview = GREY
         self.slots = None
 
     @property

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt, UInt8
 
 from dmm_jax.diffusion import solvers
 from dmm_jax.models import drawing
+from dmm_jax.models.preview import Preview
 from dmm_jax.models.text_encoders import TextConditioning
 from dmm_jax.serve import work
 
@@ -53,13 +54,6 @@ class Variant(NamedTuple):
     def cost(self) -> tuple[int, int]:
         """Orders forms by their time."""
         return self.num_slots * (1 + self.guided), self.num_chunks
-
-
-class Preview(NamedTuple):
-    """The linear map from latents to colours of 0 to 1."""
-
-    matrix: Float[Array, "C 3"]
-    bias: Float[Array, " 3"]
 
 
 def _on_each_device(mesh: Mesh, local, in_specs, out_specs):
@@ -150,8 +144,7 @@ def denoise(
         noise = solvers.step_noise(keys, request["number"], part.latents.shape[1:])
         state = solvers.update(row, correction, part[:3], prediction, noise)
         new = [leaf.at[: variant.num_slots].set(after) for leaf, after in zip(slots[:3], state, strict=True)]
-        colours = jnp.einsum("Shwc,cr->Shwr", state[2], preview.matrix) + preview.bias.reshape(1, 1, 1, 3)
-        previews = (jnp.clip(colours, 0.0, 1.0) * 255.0).astype(jnp.uint8)
+        previews = preview.draw(state[2])
         return slots._replace(latents=new[0], memory=new[1], x0=new[2]), previews, _finite(state[0])
 
     return _on_each_device(mesh, local, (P(), SLOTS, SLOTS, P()), SLOTS)(params, slots, rows, preview)
