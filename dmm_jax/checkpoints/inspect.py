@@ -22,6 +22,7 @@ from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, dtype_of, sha
 from dmm_jax.checkpoints.naming import listed, printable
 from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
 from dmm_jax.checkpoints.provenance import SHORT_HASH, relative_name, sha256
+from dmm_jax.diffusion.guidance import ADVICE
 
 # The published sizes: {name: (ModelSpec's name of the family, block_out_channels, cross_attention_dim)}.
 FULL_SIZES = {
@@ -63,7 +64,8 @@ def inspect(
         "styles", "tokenizer", "files" (name, bytes, sha256), "hash" (the AutoV2 hash of a single file), "components"
         (parameters, tensors, dtypes, digest), "damage" (component, kind, tensors, matters, meaning), "loras",
         "float8" (in words), "adapter" (`adapter_facts.facts` of an adapter, else None),
-        "loans" (sentences about the parts that come from elsewhere), "ema_tensors", "unused_tensors", "unsupported",
+        "loans" (sentences about the parts that come from elsewhere), "advice" (sentences about its use),
+        "ema_tensors", "unused_tensors", "unsupported",
         "read" ("all" or "sample"), and "error", which is not empty if the checkpoint cannot be opened.
       mergeable: whether nothing prevents a merge; for a single path, whether the checkpoint is sound.
       obstacles: one sentence for each problem.
@@ -83,6 +85,7 @@ def inspect(
         if checkpoint and checkpoint.has("unet"):
             schedule = checkpoint.schedule_beside(checkpoints[0] or checkpoint)
             report["prediction_type"] = schedule.get("prediction_type", "epsilon")
+            report["advice"] = [ADVICE] if schedule.get("rescale_betas_zero_snr") else []
     problems = [(report["path"], problem) for report in reports for problem in _own_problems(report)]
     problems += _merge_problems(checkpoints, reports)
     return {
@@ -145,7 +148,7 @@ def _report(path: pathlib.Path, checkpoint: Checkpoint | None, error: str, deep,
         "path": str(path), "name": name, "error": error, "kind": None, "architecture": None,
         "prediction_type": None, "license": None, "styles": None, "tokenizer": False, "files": [], "hash": None,
         "components": {}, "ema_tensors": 0, "unused_tensors": 0, "unsupported": "", "damage": [], "loras": [],
-        "read": "all", "loans": [], "float8": "", "adapter": None,
+        "read": "all", "loans": [], "advice": [], "float8": "", "adapter": None,
     }  # fmt: skip
     files = [root] if root.is_file() else checkpoint.files if checkpoint else []
     read_all = deep or sum(file.stat().st_size for file in files) <= COMPLETE_BYTES

@@ -64,7 +64,7 @@ def _notes(checkpoint) -> Iterator[str]:
         yield f"{GAP}hash: not computed, it takes a while; --hash does"
     if checkpoint["float8"]:
         yield f"{GAP}float8: {checkpoint['float8']}; read in float16, or with the scale in float32"
-    for sentence in checkpoint["loans"]:
+    for sentence in (*checkpoint["loans"], *checkpoint["advice"]):
         yield GAP + printable(sentence, 1000)
     for lora in checkpoint["loras"]:
         yield f"{GAP}{_lora(lora)}"

@@ -355,3 +355,11 @@ def test_control_sequences_do_not_reach_the_terminal(copy, capsys):
     assert main(["inspect", str(copy)]) == 1
     output = capsys.readouterr()
     assert "act_fn" in output.err and (output.out + output.err).replace("\n", "").isprintable()
+
+
+def test_a_model_with_zero_terminal_snr_comes_with_advice(copy_as, folder):
+    path = copy_as("zero")
+    rewrite_json(path / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True)
+    report = inspect([path])
+    assert only(report)["advice"] and only(inspect([folder]))["advice"] == []
+    assert "a guidance rescale of 0.7" in render(report)
