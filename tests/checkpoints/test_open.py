@@ -274,6 +274,15 @@ def test_a_variant_of_another_precision_is_read(copy, folder, name):
     assert_same_networks(open_checkpoint(copy), open_checkpoint(folder))
 
 
+@pytest.mark.parametrize("name", [".fp16.safetensors.index", ".safetensors.fp16.index", ".safetensors.index.fp16"])
+def test_the_index_of_a_variant_is_read_under_every_name(copy, folder, name):
+    unet = copy / "unet"
+    (unet / UNET_WEIGHTS).rename(unet / "part.safetensors")
+    weight_map = dict.fromkeys(TensorFile(unet / "part.safetensors"), "part.safetensors")
+    (unet / f"diffusion_pytorch_model{name}.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert_same_networks(open_checkpoint(copy), open_checkpoint(folder))
+
+
 def test_integers_of_the_right_shape_are_not_weights(copy):
     key = "conv_in.weight"
     rewrite(copy / "unet" / UNET_WEIGHTS, lambda tensors: tensors.update({key: tensors[key].astype(np.int8)}))

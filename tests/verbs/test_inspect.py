@@ -1,6 +1,7 @@
 """`dmm-jax inspect`: a report on stdout, and what prevents a merge on stderr."""
 
 import json
+import sys
 
 from dmm_jax.verbs import main as cli
 
@@ -15,3 +16,10 @@ def test_what_prevents_a_merge_is_an_error_too(capsys, tmp_path):
     printed = capsys.readouterr()
     assert json.loads(printed.out)["obstacles"][0] in printed.err
     assert printed.err.startswith("dmm-jax inspect: error: ")
+
+
+def test_a_terminal_shows_what_prevents_a_merge_once(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert cli.main(["inspect", str(tmp_path / "x.safetensors")]) == cli.EXIT_ERROR
+    printed = capsys.readouterr()
+    assert "x.safetensors" in printed.out and printed.err == ""
