@@ -155,7 +155,7 @@ def test_help_texts_do_not_import_jax():
         (FileNotFoundError(2, "No such file", "a.txt"), 1, "error: a.txt: No such file\n"),
         (FloatingPointError("step 3: the loss is not finite"), 1, "error: step 3: the loss is not finite\n"),
         (MemoryError("Unable to allocate 9 TiB"), 1, "out of memory: Unable to allocate 9 TiB"),
-        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n#0 x"), 1, "out of memory"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 bytes.\n#0 x"), 1, "bytes. Where it computes images: fewer"),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: E1: CompileTimeScopedVmemOom:\n"), 1, "config.attention=xla"),
         (
             RuntimeError("Unable to initialize backend 'tpu': busy"),
