@@ -221,10 +221,10 @@ class Engine:
     def _wait_for_the_end_of_the_last_flight(self) -> None:
         """Waits until shortly before the device is free, so that requests that come until then join the next flight."""
         if self._flights:
-            pool, flight, _ = self._flights[-1]
-            step_s = pool.step_s[flight.variant]
+            pool, flight, dispatched_at = self._flights[-1]
+            begun_at, step_s = max(self._completed_at, dispatched_at), pool.step_s[flight.variant]
             ahead = max(SHARE_BEFORE_END * step_s, 2.0 * self._dispatch_s)
-            self._stopping.wait(max(self._completed_at + step_s - ahead - time.monotonic(), 0.0))
+            self._stopping.wait(max(begun_at + step_s - ahead - time.monotonic(), 0.0))
 
     def _complete(self, pool: Pool, flight: Flight, dispatched_at: float) -> None:
         """Waits for an evaluation on the device, and tells its jobs."""

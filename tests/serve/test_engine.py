@@ -10,6 +10,7 @@ from dmm_jax.diffusion import solvers
 from dmm_jax.serve import programs, work
 from dmm_jax.serve.engine import Engine
 from dmm_jax.serve.requests import Draining, EngineFailed, NotFinite, QueueFull
+from tests.serve.load import Clients
 from tests.serve.students import ONE_LEVEL, SIZE, drawn_alone, request, small_pipeline, started
 
 TIMEOUT = 60.0  # Seconds; only a fault takes so long.
@@ -58,6 +59,12 @@ def test_images_are_the_pipelines_whatever_joins_and_leaves(engine, pipeline):
         assert job.step <= job.num_steps == job.num_dispatched
     counts = engine.counts()
     assert counts["slot_steps_busy"] > counts["steps"]  # Requests shared programs.
+
+
+def test_every_client_is_answered_while_others_cancel(engine):
+    ends = Clients(engine, num_requests=60, num_clients=16, num_cancelled=12).run()
+    assert ends.images + ends.cancelled == 60 and not ends.failed and not ends.unanswered
+    assert engine.counts()["waiting"] == 0
 
 
 def test_a_waiting_jobs_place_and_a_running_jobs_preview(engine):
