@@ -8,9 +8,11 @@ device for nothing. A second thread hands finished images over.
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 
 import jax
@@ -116,7 +118,8 @@ class Engine:
             self._counts.accepted += 1
             self.pools[arrays.size].waiting.push(job)
             self._changed.notify_all()
-        job.future.add_done_callback(lambda future: self._settled(job, future))
+        # A strong reference would make a cycle, which keeps images until Python looks for cycles.
+        job.future.add_done_callback(functools.partial(self._settled, weakref.ref(job), job.accepted_at))
         return job
 
     def drain(self, timeout: float) -> bool:
@@ -161,17 +164,18 @@ class Engine:
         times = [pool.seconds_to_a_slot for pool in busy if pool.waiting]
         return min(times, default=0.0) * len(busy)
 
-    def _settled(self, job: Job, future) -> None:
+    def _settled(self, reference: weakref.ref, accepted_at: float, future) -> None:
         """Counts an answered request; a cancelled one leaves the queue."""
         with self._changed:
-            self.pools[job.work.size].waiting.discard(job)
+            if (job := reference()) is not None:
+                self.pools[job.work.size].waiting.discard(job)
             if future.cancelled():
                 self._counts.cancelled += 1
             elif future.exception() is not None:
                 self._counts.failed += 1
             else:
                 self._counts.finished += 1
-                self._counts.images_seconds.add(time.monotonic() - job.accepted_at)
+                self._counts.images_seconds.add(time.monotonic() - accepted_at)
             self._changed.notify_all()
 
     def _run(self) -> None:

@@ -1,7 +1,9 @@
 """The engine: an image does not depend on other requests, and a fault stays with the requests that it concerns."""
 
+import gc
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -65,6 +67,19 @@ def test_every_client_is_answered_while_others_cancel(engine):
     ends = Clients(engine, num_requests=60, num_clients=16, num_cancelled=12).run()
     assert ends.images + ends.cancelled == 60 and not ends.failed and not ends.unanswered
     assert engine.counts()["waiting"] == 0
+
+
+def test_an_answered_request_is_freed_without_the_search_for_cycles(engine):
+    job = engine.submit(request())
+    job.future.result(TIMEOUT)
+    reference = weakref.ref(job)
+    engine.submit(request()).future.result(TIMEOUT)  # The engine's threads now hold this request.
+    gc.disable()
+    del job
+    try:
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_a_waiting_jobs_place_and_a_running_jobs_preview(engine):
