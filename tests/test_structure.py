@@ -3,6 +3,8 @@
 import ast
 import inspect
 import pathlib
+import subprocess
+import sys
 
 import dmm_jax
 
@@ -101,3 +103,11 @@ def test_only_the_torch_extra_imports_pytorch():
 
 def test_every_file_has_a_docstring():
     assert [name for name, path in FILES.items() if not ast.get_docstring(ast.parse(path.read_text()))] == []
+
+
+def test_importing_the_package_starts_no_device():
+    """Processes join before JAX looks for devices; a constant array at the root of a module would look first."""
+    names = sorted(set(FILES) - WITH_TORCH - {"dmm_jax.__main__"})
+    code = f"import importlib\nfor name in {names}: importlib.import_module(name)\n"
+    code += "from jax._src import xla_bridge\nassert not xla_bridge.backends_are_initialized()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, check=True)

@@ -12,8 +12,8 @@ PATCH = 4  # Latent cells along the side of a patch of one colour.
 class Preview(NamedTuple):
     """The linear map from latents to colours of 0 to 1."""
 
-    matrix: Float[Array, "C 3"]
-    bias: Float[Array, " 3"]
+    matrix: Float[Array | np.ndarray, "C 3"]
+    bias: Float[Array | np.ndarray, " 3"]
 
     def draw(self, latents: Float[Array | np.ndarray, "B h w C"]) -> UInt8[Array, "B h w 3"]:
         """Returns a picture of each image's latents."""
@@ -21,7 +21,7 @@ class Preview(NamedTuple):
         return (jnp.clip(colours, 0.0, 1.0) * 255.0).astype(jnp.uint8)
 
 
-GREY = Preview(jnp.zeros((4, 3)), jnp.full(3, 0.5))
+GREY = Preview(np.zeros((4, 3), np.float32), np.full(3, 0.5, np.float32))
 
 
 def patches(shape: tuple[int, ...]) -> Float[np.ndarray, "B h w C"]:
