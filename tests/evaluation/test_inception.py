@@ -108,5 +108,5 @@ def test_another_networks_weights_are_refused(tmp_path):
 
 @pytest.mark.parametrize("spec", ["inception", "inception:", "clip:", "vgg:x.safetensors", ""])
 def test_unknown_features_are_refused(spec):
-    with pytest.raises(ValueError, match="use shapes .*inception:PATH, clean-inception:PATH, .*clip:PATH"):
+    with pytest.raises(ValueError, match="use none, shapes .*inception:PATH, clean-inception:PATH, .*clip:PATH"):
         open_feature_network(spec)

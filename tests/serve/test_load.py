@@ -52,17 +52,20 @@ def test_a_client_that_leaves_frees_its_slots(slow, path, body):
     assert jobs[0].step < jobs[0].num_steps
 
 
-def test_a_full_queue_is_429_and_says_when_to_come_back(slow):
-    connections = [leaving(slow, "/api/draw", BODY) for _ in range(3)]
-    until(lambda: len(slow.engine.waiting) == 2)
-    answer = slow.post("/api/draw", BODY)
-    assert answer.status_code == 429 and answer.headers["Retry-After"] == "3"
-    assert answer.json()["error"]["code"] == "queue_full"
-    client = openai.OpenAI(base_url=f"{slow.address}/v1", api_key="none", max_retries=0)
-    with pytest.raises(openai.RateLimitError, match="ask again"):
-        client.images.generate(model="ink", prompt="a")
-    for connection in connections:
-        connection.close()
+def test_a_full_queue_is_429_and_says_when_to_come_back():
+    with running(FakeEngine(num_slots=1, queue_size=2, period_s=1.0)) as web:  # A job takes 50 s: none ends here.
+        connections = [leaving(web, "/api/draw", BODY)]
+        until(lambda: web.engine.running)
+        connections += [leaving(web, "/api/draw", BODY) for _ in range(2)]
+        until(lambda: len(web.engine.waiting) == 2)
+        answer = web.post("/api/draw", BODY)
+        assert answer.status_code == 429 and answer.headers["Retry-After"] == "3"
+        assert answer.json()["error"]["code"] == "queue_full"
+        client = openai.OpenAI(base_url=f"{web.address}/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.RateLimitError, match="ask again"):
+            client.images.generate(model="ink", prompt="a")
+        for connection in connections:
+            connection.close()
 
 
 def test_a_request_that_does_not_fit_the_queue_leaves_nothing_in_it(slow):
