@@ -100,6 +100,22 @@ def features(graph: nnx.GraphDef, params: Mapping, images: UInt8[np.ndarray, "n 
     return in_chunks(compute, CHUNK_SIZE, (NUM_FEATURES,), images)
 
 
+def scene_accuracy(
+    graph: nnx.GraphDef, params: Mapping, images: UInt8[np.ndarray, "n 64 64 3"], content: Content
+) -> dict[str, float]:
+    """Returns the share of correct words by field of `content`, and "scene", the share of pictures with all correct."""
+    predicted = _predictions(graph, params, jnp.asarray(images))
+    truth = canonical(content)
+    truth = truth._replace(num_objects=truth.num_objects - 1)._asdict()
+    shares, scene = {}, np.ones(len(images), bool)
+    for name, ids in truth.items():
+        ids = np.asarray(ids).reshape(len(images), -1)  # (n, 2) for the fields of two shapes, else (n, 1)
+        correct = np.asarray(predicted[name].argmax(-1)).reshape(ids.shape) == ids
+        shares[name] = float(correct[ids >= 0].mean())
+        scene &= (correct | (ids < 0)).all(axis=1)
+    return shares | {"scene": float(scene.mean())}
+
+
 def load(path: str | pathlib.Path) -> tuple[nnx.GraphDef, dict]:
     """Reads a classifier's graph and parameters, the first arguments of `features`, from a safetensors file.
 
@@ -118,6 +134,13 @@ def _chunk_features(
     graph: nnx.GraphDef, params: Mapping, images: UInt8[Array, "chunk 64 64 3"]
 ) -> Float[Array, "chunk 32"]:
     return nnx.merge(graph, params)(images.astype(jnp.float32) / 127.5 - 1.0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predictions(
+    graph: nnx.GraphDef, params: Mapping, images: UInt8[Array, "n 64 64 3"]
+) -> dict[str, Float[Array, "n ..."]]:
+    return nnx.merge(graph, params).predict(images.astype(jnp.float32) / 127.5 - 1.0)
 
 
 def _cross_entropy(logits: Float[Array, "*B classes"], ids: Shaped[Array, "*B"]) -> Float[Array, ""]:
