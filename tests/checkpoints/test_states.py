@@ -204,8 +204,8 @@ def test_kill_9_at_any_moment_loses_no_finished_save(tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dmm_jax.checkpoints.states"])
     rng = random.Random(0)
-    finished, broken_off, starting_s = 0, 0, []
-    for kill in range(KILLS):
+    finished, broken_off, starting_s, kill = 0, 0, [], 0
+    while kill < KILLS or (not broken_off and kill < 10 * KILLS):  # A busy machine may need more kills to hit a save.
         reader, writer = context.Pipe(duplex=False)
         child = context.Process(target=save_for_ever, args=(tmp_path, writer), daemon=True)
         started = time.monotonic()
@@ -228,11 +228,12 @@ def test_kill_9_at_any_moment_loses_no_finished_save(tmp_path):
         except EOFError:
             pass
         broken_off += any(path.name.endswith("tmp") for path in (tmp_path / "checkpoints").iterdir())
-        if kill % 2 or kill == KILLS - 1:
+        kill += 1
+        if kill % 2 == 0 or kill >= KILLS:
             with StateStore(tmp_path) as store:
                 assert store.latest_step >= finished
                 step, state = store.resume(state_of(0, 20_000))
                 assert step == store.latest_step
                 assert_is_of(step, state, 20_000)
     assert finished > KILLS // 2 and broken_off
-    print(f"{KILLS} kills, {broken_off} of them in the middle of a save; {finished} saves finished, none lost")
+    print(f"{kill} kills, {broken_off} of them in the middle of a save; {finished} saves finished, none lost")

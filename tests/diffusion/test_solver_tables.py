@@ -12,6 +12,7 @@ import pytest
 from dmm_jax.diffusion import solvers, spacing
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.diffusion.solver_tables import columns
+from tests.diffusion.conftest import InDouble
 from tests.diffusion.test_solvers import (
     CONFIGS,
     KEYS,
@@ -86,6 +87,8 @@ def diffusers_scheduler(solver, config, num_steps, monkeypatch):
     if base == "dpmpp_sde":
         with mock.patch.dict(sys.modules, {"torchsde": mock.MagicMock()}):
             sde = importlib.import_module(files + "dpmsolver_sde")
+        for name in ("torch", "np"):
+            monkeypatch.setattr(sde, name, InDouble(getattr(sde, name)))
         scheduler = sde.DPMSolverSDEScheduler.from_config(config, **options)
         scheduler.alphas_cumprod = diffusers.EulerDiscreteScheduler.from_config(config).alphas_cumprod
         scheduler.set_timesteps(num_steps)
