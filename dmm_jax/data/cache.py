@@ -168,6 +168,8 @@ class LatentCache:
         self.folder = check_local(folder, "a latent cache")
         if not self.folder.exists() and partial_folder(self.folder).exists():
             raise UserError(f"{self.folder} is not finished. Run `dmm-jax prepare` again to complete it.")
+        if not self.folder.exists():
+            raise UserError(f"there is no latent cache {self.folder}. Make it with `dmm-jax prepare` and this config.")
         self.header = read_header(self.folder)
         self._records, self.bucket_of = self._open_shards()
         self.check(**expected)

@@ -22,6 +22,7 @@ import numpy as np
 from dmm_jax import train
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.config.options import solver_options
+from dmm_jax.distill.teacher_samples import prepare_cache
 from dmm_jax.evaluation.evaluate import OTHER_SEED, TEACHER_SEED
 from dmm_jax.evaluation.feature_networks import SHAPES, open_feature_network
 from dmm_jax.evaluation.prompts import PROMPT_SEED
@@ -126,7 +127,9 @@ def run(out: pathlib.Path, rows: Sequence[str], seeds: Sequence[int], sizes: arg
                       for kind, styles in judge.teachers.items()}  # fmt: skip
         else:
             workdir = out / "runs" / f"{row.replace(' ', '_')}_{seed}"
-            train.run(row_config(out, row, seed, sizes.num_steps, sizes.num_made), workdir)
+            config = row_config(out, row, seed, sizes.num_steps, sizes.num_made)
+            prepare_cache(config)
+            train.run(config, workdir)
             values = judge.student(workdir)
         line = {"row": row, "seed": seed, "n": sizes.num_images, "steps": sizes.num_steps, "made": sizes.num_made,
                 "device": jax.devices()[0].device_kind, "seconds": time.perf_counter() - started}  # fmt: skip

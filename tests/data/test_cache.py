@@ -194,6 +194,8 @@ def test_a_link_in_the_place_of_an_unfinished_cache_is_refused(tmp_path):
 def test_a_folder_without_a_header_is_refused(tmp_path):
     with pytest.raises(ValueError, match="cache.json"):
         LatentCache(tmp_path)
+    with pytest.raises(ValueError, match="no latent cache .*Make it with `dmm-jax prepare`"):
+        LatentCache(tmp_path / "missing")
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:1000], lambda data: b"x" * len(data)])
