@@ -1,6 +1,7 @@
 """Training on aspect-ratio buckets: every bucket has steps and validation, and a resumed run is exact."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -54,11 +55,13 @@ def test_validation_images_of_every_bucket_have_low_and_high_noise(config):
 
 @pytest.mark.slow
 def test_a_resumed_run_on_buckets_equals_an_uninterrupted_one(config, tmp_path):
+    config = config.copy_and_resolve_references()
+    config.checkpoint_every = 4
     train.run(config, tmp_path / "whole")
-    first = config.copy_and_resolve_references()
-    first.num_steps = 4
-    train.run(first, tmp_path / "run")
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")  # As if the run had been stopped after step 4.
     train.run(config, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / "6").is_dir()
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "run")]
     losses = [{line["step"]: line["score"] for line in map(json.loads, part) if "score" in line} for part in lines]
     assert losses[0] == losses[1] and sorted(losses[0]) == list(range(1, 7))
