@@ -27,6 +27,7 @@ RUNTIME = [
 ]
 GCSFS = "gcsfs>=2026.9"
 PARQUET = "pyarrow>=20"
+EMOJI = ["resvg-py>=0.5"]  # Draws SVG.
 SERVE = ["fastapi>=0.165", "uvicorn>=0.54", "prometheus_client>=0.26"]
 TORCH = ["torch==2.13.0", "diffusers==0.42.1"]
 
@@ -58,9 +59,11 @@ setup(
         "completion": ["shtab>=1.7"],  # `dmm-jax completion`.
         "parquet": [PARQUET],  # Captions in Parquet files.
         "serve": SERVE,
+        "emoji": EMOJI,  # `python -m dmm_jax.studies.emoji fetch`.
         "test": [
             *TORCH,
             *SERVE,
+            *EMOJI,
             "openai>=3.57",  # Real clients of `dmm-jax serve`.
             "webuiapi>=0.9.17",
             "selenium>=4.51",

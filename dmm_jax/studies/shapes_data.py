@@ -27,7 +27,7 @@ CHUNK_SIZE = 512  # Examples in memory while caches are mixed.
 def make_teachers(out: pathlib.Path, styles: Sequence[str], plan: training.Plan, bank_size: int) -> None:
     """Fine-tunes the shipped base on each style and writes the teachers; existing files are not trained again."""
     world, dtype = shipped_world(), jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
-    graphs = training.graphs_of(world.text_config, world.tokenizer, dtype)
+    graphs = training.graphs_of(world.configs, world.tokenizer, dtype)
     fit = training.Fit(training.denoising_loss(*graphs, train_text=False), plan, 5e-4)
     (out / "teachers").mkdir(parents=True, exist_ok=True)
     for name in styles:
@@ -35,7 +35,8 @@ def make_teachers(out: pathlib.Path, styles: Sequence[str], plan: training.Plan,
         if path.exists():
             continue
         bank = training.make_bank(100 + number, bank_size, world.tokenizer, style=name)
-        data = training.add_latents(bank, world.base["vae"], dtype) | {"text_encoder": world.base["text_encoder"]}
+        data = training.add_latents(bank, world.configs["vae"], world.base["vae"], dtype)
+        data |= {"text_encoder": world.base["text_encoder"]}
         params = fit({"unet": world.base["unet"]}, data, name, seed=10 + number)
         unet = Component(dict(architecture.UNET_CONFIG), lambda params=params: naming.to_torch(params["unet"]))
         stock = Checkpoint(path, "single-file", {"unet": unet}, dict(architecture.SCHEDULER_CONFIG), None, None)

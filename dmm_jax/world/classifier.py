@@ -1,8 +1,8 @@
-"""The classifier of the embedded world. `FD (shapes)` compares its penultimate features, as FID does Inception's."""
+"""Classifiers of small pictures. `FD (shapes)` compares the penultimate features of one, as FID does Inception's."""
 
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,36 +23,48 @@ STYLE_LOSS_WEIGHT = 2.0  # Times the mean squared error of the style vector, add
 CHUNK_SIZE = 256  # Images per call of the compiled network.
 
 
-class ShapeFeatures(nnx.Module):
-    """Predicts caption and style of a 64x64 picture. Only `world.recipe` trains it.
+class PictureFeatures(nnx.Module):
+    """Features of a 64x64 picture; a subclass adds what they predict.
+
+    Args:
+      channels: of the convolutions, each of which halves the picture.
+      num_features: number of features.
+    """
+
+    def __init__(self, channels: Sequence[int], num_features: int, *, rngs: nnx.Rngs):
+        sizes = (3, *channels)
+        self.convs = nnx.List(
+            Conv(sizes[i], sizes[i + 1], 3, stride=2, dtype=jnp.float32, rngs=rngs) for i in range(len(channels))
+        )
+        norm = functools.partial(nnx.GroupNorm, num_groups=8, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+        self.norms = nnx.List(norm(size) for size in channels)
+        self.to_features = Linear(2 * channels[-1], num_features, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, images: Float[Array, "B 64 64 3"]) -> Float[Array, "B D"]:
+        """Returns the features of images in [-1, 1]: linear outputs, which are closer to Gaussian than activations."""
+        hidden = images
+        for convolve, norm in zip(self.convs, self.norms, strict=True):
+            hidden = nnx.silu(norm(convolve(hidden)))
+        pooled = jnp.concatenate([hidden.mean((1, 2)), hidden.max((1, 2))], axis=-1)  # (B, 2 * channels[-1])
+        return self.to_features(pooled)
+
+
+class ShapeFeatures(PictureFeatures):
+    """Predicts caption and style of a picture. Only `world.recipe` trains it.
 
     Args:
       style_dim: length of the vector that describes a style.
     """
 
     def __init__(self, style_dim: int, *, rngs: nnx.Rngs):
-        sizes = (3, *CHANNELS)
-        self.convs = nnx.List(
-            Conv(sizes[i], sizes[i + 1], 3, stride=2, dtype=jnp.float32, rngs=rngs) for i in range(len(CHANNELS))
-        )
-        norm = functools.partial(nnx.GroupNorm, num_groups=8, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
-        self.norms = nnx.List(norm(channels) for channels in CHANNELS)
+        super().__init__(CHANNELS, NUM_FEATURES, rngs=rngs)
         dense = functools.partial(Linear, dtype=jnp.float32, rngs=rngs)
-        self.to_features = dense(2 * CHANNELS[-1], NUM_FEATURES)
         self.num_objects = dense(NUM_FEATURES, 2)
         self.shapes = dense(NUM_FEATURES, 2 * len(SHAPES))
         self.colours = dense(NUM_FEATURES, 2 * len(COLOURS))
         self.sizes = dense(NUM_FEATURES, 2 * len(SIZES))
         self.relation = dense(NUM_FEATURES, len(RELATIONS))
         self.style = dense(NUM_FEATURES, style_dim)
-
-    def __call__(self, images: Float[Array, "B 64 64 3"]) -> Float[Array, "B 32"]:
-        """Returns the features of images in [-1, 1]: linear outputs, which are closer to Gaussian than activations."""
-        hidden = images
-        for convolve, norm in zip(self.convs, self.norms, strict=True):
-            hidden = nnx.silu(norm(convolve(hidden)))
-        pooled = jnp.concatenate([hidden.mean((1, 2)), hidden.max((1, 2))], axis=-1)  # (B, 2 * 96)
-        return self.to_features(pooled)
 
     def predict(self, images: Float[Array, "B 64 64 3"]) -> dict[str, Float[Array, "B ..."]]:
         """Returns "style" and, by field of `canonical` content, the logits: num_objects of 1 and 2, slots on axis 1."""
@@ -78,7 +90,7 @@ class ShapeFeatures(nnx.Module):
         predicted = self.predict(images)
         truth = canonical(content)
         truth = truth._replace(num_objects=truth.num_objects - 1)._asdict()
-        words = sum(_cross_entropy(predicted[name], jnp.asarray(ids)) for name, ids in truth.items())
+        words = sum(cross_entropy(predicted[name], jnp.asarray(ids)) for name, ids in truth.items())
         return words + STYLE_LOSS_WEIGHT * jnp.mean((predicted["style"] - style_vectors) ** 2)
 
 
@@ -91,13 +103,13 @@ def canonical(content: Content) -> Content:
     return Content(jnp.asarray(content.num_objects), *slots, relation_ids)
 
 
-def features(graph: nnx.GraphDef, params: Mapping, images: UInt8[np.ndarray, "n 64 64 3"]) -> Float[np.ndarray, "n 32"]:
+def features(graph: nnx.GraphDef, params: Mapping, images: UInt8[np.ndarray, "n 64 64 3"]) -> Float[np.ndarray, "n D"]:
     """Returns the features of pictures on the host."""
 
     def compute(chunk):
         return _chunk_features(graph, params, sharding.spread(chunk))
 
-    return in_chunks(compute, CHUNK_SIZE, (NUM_FEATURES,), images)
+    return in_chunks(compute, CHUNK_SIZE, params["to_features"]["bias"].shape, images)
 
 
 def scene_accuracy(
@@ -132,7 +144,7 @@ def load(path: str | pathlib.Path) -> tuple[nnx.GraphDef, dict]:
 @functools.partial(jax.jit, static_argnums=0)
 def _chunk_features(
     graph: nnx.GraphDef, params: Mapping, images: UInt8[Array, "chunk 64 64 3"]
-) -> Float[Array, "chunk 32"]:
+) -> Float[Array, "chunk D"]:
     return nnx.merge(graph, params)(images.astype(jnp.float32) / 127.5 - 1.0)
 
 
@@ -143,7 +155,7 @@ def _predictions(
     return nnx.merge(graph, params).predict(images.astype(jnp.float32) / 127.5 - 1.0)
 
 
-def _cross_entropy(logits: Float[Array, "*B classes"], ids: Shaped[Array, "*B"]) -> Float[Array, ""]:
+def cross_entropy(logits: Float[Array, "*B classes"], ids: Shaped[Array, "*B"]) -> Float[Array, ""]:
     """Returns the mean over all ids that are not -1."""
     present = ids >= 0
     chosen = jnp.take_along_axis(nnx.log_softmax(logits), jnp.maximum(ids, 0)[..., None], axis=-1)[..., 0]

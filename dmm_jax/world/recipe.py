@@ -11,6 +11,7 @@ makes all pictures during training, so the recipe needs no data.
 import argparse
 import dataclasses
 import functools
+import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.clip_text import CLIPTextModel
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
+from dmm_jax.runtime.storage import part_of
 from dmm_jax.text.tokenizer import Tokenizer
 from dmm_jax.world import lora_teacher
 from dmm_jax.world.architecture import SCALING_FACTOR, SCHEDULER_CONFIG, TEXT_CONFIG, UNET_CONFIG, VAE_CONFIG
@@ -32,7 +34,17 @@ from dmm_jax.world.classifier import ShapeFeatures
 from dmm_jax.world.scenes import IMAGE_SIZE
 from dmm_jax.world.shipped_checkpoints import BASE, FOLDER, TEACHERS, save_base, save_teacher
 from dmm_jax.world.tokenizer import tokenizer_fields, write_tokenizer
-from dmm_jax.world.training import Fit, Plan, add_latents, denoising_loss, graphs_of, make_bank, params_of, render_rows
+from dmm_jax.world.training import (
+    Fit,
+    Plan,
+    Stretch,
+    add_latents,
+    denoising_loss,
+    graphs_of,
+    make_bank,
+    params_of,
+    pictures_of,
+)
 
 PLANS = {
     "classifier": Plan(3_000, 256, 13.0),
@@ -72,26 +84,29 @@ def train_world(out: pathlib.Path, plans: Mapping[str, Plan], bank_size: int, dt
     text_config = TEXT_CONFIG | tokenizer_fields(tokenizer_folder)
     bank = make_bank(0, bank_size, tokenizer)
     load = functools.partial(load_or_train, out / "raw")
-    vae = load("vae", lambda: train_vae(bank, plans["vae"], dtype))
+    vae = load("vae", lambda: train_vae(VAE_CONFIG, bank, plans["vae"], dtype))
     classifier = load("classifier", lambda: train_classifier(bank, plans["classifier"]))
     networks = {
         "unet": params_of(UNet2DConditionModel.from_config(UNET_CONFIG, rngs=nnx.Rngs(2)))[1],
         "text_encoder": params_of(CLIPTextModel.from_config(text_config, rngs=nnx.Rngs(2)))[1],
     }
-    loss_fn = denoising_loss(*graphs_of(text_config, tokenizer, dtype), train_text=True)
+    graphs = graphs_of({"unet": UNET_CONFIG, "text_encoder": text_config}, tokenizer, dtype)
+    loss_fn = denoising_loss(*graphs, train_text=True)
     fit = Fit(loss_fn, plans["base"], 2e-3, average=0.9995)
-    base = load("base", lambda: fit(networks, add_latents(bank, vae, dtype), "base", seed=2))
+    base = load("base", lambda: fit(networks, add_latents(bank, VAE_CONFIG, vae, dtype), "base", seed=2))
     world = World(base | {"vae": vae}, text_config, tokenizer)
     save_base(out, world.configs, world.base, tokenizer_folder, classifier)
     return world
 
 
-def train_vae(bank: Mapping, plan: Plan, dtype) -> dict:
-    """Trains the VAE on pictures, their edges and a small KL term; scales its latents to unit variance."""
-    graph, params = params_of(AutoencoderKL.from_config(VAE_CONFIG, dtype=dtype, rngs=nnx.Rngs(1)))
+def train_vae(
+    config: Mapping, bank: Mapping, plan: Plan, dtype, rate: float = 1e-3, stretch: Stretch | None = None
+) -> dict:
+    """Trains a VAE on pictures, their edges and a small KL term; scales its latents to unit variance."""
+    graph, params = params_of(AutoencoderKL.from_config(config, dtype=dtype, rngs=nnx.Rngs(1)))
 
     def loss_fn(params, data, rows, key):
-        images = render_rows(data, rows)
+        images = pictures_of(data, rows)
         vae = nnx.merge(graph, params)
         posterior = vae.encode(images)
         error = vae.decode(posterior.sample(key)).astype(jnp.float32) - images
@@ -99,10 +114,11 @@ def train_vae(bank: Mapping, plan: Plan, dtype) -> dict:
         divergence = 0.5 * jnp.mean(posterior.mean**2 + jnp.exp(posterior.logvar) - 1.0 - posterior.logvar)
         return jnp.mean(jnp.abs(error)) + 2.0 * jnp.mean(error**2) + edges + 1e-4 * divergence
 
-    params = Fit(loss_fn, plan, 1e-3)(params, bank, "vae", seed=1)
-    rows = jnp.arange(min(2048, len(bank["input_ids"])))
-    means = jax.jit(lambda params, data: nnx.merge(graph, params).encode(render_rows(data, rows)).mean)(params, bank)
-    return scale_latents(params, 1.0 / (SCALING_FACTOR * float(jnp.std(means))))
+    params = Fit(loss_fn, plan, rate)(params, bank, "vae", seed=1, stretch=stretch)
+    encode = jax.jit(lambda params, data, rows: nnx.merge(graph, params).encode(pictures_of(data, rows)).mean)
+    size = min(2048, len(bank["input_ids"]))
+    means = [encode(params, bank, rows) for rows in np.array_split(np.arange(size), -(-size // 256))]
+    return scale_latents(params, 1.0 / (SCALING_FACTOR * float(jnp.std(jnp.concatenate(means)))))
 
 
 def scale_latents(params: Mapping, scale: float) -> dict:
@@ -112,7 +128,7 @@ def scale_latents(params: Mapping, scale: float) -> dict:
     factors = jnp.concatenate([jnp.full(channels, scale), jnp.ones(channels)])
     shift = jnp.concatenate([jnp.zeros(channels), jnp.full(channels, 2.0 * np.log(scale))])  # Shifts the log-variances.
     quant, post = params["quant_conv"], params["post_quant_conv"]
-    quant = {"kernel": quant["kernel"] * factors, "bias": quant["bias"] * factors + shift}
+    quant = {"kernel": quant["kernel"] * factors[None, None, None], "bias": quant["bias"] * factors + shift}
     post = {"kernel": post["kernel"] / scale, "bias": post["bias"]}
     return params | {"quant_conv": quant, "post_quant_conv": post}
 
@@ -122,7 +138,7 @@ def train_classifier(bank: Mapping, plan: Plan) -> dict:
     graph, params = params_of(ShapeFeatures(style_dim=style_vectors(bank["styles"]).shape[1], rngs=nnx.Rngs(3)))
 
     def loss_fn(params, data, rows, key):
-        images = render_rows(data, rows)
+        images = pictures_of(data, rows)
         images = images + 0.05 * jax.random.normal(key, images.shape)
         content, styles = jax.tree.map(lambda leaf: leaf[rows], (data["scenes"].content, data["styles"]))
         return nnx.merge(graph, params).loss(images, content, style_vectors(styles))
@@ -140,7 +156,7 @@ class FineTuner:
 
     def __init__(self, world: World, plans: Mapping[str, Plan], bank_size: int, dtype):
         self.world, self.bank_size, self.dtype = world, bank_size, dtype
-        graphs = graphs_of(world.text_config, world.tokenizer, dtype)
+        graphs = graphs_of(world.configs, world.tokenizer, dtype)
         unet_loss = denoising_loss(*graphs, train_text=False)
 
         def lora_loss(params, data, rows, key):
@@ -162,7 +178,7 @@ class FineTuner:
         else:
             fit, params = self.unet_fit, {"unet": base["unet"]}
         bank = make_bank(100 + number, int(self.bank_size * fit.plan.bank_share), self.world.tokenizer, style=name)
-        return fit(params, add_latents(bank, base["vae"], self.dtype) | data, name, seed=10 + number)
+        return fit(params, add_latents(bank, VAE_CONFIG, base["vae"], self.dtype) | data, name, seed=10 + number)
 
     @property
     def lora_training(self) -> dict[str, object]:
@@ -184,9 +200,11 @@ def load_or_train(folder: pathlib.Path, name: str, train: Callable[[], dict]) ->
     """Returns the parameters in `folder/name.safetensors`; trains and writes them first if the file is missing."""
     path = folder / f"{name}.safetensors"
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
         leaves = jax.tree_util.tree_leaves_with_path(train())
-        save_file({"/".join(str(part.key) for part in keys): np.asarray(leaf) for keys, leaf in leaves}, path)
+        folder.mkdir(parents=True, exist_ok=True)
+        part = part_of(path)
+        save_file({"/".join(str(part.key) for part in keys): np.asarray(leaf) for keys, leaf in leaves}, part)
+        os.replace(part, path)
     params: dict = {}
     for key, leaf in load_file(path).items():
         *parents, last = (int(part) if part.isdigit() else part for part in key.split("/"))

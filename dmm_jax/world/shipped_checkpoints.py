@@ -7,7 +7,7 @@ a single file with and without a text encoder, and a LoRA on the base.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -66,7 +66,7 @@ def save_base(
       tokenizer: folder of the tokenizer's files.
       classifier: the classifier's parameters.
     """
-    stock = _checkpoint(BASE, configs, base, ("unet", "vae", "text_encoder"), tokenizer)
+    stock = stock_checkpoint(BASE, configs, base, ("unet", "vae", "text_encoder"), tokenizer)
     write_folder(folder / BASE, stock, "float16", Recipe("shapes", [], None))
     save(folder / CLASSIFIER, naming.to_torch(classifier), {"format": "pt"})
 
@@ -86,14 +86,26 @@ def save_teacher(folder: pathlib.Path, configs: Mapping, name: str, params: Mapp
         return
     components = ("unet", "text_encoder") if teacher.own_text_encoder else ("unet",)
     write = write_single_file if path.suffix == ".safetensors" else write_folder
-    write(path, _checkpoint(name, configs, params, components), "float16", Recipe(f"shapes, {name}", [], None))
+    write(path, stock_checkpoint(name, configs, params, components), "float16", Recipe(f"shapes, {name}", [], None))
     if teacher.fp16_variant:
         rename_to_fp16_variant(path / "unet")
     if teacher.num_shards > 1:
         split_into_shards(path / "unet", teacher.num_shards)
 
 
-def _checkpoint(name, configs, params, components, tokenizer_folder=None) -> Checkpoint:
+def stock_checkpoint(
+    name: str,
+    configs: Mapping,
+    params: Mapping,
+    components: Sequence[str],
+    tokenizer_folder: pathlib.Path | None = None,
+) -> Checkpoint:
+    """Returns trained networks as a checkpoint that can be written.
+
+    Args:
+      configs: as `save_base` takes them.
+      params: the networks' parameters, by component.
+    """
     parts = {part: Component(configs[part], lambda part=part: naming.to_torch(params[part])) for part in components}
     return Checkpoint(pathlib.Path(name), "diffusers", parts, dict(configs["scheduler"]), tokenizer_folder, None)
 

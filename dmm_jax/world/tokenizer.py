@@ -1,4 +1,4 @@
-"""Writes the embedded world's tokenizer: CLIP's byte-level BPE in which each word of the captions is one token."""
+"""Writes a small world's tokenizer: CLIP's byte-level BPE in which each word of the captions is one token."""
 
 import json
 from collections.abc import Iterable
@@ -12,17 +12,18 @@ MAX_LENGTH = 77
 Merge = tuple[str, str]
 
 
-def write_tokenizer(folder: str | Path, pad_token: str = END) -> None:
-    """Writes the four files of a CLIP tokenizer.
+def write_tokenizer(folder: str | Path, pad_token: str = END, words: Iterable[str] = WORDS) -> None:
+    """Writes the four files of a CLIP tokenizer in which each word is one token.
 
     Token ids are 256 bytes, 256 bytes that end a word, the merges in order, the start token, the end token.
 
     Args:
       pad_token: CLIP pads with its end token; OpenCLIP's encoders (Stable Diffusion 2, SDXL's second) pad with "!".
+      words: in lower-case ASCII letters.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    merges = merges_for(WORDS)
+    merges = merges_for(words)
     tokens = tokens_from_merges(merges)
     _write(folder / "vocab.json", json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
     _write(folder / "merges.txt", "\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges)]) + "\n")

@@ -1,6 +1,8 @@
-"""How the embedded world's networks are trained: rendered training sets, the denoising loss, and AdamW."""
+"""How small worlds' networks are trained: sets of pictures, the denoising loss, and AdamW in stretches of time."""
 
 import dataclasses
+import functools
+import pathlib
 import time
 from collections.abc import Callable, Mapping
 
@@ -10,15 +12,33 @@ import numpy as np
 import optax
 from flax import nnx
 
+from dmm_jax.checkpoints.states import StateStore
 from dmm_jax.diffusion.schedule import NoiseSchedule, add_noise
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.clip_text import CLIPTextModel
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
 from dmm_jax.text.tokenizer import Tokenizer
-from dmm_jax.world.architecture import SCALING_FACTOR, SCHEDULER_CONFIG, UNET_CONFIG, VAE_CONFIG
+from dmm_jax.world.architecture import SCALING_FACTOR, SCHEDULER_CONFIG
 from dmm_jax.world.renderer import render
 from dmm_jax.world.scenes import sample_scenes
 from dmm_jax.world.styles import STYLES, sample_styles
+
+SAVE_EVERY_S = 120  # Of a fit in stretches: what a killed process loses at most.
+STEPS_AHEAD = 10  # Dispatched but not done, so that a stretch ends in time.
+REPORTS = 40  # Lines of a fit in stretches.
+
+
+class StretchOver(Exception):
+    """The time of a stretch is over and its state is saved; the next stretch continues there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """A limited time in which a fit goes on."""
+
+    folder: pathlib.Path  # Keeps the fit's state, in checkpoints/.
+    ends: float  # In the seconds of `time.monotonic`.
+    report: Callable[[Mapping[str, float]], None]  # Receives step, num_steps, loss and seconds of this stretch.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +76,19 @@ class Fit:
 
         self.step = jax.jit(step, donate_argnums=0)
 
-    def __call__(self, params, data: Mapping, label: str, seed: int):
-        """Returns the exponential average of the trained parameters; prints loss and time after each quarter."""
+    def __call__(self, params, data: Mapping, label: str, seed: int, stretch: Stretch | None = None):
+        """Returns the exponential average of the trained parameters; prints loss and time after each quarter.
+
+        Args:
+          stretch: continues from its folder instead, if a state is there, and saves there. The parameters do not depend
+            on the number of stretches.
+
+        Raises:
+          StretchOver: the stretch ended before the last step.
+        """
         state = (jax.tree.map(jnp.array, params), jax.tree.map(jnp.array, params), self.optimizer.init(params))
+        if stretch:
+            return self._in_stretch(state, data, label, seed, stretch)
         key, num_steps, started = jax.random.key(seed), self.plan.num_steps, time.perf_counter()
         number, next_report = 0, 1
         while number < num_steps:
@@ -75,6 +105,36 @@ class Fit:
                 num_steps = min(num_steps, max(int(self.plan.seconds * 39 / seconds), 80))
             next_report = number + max(num_steps // 4, 1) if number > 1 else 40
         jax.block_until_ready(state)
+        return state[1]
+
+    def _in_stretch(self, state, data, label, seed, stretch):
+        """Takes the steps from the last saved state to the last step or the end of the stretch."""
+        key, num_steps, started = jax.random.key(seed), self.plan.num_steps, time.monotonic()
+        leaves, structure = jax.tree.flatten(state)
+        with StateStore(stretch.folder, keep_last=1) as store:
+
+            def save(number, state):
+                leaves = jax.tree.leaves(state)
+                store.save(number, {f"{place:05d}": leaf for place, leaf in enumerate(leaves)})
+
+            number, saved = store.resume({f"{place:05d}": jnp.asarray(leaf) for place, leaf in enumerate(leaves)})
+            state, saved_at = jax.tree.unflatten(structure, [saved[name] for name in sorted(saved)]), time.monotonic()
+            while number < num_steps:
+                state, loss = self.step(state, data, number, num_steps, key)
+                number += 1
+                if number % STEPS_AHEAD == 0:
+                    jax.block_until_ready(loss)
+                now = time.monotonic()
+                is_over = now > stretch.ends or number == num_steps
+                if is_over or number % max(num_steps // REPORTS, 1) == 0:
+                    line = {"step": number, "num_steps": num_steps, "loss": float(loss)}
+                    print(f"{label}: step {number}/{num_steps} loss {line['loss']:.5f}", flush=True)
+                    stretch.report(line | {"seconds": round(time.monotonic() - started, 1)})
+                if is_over or now > saved_at + SAVE_EVERY_S:
+                    save(number, state)
+                    saved_at = time.monotonic()
+                if is_over and number < num_steps:
+                    raise StretchOver(f"{label}: step {number} of {num_steps} is saved.")
         return state[1]
 
 
@@ -99,10 +159,14 @@ def params_of(module: nnx.Module) -> tuple[nnx.GraphDef, dict]:
     return graph, nnx.to_pure_dict(state)
 
 
-def graphs_of(text_config: Mapping, tokenizer: Tokenizer, dtype) -> tuple[dict[str, nnx.GraphDef], jax.Array]:
-    """Returns the structures of UNet and text encoder, and the token ids of the empty prompt."""
-    unet = UNet2DConditionModel.from_config(UNET_CONFIG, dtype=dtype, rngs=nnx.Rngs(0))
-    text = CLIPTextModel.from_config(text_config, dtype=dtype, rngs=nnx.Rngs(0))
+def graphs_of(configs: Mapping, tokenizer: Tokenizer, dtype) -> tuple[dict[str, nnx.GraphDef], jax.Array]:
+    """Returns the structures of UNet and text encoder, and the token ids of the empty prompt.
+
+    Args:
+      configs: contents of config.json for "unet" and "text_encoder".
+    """
+    unet = UNet2DConditionModel.from_config(configs["unet"], dtype=dtype, rngs=nnx.Rngs(0))
+    text = CLIPTextModel.from_config(configs["text_encoder"], dtype=dtype, rngs=nnx.Rngs(0))
     text.text_model.embeddings.token_embedding = OneHotEmbed.like(text.text_model.embeddings.token_embedding)
     return {"unet": params_of(unet)[0], "text_encoder": params_of(text)[0]}, jnp.asarray(tokenizer([""])[0])
 
@@ -115,23 +179,29 @@ def make_bank(seed: int, size: int, tokenizer: Tokenizer, style: str | None = No
     return jax.tree.map(jnp.asarray, {"input_ids": tokenizer(captions), "scenes": scenes, "styles": styles})
 
 
-def render_rows(bank: Mapping, rows) -> jax.Array:
-    """Renders rows of a bank as pictures (B, 64, 64, 3) in [-1, 1]."""
+def pictures_of(bank: Mapping, rows) -> jax.Array:
+    """Returns rows of a bank as pictures (B, 64, 64, 3) in [-1, 1]: its images uint8, or its scenes rendered."""
+    if "images" in bank:
+        return bank["images"][rows].astype(jnp.float32) / 127.5 - 1.0
     return 2.0 * render(*jax.tree.map(lambda leaf: leaf[rows], (bank["scenes"], bank["styles"]))) - 1.0
 
 
-def add_latents(bank: Mapping, vae_params, dtype) -> dict:
+def add_latents(bank: Mapping, vae_config: Mapping, vae_params, dtype) -> dict:
     """Returns the bank with each picture's scaled latents (size, 8, 8, 4), sampled once from the VAE's posterior."""
-    graph = nnx.split(nnx.eval_shape(lambda: AutoencoderKL.from_config(VAE_CONFIG, dtype=dtype, rngs=nnx.Rngs(0))))[0]
-
-    @jax.jit
-    def encode(params, data, rows, key):
-        return nnx.merge(graph, params).encode(render_rows(data, rows)).sample(key) * SCALING_FACTOR
-
+    graph = nnx.split(nnx.eval_shape(lambda: AutoencoderKL.from_config(vae_config, dtype=dtype, rngs=nnx.Rngs(0))))[0]
+    pictures = jax.jit(pictures_of)
     size = len(bank["input_ids"])
     chunk = min(1024, size)
-    parts = [encode(vae_params, bank, k + jnp.arange(chunk), jax.random.key(k)) for k in range(0, size, chunk)]
+    parts = [
+        _sample_latents(graph, vae_params, pictures(bank, k + jnp.arange(chunk)), jax.random.key(k))
+        for k in range(0, size, chunk)
+    ]
     return dict(bank) | {"latents": jnp.concatenate(parts)[:size]}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sample_latents(graph: nnx.GraphDef, params, images, key):
+    return nnx.merge(graph, params).encode(images).sample(key) * SCALING_FACTOR
 
 
 def denoising_loss(graphs: Mapping, empty_ids, train_text: bool) -> Callable:

@@ -1,0 +1,106 @@
+"""The emoji study's recipe at tiny size on drawn stand-ins: every stage, in stretches, each once."""
+
+import json
+import math
+import pathlib
+
+import pytest
+
+from dmm_jax.checkpoints.abstract import abstract_params
+from dmm_jax.checkpoints.naming import torch_shapes
+from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.config import checks
+from dmm_jax.models.unet_config import merged_config
+from dmm_jax.studies import emoji_judge, emoji_networks, emoji_pictures, emoji_stages
+from dmm_jax.studies.emoji_networks import SIZES
+from dmm_jax.studies.emoji_stages import Study
+from tests.studies import emoji_packages
+
+VOCABULARY = {"vocab_size": 4354, "bos_token_id": 4352, "eos_token_id": 4353, "pad_token_id": 4353}  # Of the real sets.
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """The finished study of the stand-in sets, and how many stretches it took."""
+    pytest.importorskip("resvg_py", reason="launch/requirements-test.txt installs it")
+    folder = tmp_path_factory.mktemp("study")
+    sets, names = emoji_packages.write_packages(folder / "packages")
+    del sets["outline"]
+    emoji_pictures.fetch(folder, sets, names)
+    study = Study(folder, SIZES["tiny"], sets)
+    assert emoji_stages.run(study, 0.0) is False and not study.base.exists()
+    assert emoji_stages.run(study, 10.0)
+    return study
+
+
+def test_every_stage_leaves_its_output_and_its_lines(study):
+    lines = [json.loads(line) for line in (study.out / "results.jsonl").read_text().splitlines()]
+    names = [stage.name for stage in emoji_stages.stages(study)]
+    assert [line["stage"] for line in lines if line.get("done")] == names
+    trained = {"vae", "base", "merge", "classifier", *(f"teacher {name}" for name in study.sets)}
+    assert {line["stage"] for line in lines if line.get("step") == line.get("num_steps", 0)} == trained
+    assert emoji_stages.status(study).count("| yes |") == len(names) == 9
+
+
+def test_teachers_and_merges_fit_the_base_and_the_student_has_every_style(study):
+    student = open_checkpoint(study.out / "student")
+    assert student.styles == tuple(study.sets) and student.has("vae") and student.has("text_encoder")
+    paths = [*map(study.teacher, study.sets), *study.stock_models.values()]
+    assert len({open_checkpoint(path).digest("unet") for path in paths}) == len(paths) == 5
+    assert open_checkpoint(study.teacher("round")).license == "MIT"
+
+
+def test_the_measures_have_every_model_set_and_strip(study):
+    measures = json.loads((study.out / "measures.json").read_text())
+    assert set(measures["models"]) == {"floor", "student", "base", "average", "ties"}
+    figures = {"FD (emoji)", "concept", "set", "concept, held out", "set, held out"}
+    assert all(set(line) == figures for by_set in measures["models"].values() for line in by_set.values())
+    diagonal = [measures["matrix"][row][row] for row in range(2)]
+    assert diagonal == [measures["models"]["student"][name]["FD (emoji)"] for name in study.sets]
+    assert all(math.isfinite(value) for row in measures["matrix"] for value in row)
+    assert [strip["sets"] for strip in measures["strips"]] == [["round", "square"], ["square", "round"]]
+    assert emoji_judge.table(measures).count("\n| ") == 5
+
+
+def test_what_is_done_is_not_done_again(study, monkeypatch):
+    for name in ("make_vae", "make_base", "make_teacher", "merge", "merge_weights", "make_classifier", "measure"):
+        monkeypatch.setattr(emoji_stages, name, lambda *_: pytest.fail("done again"))
+    assert emoji_stages.run(study, 10.0)
+
+
+def test_a_stage_that_is_deleted_is_made_again_from_what_was_trained(study, monkeypatch):
+    path = study.teacher("round")
+    before = open_checkpoint(path).digest("unet")
+    path.unlink()
+    monkeypatch.setattr(emoji_stages.Fit, "__call__", lambda *_, **__: pytest.fail("trained again"))
+    assert emoji_stages.run(study, 10.0, only=["teacher round"])
+    assert open_checkpoint(path).digest("unet") == before
+
+
+def test_prompts_are_captions_of_seen_concepts_then_of_held_out_ones(study):
+    prompts = emoji_judge.prompts_of(study.rows, 40)
+    splits = {row["concept"]: row["split"] == "train" for row in study.rows}
+    assert [splits[concept] for concept, _ in prompts] == [True] * 40 + [False] * 10
+    assert {caption for _, caption in prompts} <= {row["caption"] for row in study.rows}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_merge_of_each_size_is_a_valid_config(size):
+    study = Study(pathlib.Path("emoji"), SIZES[size])
+    config = emoji_stages.merge_config(study)
+    checks.check(config)
+    assert config.batch_size == SIZES[size].plans["merge"].batch_size
+
+
+def num_parameters(size: str) -> int:
+    """Returns the parameters of a size's student with seven styles, VAE and text encoder."""
+    configs = SIZES[size].configs(VOCABULARY)
+    configs["unet"] = merged_config(configs["unet"], 7)
+    shapes = (torch_shapes(abstract_params(name, configs[name])) for name in ("unet", "vae", "text_encoder"))
+    return sum(math.prod(shape) for network in shapes for shape in network.values())
+
+
+def test_what_ships_has_at_most_25_megabytes_and_the_large_size_60_million_parameters():
+    assert 24e6 < 2 * num_parameters("ship") < 24.9e6  # In float16; the files' headers need some room.
+    assert 55e6 < num_parameters("large") < 66e6
+    assert set(emoji_networks.STAGES) == set(SIZES["ship"].plans) == set(SIZES["ship"].rates)
