@@ -7,7 +7,7 @@
     python -m dmm_jax.studies.emoji table emoji --size ship          # once every stage is done
 
 `run` is given again until it prints that all is done: each call continues where the last one ended. It needs no
-network: on a machine without one, copy emoji/pictures there (27 MB) and begin with `run`.
+network: on a machine without one, copy emoji/pictures there and begin with `run`.
 """
 
 import argparse

@@ -21,13 +21,13 @@ from dmm_jax.world.training import Stretch, StretchOver
 
 TEACHER_SEED, OTHER_SEED, PROMPT_SEED = 1_000_000, 2_000_000, 3  # First pictures' seeds; the prompts' choice.
 BATCH_SIZE = 500
-HELD_OUT_SHARE = 4  # One picture of a held-out concept for each so many of the others.
+SEEN_PER_HELD_OUT = 4  # Pictures of concepts that teachers saw, per picture of a held-out concept.
 TENTHS = 11  # Points along a strip.
 DISTANCE = "FD (emoji)"
 
 
 class Judge:
-    """Draws the same prompts with every model; what is drawn once is not drawn again.
+    """Draws the same prompts with every model, each once: features that are on disk are read.
 
     Args:
       study: the `emoji_stages.Study`, whose stages up to the classifier are done.
@@ -131,7 +131,7 @@ def prompts_of(rows: Sequence[Mapping], num_images: int) -> list[tuple[str, str]
     unseen = sorted({(concept, caption) for concept, caption in unseen if " on pale " not in caption})
     chosen = [seen[number] for number in rng.integers(len(seen), size=num_images)]
     order = rng.permutation(len(unseen))
-    return chosen + [unseen[order[k % len(order)]] for k in range(max(num_images // HELD_OUT_SHARE, 1))]
+    return chosen + [unseen[order[k % len(order)]] for k in range(max(num_images // SEEN_PER_HELD_OUT, 1))]
 
 
 def _summary(features: Float[np.ndarray, "n D"], num_images: int) -> Statistics:

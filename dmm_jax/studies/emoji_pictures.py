@@ -87,13 +87,13 @@ def split_of(name: str, concept: Concept) -> str:
 
 
 def colour_of(name: str, concept: Concept) -> str:
-    """Returns the pale colour behind a set's second picture of a concept; it depends on nothing else."""
+    """Returns the pale background of a set's second picture of a concept, by a hash of both."""
     number = int.from_bytes(hashlib.sha256(f"{name} {concept.key}".encode()).digest()[:8])
     return list(PALE_COLOURS)[number % len(PALE_COLOURS)]
 
 
 def svg_of(icon: Icon) -> str:
-    """Returns an icon as an SVG document of SIZE_PX pixels; a view box that is no square is centred."""
+    """Returns an icon as an SVG document of SIZE_PX pixels; an oblong view box is centred."""
     body = icon.body
     if icon.mirrored:
         body = f'<g transform="translate({icon.width:g} 0) scale(-1 1)">{body}</g>'

@@ -137,10 +137,10 @@ def download(folder: pathlib.Path, package: Package) -> pathlib.Path:
 def check_hash(path: pathlib.Path, package: Package) -> None:
     """Raises UserError unless a file has the hash of a package."""
     with path.open("rb") as file:
-        found = "sha512-" + base64.b64encode(hashlib.file_digest(file, "sha512").digest()).decode()
-    if found != package.integrity:
+        actual = "sha512-" + base64.b64encode(hashlib.file_digest(file, "sha512").digest()).decode()
+    if actual != package.integrity:
         raise UserError(
-            f"{path} is not {package.name} {package.version}: expected {package.integrity}, got {found}. Delete the "
+            f"{path} is not {package.name} {package.version}: expected {package.integrity}, got {actual}. Delete the "
             "file and give the command again."
         )
 

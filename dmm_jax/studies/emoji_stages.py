@@ -320,8 +320,8 @@ def stopped_in_time(ends: float) -> Iterator[None]:
     previous = signal.signal(signal.SIGTERM, not_begun)  # The run replaces it while it trains.
     timer = threading.Timer(max(ends - time.monotonic(), 0.0), os.kill, (os.getpid(), signal.SIGTERM))
     timer.daemon = True
-    timer.start()
     try:
+        timer.start()
         yield
     except Preempted as stopped:
         raise StretchOver(f"merge: {stopped}") from None
@@ -337,7 +337,7 @@ def merge_weights(study: Study, method: str, stretch: Stretch) -> None:
 
 
 def make_classifier(study: Study, stretch: Stretch) -> None:
-    """Trains the classifier on all pictures, held-out concepts too: it judges, and teaches nobody."""
+    """Trains the classifier on all pictures, also of held-out concepts: it measures, and no model learns from it."""
     concepts, sets = sorted({row["concept"] for row in study.rows}), list(study.sets)
 
     def train_classifier():

@@ -23,9 +23,9 @@ from dmm_jax.world.renderer import render
 from dmm_jax.world.scenes import sample_scenes
 from dmm_jax.world.styles import STYLES, sample_styles
 
-SAVE_EVERY_S = 120  # Of a fit in stretches: what a killed process loses at most.
-STEPS_AHEAD = 10  # Dispatched but not done, so that a stretch ends in time.
-REPORTS = 40  # Lines of a fit in stretches.
+SAVE_EVERY_S = 120  # A fit in stretches that is killed loses at most this time.
+STEPS_AHEAD = 10  # At most so many are dispatched but not done: a stretch ends in time.
+REPORTS = 40  # Lines that a fit in stretches reports.
 
 
 class StretchOver(Exception):
@@ -124,13 +124,13 @@ class Fit:
                 number += 1
                 if number % STEPS_AHEAD == 0:
                     jax.block_until_ready(loss)
-                now = time.monotonic()
-                is_over = now > stretch.ends or number == num_steps
+                seconds = time.monotonic()
+                is_over = seconds > stretch.ends or number == num_steps
                 if is_over or number % max(num_steps // REPORTS, 1) == 0:
                     line = {"step": number, "num_steps": num_steps, "loss": float(loss)}
                     print(f"{label}: step {number}/{num_steps} loss {line['loss']:.5f}", flush=True)
                     stretch.report(line | {"seconds": round(time.monotonic() - started, 1)})
-                if is_over or now > saved_at + SAVE_EVERY_S:
+                if is_over or seconds > saved_at + SAVE_EVERY_S:
                     save(number, state)
                     saved_at = time.monotonic()
                 if is_over and number < num_steps:

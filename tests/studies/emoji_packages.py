@@ -10,14 +10,14 @@ from collections.abc import Mapping
 
 from dmm_jax.studies.emoji_sets import Package
 
-FIRST = 0x1F60C  # Of ten concepts from here, the third and the fifth are held out.
+FIRST = 0x1F60C  # The third and the fifth of ten concepts from here are held out.
 NAMES = (
     "red apple", "rocket", "keycap #", "woman\u2019s hat", "pi\u00f1ata", "A button (blood type)", "dog face", "snail",
     "owl", "broom",
 )  # fmt: skip
 ICONS = ("red-apple", "rocket", "keycap-pound", "womans-hat", "pinata", "a-button-blood-type", "dog-face", "snail",
          "owl", "broom")  # fmt: skip
-DRAWINGS = {  # Of each set.
+DRAWINGS = {
     "round": '<circle cx="16" cy="16" r="{size}" fill="{colour}"/>',
     "square": '<path d="M4 4h{size}v{size}H4z" fill="{colour}"/>',
     "outline": '<path d="M4 4h{size}v{size}z" fill="none" stroke="black"/>',

@@ -96,7 +96,7 @@ def test_an_icon_that_cannot_be_drawn_leaves_no_pictures(tmp_path):
 
 def test_drawn_twice_is_the_same_to_the_byte(fetched, tmp_path):
     sets, names = emoji_packages.write_packages(tmp_path / "packages")
-    again = emoji_pictures.fetch(tmp_path, sets, names)
-    for path in (again / "captions.jsonl", again / "round" / "1f60c.webp", again / "square" / "1f60d_pale.webp"):
-        assert path.read_bytes() == (fetched[0] / "pictures" / path.relative_to(again)).read_bytes()
-    assert json.loads((again / "captions.jsonl").read_text().splitlines()[0])["concept"] == "1f60c"
+    second = emoji_pictures.fetch(tmp_path, sets, names)
+    for path in (second / "captions.jsonl", second / "round" / "1f60c.webp", second / "square" / "1f60d_pale.webp"):
+        assert path.read_bytes() == (fetched[0] / "pictures" / path.relative_to(second)).read_bytes()
+    assert json.loads((second / "captions.jsonl").read_text().splitlines()[0])["concept"] == "1f60c"

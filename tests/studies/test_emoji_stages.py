@@ -1,35 +1,75 @@
-"""The emoji study's recipe at tiny size on drawn stand-ins: every stage, in stretches, each once."""
+"""The emoji study's recipe at tiny size on drawn stand-ins: every stage once, in its order."""
 
 import json
 import math
+import os
 import pathlib
+import signal
+import time
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
 
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.naming import torch_shapes
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.config import checks
+from dmm_jax.distillation import Distillation
+from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.unet_config import merged_config
+from dmm_jax.runtime.errors import Preempted
 from dmm_jax.studies import emoji_judge, emoji_networks, emoji_pictures, emoji_stages
 from dmm_jax.studies.emoji_networks import SIZES
 from dmm_jax.studies.emoji_stages import Study
+from dmm_jax.world import training
+from dmm_jax.world.training import StretchOver
 from tests.studies import emoji_packages
 
-VOCABULARY = {"vocab_size": 4354, "bos_token_id": 4352, "eos_token_id": 4353, "pad_token_id": 4353}  # Of the real sets.
+# The tokenizer of the real sets.
+VOCABULARY = {"vocab_size": 4354, "bos_token_id": 4352, "eos_token_id": 4353, "pad_token_id": 4353}
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """The finished study of the stand-in sets, and how many stretches it took."""
+    """The finished study of two stand-in sets. Compiling its training would take minutes: each network stays as it is.
+
+    The pictures of the measurements are random; `run --size tiny` runs everything in earnest.
+    """
     pytest.importorskip("resvg_py", reason="launch/requirements-test.txt installs it")
     folder = tmp_path_factory.mktemp("study")
     sets, names = emoji_packages.write_packages(folder / "packages")
     del sets["outline"]
     emoji_pictures.fetch(folder, sets, names)
     study = Study(folder, SIZES["tiny"], sets)
-    assert emoji_stages.run(study, 0.0) is False and not study.base.exists()
-    assert emoji_stages.run(study, 10.0)
+
+    def moved(self, params, data, label, seed, stretch):
+        """Instead of a fit: parameters that differ from the start, so that no teacher is the base."""
+        num_steps = self.plan.num_steps
+        stretch.report({"step": num_steps, "num_steps": num_steps, "loss": 1.0, "seconds": 0.0})
+        return jax.tree.map(lambda leaf: leaf * (1.0 + 0.001 * seed), params)
+
+    def random_vae(config, *_):
+        return training.params_of(AutoencoderKL.from_config(config, rngs=nnx.Rngs(0)))[1]
+
+    def untrained(config, workdir):
+        distillation = Distillation(config)
+        distillation.save(workdir, distillation.init())
+        return {"score": dict.fromkeys(study.sets, 1.0)}
+
+    def draw_noise(pipeline, jobs, batch_size, **_):
+        rng = np.random.default_rng(len(jobs))
+        yield rng.integers(256, size=(len(jobs), 64, 64, 3), dtype=np.uint8), None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Fit, "__call__", moved)
+        patch.setattr(training, "add_latents", lambda bank, *_: bank)
+        patch.setattr(emoji_stages, "train_vae", random_vae)
+        patch.setattr(emoji_stages.train, "run", untrained)
+        patch.setattr(emoji_judge, "draw", draw_noise)
+        assert emoji_stages.run(study, 0.0) is False and not study.base.exists()
+        assert emoji_stages.run(study, 10.0)
     return study
 
 
@@ -37,12 +77,12 @@ def test_every_stage_leaves_its_output_and_its_lines(study):
     lines = [json.loads(line) for line in (study.out / "results.jsonl").read_text().splitlines()]
     names = [stage.name for stage in emoji_stages.stages(study)]
     assert [line["stage"] for line in lines if line.get("done")] == names
-    trained = {"vae", "base", "merge", "classifier", *(f"teacher {name}" for name in study.sets)}
+    trained = {"base", "merge", "classifier", *(f"teacher {name}" for name in study.sets)}
     assert {line["stage"] for line in lines if line.get("step") == line.get("num_steps", 0)} == trained
     assert emoji_stages.status(study).count("| yes |") == len(names) == 9
 
 
-def test_teachers_and_merges_fit_the_base_and_the_student_has_every_style(study):
+def test_teachers_differ_and_the_student_has_every_style(study):
     student = open_checkpoint(study.out / "student")
     assert student.styles == tuple(study.sets) and student.has("vae") and student.has("text_encoder")
     paths = [*map(study.teacher, study.sets), *study.stock_models.values()]
@@ -100,7 +140,23 @@ def num_parameters(size: str) -> int:
     return sum(math.prod(shape) for network in shapes for shape in network.values())
 
 
-def test_what_ships_has_at_most_25_megabytes_and_the_large_size_60_million_parameters():
+def test_what_ships_has_25_megabytes_and_large_60_million_weights():
     assert 24e6 < 2 * num_parameters("ship") < 24.9e6  # In float16; the files' headers need some room.
     assert 55e6 < num_parameters("large") < 66e6
     assert set(emoji_networks.STAGES) == set(SIZES["ship"].plans) == set(SIZES["ship"].rates)
+
+
+def test_a_run_is_stopped_by_a_signal_when_the_stretch_ends():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StretchOver, match="not begun"), emoji_stages.stopped_in_time(time.monotonic()):
+        time.sleep(60)  # The signal comes before the run has its own handler.
+    with pytest.raises(StretchOver, match="step 3 of 9"), emoji_stages.stopped_in_time(time.monotonic() + 600):
+        raise Preempted("stopped after step 3 of 9, which is saved.", 0)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_finished_run_is_not_stopped_later(monkeypatch):
+    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("a signal after the run"))
+    with emoji_stages.stopped_in_time(time.monotonic() + 0.2):
+        pass
+    time.sleep(0.4)
