@@ -50,7 +50,7 @@ class Judge:
         names, num_images = list(self.study.sets), self.study.size.num_images
         teachers = {name: self._outputs(f"teacher_{name}", self._teacher(name), None, TEACHER_SEED) for name in names}
         floor = {name: self._outputs(f"floor_{name}", self._teacher(name), None, OTHER_SEED) for name in names}
-        student = {name: self._outputs(f"student_{name}", self._student, name, OTHER_SEED) for name in names}
+        student = {name: self._outputs(f"student_{name}", lambda: self._student, name, OTHER_SEED) for name in names}
         models = {"floor": floor, "student": student}
         for model, path in self.study.stock_models.items():
             outputs = self._outputs(model, functools.partial(self._with_unet, path), None, OTHER_SEED)
@@ -85,7 +85,7 @@ class Judge:
         weights = np.linspace(0.0, 1.0, TENTHS)
         mixes = [{first: 1.0 - float(weight), last: float(weight)} for weight in weights]
         jobs = [(prompt, mix, OTHER_SEED + k) for k, prompt in enumerate(prompts) for mix in mixes]
-        classes = self._classify(self._student(), jobs)["set"].reshape(len(prompts), TENTHS, -1)
+        classes = self._classify(self._student, jobs)["set"].reshape(len(prompts), TENTHS, -1)
         ends = [self.classifier.sets.index(name) for name in (first, last)]
         jumps = [emoji_classifier.largest_jump(strip) for strip in classes]
         backward = [emoji_classifier.backward_steps(strip, *ends) for strip in classes]
@@ -116,6 +116,7 @@ class Judge:
     def _with_unet(self, path) -> Pipeline:
         return self.stock.with_unet(open_checkpoint(path).params("unet"))
 
+    @functools.cached_property
     def _student(self) -> Pipeline:
         return Pipeline.from_pretrained(self.study.out / "student", dtype=self.study.dtype)
 

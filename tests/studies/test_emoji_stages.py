@@ -31,6 +31,9 @@ from tests.studies import emoji_packages
 VOCABULARY = {"vocab_size": 4354, "bos_token_id": 4352, "eos_token_id": 4353, "pad_token_id": 4353}
 
 
+slow = pytest.mark.slow  # The first test that uses the study makes it: a minute of one core.
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """The finished study of two stand-in sets. Compiling its training would take minutes: each network stays as it is.
@@ -73,6 +76,7 @@ def study(tmp_path_factory):
     return study
 
 
+@slow
 def test_every_stage_leaves_its_output_and_its_lines(study):
     lines = [json.loads(line) for line in (study.out / "results.jsonl").read_text().splitlines()]
     names = [stage.name for stage in emoji_stages.stages(study)]
@@ -82,6 +86,7 @@ def test_every_stage_leaves_its_output_and_its_lines(study):
     assert emoji_stages.status(study).count("| yes |") == len(names) == 9
 
 
+@slow
 def test_teachers_differ_and_the_student_has_every_style(study):
     student = open_checkpoint(study.out / "student")
     assert student.styles == tuple(study.sets) and student.has("vae") and student.has("text_encoder")
@@ -90,6 +95,7 @@ def test_teachers_differ_and_the_student_has_every_style(study):
     assert open_checkpoint(study.teacher("round")).license == "MIT"
 
 
+@slow
 def test_the_measures_have_every_model_set_and_strip(study):
     measures = json.loads((study.out / "measures.json").read_text())
     assert set(measures["models"]) == {"floor", "student", "base", "average", "ties"}
@@ -102,12 +108,14 @@ def test_the_measures_have_every_model_set_and_strip(study):
     assert emoji_judge.table(measures).count("\n| ") == 5
 
 
+@slow
 def test_what_is_done_is_not_done_again(study, monkeypatch):
     for name in ("make_vae", "make_base", "make_teacher", "merge", "merge_weights", "make_classifier", "measure"):
         monkeypatch.setattr(emoji_stages, name, lambda *_: pytest.fail("done again"))
     assert emoji_stages.run(study, 10.0)
 
 
+@slow
 def test_a_stage_that_is_deleted_is_made_again_from_what_was_trained(study, monkeypatch):
     path = study.teacher("round")
     before = open_checkpoint(path).digest("unet")
@@ -117,6 +125,7 @@ def test_a_stage_that_is_deleted_is_made_again_from_what_was_trained(study, monk
     assert open_checkpoint(path).digest("unet") == before
 
 
+@slow
 def test_prompts_are_captions_of_seen_concepts_then_of_held_out_ones(study):
     prompts = emoji_judge.prompts_of(study.rows, 40)
     splits = {row["concept"]: row["split"] == "train" for row in study.rows}
@@ -156,7 +165,9 @@ def test_a_run_is_stopped_by_a_signal_when_the_stretch_ends():
 
 
 def test_a_finished_run_is_not_stopped_later(monkeypatch):
-    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("a signal after the run"))
+    signals = []
+    monkeypatch.setattr(os, "kill", lambda *signal: signals.append(signal))
     with emoji_stages.stopped_in_time(time.monotonic() + 0.2):
         pass
-    time.sleep(0.4)
+    time.sleep(0.5)
+    assert signals == []
