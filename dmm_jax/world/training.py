@@ -1,5 +1,6 @@
 """How small worlds' networks are trained: sets of pictures, the denoising loss, and AdamW in stretches of time."""
 
+import collections
 import dataclasses
 import functools
 import pathlib
@@ -24,7 +25,7 @@ from dmm_jax.world.scenes import sample_scenes
 from dmm_jax.world.styles import STYLES, sample_styles
 
 SAVE_EVERY_S = 120  # A fit in stretches that is killed loses at most this time.
-STEPS_AHEAD = 10  # At most so many are dispatched but not done: a stretch ends in time.
+STEPS_AHEAD = 2  # At most so many are dispatched but not done: a stretch ends in time.
 REPORTS = 40  # Lines that a fit in stretches reports.
 
 
@@ -111,6 +112,7 @@ class Fit:
         """Takes the steps from the last saved state to the last step or the end of the stretch."""
         key, num_steps, started = jax.random.key(seed), self.plan.num_steps, time.monotonic()
         leaves, structure = jax.tree.flatten(state)
+        running = collections.deque()
         with StateStore(stretch.folder, keep_last=1) as store:
 
             def save(number, state):
@@ -122,8 +124,9 @@ class Fit:
             while number < num_steps:
                 state, loss = self.step(state, data, number, num_steps, key)
                 number += 1
-                if number % STEPS_AHEAD == 0:
-                    jax.block_until_ready(loss)
+                running.append(loss)
+                if len(running) > STEPS_AHEAD:
+                    jax.block_until_ready(running.popleft())
                 seconds = time.monotonic()
                 is_over = seconds > stretch.ends or number == num_steps
                 if is_over or number % max(num_steps // REPORTS, 1) == 0:
