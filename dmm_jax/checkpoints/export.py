@@ -22,11 +22,10 @@ from dmm_jax.config.styles import parse_style, style_row
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import check_output, locate, staged_folder
 
-PLACES = {  # Where each format is written, below the folder; LoRAs have one file per style.
+PLACES = {  # Where each format is written, below the folder; LoRAs have files per style and spelling.
     "dmm": "dmm",
     "diffusers": "diffusers",
     "single-file": "model.safetensors",
-    "style-lora": style_lora.NAME,
 }
 MAX_INHERITED_CHARS = 1_000_000  # Longer recipes of an exported model are not copied into its next export.
 
@@ -57,7 +56,7 @@ def export(
     | dmm         | out/dmm/                   | all styles, in the layout of DMM's own code                    |
     | diffusers   | out/diffusers/             | one style or mix, as a stock diffusers pipeline                |
     | single-file | out/model.safetensors      | one style or mix, as a checkpoint for ComfyUI, A1111 and Forge |
-    | style-lora  | out/style_lora.safetensors | the difference between two mixes, a few kilobytes              |
+    | style-lora  | out/style_lora*.safetensors| the difference between two mixes, a few kilobytes              |
     | lora        | out/lora*.safetensors      | a style minus the base, of low rank; without `style`, each one |
 
     Each folder holds a model card; `out` holds one for the files. If the run has recorded its parents' hashes, no
@@ -117,8 +116,8 @@ def export(
         for fmt in dict.fromkeys(formats):
             if fmt == "style-lora":
                 base_weights = _row(lora_base, student.styles) if lora_base else style_lora.equal_parts(student.styles)
-                path, mixes = folder / style_lora.NAME, (weights, base_weights)
-                paths[fmt] = [style_lora.write_style_lora(path, student, *mixes, dtype, lora_for, about(fmt))]
+                options = dtype, lora_for, about(fmt)
+                paths[fmt] = style_lora.write_style_loras(folder, student, weights, base_weights, *options)
             elif fmt == "lora":
                 place = folder, student, lora_parent, export_lora.mixes_of(student, style)
                 record = card_parents.get(provenance.BASE, {})
@@ -139,8 +138,12 @@ def _planned(out, formats, student, style, lora_for) -> list[pathlib.Path]:
     """Returns the paths that an export writes, in the order of the formats."""
     paths = []
     for fmt in dict.fromkeys(formats):
-        is_lora = fmt == "lora"
-        paths += list(export_lora.places(out, student, style, lora_for)) if is_lora else [out / PLACES[fmt]]
+        if fmt == "lora":
+            paths += export_lora.places(out, student, style, lora_for)
+        elif fmt == "style-lora":
+            paths += style_lora.places(out, lora_for).values()
+        else:
+            paths.append(out / PLACES[fmt])
     return paths
 
 

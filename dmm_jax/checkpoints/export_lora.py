@@ -10,17 +10,16 @@ import numpy as np
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.formats import extract_lora
 from dmm_jax.checkpoints.formats.adapter_facts import STYLE_BASE
-from dmm_jax.checkpoints.formats.extract_lora import DIFFUSERS, KOHYA, Rank
+from dmm_jax.checkpoints.formats.extract_lora import Rank
+from dmm_jax.checkpoints.formats.lora_tools import DIFFUSERS, SUFFIXES, spellings
 from dmm_jax.checkpoints.formats.safetensors_io import save
-from dmm_jax.checkpoints.formats.style_lora import TOOLS
 from dmm_jax.checkpoints.modelspec import Recipe, architecture, metadata
 from dmm_jax.checkpoints.styles import BIAS, fold_style
 from dmm_jax.checkpoints.write import DTYPES
 from dmm_jax.config.styles import parse_style, style_row
-from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.processes import say
 
-STEM, SUFFIXES = "lora", {KOHYA: "", DIFFUSERS: "_diffusers"}
+STEM = "lora"
 WHOLE = BIAS.removesuffix(".bias")  # A1111 reads the bias of a layer only next to the whole difference of its weight.
 # {family: what kohya's metadata calls it}
 BASE_VERSIONS = {
@@ -51,11 +50,10 @@ def write_loras(
       student: a merged checkpoint, or a stock one with the only mix None.
       base: the checkpoint on which the LoRAs are used.
       mixes: {name: weights of the styles (N,)}.
-      tools: names of `style_lora.TOOLS`; "diffusers" has a file of its own.
+      tools: names of `lora_tools.TOOLS`.
       about: returns the recipe of a mix, from its name.
       base_record: what the metadata states about the base.
     """
-    spellings = _spellings(tools)
     stems, paths, shared = _stems(list(mixes)), [], None
     for name, weights in mixes.items():
         changed = folded(student, weights)
@@ -63,7 +61,7 @@ def write_loras(
             result = shared = extract_lora.extract(changed, base, rank, DTYPES[dtype], exact, progress)
         else:
             result = extract_lora.with_vector(shared, ("unet", BIAS), _bias_difference(changed, base))
-        for spelling in spellings:
+        for spelling in spellings(tools):
             path = folder / f"{stems[name]}{SUFFIXES[spelling]}.safetensors"
             matrices = (WHOLE,) if "a1111" in tools else ()
             stored = extract_lora.without_norms(result) if spelling == DIFFUSERS else result
@@ -86,21 +84,13 @@ def mixes_of(student: Checkpoint, style: str) -> dict[str, np.ndarray | None]:
 def places(folder: pathlib.Path, student: Checkpoint, style: str, tools: Sequence[str]) -> dict[pathlib.Path, str]:
     """Returns {LoRA file: the name of its mix} of an export into a folder, in the order in which they are written."""
     stems = _stems(list(mixes_of(student, style)))
-    suffixes = [SUFFIXES[spelling] for spelling in _spellings(tools)]
+    suffixes = [SUFFIXES[spelling] for spelling in spellings(tools)]
     return {folder / f"{stem}{suffix}.safetensors": name for name, stem in stems.items() for suffix in suffixes}
 
 
 def folded(student: Checkpoint, weights: np.ndarray | None) -> Checkpoint:
     """Returns the stock checkpoint of a mix; a stock checkpoint itself, without weights."""
     return student if weights is None else fold_style(student, weights)
-
-
-def _spellings(tools: Sequence[str]) -> list[str]:
-    """Returns the spellings of the keys that tools read."""
-    unknown = sorted(set(tools) - set(TOOLS))
-    if unknown or not tools:
-        raise UserError(f"--lora-for takes {', '.join(TOOLS)}; got {', '.join(unknown) or 'nothing'}.")
-    return [KOHYA] * bool(set(tools) - {DIFFUSERS}) + [DIFFUSERS] * (DIFFUSERS in tools)
 
 
 def _bias_difference(changed: Checkpoint, base: Checkpoint) -> np.ndarray:

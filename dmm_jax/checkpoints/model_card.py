@@ -26,8 +26,8 @@ pipe = diffusers.DiffusionPipeline.from_pretrained("PATH")
 image = pipe("a prompt", num_inference_steps=25, guidance_scale=7.0).images[0]
 ```""",
     "single-file": "`model.safetensors` is a checkpoint for ComfyUI, A1111, Forge and diffusers' `from_single_file`.",
-    "style-lora": "`style_lora.safetensors` is used at strength 1 on the stock export of the mix that its metadata "
-    "names (`dmm_jax.lora_base`), and on nothing else.",
+    "style-lora": "Each `style_lora*.safetensors` is used at strength 1 on the stock export of the mix that its "
+    "metadata names (`dmm_jax.lora_base`), and on nothing else.",
     "lora": "Each `lora*.safetensors` turns the base that its metadata names (`dmm_jax.lora_base`) into a style, at "
     "strength 1: in ComfyUI, A1111, kohya's tools and dmm_jax (`BASE + FILE`), or, those with `_diffusers` in their "
     "name, in diffusers' `load_lora_weights`.",

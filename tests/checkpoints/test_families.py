@@ -137,8 +137,7 @@ def test_a_style_lora_turns_the_base_mix_into_the_style_in_diffusers(student, tm
     }
     verify({"diffusers": storage["style"]})
 
-    path, tools = tmp_path / style_lora.NAME, ("diffusers", "comfyui")
-    style_lora.write_style_lora(path, source, weights, equal, "float32", tools, families.RECIPE)
+    (path,) = style_lora.write_style_loras(tmp_path, source, weights, equal, "float32", ["diffusers"], families.RECIPE)
     base, style = (opened_by_diffusers(family, {"diffusers": folder}, "diffusers") for folder in storage.values())
     before = base.unet.time_embedding.linear_2.bias.detach().clone()
     base.load_lora_weights(tmp_path, weight_name=path.name, local_files_only=True)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.pipeline import Pipeline
 from tests import families
-from tests.checkpoints.files import rewrite
+from tests.checkpoints.files import rewrite, rewrite_json
 
 KEY = "decoder.conv_out.weight"
 
@@ -55,6 +56,56 @@ def test_every_form_of_a_vae_replaces_the_base_s(folder, other, form):
     assert changed.digest("unet") == base.digest("unet")
     assert changed.vae_config["scaling_factor"] == base.vae_config["scaling_factor"]
     assert vae.with_vae(base, "") is base
+
+
+def retrained(tensors):
+    """Replaces an encoder's kernels by those of another training; nothing in them reminds of the old ones."""
+    rng = np.random.default_rng(5)
+    for key, array in tensors.items():
+        if "encoder." in key and array.ndim > 1:
+            tensors[key] = rng.standard_normal(array.shape, np.float32)
+
+
+def assert_no_doubt(base, path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return vae.with_vae(base, path)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_vae_of_the_same_training_raises_no_doubt(folder, other, form):
+    assert_no_doubt(open_checkpoint(folder), other[form])
+
+
+def test_an_unknown_encoder_without_a_stated_family_is_doubted(folder, other, tmp_path):
+    base, bare = open_checkpoint(folder), tmp_path / "bare.safetensors"
+    shutil.copy(other["a bare file"], bare)
+    rewrite(bare, lambda tensors: tensors.update({key: 1.5 * array for key, array in tensors.items()}))
+    assert_no_doubt(base, bare)  # Fine-tuned: other norms, the same directions.
+    rewrite(bare, retrained)
+    with pytest.warns(UserWarning, match="does not state its family, and its encoder is unlike"):
+        assert vae.with_vae(base, bare).digest("vae") != base.digest("vae")
+    rewrite(bare, lambda tensors: None, {"modelspec.architecture": "stable-diffusion-v1"})
+    assert_no_doubt(base, bare)
+    rewrite(bare, lambda tensors: None, {"modelspec.architecture": "stable-diffusion-xl-v1-base/vae"})
+    with pytest.raises(CheckpointError, match="scaling_factor 0.13025.*another family"):
+        vae.with_vae(base, bare)
+
+
+def test_the_config_beside_a_file_states_its_family(folder, other, tmp_path):
+    base, copied = open_checkpoint(folder), shutil.copytree(other["a folder of a VAE"], tmp_path / "vae")
+    weights = copied / "diffusion_pytorch_model.safetensors"
+    rewrite(weights, retrained)
+    assert_no_doubt(base, weights)
+    rewrite_json(copied / "config.json", scaling_factor=0.13025)
+    with pytest.raises(CheckpointError, match="scaling_factor 0.13025.*another family"):
+        vae.with_vae(base, weights)
+    rewrite_json(copied / "config.json", _class_name="AutoencoderTiny")  # Of another file in this folder.
+    with pytest.warns(UserWarning, match="does not state its family"):
+        vae.with_vae(base, weights)
+    (copied / "config.json").unlink()
+    with pytest.warns(UserWarning, match="does not state its family"):
+        vae.with_vae(base, weights)
 
 
 def test_export_average_and_pipeline_take_a_vae(folder, other, student, tmp_path):

@@ -94,7 +94,17 @@ def test_a_style_lora_is_small_and_names_its_base(failing, trained, tmp_path):
     file = TensorFile(tmp_path / "o" / "style_lora.safetensors")
     metadata_bytes = file.path.stat().st_size - file.num_bytes  # The recipe included.
     assert metadata_bytes < 4000
-    assert len(file) == 4 and '"style": "right=1.0"' in file.metadata["dmm_jax.lora_base"]
+    assert len(file) == 1 and '"style": "right=1.0"' in file.metadata["dmm_jax.lora_base"]
+    assert len(TensorFile(tmp_path / "o" / "style_lora_diffusers.safetensors")) == 3
+
+
+def test_a_dry_run_lists_the_files_of_each_spelling(trained, tmp_path, capsys):
+    arguments = ["export", str(trained), str(tmp_path / "o"), "--format", "style-lora", "--style", "left"]
+    options = ["--lora-for", "diffusers,a1111"]
+    assert cli.main([*arguments, *options, "--dry-run"]) == 0
+    planned = capsys.readouterr().out.splitlines()
+    assert cli.main([*arguments, *options]) == 0
+    assert planned == capsys.readouterr().out.splitlines() and len(planned) == 2
 
 
 def test_a_dry_run_prints_the_paths_and_writes_nothing(trained, tmp_path, capsys):

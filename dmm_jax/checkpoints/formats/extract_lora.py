@@ -19,6 +19,7 @@ from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats import single_file
 from dmm_jax.checkpoints.formats.adapter_kinds import matrix
+from dmm_jax.checkpoints.formats.lora_tools import DIFFUSERS
 from dmm_jax.runtime.errors import UserError
 
 AUTO = "auto:"
@@ -26,7 +27,6 @@ OVERSAMPLES, POWER_ITERATIONS = 8, 2  # The randomised algorithm's.
 FIRST_RANK = 16  # Where the search for a share's rank begins.
 NEGLIGIBLE = 1e-6  # Singular values below this part of the largest are rounding of float32, and are left out.
 EMBEDDINGS = ("token_embedding", "position_embedding")  # Tools apply no LoRA to these.
-KOHYA, DIFFUSERS = "kohya", "diffusers"  # Spellings of the keys.
 TEXT_PREFIXES = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}  # Kohya's, for Stable Diffusion XL.
 
 

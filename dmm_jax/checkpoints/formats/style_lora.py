@@ -11,7 +11,7 @@ file is meaningless. Two style files together add vectors after the style MLP, w
 (arXiv:2504.12364, 4.5); export such a mix as `single-file` instead.
 
 Keys that the tools' sources read: ComfyUI reads `.diff_b` alone, A1111 reads it only together with `.diff`, diffusers
-refuses a file without keys of its own form.
+has names of its own and a file of its own (`lora_tools`).
 """
 
 import hashlib
@@ -24,14 +24,13 @@ from jaxtyping import Float
 
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.formats.lora_tools import DIFFUSERS, SUFFIXES, spellings
 from dmm_jax.checkpoints.formats.safetensors_io import raw_bytes, save
 from dmm_jax.checkpoints.modelspec import Recipe, architecture, metadata
 from dmm_jax.checkpoints.styles import BIAS, fold_style
 from dmm_jax.checkpoints.write import DTYPES
-from dmm_jax.runtime.errors import UserError
 
-TOOLS = ("comfyui", "diffusers", "a1111")
-NAME = "style_lora.safetensors"
+STEM = "style_lora"
 KOHYA_LAYER = "lora_unet_time_embedding_linear_2"  # The layer's name for ComfyUI and A1111, in every family.
 DIFFUSERS_LAYER = "unet.time_embedding.linear_2"
 BASE_KEY = "dmm_jax.lora_base"  # Metadata, as JSON: the stock export that the file belongs to.
@@ -45,40 +44,45 @@ def style_difference(
     return bias - base_bias
 
 
-def lora_tensors(difference: Float[np.ndarray, " E"], dtype: str, tools: Sequence[str]) -> dict[str, np.ndarray]:
+def lora_tensors(
+    difference: Float[np.ndarray, " E"], dtype: str, spelling: str, with_matrix: bool = False
+) -> dict[str, np.ndarray]:
     """Returns the tensors of a style file, all of dtype `dtype`.
 
     Args:
       difference: of the biases, see `style_difference`.
-      tools: the tools that read the file; "a1111" adds a square matrix of zeros, 3.3 MB in float16 at 1280 channels.
-
-    Raises:
-      ValueError: a tool is unknown.
+      spelling: "kohya" or "diffusers".
+      with_matrix: whether kohya's spelling has the square matrix of zeros that A1111 needs, 3.3 MB in float16 at 1280
+        channels.
     """
-    unknown = sorted(set(tools) - set(TOOLS))
-    if unknown or not tools:
-        raise UserError(f"--lora-for takes {', '.join(TOOLS)}; got {', '.join(unknown) or 'nothing'}.")
     bias, width = difference.astype(DTYPES[dtype]), len(difference)
+    if spelling == DIFFUSERS:
+        return {
+            f"{DIFFUSERS_LAYER}.lora_A.weight": np.zeros((1, width), bias.dtype),
+            f"{DIFFUSERS_LAYER}.lora_B.weight": np.zeros((width, 1), bias.dtype),
+            f"{DIFFUSERS_LAYER}.lora_B.bias": bias,
+        }
     tensors = {f"{KOHYA_LAYER}.diff_b": bias}
-    if "a1111" in tools:
+    if with_matrix:
         tensors[f"{KOHYA_LAYER}.diff"] = np.zeros((width, width), bias.dtype)
-    if "diffusers" in tools:
-        tensors[f"{DIFFUSERS_LAYER}.lora_A.weight"] = np.zeros((1, width), bias.dtype)
-        tensors[f"{DIFFUSERS_LAYER}.lora_B.weight"] = np.zeros((width, 1), bias.dtype)
-        tensors[f"{DIFFUSERS_LAYER}.lora_B.bias"] = bias
     return tensors
 
 
-def write_style_lora(
-    out: pathlib.Path,
+def places(folder: pathlib.Path, tools: Sequence[str]) -> dict[str, pathlib.Path]:
+    """Returns {spelling: its file} of a style in a folder, for the tools that read it."""
+    return {spelling: folder / f"{STEM}{SUFFIXES[spelling]}.safetensors" for spelling in spellings(tools)}
+
+
+def write_style_loras(
+    folder: pathlib.Path,
     student: Checkpoint,
     weights: Float[np.ndarray, " N"],
     base: Float[np.ndarray, " N"],
     dtype: str,
     tools: Sequence[str],
     recipe: Recipe,
-) -> pathlib.Path:
-    """Writes a style file and returns its path. Its metadata names the stock export that it belongs to.
+) -> list[pathlib.Path]:
+    """Writes one style file per spelling that the tools need; their metadata names the stock export that they change.
 
     Args:
       student: a merged checkpoint.
@@ -86,11 +90,11 @@ def write_style_lora(
       base: the weights of the styles in the stock export that the file is used on.
 
     Raises:
-      ValueError: a tool is unknown, or `out` exists.
+      UserError: a tool is unknown, or a file exists.
     """
-    if out.exists():
-        raise CheckpointError(f"{out} exists; nothing is overwritten. Give another name.")
-    tensors = lora_tensors(style_difference(student, weights, base), dtype, tools)
+    files = places(folder, tools)
+    if existing := [path for path in files.values() if path.exists()]:
+        raise CheckpointError(f"{existing[0]} exists; nothing is overwritten. Give another folder.")
     stock = fold_style(student, base)
     bias = stock.tensors("unet")[BIAS].astype(DTYPES[dtype])
     mix = [f"{name}={float(weight)!r}" for name, weight in zip(student.styles, base, strict=True) if weight]
@@ -102,8 +106,10 @@ def write_style_lora(
     }
     file_metadata = metadata(stock, recipe, "sgm") | {BASE_KEY: json.dumps(stock_export)}
     file_metadata["modelspec.architecture"] = f"{architecture(stock)}/lora"
-    save(out, tensors, file_metadata)
-    return out
+    difference = style_difference(student, weights, base)
+    for spelling, path in files.items():
+        save(path, lora_tensors(difference, dtype, spelling, with_matrix="a1111" in tools), file_metadata)
+    return list(files.values())
 
 
 def equal_parts(styles: Sequence[str]) -> Float[np.ndarray, " N"]:

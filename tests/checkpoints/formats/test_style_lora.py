@@ -1,6 +1,7 @@
 """A style file holds the difference of two stock exports, under the keys that each tool reads."""
 
 import hashlib
+import itertools
 import json
 
 import numpy as np
@@ -9,8 +10,11 @@ import pytest
 from dmm_jax.checkpoints import naming, write
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats import style_lora
+from dmm_jax.checkpoints.formats.lora_tools import TOOLS
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, raw_bytes
+from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.styles import fold_style, style_vector
+from dmm_jax.runtime.errors import UserError
 
 WEIGHTS, BASE = np.array([0.7, 0.5, -0.2], np.float32), np.full(3, 1 / 3, np.float32)
 LDM_BIAS, LDM_WEIGHT = (f"model.diffusion_model.time_embed.2.{leaf}" for leaf in ("bias", "weight"))
@@ -18,7 +22,7 @@ DIFF = "lora_unet_time_embedding_linear_2.diff_b"
 
 
 def written(student, recipe, out, dtype="float32", tools=("comfyui",)):
-    return style_lora.write_style_lora(out / style_lora.NAME, student, WEIGHTS, BASE, dtype, tools, recipe)
+    return style_lora.write_style_loras(out, student, WEIGHTS, BASE, dtype, tools, recipe)[0]
 
 
 def test_the_base_mixs_export_plus_the_file_is_the_styles_export(student, recipe, tmp_path):
@@ -45,18 +49,39 @@ def test_strengths_of_sum_1_blend_vectors_and_strength_0_is_the_base(student):
 def test_the_keys_are_those_that_each_tool_asks_for(student):
     difference = style_lora.style_difference(student, WEIGHTS, BASE)
     width, module = len(difference), "unet.time_embedding.linear_2"
-    everything = style_lora.lora_tensors(difference, "float16", style_lora.TOOLS)
-    assert {key: tensor.shape for key, tensor in everything.items()} == {
+    kohya, diffusers = (style_lora.lora_tensors(difference, "float16", it, True) for it in ("kohya", "diffusers"))
+    assert {key: tensor.shape for key, tensor in (kohya | diffusers).items()} == {
         DIFF: (width,),
         "lora_unet_time_embedding_linear_2.diff": (width, width),
         f"{module}.lora_A.weight": (1, width),
         f"{module}.lora_B.weight": (width, 1),
         f"{module}.lora_B.bias": (width,),
     }  # fmt: skip
-    assert list(style_lora.lora_tensors(difference, "float16", ["comfyui"])) == [DIFF]
-    assert sorted(key for key, tensor in everything.items() if tensor.any()) == [DIFF, f"{module}.lora_B.bias"]
-    with pytest.raises(ValueError, match="--lora-for takes comfyui, diffusers, a1111; got forge"):
-        style_lora.lora_tensors(difference, "float16", ["forge"])
+    assert list(style_lora.lora_tensors(difference, "float16", "kohya")) == [DIFF]
+    changing = sorted(key for key, tensor in (kohya | diffusers).items() if tensor.any())
+    assert changing == [DIFF, f"{module}.lora_B.bias"]
+
+
+SOME_TOOLS = [some for count in (1, 2, 3) for some in itertools.combinations(TOOLS, count)]
+
+
+@pytest.mark.parametrize("tools", SOME_TOOLS, ids=",".join)
+def test_our_reader_reads_the_files_for_any_tools(student, recipe, tmp_path, tools):
+    base = write.write_single_file(tmp_path / "base.safetensors", fold_style(student, BASE), "float32", recipe)
+    files = style_lora.write_style_loras(tmp_path, student, WEIGHTS, BASE, "float32", tools, recipe)
+    assert len(files) == len({TOOLS[tool] for tool in tools})
+    expected = fold_style(student, WEIGHTS).tensors("unet")
+    for file in files:
+        tensors = open_checkpoint(f"{base} + {file}").tensors("unet")
+        for key in expected:
+            np.testing.assert_allclose(tensors[key], expected[key], rtol=0, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("tools", [["forge"], []])
+def test_an_unknown_tool_is_an_error(student, recipe, tmp_path, tools):
+    with pytest.raises(UserError, match="--lora-for takes comfyui, diffusers, a1111; got (forge|nothing)"):
+        written(student, recipe, tmp_path, tools=tools)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -84,8 +109,8 @@ def test_a1111s_documented_rule_gives_the_styles_export(student, recipe, tmp_pat
     base, style = map(TensorFile, paths)
 
     def applied(tools):
-        (tmp_path / style_lora.NAME).unlink(missing_ok=True)
-        file = TensorFile(written(student, recipe, tmp_path, tools=tools))
+        (folder := tmp_path / tools[0]).mkdir()
+        file = TensorFile(written(student, recipe, folder, tools=tools))
         modules = {}
         for key in file:
             modules.setdefault(key.split(".")[0], {})[key.split(".", 1)[1]] = file[key]
@@ -105,11 +130,12 @@ def test_a1111s_documented_rule_gives_the_styles_export(student, recipe, tmp_pat
     assert np.array_equal(applied(("comfyui",))[LDM_BIAS], base[LDM_BIAS])
 
 
-def test_nothing_is_overwritten(student, recipe, tmp_path):
-    (tmp_path / style_lora.NAME).write_text("mine")
+@pytest.mark.parametrize("name", ["style_lora.safetensors", "style_lora_diffusers.safetensors"])
+def test_nothing_is_overwritten(student, recipe, tmp_path, name):
+    (tmp_path / name).write_text("mine")
     with pytest.raises(CheckpointError, match="nothing is overwritten"):
-        written(student, recipe, tmp_path)
-    assert (tmp_path / style_lora.NAME).read_text() == "mine"
+        written(student, recipe, tmp_path, tools=("comfyui", "diffusers"))
+    assert (tmp_path / name).read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_diffusers_own_loader_gives_the_styles_export(student, recipe, tmp_path):
