@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -58,7 +59,10 @@ def write_loras(
     for name, weights in mixes.items():
         changed = folded(student, weights)
         if shared is None:
+            wall, busy = time.perf_counter(), time.process_time()
             result = shared = extract_lora.extract(changed, base, rank, DTYPES[dtype], exact, progress)
+            wall, busy = time.perf_counter() - wall, time.process_time() - busy
+            say(f"{len(result.factors)} layers decomposed in {wall:.1f} s, {busy:.1f} s of processor time.")
         else:
             result = extract_lora.with_vector(shared, ("unet", BIAS), _bias_difference(changed, base))
         for spelling in spellings(tools):

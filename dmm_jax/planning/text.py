@@ -2,12 +2,29 @@
 
 from collections.abc import Iterator
 
-from dmm_jax.planning.requirements import COMPILED, ESTIMATED, GIB, Plan
+from dmm_jax.planning.requirements import COMPILED, ESTIMATED, Plan
+from dmm_jax.planning.serving import ServingPlan
 
 
 def render(plan: Plan) -> str:
     """Returns the plan as text."""
     return "\n".join(_lines(plan)) + "\n"
+
+
+def render_server(plan: ServingPlan) -> str:
+    """Returns the plan of a server as text."""
+    report = plan.to_json()
+    sizes = ", ".join(report["sizes"])
+    lines = [
+        f"{plan.topology.name}: {plan.topology.count} x {report['device']}, a server",
+        f"{plan.num_slots} slots for each size: {sizes}",
+        "",
+        *_memory_lines(plan, report),
+        "",
+        *(f"{size}: {speed:.2f} images/s of {plan.num_steps} steps" for size, speed in plan.images_per_s.items()),
+        "Assumed: " + "; ".join(plan.assumptions) + ".",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _lines(plan: Plan) -> Iterator[str]:
@@ -49,9 +66,9 @@ def _memory_lines(plan, report):
     yield f"Memory per device, {name} ({source})"
     for kind, size in report["memory_gb"].items():
         yield f"  {kind:<16}{size * unit:8.2f}"
-    if plan.available is not None:
+    if (available := report["memory_available_gb"]) is not None:
         verdict = "fits" if plan.fits else "DOES NOT FIT"
-        fits = f"  of {plan.available / GIB * unit:.2f}: {verdict}"
+        fits = f"  of {available * unit:.2f}: {verdict}"
     yield f"  {'total':<16}{total * unit:8.2f}{fits}"
 
 

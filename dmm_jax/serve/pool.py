@@ -22,6 +22,28 @@ CHUNKS_ENCODED = 8  # Rows of the text encoders' program: the prompts of four gu
 IMAGES_DECODED = 4  # Images that each device decodes at once, if so many are finished.
 
 
+def variants(per_device: int, max_chunks: int) -> list[Variant]:
+    """Returns the forms of `denoise` that a pool compiles, the cheapest first.
+
+    There are four, since each takes seconds to compile; the small one serves all kinds of requests.
+    """
+    small = max(per_device // SMALL_SHARE, 1)
+    every_kind = {Variant(small, True, max_chunks), Variant(per_device, True, max_chunks)}
+    full = {Variant(per_device, guided, 1) for guided in (False, True)}
+    return sorted(every_kind | full, key=lambda variant: variant.cost)
+
+
+def decode_counts(size: work.Size, per_device: int) -> list[int]:
+    """Returns how many images each device decodes at once, the largest number first."""
+    room = max(PIXELS_DECODED // math.prod(size), 1)
+    return sorted({1, min(IMAGES_DECODED, per_device, room)}, reverse=True)
+
+
+def chunks_encoded(max_chunks: int) -> int:
+    """Returns the rows of the text encoders' program: at least a guided request's."""
+    return max(CHUNKS_ENCODED, 2 * max_chunks)
+
+
 class Flight(NamedTuple):
     """One evaluation on its way on the device."""
 
@@ -55,13 +77,8 @@ class Pool:
         self.newest_step_s = 0.0
         # Slots in the order in which jobs take them: the first of every device, then the second, ...
         self.order = [device * self.per_device + k for k in range(self.per_device) for device in range(mesh.size)]
-        room = max(PIXELS_DECODED // math.prod(size), 1)
-        self.decode_counts = sorted({1, min(IMAGES_DECODED, self.per_device, room)}, reverse=True)
-        small = max(self.per_device // SMALL_SHARE, 1)
-        # Four programs, since each takes seconds to compile: the small one serves all kinds of requests.
-        every_kind = {Variant(small, True, max_chunks), Variant(self.per_device, True, max_chunks)}
-        full = {Variant(self.per_device, guided, 1) for guided in (False, True)}
-        self.variants = sorted(every_kind | full, key=lambda variant: variant.cost)
+        self.decode_counts = decode_counts(size, self.per_device)
+        self.variants = variants(self.per_device, max_chunks)
         encoders = len(pipeline.tokenizers.tokenizers)
         empty = pipeline.tokenize([""])
         self.empty_chunk = [rows[0, 0] for rows in empty]  # Ids and weights.
@@ -116,17 +133,13 @@ class Pool:
         group, num_chunks = [], 0
         for slot, job in new:
             size = job.work.tokens.input_ids[..., 0].size
-            if num_chunks + size > self._chunks_encoded:
+            if num_chunks + size > chunks_encoded(self.max_chunks):
                 self.place_group(group)
                 group, num_chunks = [], 0
             group.append((slot, job))
             num_chunks += size
         if group:
             self.place_group(group)
-
-    @property
-    def _chunks_encoded(self) -> int:
-        return max(CHUNKS_ENCODED, 2 * self.max_chunks)
 
     def place_group(self, jobs: Sequence[tuple[int, Job]]) -> None:
         """Dispatches prompts and noise of jobs whose chunks one call encodes."""
@@ -144,7 +157,7 @@ class Pool:
 
     def _encode_chunks(self, rows):
         """Returns the states of chunks, pairs of ids and weights, and of empty ones up to a fixed number."""
-        rows = rows + [self.empty_chunk] * (self._chunks_encoded - len(rows))
+        rows = rows + [self.empty_chunk] * (chunks_encoded(self.max_chunks) - len(rows))
         ids, weights = (np.stack(arrays)[:, None] for arrays in zip(*rows, strict=True))  # (C, 1, EL)
         network = self.pipeline.text_encoders
         return drawing.encode(network.graph, network.params, *sharding.spread((ids, weights)))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt, UInt8
 
@@ -56,12 +56,12 @@ class Variant(NamedTuple):
         return self.num_slots * (1 + self.guided), self.num_chunks
 
 
-def _on_each_device(mesh: Mesh, local, in_specs, out_specs):
+def _on_each_device(mesh: Mesh | AbstractMesh, local, in_specs, out_specs):
     return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "shape", "text_shape", "pooled", "dtype"))
-def empty(mesh: Mesh, shape: tuple, text_shape: tuple, pooled: int, dtype) -> Slots:
+def empty(mesh: Mesh | AbstractMesh, shape: tuple, text_shape: tuple, pooled: int, dtype) -> Slots:
     """Returns empty slots.
 
     Args:
@@ -83,7 +83,7 @@ def empty(mesh: Mesh, shape: tuple, text_shape: tuple, pooled: int, dtype) -> Sl
 
 @functools.partial(jax.jit, static_argnames="mesh", donate_argnames="slots")
 def place(
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     slots: Slots,
     text: TextConditioning,
     chunks: Int[Array, "S 2 K"],
@@ -120,7 +120,7 @@ def place(
 @functools.partial(jax.jit, static_argnames=("graph", "mesh", "variant", "size"), donate_argnames="slots")
 def denoise(
     graph: nnx.GraphDef,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     variant: Variant,
     size: work.Size,
     params,
@@ -175,7 +175,7 @@ def _predictor(graph, variant, size, params, part, request):
 
 @functools.partial(jax.jit, static_argnames=("graph", "mesh"))
 def decode(
-    graph: nnx.GraphDef, mesh: Mesh, params, latents: Float[Array, "S h w C"], numbers: Int[Array, " n"]
+    graph: nnx.GraphDef, mesh: Mesh | AbstractMesh, params, latents: Float[Array, "S h w C"], numbers: Int[Array, " n"]
 ) -> tuple[UInt8[Array, "n H W 3"], Bool[Array, " n"]]:
     """Returns the images of some slots, and whether each is finite.
 

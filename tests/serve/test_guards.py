@@ -1,14 +1,16 @@
 """Who may ask: hosts, origins, keys; how much: sizes of bodies; and the headers of every answer."""
 
+import asyncio
 import base64
 import socket
 
 import pytest
 
 from dmm_jax.runtime.errors import UserError
-from dmm_jax.serve.guards import is_loopback
+from dmm_jax.serve import service as service_lib
+from dmm_jax.serve.guards import Guards, is_loopback
 from dmm_jax.serve.server import check_access
-from dmm_jax.serve.service import matching_key, read_keys
+from dmm_jax.serve.service import Settings, matching_key, read_keys
 from tests.serve.running import running
 
 KEYS = ("first-key-0123456789", "second-key-0123456789")
@@ -30,6 +32,99 @@ def test_a_foreign_host_name_is_refused_on_loopback(web, host):
 @pytest.mark.parametrize("host", ["localhost", "localhost:1", "127.0.0.1:9", "[::1]:8000"])
 def test_names_of_this_machine_are_accepted(web, host):
     assert web.get("/healthz", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "settings, host, status",
+    [
+        ({"host": "127.0.0.2"}, "127.0.0.2:80", 200),  # A loopback address of its own.
+        ({"host": "127.0.0.2"}, "127.0.0.3", 421),
+        ({"host": "0.0.0.0"}, "gpu-machine.example", 200),  # Reached by any name, with keys or --no-auth.
+    ],
+)
+def test_the_names_depend_on_the_address(settings, host, status):
+    assert asked(Settings(**settings), {"host": host})[0] == status
+
+
+def asked(settings, headers, messages=({"type": "http.request", "body": b"", "more_body": False},), method="POST"):
+    """Sends messages to the guards of an application that answers 200; returns status, headers and what it received."""
+    sent, received, messages = [], [], list(messages)
+
+    async def app(scope, receive, send):
+        received.append(await receive())
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-frame-options", b"own")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def receive():
+        return messages.pop(0) if messages else await asyncio.sleep(3600)
+
+    async def send(message):
+        sent.append(message)
+
+    pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": method, "path": "/api/draw", "headers": pairs, "client": ("127.0.0.1", 5)}
+    asyncio.run(Guards(app, settings)(scope, receive, send))
+    answer = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    return sent[0]["status"], answer, received
+
+
+LOCAL = {"host": "localhost"}
+
+
+@pytest.mark.parametrize("length", ["9" * 5000, "-1", "1e3", "\u0663", "", "21"])
+def test_a_length_that_is_no_small_number_is_refused_unread(length):
+    status, headers, received = asked(Settings(max_body_bytes=20), LOCAL | {"content-length": length}, messages=())
+    assert status == 413 and headers["connection"] == "close" and received == []
+
+
+def test_a_body_without_a_length_is_counted_as_it_comes():
+    parts = [{"type": "http.request", "body": b"x" * 8, "more_body": True}] * 100
+    status, headers, received = asked(Settings(max_body_bytes=20), LOCAL, parts)
+    assert status == 413 and headers["connection"] == "close" and received == []
+
+
+def test_a_slow_body_closes_its_connection():
+    first = [{"type": "http.request", "body": b"{", "more_body": True}]
+    status, headers, received = asked(Settings(body_timeout_s=0.01), LOCAL, first)
+    assert status == 408 and headers["connection"] == "close" and received == []
+
+
+def test_a_client_that_leaves_within_its_body_is_not_waited_for():
+    parts = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+    assert asked(Settings(), LOCAL, parts)[2][0]["body"] == b"{"
+
+
+def test_a_body_in_parts_arrives_as_one():
+    parts = [{"type": "http.request", "body": part, "more_body": part != b"c"} for part in (b"a", b"b", b"c")]
+    assert asked(Settings(max_body_bytes=3), LOCAL, parts)[2] == [
+        {"type": "http.request", "body": b"abc", "more_body": False}
+    ]
+
+
+@pytest.mark.parametrize(
+    "settings, origin, status",
+    [
+        ({}, "http://localhost", 200), ({}, "https://localhost", 200), ({}, "http://localhost:81", 403),
+        ({}, "null", 403), ({"cors": ("*",)}, "https://evil.example", 200),
+        ({"cors": ("https://a.example",)}, "https://a.example.evil", 403),
+    ],
+)  # fmt: skip
+def test_origins_are_compared_as_a_whole(settings, origin, status):
+    assert asked(Settings(**settings), LOCAL | {"origin": origin})[0] == status
+
+
+def test_every_key_is_compared_whatever_is_sent(monkeypatch):
+    compared, compare = [], service_lib.hmac.compare_digest
+    monkeypatch.setattr(service_lib.hmac, "compare_digest", lambda *pair: compared.append(pair) or compare(*pair))
+    for text in (KEYS[0], KEYS[1], "", "x" * 10_000):
+        matching_key(text, KEYS)
+    # A digest tells nothing about the length of what was sent, and no key is skipped after a match.
+    assert len(compared) == 4 * len(KEYS) and {len(part) for pair in compared for part in pair} == {32}
+
+
+@pytest.mark.parametrize("path, kind", [("/api/model", "Bearer"), ("/sdapi/v1/options", "Basic")])
+def test_a_missing_key_says_how_to_send_one(locked, path, kind):
+    assert locked.get(path).headers["WWW-Authenticate"] == kind
 
 
 def test_another_page_may_not_post(web):
@@ -127,7 +222,15 @@ def test_answers_forbid_foreign_scripts(web):
         headers = web.get(path).headers
         policy = dict(part.strip().partition(" ")[::2] for part in headers["Content-Security-Policy"].split(";"))
         assert policy["default-src"] == "'none'" and policy["script-src"] == policy["style-src"] == "'self'"
+        assert {policy[name] for name in ("base-uri", "form-action", "frame-ancestors")} == {"'none'"}
         assert headers["X-Content-Type-Options"] == "nosniff" and "server" not in headers
+        assert headers["Referrer-Policy"] == "no-referrer" and headers["Cross-Origin-Resource-Policy"] == "same-origin"
+        assert headers["Cache-Control"] == "no-store"
+
+
+def test_pages_elsewhere_may_show_answers_only_with_cors():
+    headers = asked(Settings(cors=("https://a.example",)), LOCAL | {"origin": "https://a.example"})[1]
+    assert headers["cross-origin-resource-policy"] == "cross-origin"
 
 
 def test_basic_authentication_without_a_colon_is_wrong(locked):

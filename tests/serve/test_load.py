@@ -7,6 +7,7 @@ import socket
 import openai
 import pytest
 
+from dmm_jax.serve import drawing, faults, own_api
 from tests.serve.fake import FakeEngine
 from tests.serve.running import running, until
 
@@ -72,6 +73,66 @@ def test_a_request_that_does_not_fit_the_queue_leaves_nothing_in_it(slow):
     answer = slow.post("/api/draw", BODY | {"num_images": 8})
     assert answer.status_code == 429
     assert slow.engine.jobs and all(job.future.cancelled() for job in slow.engine.jobs)
+
+
+def test_a_failed_image_cancels_the_others_of_its_request():
+    with running(FakeEngine(num_slots=1, period_s=0.01)) as web:
+        assert (
+            web.post("/api/draw", {"prompt": "NaN", "styles": ["ink"], "seeds": [1, 2, 3], "steps": 5}).status_code
+            == 422
+        )
+        until(lambda: all(job.future.done() for job in web.engine.jobs))
+        assert [job.future.cancelled() for job in web.engine.jobs] == [False, True, True]
+
+
+def test_a_silent_stream_is_kept_open_by_comments(monkeypatch):
+    monkeypatch.setattr(drawing, "HEARTBEAT_S", 0.01)
+    with (
+        running(FakeEngine(num_slots=1, period_s=1.0)) as web,
+        leaving(web, "/api/draw", BODY | {"stream": True}) as it,
+    ):
+        received = b""
+        until(lambda: web.engine.jobs)
+        it.settimeout(10)
+        while b": waiting" not in received:
+            received += (part := it.recv(4096))
+            assert part
+
+
+def test_a_client_that_does_not_read_delays_nobody(monkeypatch):
+    monkeypatch.setattr(own_api, "PREVIEW_S", 0.0)
+    with running(FakeEngine(num_slots=2)) as web, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        connection.connect(("127.0.0.1", web.service.settings.port))
+        text = json.dumps(BODY | {"styles": ["ink"] * 16, "stream": True, "width": 128})
+        head = ["POST /api/draw HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+        connection.sendall("\r\n".join([*head, f"Content-Length: {len(text)}", "", text]).encode())
+        until(lambda: len(web.engine.jobs) == 16 and all(job.future.done() for job in web.engine.jobs))
+        assert web.post("/api/draw", BODY | {"steps": 1}).status_code == 200
+
+
+def test_an_unexpected_error_tells_the_client_nothing(capfd):
+    class Broken(FakeEngine):
+        def submit(self, request, client=""):
+            raise RuntimeError("the secret of /etc/passwd")
+
+    with running(Broken()) as web:
+        answer = web.post("/api/draw", BODY)
+    assert answer.status_code == 500 and "secret" not in answer.text
+    assert "RuntimeError: the secret of /etc/passwd" in "".join(capfd.readouterr())
+
+
+def test_messages_are_short_and_printable():
+    fault = faults.Fault(400, "x", "\x1b[31m" + "a" * 10_000, field="\x07" * 200, retry_after=0.2)
+    answer = faults.response_of(fault, "/api/draw")
+    error = json.loads(answer.body)["error"]
+    assert len(error["message"]) == faults.MAX_MESSAGE_CHARS and len(error["field"]) == 100
+    assert error["message"].isprintable() and error["field"].isprintable() and answer.headers["Retry-After"] == "1"
+
+
+def test_many_wrong_fields_give_a_short_answer(web):
+    answer = web.post("/api/draw", BODY | {"seeds": ["x"] * 60})
+    assert answer.status_code == 422 and answer.json()["error"]["message"].count("seeds.") == 20
 
 
 def test_a_bad_image_fails_alone(web):

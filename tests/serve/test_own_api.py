@@ -58,6 +58,8 @@ def test_in_a_stream_an_image_fails_alone(web):
     [
         ({"styles": ["anime"] * 3, "seeds": [1] * 6}, "3 styles and 6 seeds are 18 images; a request may have 16"),
         ({"styles": []}, "styles"),
+        ({"styles": ["anime"] * 65}, "styles: List should have at most 64 items"),
+        ({"seeds": [1] * 65}, "seeds: List should have at most 64 items"),
         ({"styles": [[]]}, "a schedule is not empty"),
         ({"style": "anime"}, "did you mean 'styles'"),
         ({"cfg_scale": 3}, "did you mean 'guidance_scale'"),

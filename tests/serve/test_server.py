@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import threading
 
 import pytest
@@ -10,7 +11,7 @@ from dmm_jax.runtime.errors import UserError
 from dmm_jax.serve import server
 from dmm_jax.serve.service import Service, Settings
 from tests.serve.fake import FakeEngine
-from tests.serve.running import Running, until
+from tests.serve.running import Running, running, until
 
 
 def run_with(engine, actions, timeout_s=20.0):
@@ -76,6 +77,25 @@ def _ignore(web):
         web.post("/api/draw", {"prompt": "a", "styles": ["ink"], "steps": 100})
     except OSError:
         pass
+
+
+def test_a_request_that_does_not_end_stops_no_shutdown(monkeypatch):
+    monkeypatch.setattr(server, "CLOSE_S", 0.1)
+    with running(FakeEngine(num_slots=1, period_s=10.0)) as web:  # It waits for the end of the server's thread.
+        body = {"prompt": "a", "styles": ["ink"], "steps": 100, "stream": True}
+        answer = web.session.post(f"{web.address}/api/draw", json=body, stream=True, timeout=30)
+        assert next(answer.iter_lines()) == b"event: start"
+
+
+def test_more_connections_than_the_limit_are_503(monkeypatch):
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
+    with running() as web:
+        port = web.service.settings.port
+        open_ones = [socket.create_connection(("127.0.0.1", port), 10) for _ in range(3)]
+        until(lambda: web.get("/healthz").status_code == 503)
+        for connection in open_ones:
+            connection.close()
+        until(lambda: web.get("/healthz").status_code == 200)
 
 
 def test_an_engine_that_cannot_start_ends_the_server_with_its_error():

@@ -103,7 +103,7 @@ def decomposed(weight: np.ndarray, difference: np.ndarray, magnitude: np.ndarray
       magnitude: the norms of the rows (O, 1, ...), or those of the columns (1, I, ...).
     """
     direction = weight + difference
-    axes = tuple(axis for axis, size in enumerate(magnitude.shape) if size == 1 or axis > 1)
+    axes = tuple(axis for axis, size in enumerate(magnitude.shape) if size == 1)
     norms = np.sqrt(np.square(direction, dtype=np.float64).sum(axis=axes, keepdims=True))
     scale = magnitude / (norms + np.finfo(np.float32).eps)
     return (direction * scale - weight).astype(np.float32)
@@ -117,8 +117,10 @@ def magnitude_shape(role: str, shape: Shape, layer: Shape) -> Shape | None:
     """
     rows, columns = (layer[0], *[1] * (len(layer) - 1)), (1, layer[1], *[1] * (len(layer) - 2))
     size = math.prod(shape)
-    if role == "magnitude" or len(shape) == 1:
+    if role == "magnitude":
         return rows if size == layer[0] else None
+    if len(shape) < 2:  # Other tools would multiply the columns by it.
+        return None
     if shape[0] == layer[0] and size == layer[0]:
         return rows
     return columns if shape[0] == 1 and size == layer[1] else None
