@@ -57,3 +57,87 @@ def test_no_spelling_names_two_layers():
                         assert names.setdefault(prefix + spelling, key) == key
         layers = lora_keys.layer_names(shapes, checkpoint.unet_config)
         assert {layer[0] for layer in layers.values()} == set(shapes)
+
+
+MID, FC1 = "mid_block.attentions.0.proj_in", "text_model.encoder.layers.0.mlp.fc1"
+FLAT_MID, FLAT_FC1 = MID.replace(".", "_"), FC1.replace(".", "_")
+UNET, TEXT, TEXT_2 = (
+    ("unet", f"{MID}.weight"), ("text_encoder", f"{FC1}.weight"), ("text_encoder_2", f"{FC1}.weight"),
+)  # fmt: skip
+NAMES = {  # {a name in adapters of Stable Diffusion XL: the layer that it names}
+    f"lora_unet_{FLAT_MID}": UNET, f"lycoris_unet_{FLAT_MID}": UNET, f"lycoris_{FLAT_MID}": UNET,
+    "lora_unet_middle_block_1_proj_in": UNET, "lycoris_middle_block_1_proj_in": UNET,
+    MID: UNET, f"unet.{MID}": UNET, f"lora_unet.{MID}": UNET,
+    f"base_model.model.{MID}": UNET, f"base_model.model.unet.{MID}": UNET,
+    "middle_block.1.proj_in": UNET, "unet.middle_block.1.proj_in": UNET, "diffusion_model.middle_block.1.proj_in": UNET,
+    "model.diffusion_model.middle_block.1.proj_in": UNET,
+    f"lora_te_{FLAT_FC1}": TEXT, f"lora_te1_{FLAT_FC1}": TEXT, f"lycoris_te_{FLAT_FC1}": TEXT,
+    f"lycoris_te1_{FLAT_FC1}": TEXT, f"lycoris_{FLAT_FC1}": TEXT, f"lora_te.{FC1}": TEXT, f"lora_te1.{FC1}": TEXT,
+    f"text_encoder.{FC1}": TEXT, "text_encoder.encoder.layers.0.mlp.fc1": TEXT, f"clip_l.{FC1}": TEXT,
+    f"clip_l.transformer.{FC1}": TEXT, f"text_encoders.clip_l.transformer.{FC1}": TEXT,
+    f"cond_stage_model.transformer.{FC1}": TEXT, f"base_model.model.{FC1}": TEXT,
+    f"base_model.model.text_encoder.{FC1}": TEXT,
+    f"lora_te2_{FLAT_FC1}": TEXT_2, f"lycoris_te2_{FLAT_FC1}": TEXT_2, f"lora_te2.{FC1}": TEXT_2,
+    f"text_encoder_2.{FC1}": TEXT_2, f"clip_g.{FC1}": TEXT_2, f"clip_g.transformer.{FC1}": TEXT_2,
+    f"text_encoders.clip_g.transformer.{FC1}": TEXT_2, f"base_model.model.text_encoder_2.{FC1}": TEXT_2,
+}  # fmt: skip
+ENDS = {  # {the end of a key: its role}, for those that no other test writes
+    ".lora_linear_layer.up.weight": "up", ".lora_linear_layer.down.weight": "down", ".lora_B.default.bias": "up_bias",
+    ".lora_magnitude_vector": "magnitude", ".lora_magnitude_vector.weight": "magnitude",
+    ".lora_magnitude_vector.default": "magnitude", ".lora_magnitude_vector.default.weight": "magnitude",
+}  # fmt: skip
+OLD = {  # {the name in diffusers' first files: today's}
+    "unet.mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_out": "attn2.to_out.0",
+    "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_v": "attn1.to_v",
+    "text_encoder.text_model.encoder.layers.0.self_attn.to_k": "self_attn.k_proj",
+    "text_encoder.text_model.encoder.layers.0.self_attn.to_v": "self_attn.v_proj",
+    "text_encoder.text_model.encoder.layers.0.self_attn.to_out": "self_attn.out_proj",
+}
+
+
+@pytest.fixture(scope="module")
+def xl_layers():
+    """{name: layer} of Stable Diffusion XL as published."""
+    checkpoint = published.checkpoint("sdxl")
+    shapes = {part: checkpoint.shapes(part) for part in lora_keys.FLAT}
+    return lora_keys.layer_names(shapes, checkpoint.unet_config)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_prefix_names_its_layer(xl_layers, name):
+    assert xl_layers[name] == NAMES[name]
+    has_network = name not in (MID, "middle_block.1.proj_in") and not name.startswith(
+        ("lycoris_mid", "lycoris_text", f"base_model.model.{MID}", f"base_model.model.{FC1}")
+    )
+    assert lora_keys.network_of(name) == (NAMES[name][0] if has_network else "")
+
+
+def test_the_list_holds_every_prefix():
+    used = {
+        prefix
+        for table in (lora_keys.FLAT, lora_keys.DOTTED)
+        for part, prefixes in table.items()
+        for prefix in prefixes
+        if any(name.startswith(prefix) and layer[0] == part for name, layer in NAMES.items())
+    }
+    assert used == {prefix for table in (lora_keys.FLAT, lora_keys.DOTTED) for it in table.values() for prefix in it}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_rare_ends_have_their_role(end):
+    assert lora_keys.split_role(f"x.y{end}") == ("x.y", ENDS[end])
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_names_of_diffusers_first_files(xl_layers, name):
+    assert xl_layers[name][1].endswith(f"{OLD[name]}.weight")
+
+
+@pytest.mark.parametrize(
+    "key, kind",
+    [("x.boft_blocks", "OFT or BOFT"), ("x.bd_A", "another adapter"), ("x.set_weight", "replaced weights"),
+     ("x.reshape_weight", "reshaped weights"), ("x.absmax", "nf4 or int8 weights of bitsandbytes")],
+)  # fmt: skip
+def test_rare_kinds_are_named(key, kind):
+    assert list(lora_keys.other_kinds([key])) == [kind]
+    assert lora_keys.other_kinds(["lora_unet_x.lora_up.weight", "1.2.linear.weight"]) == {}
