@@ -37,7 +37,7 @@ def open_single_file(path: pathlib.Path) -> Checkpoint:
     file = TensorFile(path)
     keys_of = {component: _keys_of(component, file) for component in COMPONENTS}
     keys_of = {component: keys for component, keys in keys_of.items() if keys}
-    kind = single_file.other_network(file)
+    kind = single_file.VAE_ALONE if set(keys_of) == {"vae"} else single_file.other_network(file)
     if not keys_of or kind:
         lora.refuse_alone(file)
         reason = f"it is {kind}" if kind else f"no key begins with {single_file.UNET!r}"

@@ -77,9 +77,8 @@ class Guards:
     def _client(self, scope: Scope) -> str:
         """Returns the client's name; refuses a wrong or missing key."""
         address = (scope.get("client") or ("unknown", 0))[0]
-        path, method = scope["path"], scope["method"]
-        is_preflight = method == "OPTIONS" and bool(self.settings.cors)
-        if not self.settings.keys or path in OPEN_PATHS or path.startswith(OPEN_FOLDER) or is_preflight:
+        path = scope["path"]
+        if not self.settings.keys or path in OPEN_PATHS or path.startswith(OPEN_FOLDER):
             return address
         number = matching_key(_sent_key(Headers(scope=scope).get("authorization", "")), self.settings.keys)
         if number is None:
@@ -102,9 +101,7 @@ class Guards:
         try:
             async with asyncio.timeout(self.settings.body_timeout_s):
                 while is_open:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        break
+                    message = await receive()  # A client that leaves sends "http.disconnect", which has neither.
                     body += message.get("body", b"")
                     is_open = message.get("more_body", False)
                     if len(body) > limit:

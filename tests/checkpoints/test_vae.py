@@ -12,6 +12,7 @@ from dmm_jax.checkpoints.average import average
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.export import export
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
+from dmm_jax.checkpoints.inspect import inspect
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.pipeline import Pipeline
 from tests import families
@@ -56,6 +57,12 @@ def test_every_form_of_a_vae_replaces_the_base_s(folder, other, form):
     assert changed.digest("unet") == base.digest("unet")
     assert changed.vae_config["scaling_factor"] == base.vae_config["scaling_factor"]
     assert vae.with_vae(base, "") is base
+
+
+@pytest.mark.parametrize("form", ["a file with diffusers' keys", "a file with a prefix", "a bare file"])
+def test_inspect_says_that_a_file_is_a_vae(other, form):
+    report = inspect([other[form]])
+    assert not report["mergeable"] and "it is a VAE alone: give it by --vae" in report["obstacles"][0]
 
 
 def retrained(tensors):

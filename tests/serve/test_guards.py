@@ -63,7 +63,7 @@ def asked(settings, headers, messages=({"type": "http.request", "body": b"", "mo
 
     pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": method, "path": "/api/draw", "headers": pairs, "client": ("127.0.0.1", 5)}
-    asyncio.run(Guards(app, settings)(scope, receive, send))
+    asyncio.run(asyncio.wait_for(Guards(app, settings)(scope, receive, send), 20))
     answer = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
     return sent[0]["status"], answer, received
 
@@ -236,3 +236,6 @@ def test_pages_elsewhere_may_show_answers_only_with_cors():
 def test_basic_authentication_without_a_colon_is_wrong(locked):
     value = base64.b64encode(KEYS[0].encode()).decode()
     assert locked.get("/api/model", headers={"Authorization": f"Basic {value}"}).status_code == 401
+    sound = base64.b64encode(f"user:{KEYS[0]}".encode()).decode()
+    assert locked.get("/api/model", headers={"Authorization": f"Basic {sound}"}).status_code == 200
+    assert locked.get("/api/model", headers={"Authorization": f"Basic !{sound}"}).status_code == 401

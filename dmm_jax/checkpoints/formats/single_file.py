@@ -36,12 +36,12 @@ VAE_TRAINING = ("loss.", "model_ema.")  # Below the VAE's prefix: its discrimina
 EDM = ("edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std")
 FIRST_CONVOLUTION = "input_blocks.0.0.weight"  # In every UNet of this layout.
 CONTROL_NET = "input_hint_block.0.weight"
-_VAE_ALONE, _EMBEDDING = "a VAE alone: give it by --vae", "a textual inversion: give it by --embedding"
+VAE_ALONE, _EMBEDDING = "a VAE alone: give it by --vae", "a textual inversion: give it by --embedding"
 # {the start of a key: the kind of network that has such keys}
 OTHER_NETWORKS = {
     "control_model.": "a ControlNet", "controlnet_": "a ControlNet", CONTROL_NET: "a ControlNet",
     "down_blocks.": "the UNet of a diffusers folder: give the folder of the whole model",
-    "encoder.mid": _VAE_ALONE, "encoder.down": _VAE_ALONE, "decoder.": _VAE_ALONE,
+    "encoder.mid": VAE_ALONE, "encoder.down": VAE_ALONE, "decoder.": VAE_ALONE,
     "text_model.": "a text encoder alone", "emb_params": _EMBEDDING, "clip_l": _EMBEDDING,
     "clip_g": _EMBEDDING, "double_blocks.": "a Flux", "model.diffusion_model.double_blocks.": "a Flux",
     "joint_blocks.": "a Stable Diffusion 3", "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3",

@@ -122,8 +122,12 @@ def test_alpha_scales_factors_and_nothing_else(tmp_path):
     )
     for key, expected in ((f"{DENSE}.bias", bias), (f"{NORM}.weight", norm), (f"{SQUARE}.weight", whole)):
         np.testing.assert_array_equal(result[key], expected)
-    ia3 = {"weight": factor, "on_input": np.array(True), "alpha": np.array(5.0, np.float32)}
-    result = differences(tmp_path, named(SQUARE, ia3))
+    # Neither does a scale that a config states for LoRAs.
+    metadata = {peft_options.METADATA: json.dumps({"unet.lora_alpha": 6, "unet.r": 2})}
+    np.testing.assert_array_equal(
+        differences(tmp_path, named(NORM, {"w_norm": norm}), metadata)[f"{NORM}.weight"], norm
+    )
+    result = differences(tmp_path, named(SQUARE, {"weight": factor, "on_input": np.array(True)}), metadata)
     expected = BASE[f"{SQUARE}.weight"] * factor[None, :, None, None]
     np.testing.assert_array_equal(result[f"{SQUARE}.weight"], expected)
 
