@@ -49,8 +49,6 @@ async def submit(service: Service, request: Request, image_requests: Sequence[Im
     limit = service.settings.max_images
     if len(image_requests) > limit:
         raise Fault(400, "too_many_images", f"one request may ask for {limit} images; got {len(image_requests)}.")
-    if service.draining:
-        raise Draining("the server is stopping: ask another one, or ask again soon.")
     if not service.engine.ready:
         raise not_ready()
     client = client_of(request)

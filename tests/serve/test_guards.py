@@ -52,7 +52,7 @@ def asked(settings, headers, messages=({"type": "http.request", "body": b"", "mo
 
     async def app(scope, receive, send):
         received.append(await receive())
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-frame-options", b"own")]})
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"cache-control", b"own")]})
         await send({"type": "http.response.body", "body": b""})
 
     async def receive():
@@ -65,6 +65,7 @@ def asked(settings, headers, messages=({"type": "http.request", "body": b"", "mo
     scope = {"type": "http", "method": method, "path": "/api/draw", "headers": pairs, "client": ("127.0.0.1", 5)}
     asyncio.run(asyncio.wait_for(Guards(app, settings)(scope, receive, send), 20))
     answer = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    assert len(answer) == len(sent[0]["headers"])  # The application's own headers stay, and none comes twice.
     return sent[0]["status"], answer, received
 
 

@@ -84,7 +84,8 @@ def test_a_request_that_does_not_end_stops_no_shutdown(monkeypatch):
     with running(FakeEngine(num_slots=1, period_s=10.0)) as web:  # It waits for the end of the server's thread.
         body = {"prompt": "a", "styles": ["ink"], "steps": 100, "stream": True}
         answer = web.session.post(f"{web.address}/api/draw", json=body, stream=True, timeout=30)
-        assert next(answer.iter_lines()) == b"event: start"
+        lines = answer.iter_lines()  # Its end would close the connection.
+        assert next(lines) == b"event: start"
 
 
 def test_more_connections_than_the_limit_are_503(monkeypatch):

@@ -35,6 +35,14 @@ def test_a_truncation_is_the_best_of_its_rank(shape, exact):
     )
 
 
+def test_exact_is_nearer_to_the_best_than_the_randomised_algorithm():
+    difference = RNG.standard_normal((120, 300)).astype(np.float32)  # Its singular values hardly fall.
+    values = np.square(np.linalg.svd(difference.astype(np.float64), compute_uv=False))
+    best = values[:5].sum() / values.sum()
+    exact, randomised = (share_of(difference, low_rank(difference, Rank(rank=5), it)[0]) for it in (True, False))
+    assert exact == pytest.approx(best, abs=1e-7) and 1e-5 < best - randomised < 0.1 * best
+
+
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "randomised"])
 @pytest.mark.parametrize("share", [0.5, 0.98, 1.0])
 def test_an_automatic_rank_is_the_smallest_that_keeps_the_share(exact, share):
