@@ -47,6 +47,7 @@ def factors(layer):
     out, into, *kernel = SHAPES[f"{layer}.weight"]
     kinds = adapters.factor_shapes(out, into, tuple(kernel))
     yield from kinds.items()
+    yield "PEFT's IA3", {"ia3_l": (1, out, 1, 1) if kernel else (out, 1)}
     yield "PEFT's DoRA", kinds["LoRA"] | {"lora_magnitude_vector": (out,)}
 
 
@@ -130,6 +131,13 @@ def test_alpha_scales_factors_and_nothing_else(tmp_path):
     result = differences(tmp_path, named(SQUARE, {"weight": factor, "on_input": np.array(True)}), metadata)
     expected = BASE[f"{SQUARE}.weight"] * factor[None, :, None, None]
     np.testing.assert_array_equal(result[f"{SQUARE}.weight"], expected)
+
+
+def test_a_scalar_multiplies_the_difference(tmp_path):
+    roles = lora_of(DENSE)
+    result = differences(tmp_path, named(DENSE, roles | {"scalar": np.array(0.5, np.float32)}))
+    expected = roles["lora_up.weight"] @ roles["lora_down.weight"] / 2
+    np.testing.assert_allclose(result[f"{DENSE}.weight"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_lokr_s_rank_is_that_of_the_half_that_is_factored(tmp_path):
