@@ -19,10 +19,11 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from dmm_jax.checkpoints import student_lora
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.compare import check_mergeable
 from dmm_jax.checkpoints.open import open_checkpoint
-from dmm_jax.checkpoints.states import StateStore
+from dmm_jax.checkpoints.states import StateStore, check_notes
 from dmm_jax.config import checks, workdirs
 from dmm_jax.config.options import keeps_average, opening_options
 from dmm_jax.data import batches as data_batches
@@ -33,13 +34,14 @@ from dmm_jax.diffusion import solvers
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.distill import discriminator, incremental, validation
 from dmm_jax.distill.definition import Definition
-from dmm_jax.distill.layout import Packing, compile_step, looped, state_specs, unlooped
+from dmm_jax.distill.layout import Packing, as_read, compile_step, looped, state_specs, unlooped
 from dmm_jax.distill.objective import Inputs
 from dmm_jax.distill.state import TrainState, all_finite, init_state
 from dmm_jax.distill.step import build_validation
 from dmm_jax.distill.student import put_student, put_trained, style_params
 from dmm_jax.distill.teachers import BatchRow, missing_text_encoders, put_params, put_teachers
-from dmm_jax.models.block_loops import unstack_blocks
+from dmm_jax.models.block_loops import stack_blocks, unstack_blocks
+from dmm_jax.models.lora import folded, joined
 from dmm_jax.models.network import cast_params
 from dmm_jax.pipeline import Pipeline
 from dmm_jax.runtime import processes, sharding, storage
@@ -106,6 +108,11 @@ class Distillation(Definition):
                 config.adversarial.train_backbone,
             )
             self.frozen = self.frozen._replace(**put_params(fixed, mesh, self.dtype))
+        self._start = student_lora.start_sources(config, base, [row.teacher for row in self.rows])
+        if self.ranks:
+            params = student_lora.mean(base, self._start).params("unet")
+            params = stack_blocks(params, config.loop_blocks, student_lora.stack)
+            self.frozen = self.frozen._replace(student=as_read(put_params(params, mesh, self.dtype)))
         self._packing = Packing(self.abstract_state(), mesh)
         self._programs: dict[tuple[int, ...], jax.stages.Compiled] = {}  # By the shape of a batch's latents.
 
@@ -122,10 +129,7 @@ class Distillation(Definition):
         return RunState(self._packing.pack(self._fresh()))
 
     def _fresh(self) -> TrainState:
-        sources = [self.base]
-        if self.config.student_init == "average":  # Of weights with the student's meaning.
-            teachers = [row.teacher for row in self.rows]
-            sources = [it for it in teachers if it.prediction_beside(self.base) == self.prediction_type] or sources
+        sources = self._start
         if self.old_student:
             sources = [self.old_student]
             style = incremental.grown_style(
@@ -133,8 +137,12 @@ class Distillation(Definition):
             )
         else:
             style = style_params(self.student_config, self.config.style_init, self.config.seed)
-        unets = [source.params("unet") for source in sources]
-        student = put_student(unets, style, self.student_config, self.mesh)
+        if self.ranks:
+            shapes = student_lora.trained_shapes(self.student_config, self.ranks)
+            student = put_trained({**student_lora.first_factors(shapes, self.config.seed), **style}, self.mesh)
+        else:
+            unets = [source.params("unet") for source in sources]
+            student = put_student(unets, style, self.student_config, self.mesh)
         trained = {"student": looped(student, self.config.loop_blocks, self.mesh)}
         if self.config.adversarial.weight:
             trained["discriminator"] = put_trained(self._judge, self.mesh)
@@ -150,7 +158,9 @@ class Distillation(Definition):
         if not store.steps:
             return self.init()
         step, parts = store.resume(self.abstract_state(looped=False).as_dict())
-        seen = store.notes(step).get("samples_seen", step * self.config.batch_size)
+        notes = store.notes(step)
+        check_notes(f"step {step}", notes, self._notes)
+        seen = notes.get("samples_seen", step * self.config.batch_size)
         restored = looped(TrainState.from_dict(parts), self.config.loop_blocks, self.mesh)
         return RunState(self._packing.pack(restored), step, seen)
 
@@ -172,7 +182,11 @@ class Distillation(Definition):
         unpacked = self.unpack(state)
         if not all_finite(unpacked.trained):
             raise FloatingPointError(f"step {state.step}: trained parameters are not finite, so the step is not saved.")
-        store.save(state.step, unpacked.as_dict(), {"samples_seen": state.samples_seen})
+        store.save(state.step, unpacked.as_dict(), {"samples_seen": state.samples_seen, **self._notes})
+
+    @functools.cached_property
+    def _notes(self) -> dict[str, str]:
+        return {student_lora.START: student_lora.digest(self._start)} if self.ranks else {}
 
     def unpack(self, state: RunState) -> TrainState:
         """Returns the arrays of a state as a checkpoint has them, valid until the next step takes the state."""
@@ -262,15 +276,17 @@ class Distillation(Definition):
         Every process of a run must call it; each gets a pipeline on its own devices.
         """
         unpacked = self._packing.unpack(state.arrays)
-        params = self._whole_unet(unpacked.student.params if unpacked.ema is None else unpacked.ema)
+        params = unpacked.student.params if unpacked.ema is None else unpacked.ema
+        params = self._whole_unet(params, self.frozen.student)
         return self._empty_pipeline.with_unet(jax.tree.map(lambda leaf: leaf.addressable_data(0), params))
 
     @functools.cached_property
     def _whole_unet(self) -> Callable:
-        return jax.jit(
-            lambda params: unstack_blocks(cast_params(params, self.dtype), list),
-            out_shardings=NamedSharding(self.mesh, sharding.COPY),
-        )
+        def whole(params, start):
+            params = params if start is None else folded(joined(start, params))
+            return unstack_blocks(cast_params(params, self.dtype), list)
+
+        return jax.jit(whole, out_shardings=NamedSharding(self.mesh, sharding.COPY))
 
     @functools.cached_property
     def _empty_pipeline(self) -> Pipeline:

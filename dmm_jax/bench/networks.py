@@ -15,7 +15,7 @@ from dmm_jax.data.batches import Batch
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.distill import teachers as teachers_lib
 from dmm_jax.distill.definition import Definition
-from dmm_jax.distill.layout import state_specs
+from dmm_jax.distill.layout import as_read, state_specs
 from dmm_jax.distill.teachers import Frozen, Teachers
 from dmm_jax.kernels.attention import choose_implementation
 from dmm_jax.models import layers
@@ -100,6 +100,9 @@ def random_networks(definition: Definition) -> tuple[dict, Teachers, Frozen]:
         judge, fixed = definition.abstract_discriminator()
         trained["discriminator"] = random_params(judge, mesh, fsdp=True)
         frozen = frozen._replace(**random_params(fixed, mesh, definition.dtype))
+    if definition.ranks:
+        _, shapes = definition.abstract_frozen(0)
+        frozen = frozen._replace(student=as_read(random_params(shapes.student, mesh, definition.dtype)))
     return trained, Teachers(unet, None, encoder, styles), frozen
 
 

@@ -31,16 +31,20 @@ def abstract_model(build: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
     return nnx.eval_shape(lambda: build(OneKey(0)))
 
 
-def abstract_params(component: str, config: Mapping) -> dict:
+def abstract_params(component: str, config: Mapping, **options) -> dict:
     """Returns a network's parameters as nested ShapeDtypeStructs, from its config; allocates nothing.
+
+    Args:
+      options: of the network's constructor, which win over the config.
 
     Raises:
       ValueError: the config has fields or values that our networks do not compute.
     """
-    return _abstract_params(component, json.dumps(dict(config), sort_keys=True))
+    return _abstract_params(component, json.dumps(dict(config), sort_keys=True), tuple(sorted(options.items())))
 
 
 @functools.lru_cache(maxsize=32)
-def _abstract_params(component, config):
-    model = abstract_model(lambda rngs: COMPONENTS[component].from_config(json.loads(config), rngs=rngs))
+def _abstract_params(component, config, options):
+    build, fields = COMPONENTS[component].from_config, json.loads(config)
+    model = abstract_model(lambda rngs: build(fields, rngs=rngs, **dict(options)))
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))

@@ -157,6 +157,8 @@ class Checkpoint:
     explicit_fields: Collection[str] = ()  # Fields of `scheduler_config` that its files state; the rest are defaults.
     # Whether XL's missing prompt is zeros or "", diffusers' `force_zeros_for_empty_prompt`; None: not stated, so zeros.
     zeros_for_no_prompt: bool | None = None
+    # Returns {key of the UNet: (up, down)}, the factors by which the UNet differs from its base's; None if unknown.
+    factors: Callable[[], Mapping[str, tuple[np.ndarray, np.ndarray]]] | None = None
 
     @property
     def root(self) -> Location:

@@ -1,5 +1,6 @@
 """Exports a training run's student as PyTorch safetensors, in one or several formats, with model cards."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -44,7 +45,7 @@ def export(
     stated_licenses: Sequence[str] = (),
     dry_run: bool = False,
     vae: str | os.PathLike = "",
-    rank: str = "64",
+    rank: str = "",
     exact: bool = False,
     base: str | os.PathLike = "",
     progress: Callable = lambda keys: keys,
@@ -78,7 +79,7 @@ def export(
       dry_run: opens and checks everything, and writes nothing.
       vae: a file, folder or checkpoint whose VAE replaces the base's; "" keeps it.
       rank: of a lora's layers, as "64", or "auto:0.98" for the rank at which each layer keeps this share of its squared
-        difference.
+        difference; "" for 64, or for the ranks of a student that trained as a LoRA of this base.
       exact: whether a lora is decomposed exactly and not by the randomised algorithm, which is faster.
       base: the checkpoint that a lora changes; "" for the run's base.
       progress: wraps the sequence of a lora's tensors, for a progress bar.
@@ -89,9 +90,13 @@ def export(
       CheckpointError: the student or a parent is damaged or missing. Nothing is written then.
     """
     _check_options(formats, dtype)
-    lora_rank = extract_lora.parse_rank(rank)
+    lora_rank = extract_lora.parse_rank(rank or "64")
     out, run, is_lora = check_output(out), locate(workdir), set(formats) == {"lora"}
     student = with_vae(open_student(workdir, extra_styles, keep, allow_stock=is_lora and bool(base)), vae)
+    if base:  # The student's own factors are its difference from another checkpoint.
+        student = dataclasses.replace(student, factors=None)
+    if is_lora and student.factors and not rank:
+        lora_rank = extract_lora.Rank(rank=max(len(down) for _, down in student.factors().values()))
     weights = _weights_to_fold(formats, style, student)
     lora_parent = base_of(workdir, student, base) if "lora" in formats else None
     parents = provenance.parents_of_workdir(run, hashed=recipe) if student.kind == "workdir" else {}

@@ -93,7 +93,7 @@ def from_torch(
         # Without a conversion the stored array is checked: checking it in our layout would copy it first.
         if check_finite and not is_finite(stored if dtype is None else array):
             infinite.append(names[key])
-        _insert(params, path, ComputedArray(read, array.shape, array.dtype) if names[key] in computed else array)
+        insert(params, path, ComputedArray(read, array.shape, array.dtype) if names[key] in computed else array)
     if infinite:
         raise CheckpointError(_not_finite(where, infinite))
     return params
@@ -250,7 +250,8 @@ def _today(key, bare_text):
     return key
 
 
-def _insert(tree, path, leaf):
+def insert(tree: dict, path: Path, leaf) -> None:
+    """Sets a leaf of a nested dictionary."""
     for name in path[:-1]:
         tree = tree.setdefault(name, {})
     tree[path[-1]] = leaf

@@ -4,11 +4,11 @@ Opening reads headers and configs alone; a network's tensors are memory-mapped v
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 
 from dmm_jax.checkpoints import naming, shipped
-from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
 from dmm_jax.checkpoints.clip_skip import with_clip_skip
 from dmm_jax.checkpoints.errors import CheckpointError
@@ -202,6 +202,7 @@ def _open_in_bucket(path: str | os.PathLike) -> Checkpoint:
 def _open_workdir(path: Location) -> Checkpoint:
     """Opens a training run: the newest student's UNet, with the other networks of its base."""
     # Imported here: a checkpoint from elsewhere opens without Orbax and ml_collections.
+    from dmm_jax.checkpoints import student_lora
     from dmm_jax.checkpoints.states import restore_student
     from dmm_jax.config.options import opening_options, style_names
     from dmm_jax.config.serialization import load_config
@@ -210,9 +211,19 @@ def _open_workdir(path: Location) -> Checkpoint:
     base = open_checkpoint(config.base, **opening_options(config, "base"))
     styles = tuple(style_names(config))
     unet = merged_config(base.unet_config, len(styles))
+    ranks, sources = student_lora.ranks(config), [base]
+    if ranks and config.student_init == "average":
+        teachers = ((teacher, opening_options(config, name)) for name, teacher in config.teachers)
+        teachers = [open_teacher(teacher, config.base, **options) for teacher, options in teachers]
+        sources = student_lora.start_sources(config, base, teachers)
+
+    @functools.cache
+    def saved():
+        notes = {student_lora.START: student_lora.digest(sources)} if ranks else {}
+        return naming.to_torch(restore_student(path, student_lora.trained_shapes(unet, ranks), notes))
 
     def load():
-        return naming.to_torch(restore_student(path, abstract_params("unet", unet)))
+        return student_lora.folded_tensors(student_lora.mean(base, sources), saved()) if ranks else saved()
 
     return Checkpoint(
         path=path,
@@ -225,4 +236,5 @@ def _open_workdir(path: Location) -> Checkpoint:
         tokenizer_folder=base.tokenizer_folder,
         tokenizer_2_folder=base.tokenizer_2_folder,
         styles=styles,
+        factors=functools.partial(student_lora.factors, saved) if ranks and sources == [base] else None,
     )

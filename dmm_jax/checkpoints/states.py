@@ -293,13 +293,16 @@ def _agreed() -> Iterator[None]:
         raise damage or Damaged("another process cannot read its part")
 
 
-def restore_student(workdir: str | os.PathLike, abstract) -> dict:
+def restore_student(workdir: str | os.PathLike, abstract, notes: Mapping[str, str] | None = None) -> dict:
     """Returns the newest student of a run as float32 host arrays: its moving average, if the run keeps one.
 
     It names damaged checkpoints on stderr and reads the one before. The optimiser's moments are not read.
 
+    Args:
+      notes: as in `check_notes`.
+
     Raises:
-      CheckpointError: the run has saved nothing yet, or all is damaged.
+      CheckpointError: the run has saved nothing yet, all is damaged, or it has other notes.
     """
     folder = _checkpoints(workdir)
     steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
@@ -308,16 +311,27 @@ def restore_student(workdir: str | os.PathLike, abstract) -> dict:
     while True:
         path = folder / str(steps.pop())
         try:
-            return _student(path, abstract)
+            return _student(path, abstract, notes or {})
         except Damaged as damage:
             if not steps:
                 raise CheckpointError(f"{path} is damaged ({damage}) and there is no other checkpoint.") from damage
             say(f"{path} is damaged ({damage}): reading step {steps[-1]}.")
 
 
-def _student(folder, abstract) -> dict:
+def check_notes(folder, saved: Mapping, notes: Mapping[str, str]) -> None:
+    """Raises CheckpointError if a step was not saved with these notes, which are digests of what it depends on."""
+    for name, value in notes.items():
+        if saved.get(name) != value:
+            raise CheckpointError(
+                f"{folder} trains a LoRA, and its {name} has changed: the base, or a teacher of the mean it started "
+                "from, is not the file that it was trained with. Put that file back."
+            )
+
+
+def _student(folder, abstract, notes) -> dict:
     _check_metadata(folder)
     record, reader = _record(folder), ocp.PyTreeCheckpointHandler()
+    check_notes(folder, record["notes"] if record else {}, notes)
     with _errors_as_damage():
         saved = reader.metadata(folder / STATE)
         name = "ema" if "ema" in getattr(saved, "tree", saved) else "params"

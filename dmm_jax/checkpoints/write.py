@@ -38,7 +38,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "added_tokens.json",
 )  # fmt: skip
 DIFFUSERS_VERSION = "0.24.0"  # The version that DMM's own code was written for; newer ones read its folders too.
-OUR_OPTIONS = ("attention_implementation", "remat", "loop_blocks")
+OUR_OPTIONS = ("attention_implementation", "remat", "loop_blocks", "lora_rank", "lora_conv_rank")
 CLASSES = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],

@@ -118,6 +118,10 @@ def _problems(config):
                 parse(prompt)
             except UserError as error:
                 yield f"samples.prompts: {error}"
+    if config.lora.rank and config.grow.student:
+        yield "a student that grows trains whole: set lora.rank=0, or remove grow.student."
+    if config.lora.conv_rank and not config.lora.rank:
+        yield "lora.conv_rank needs lora.rank: set both, or neither."
     shards = config.mesh.teacher
     if not _broken_rule("mesh.teacher", shards) and rows % shards:
         yield f"mesh.teacher must divide the {describe_rows(config)}; got {shards}. Use a divisor of {rows}, or 1."

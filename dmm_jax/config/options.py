@@ -44,6 +44,12 @@ def get_config() -> ml_collections.ConfigDict:
     # Keeps the average whose width is this share of the steps so far (EDM2, arXiv:2312.02696); 0.05 to 0.1 is usual.
     config.ema_width = 0.0
 
+    # The student as a LoRA: its UNet is frozen as it starts, and factors of low rank are trained next to its layers,
+    # with the style table and its MLP. For cards with little memory; a run saves what it trains alone.
+    config.lora = ml_collections.ConfigDict()
+    config.lora.rank = 0  # Of the factors of attention and feed-forward layers; 0 trains the whole student.
+    config.lora.conv_rank = 0  # Of the factors of resnets and of changes of resolution; 0: none.
+
     # The loss: score + feature_loss_weight * mean over the UNet's blocks.
     config.score_loss = "l2"  # Mean squared error; "pseudo_huber": about its root, so no timestep counts for more.
     config.feature_loss_weight = 0.002  # The released code's; the paper's 0.001 of a sum over 9 blocks is 0.009 here.

@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from dmm_jax.checkpoints.abstract import abstract_model, abstract_params
+from dmm_jax.checkpoints import student_lora
+from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.architecture import CELL
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.config.options import keeps_average, kept_styles, num_rows, style_names
@@ -31,7 +32,7 @@ from dmm_jax.models.unet_config import merged_config
 from dmm_jax.runtime import sharding
 from dmm_jax.runtime.errors import UserError
 
-STUDENT_OPTIONS = ("remat", "loop_blocks")  # Options of the config that the student's UNet takes.
+STUDENT_OPTIONS = ("remat", "loop_blocks")  # Options of the config that the student's UNet takes, besides its ranks.
 
 
 class Definition:
@@ -59,6 +60,7 @@ class Definition:
         self.prediction_type = config.student_prediction or base.prediction_type  # Of the student.
         self.dtype = jnp.dtype(config.dtype)
         self.student_config = merged_config(base.unet_config, len(self.styles))
+        self.ranks = student_lora.ranks(config)
         num_kept = len(kept_styles(config)) if config.grow.replay else 0
         # One UNet runs all teachers; it has a style table if one of them is a merged student.
         self.teacher_config = merged_config(base.unet_config, num_kept) if num_kept else base.unet_config
@@ -97,9 +99,10 @@ class Definition:
         if self.config.adversarial.weight:
             judge = discriminator.define(*self._discriminator_arguments, remat=self.config.remat, **options)
             judge = nnx.split(judge)[0]
+        student_options = {name: self.config[name] for name in STUDENT_OPTIONS} | self.ranks
         texts = abstract_model(lambda rngs: TextEncoders(self.base.text_configs, dtype=self.dtype, rngs=rngs))
         return Networks(
-            student=nnx.split(unet(self.student_config, **{name: self.config[name] for name in STUDENT_OPTIONS}))[0],
+            student=nnx.split(unet(self.student_config, **student_options))[0],
             teacher=nnx.split(layers.for_stacks(unet(self.teacher_config)))[0],
             text_encoders=nnx.split(texts)[0],
             discriminator=judge,
@@ -139,7 +142,7 @@ class Definition:
           looped: as the step takes it, with equal blocks stacked; else as a checkpoint has it.
         """
         fewest = self.config.loop_blocks if looped else 0
-        trained = {"student": looped_shapes(abstract_params("unet", self.student_config), fewest)}
+        trained = {"student": looped_shapes(student_lora.trained_shapes(self.student_config, self.ranks), fewest)}
         if self.config.adversarial.weight:
             trained["discriminator"], _ = self.abstract_discriminator()
         state = abstract_state(trained, self.optimizers, keeps_average(self.config))
@@ -157,6 +160,9 @@ class Definition:
         if self.config.adversarial.weight:
             _, fixed = self.abstract_discriminator()
             frozen = frozen._replace(**described(fixed, self.mesh, self.dtype))
+        if self.ranks:
+            start = looped_shapes(self.base.abstract("unet"), self.config.loop_blocks)
+            frozen = frozen._replace(student=described(start, self.mesh, self.dtype))
         return teachers, frozen
 
     def abstract_batch(self, size: tuple[int, int] | None = None) -> Batch:

@@ -76,6 +76,16 @@ def _unstack(leaf, place):
     return [jax.lax.with_sharding_constraint(part, place) for part in leaf]
 
 
+def as_read(tree):
+    """Returns a tree of frozen arrays on the mesh with convolutions' kernels as the device reads them."""
+
+    def transposed(leaf):
+        reads_so = leaf.ndim == 4 and leaf.sharding.mesh.devices.flat[0].platform in PLATFORMS
+        return jax.device_put(leaf, Format(OUTPUT_FIRST, leaf.sharding), donate=True) if reads_so else leaf
+
+    return jax.tree.map(transposed, tree)
+
+
 class Packing:
     """Turns a tree of arrays on a mesh into {"small": one vector, "large": the other arrays} and back."""
 

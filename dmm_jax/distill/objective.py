@@ -15,6 +15,7 @@ from dmm_jax.diffusion.prediction import converted, to_x0
 from dmm_jax.diffusion.schedule import add_noise
 from dmm_jax.distill import adversarial, losses
 from dmm_jax.distill.teachers import Frozen, Teachers, stacked
+from dmm_jax.models.lora import joined
 from dmm_jax.models.text_encoders import TextConditioning
 from dmm_jax.models.unet_2d_condition import UNetOutput
 
@@ -124,7 +125,7 @@ def sample_errors(
     """Returns the errors of every sample, each (T, b), for the teachers on this device.
 
     Args:
-      trained: {"student": its whole parameters}, and the parameters of a "discriminator" that are trained.
+      trained: {"student": its parameters, whole or those that are trained}, and those of a "discriminator".
 
     Returns:
       {"score", "feature"}; with a discriminator also "adversarial" (the student's term) and "discriminator" (its own).
@@ -139,7 +140,8 @@ def sample_errors(
         is_converted = jnp.repeat(teachers.is_converted, teachers_and_samples[1])
         target = _as_the_student_predicts(objective, target, noisy, alphas_cumprod[samples.timesteps], is_converted)
 
-    student = nnx.merge(networks.student, trained["student"])
+    params = trained["student"] if frozen.student is None else joined(frozen.student, trained["student"])
+    student = nnx.merge(networks.student, params)
     style = student.style_embedding(jax.nn.one_hot(samples.style_ids, student.num_models))
     added_cond = text.added_cond(samples.time_ids)
     output = student(noisy, samples.timesteps, text.encoder_hidden_states, style_embedding=style, added_cond=added_cond)

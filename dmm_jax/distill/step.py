@@ -96,8 +96,9 @@ def build_gradients(
         step_key = jax.random.fold_in(jax.random.key(seed), step)
         trained = jax.tree.map_with_path(partial(gather, dtype=dtype, axes=GATHERED_ONCE), trained, specs)
         trained = jax.tree.map(lambda leaf, spec: _varying(leaf, copied_axes(spec)), trained, specs)
-        if frozen.backbone is not None:  # Gradients pass through it, and custom gradients need every input to vary.
-            frozen = frozen._replace(backbone=jax.tree.map(lambda leaf: _varying(leaf, sharding.AXES), frozen.backbone))
+        for name in ("backbone", "student"):  # Gradients pass through them; custom ones need every input to vary.
+            network = jax.tree.map(lambda leaf: _varying(leaf, sharding.AXES), getattr(frozen, name))
+            frozen = frozen._replace(**{name: network})
 
         def grads_of(sample_ids, batch):
             differentiate = jax.value_and_grad(loss_fn, has_aux=True)

@@ -36,6 +36,7 @@ class Frozen(NamedTuple):
 
     text_encoders: dict  # Parameters of the base's text encoders, by name.
     backbone: Any = None  # Parameters of the discriminator's backbone, if only its head is trained.
+    student: Any = None  # Parameters of the student's UNet under its factors, if it trains as a LoRA.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,19 +26,13 @@ def geglu(
 
 def _forward(hidden, kernel, bias):
     projected = hidden @ kernel + per_channel(bias, hidden)
-    value, gate = _float32_halves(projected)
-    return (value * gate * _normal_cdf(gate)).astype(projected.dtype), (hidden, kernel, projected)
+    return _product(projected), (hidden, kernel, projected)
 
 
 def _backward(residuals, gradient):
     """Returns the gradients of hidden, kernel and bias, without joining those of value and gate to one array."""
     hidden, kernel, projected = residuals
-    projected, gradient = reread(projected, gradient)
-    (value, gate), slope = _float32_halves(projected), gradient.astype(jnp.float32)
-    # Both gradients in one pass take 855 microseconds for 196,608 x 1,280; apart they take 1,872.
-    cdf, density = jax.jvp(_normal_cdf, (gate,), (jnp.ones_like(gate),))
-    parts = [slope * gate * cdf, slope * value * (cdf + gate * density)]
-    parts = [part.astype(projected.dtype) for part in parts]
+    parts = _gradients(projected, gradient)
     of_hidden = sum(part @ half.T for part, half in zip(parts, jnp.split(kernel, 2, axis=1), strict=True))
     rows, parts = _as_rows(hidden), [_as_rows(part) for part in parts]
     of_kernel = jnp.concatenate([rows.T @ part for part in parts], axis=1)
@@ -46,6 +40,33 @@ def _backward(residuals, gradient):
 
 
 geglu.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def gated(projected: Float[Array, "*B D"]) -> Float[Array, "*B half_D"]:
+    """Returns value * GELU(gate) for value, gate = split(projected), as `geglu` does."""
+    return _product(projected)
+
+
+gated.defvjp(
+    lambda projected: (_product(projected), projected),
+    lambda projected, gradient: (jnp.concatenate(_gradients(projected, gradient), axis=-1),),
+)
+
+
+def _product(projected):
+    value, gate = _float32_halves(projected)
+    return (value * gate * _normal_cdf(gate)).astype(projected.dtype)
+
+
+def _gradients(projected, gradient):
+    """Returns the gradients of value and gate."""
+    projected, gradient = reread(projected, gradient)
+    (value, gate), slope = _float32_halves(projected), gradient.astype(jnp.float32)
+    # Both gradients in one pass take 855 microseconds for 196,608 x 1,280; apart they take 1,872.
+    cdf, density = jax.jvp(_normal_cdf, (gate,), (jnp.ones_like(gate),))
+    parts = [slope * gate * cdf, slope * value * (cdf + gate * density)]
+    return [part.astype(projected.dtype) for part in parts]
 
 
 def _float32_halves(projected):

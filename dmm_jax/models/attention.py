@@ -5,7 +5,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dmm_jax.kernels.attention import attention
-from dmm_jax.kernels.geglu import geglu
+from dmm_jax.kernels.geglu import gated, geglu
 from dmm_jax.kernels.shared_rows import per_prompt
 from dmm_jax.models import layers
 
@@ -52,6 +52,8 @@ class GEGLU(nnx.Module):
 
     def __call__(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L F"]:
         """Returns value * GELU(gate)."""
+        if self.proj.lora_A is not None:
+            return gated(self.proj(hidden))
         arrays = hidden, self.proj.kernel[...], self.proj.bias[...]
         return geglu(*self.proj.promote_dtype(arrays, dtype=self.proj.dtype))
 

@@ -37,12 +37,15 @@ class Linear(nnx.Linear):
             bias_init=_bias_init(in_features),
             rngs=rngs,
         )
+        self.lora_A = self.lora_B = None  # Set by `lora.add_factors`.
 
     def __call__(self, hidden: Float[Array, "*B _C"], num_axes: int = 1) -> Float[Array, "*B2 D"]:
         """Returns hidden @ kernel + bias; the last `num_axes` axes of `hidden` together are the kernel's rows."""
         hidden, kernel = self.promote_dtype((hidden, self.kernel[...]), dtype=self.dtype)
-        hidden = dense(hidden, kernel, num_axes)
-        return hidden if self.bias is None else add_bias(hidden, self.bias[...])
+        output = dense(hidden, kernel, num_axes)
+        if self.lora_A is not None:
+            output = output + self.lora_B(self.lora_A(hidden, num_axes))
+        return output if self.bias is None else add_bias(output, self.bias[...])
 
 
 class Conv(nnx.Conv):
@@ -76,12 +79,20 @@ class Conv(nnx.Conv):
             rngs=rngs,
         )
         self.stacked = False  # Set by `for_stacks`.
+        self.lora_A = self.lora_B = None  # Set by `lora.add_factors`.
+
+    def narrowed(self, out_channels: int, **options) -> "Conv":
+        """Returns a new convolution with the same window, strides and padding to another number of channels."""
+        window = {"stride": self.strides[0], "padding": self.padding}
+        return Conv(self.in_features, out_channels, self.kernel_size, **window, **options)
 
     def __call__(self, hidden: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 D"]:
         """Returns the convolution plus the bias."""
         hidden, kernel = self.promote_dtype((hidden, self.kernel[...]), dtype=self.dtype)
-        hidden = self.convolve(hidden, kernel)
-        return hidden if self.bias is None else add_bias(hidden, self.bias[...])
+        output = self.convolve(hidden, kernel)
+        if self.lora_A is not None:
+            output = output + self.lora_B(self.lora_A(hidden))
+        return output if self.bias is None else add_bias(output, self.bias[...])
 
     def convolve(self, hidden: Float[Array, "B h w C"], kernel: Array) -> Float[Array, "B h2 w2 D"]:
         """Returns the convolution without the bias."""
@@ -91,8 +102,12 @@ class Conv(nnx.Conv):
 class UpsampleConv(Conv):
     """A 3x3 convolution of a feature map whose resolution is doubled first, by nearest neighbours."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, dtype, rngs: nnx.Rngs):
-        super().__init__(in_channels, out_channels, 3, dtype=dtype, rngs=rngs)
+    def __init__(self, in_channels: int, out_channels: int, *, use_bias: bool = True, dtype, rngs: nnx.Rngs):
+        super().__init__(in_channels, out_channels, 3, use_bias=use_bias, dtype=dtype, rngs=rngs)
+
+    def narrowed(self, out_channels: int, **options) -> "UpsampleConv":
+        """Returns a new layer of the same kind to another number of channels."""
+        return UpsampleConv(self.in_features, out_channels, **options)
 
     def convolve(self, hidden: Float[Array, "B h w C"], kernel: Array) -> Float[Array, "B h2 w2 D"]:
         """Returns the convolution without the bias."""

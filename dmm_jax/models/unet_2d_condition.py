@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
-from dmm_jax.models import config_json, layers, unet_config
+from dmm_jax.models import config_json, layers, lora, unet_config
 from dmm_jax.models.embeddings import TimestepEmbedding, timestep_sinusoids
 from dmm_jax.models.unet_2d_blocks import DownBlock, MidBlock, UpBlock
 from dmm_jax.models.unet_config import DOWN_TYPES, MERGED_TYPES, TEXT_TIME_TYPES, UP_TYPES
@@ -150,6 +150,8 @@ class UNet2DConditionModel(UNet2DEncoder):
         attention_implementation: str = "xla",
         remat: str = "none",
         loop_blocks: int = 0,
+        lora_rank: int = 0,
+        lora_conv_rank: int = 0,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -162,6 +164,7 @@ class UNet2DConditionModel(UNet2DEncoder):
           remat: the blocks that the backward pass computes again; see `unet_config.recomputed_blocks`.
           loop_blocks: the smallest group of equal transformer blocks that runs as a loop over parameters that
             `block_loops.stack_blocks` made; 0: none does.
+          lora_rank, lora_conv_rank: of the factors next to the layers, as in `lora.add_factors`.
           dtype: the dtype of the arithmetic.
 
         Raises:
@@ -187,6 +190,7 @@ class UNet2DConditionModel(UNet2DEncoder):
         self.up_blocks = nnx.List(blocks)
         self.conv_norm_out = layers.GroupNorm(norm_num_groups, widths[0], epsilon=norm_eps, rngs=rngs)
         self.conv_out = layers.Conv(widths[0], out_channels, 3, **common)
+        lora.add_factors(self, lora_rank, lora_conv_rank, rngs)
 
     @classmethod
     def from_config(cls, config: Mapping, *, rngs: nnx.Rngs, **options) -> "UNet2DConditionModel":

@@ -35,12 +35,13 @@ def array_bytes(state: TrainState, teachers: Teachers, frozen: Frozen, batch: Ba
     """
     sizes = {
         "student": per_device(state.student.params),
+        "frozen student": per_device(frozen.student),
         "moments": per_device(state.student.opt_state),
         "average": per_device(state.ema),
         "discriminator": per_device(state.discriminator),
         "gradients": per_device(state.trained),
         "teachers": per_device(teachers) - per_device(teachers.text),
-        "text encoders": per_device(teachers.text) + per_device(frozen),
+        "text encoders": per_device(teachers.text) + per_device(frozen) - per_device(frozen.student),
         "batch": per_device(batch),
     }
     return {kind: size for kind, size in sizes.items() if size}

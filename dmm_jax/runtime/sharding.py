@@ -5,7 +5,7 @@
 | batch, validation inputs [N, B/N, ...]            | N       | B/N  | B/N  |
 | teachers: UNets, own text encoders, styles [N, .] | N       | copy | copy |
 | text encoders of the base                         | copy    | copy | copy |
-| frozen backbone of a discriminator                | copy    | copy | copy |
+| frozen: discriminator's backbone, UNet of a LoRA  | copy    | copy | copy |
 | student, discriminator, moments, average          | part    | part | part |
 | vector of their small arrays (distill/packing.py) | copy    | copy | copy |
 | counters                                          | copy    | copy | copy |

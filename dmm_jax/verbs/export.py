@@ -60,7 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="NAME or mix of the export that style-lora is applied to; default: equal parts",
     )
     parser.add_argument("--lora-for", default="comfyui", help="comma list of comfyui, diffusers, a1111 (adds 3.3 MB)")
-    parser.add_argument("--rank", default="64", help="of a lora's layers, or auto:0.98 to keep this share of each")
+    parser.add_argument(
+        "--rank",
+        default="",
+        help="of a lora's layers, or auto:0.98 to keep this share of each; default: 64, or a LoRA student's own ranks",
+    )
     parser.add_argument("--exact", action="store_true", help="decompose a lora exactly; slower")
     parser.add_argument("--base", default="", help="the checkpoint that a lora changes; default: the run's base")
     options.add_vae(parser)

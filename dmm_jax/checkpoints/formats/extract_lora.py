@@ -150,7 +150,8 @@ def extract(
     """Returns the difference between a checkpoint and its base, read one tensor at a time.
 
     Args:
-      changed: a stock checkpoint of the base's shapes; a text encoder that it lacks has no difference.
+      changed: a stock checkpoint of the base's shapes; a text encoder that it lacks has no difference. Its own factors,
+        if it has some, become the LoRA's unless their rank is larger.
       dtype: of the factors and vectors.
       progress: wraps the sequence of keys, for a progress bar.
 
@@ -169,17 +170,18 @@ def extract(
         ]
         pairs += [(name, key, *tensors) for key in tensors[0]]
     result = Extraction({}, {}, {})
+    own = changed.factors() if changed.factors else {}
     for name, key, new, old in progress(pairs):
         if len(new.shape(key)) > 1:
             result.inputs[name, key] = new.shape(key)[1:]
         difference = np.asarray(new[key], np.float32) - np.asarray(old[key], np.float32)
-        _add(result, name, key, difference, rank, np.dtype(dtype), exact)
+        _add(result, name, key, difference, rank, np.dtype(dtype), exact, own.get(key) if name == "unet" else None)
     if not result.squared:
         raise CheckpointError(f"{changed.path} equals its base {base.path}: there is no difference to export.")
     return result
 
 
-def _add(result: Extraction, name: str, key: str, difference, rank: Rank, dtype, exact: bool) -> None:
+def _add(result: Extraction, name: str, key: str, difference, rank: Rank, dtype, exact: bool, own=None) -> None:
     squared = float(np.square(difference, dtype=np.float64).sum())
     if not squared:
         return
@@ -190,7 +192,10 @@ def _add(result: Extraction, name: str, key: str, difference, rank: Rank, dtype,
     elif any(f".{part}." in f".{key}" for part in EMBEDDINGS):
         result.left_out.append(f"{name}.{key}")
     else:
-        factors, part = low_rank(matrix(difference), rank, exact)
+        if own and rank.rank >= len(own[1]):
+            factors, part = Factors(*map(matrix, own)), squared
+        else:
+            factors, part = low_rank(matrix(difference), rank, exact)
         kernel = difference.shape[2:]
         up = factors.up.reshape(*factors.up.shape, *[1] * len(kernel))
         down = factors.down.reshape(len(factors.down), difference.shape[1], *kernel)
