@@ -84,6 +84,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.style_learning_rate_scale = 1.0  # Times learning_rate, for the style table and its MLP alone.
     config.warmup_steps = 500  # Steps in which the rate rises from 0.
     config.adam_b1 = 0.9  # Decay per step of AdamW's mean of the gradients.
+    # Of the optimisers' mean of the gradients; "bfloat16" takes half its memory. The mean of the squares is float32.
+    config.first_moment_dtype = "float32"
     config.adam_b2 = 0.999  # Decay per step of AdamW's mean of their squares.
     config.adam_eps = 1e-8  # AdamW adds it to the root of that mean.
     config.weight_decay = 0.01  # Times the learning rate: the share of each weight that a step removes.

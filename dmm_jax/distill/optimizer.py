@@ -41,8 +41,8 @@ def _clipped(config, optimizer):
 
 
 def _adamw(config, learning_rate):
-    betas = {"b1": config.adam_b1, "b2": config.adam_b2}
-    return optax.adamw(learning_rate, eps=config.adam_eps, weight_decay=config.weight_decay, **betas)
+    options = {"b1": config.adam_b1, "b2": config.adam_b2, "mu_dtype": config.first_moment_dtype}
+    return optax.adamw(learning_rate, eps=config.adam_eps, weight_decay=config.weight_decay, **options)
 
 
 def _muon(config, learning_rate):
@@ -53,6 +53,7 @@ def _muon(config, learning_rate):
         learning_rate,
         eps=config.adam_eps,
         consistent_rms=0.2,
+        mu_dtype=config.first_moment_dtype,
         muon_weight_dimension_numbers=_matrices,
         **decays,
         **betas,
