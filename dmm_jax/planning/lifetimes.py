@@ -168,6 +168,7 @@ def _without_padding(operations) -> list[_Operation]:
 def _flattened(jaxpr) -> tuple[list[tuple[Hashable, int]], list[_Operation], list[Hashable]]:
     """Returns a program's arguments, operations and results; the operations of plain calls replace the calls."""
     operations: list[_Operation] = []
+    joined: dict[Hashable, list[tuple[Hashable, tuple[slice, ...]]]] = {}  # {concatenation: its parts and places}.
 
     def walk(jaxpr, names):
         def name(var):
@@ -184,7 +185,18 @@ def _flattened(jaxpr) -> tuple[list[tuple[Hashable, int]], list[_Operation], lis
                 results = walk(body, inner)
                 names |= {var: value for var, value in zip(equation.outvars, results, strict=True) if value is not None}
                 continue
+            if equation.primitive.name in ("pcast", "pvary") and inputs[0] in joined:
+                names[equation.outvars[0]] = inputs[0]
+                continue
+            if equation.primitive.name == "slice" and inputs[0] in joined:
+                place = tuple(map(slice, equation.params["start_indices"], equation.params["limit_indices"]))
+                part = next((value for value, own in joined[inputs[0]] if own == place), None)
+                if part is not None and equation.params["strides"] is None:
+                    names[equation.outvars[0]] = part
+                    continue
             outputs = [(name(var), _num_bytes(var)) for var in equation.outvars]
+            if equation.primitive.name == "concatenate" and len(inputs) == len(equation.invars):
+                joined[outputs[0][0]] = list(zip(inputs, _places(equation), strict=True))
             if equation.primitive.name == "cond" and all(_is_view(body) for body in bodies):
                 operations.append(_Operation("optimization_barrier", inputs[-len(outputs) :], outputs, []))
                 continue
@@ -196,7 +208,21 @@ def _flattened(jaxpr) -> tuple[list[tuple[Hashable, int]], list[_Operation], lis
 
     names: dict = {}
     arguments = [(names.setdefault(var, object()), _num_bytes(var)) for var in (*jaxpr.constvars, *jaxpr.invars)]
-    return arguments, operations, [value for value in walk(jaxpr, names) if value is not None]
+    results = [value for value in walk(jaxpr, names) if value is not None]
+    # A compiler reads the parts of a concatenation themselves, such as the kernels of several teachers.
+    read = {value for operation in operations for value in operation.inputs} | set(results)
+    operations = [it for it in operations if it.name != "concatenate" or it.outputs[0][0] in read]
+    return arguments, operations, results
+
+
+def _places(concatenation: core.JaxprEqn) -> list[tuple[slice, ...]]:
+    """Returns the place of each part in a concatenation, as slices of all its dimensions."""
+    dimension, places, start = concatenation.params["dimension"], [], 0
+    for var in concatenation.invars:
+        place = [slice(0, size) for size in var.aval.shape]
+        place[dimension] = slice(start, start := start + var.aval.shape[dimension])
+        places.append(tuple(place))
+    return places
 
 
 def _is_view(jaxpr) -> bool:

@@ -102,3 +102,14 @@ def test_lanes_that_are_cut_from_a_kernel_result_occupy_nothing():
     shape = jax.ShapeDtypeStruct((2, 4096, 1, 8), jnp.bfloat16)
     jaxpr = jax.make_jaxpr(jax.grad(lambda x: flash_attention.flash_attention(x, x, x).sum()))(shape).jaxpr
     assert 0 < lifetimes.temporaries(jaxpr) < 2 * 4096 * 128 * 4
+
+
+def test_the_parts_of_a_concatenation_are_read_where_they_are():
+    """Each convolution of several teachers reads the kernel of one of them."""
+
+    def parts(x, y):
+        joined = jnp.concatenate([x, y])
+        return (joined[:SIDE] @ y) @ joined[SIDE:]
+
+    assert squares(parts, 2) == squares(lambda x, y: (x @ y) @ y, 2) == 2
+    assert squares(lambda x, y: jnp.concatenate([x, y])[1 : SIDE + 1] @ y, 2) > 2  # No part: it is written.
