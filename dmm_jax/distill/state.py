@@ -76,16 +76,12 @@ def _init(trained, optimizers, keeps_average):
     return TrainState(zero, zero, zero, networks["student"], average, networks.get("discriminator"))
 
 
-def all_finite(params) -> bool:
+@jax.jit
+def all_finite(params) -> jax.Array:
     """Tells whether all trained parameters are finite: a run asks before it saves them.
 
     The step lets no gradient through that is not finite, and AdamW makes finite parameters of a finite one, except for
-    learning rates near the largest float32. Asking at every step would read the whole state once more. One program per
-    shape compiles sooner than one program for the whole tree.
+    learning rates near the largest float32. Asking at every step would read the whole state once more. It is one
+    program: several with collectives at the same time may wait for one another for ever in CPU processes.
     """
-    return all(jax.device_get([_is_finite(leaf) for leaf in jax.tree.leaves(params)]))
-
-
-@jax.jit
-def _is_finite(leaf: jax.Array) -> jax.Array:
-    return jnp.isfinite(leaf).all()
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
