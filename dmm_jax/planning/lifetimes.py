@@ -185,12 +185,13 @@ def _flattened(jaxpr) -> tuple[list[tuple[Hashable, int]], list[_Operation], lis
                 results = walk(body, inner)
                 names |= {var: value for var, value in zip(equation.outvars, results, strict=True) if value is not None}
                 continue
-            if equation.primitive.name in ("pcast", "pvary") and inputs[0] in joined:
-                names[equation.outvars[0]] = inputs[0]
+            source = inputs[0] if inputs else None  # None: all inputs are literals.
+            if equation.primitive.name in ("pcast", "pvary") and source in joined:
+                names[equation.outvars[0]] = source
                 continue
-            if equation.primitive.name == "slice" and inputs[0] in joined:
+            if equation.primitive.name == "slice" and source in joined:
                 place = tuple(map(slice, equation.params["start_indices"], equation.params["limit_indices"]))
-                part = next((value for value, own in joined[inputs[0]] if own == place), None)
+                part = next((value for value, own in joined[source] if own == place), None)
                 if part is not None and equation.params["strides"] is None:
                     names[equation.outvars[0]] = part
                     continue
