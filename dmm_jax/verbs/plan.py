@@ -19,9 +19,9 @@ EXAMPLES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", metavar="CONFIG", help="an experiment; its checkpoints need not exist (no default: give it or --serve)")
+    what.add_argument("--config", metavar="CONFIG", help="an experiment; its checkpoints need not exist (no default)")
     what.add_argument(
-        "--serve", metavar="MODEL", help="a server instead of a run: a checkpoint, or sd15, sd21 or sdxl by name"
+        "--serve", metavar="MODEL", help="a server instead of a run: a checkpoint, or sd15, sd21, sdxl (no default)"
     )
     parser.add_argument(
         "--topology",
