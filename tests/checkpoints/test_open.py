@@ -124,6 +124,13 @@ def test_a_folder_without_weights_or_without_a_unet_is_refused(copy):
         open_checkpoint(copy)
 
 
+@pytest.mark.parametrize("prediction", [[None], None, 1, {"a": 1}])
+def test_a_prediction_type_that_is_no_text_is_refused(copy, prediction):
+    rewrite_json(copy / "scheduler" / "scheduler_config.json", prediction_type=prediction)
+    with pytest.raises(CheckpointError, match="scheduler_config.json has prediction_type .*expected epsilon or v_pre"):
+        open_checkpoint(copy)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"a": NaN,}', "\xff\xfe", "[" * 100_000])
 @pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
 def test_json_that_cannot_be_read_is_named(copy, name, text):
