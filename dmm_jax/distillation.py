@@ -282,11 +282,11 @@ class Distillation(Definition):
 
     @functools.cached_property
     def _whole_unet(self) -> Callable:
-        def whole(params, start):
+        def whole_unet(params, start):
             params = params if start is None else folded(joined(start, params))
             return unstack_blocks(cast_params(params, self.dtype), list)
 
-        return jax.jit(whole, out_shardings=NamedSharding(self.mesh, sharding.COPY))
+        return jax.jit(whole_unet, out_shardings=NamedSharding(self.mesh, sharding.COPY))
 
     @functools.cached_property
     def _empty_pipeline(self) -> Pipeline:
@@ -299,7 +299,7 @@ def _conversions(prediction_type: str, base: Checkpoint, rows: Sequence[BatchRow
     """Returns a sentence for each row of the batch whose predictions are converted to the student's type.
 
     Raises:
-      UserError: the noise schedule ends at a signal-to-noise ratio of zero, where there is no conversion.
+      UserError: the noise schedule ends at a signal-to-noise ratio of zero, at which no conversion exists.
     """
     others = [row.name for row in rows if row.teacher.prediction_beside(base) != prediction_type]
     if others and NoiseSchedule.from_config(base.scheduler_config).alphas_cumprod[-1] == 0.0:

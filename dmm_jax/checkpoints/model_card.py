@@ -186,7 +186,7 @@ def metrics_of(workdir: Location, styles: Sequence[str]) -> dict | None:
     metrics = read_json(path)
     try:
         if list(metrics["styles"]) != list(styles) or "matrix" not in metrics:
-            return None  # Of other styles, or of pairs of pictures alone.
+            return None  # The report is about other styles, or about pairs of pictures alone.
         _measured(metrics)
         return metrics
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):

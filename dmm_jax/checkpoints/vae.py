@@ -76,10 +76,10 @@ def encoder_similarity(first: Mapping[str, np.ndarray], second: Mapping[str, np.
     cosines = []
     for key in first:
         if key.startswith("encoder.") and key.endswith(".weight") and key in second:
-            one, other = (np.asarray(tensors[key], np.float32).ravel() for tensors in (first, second))
-            if len(one) == len(other) and len(shape_of(first, key)) > 1:
+            vector, other = (np.asarray(tensors[key], np.float32).ravel() for tensors in (first, second))
+            if len(vector) == len(other) and len(shape_of(first, key)) > 1:
                 with np.errstate(all="ignore"):  # Damage is reported when the tensors are used.
-                    cosines.append(float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other))))
+                    cosines.append(float(vector @ other / (np.linalg.norm(vector) * np.linalg.norm(other))))
     return float(np.median(cosines)) if cosines else 0.0
 
 

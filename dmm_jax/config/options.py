@@ -47,8 +47,8 @@ def get_config() -> ml_collections.ConfigDict:
     # The student as a LoRA: its UNet is frozen as it starts, and factors of low rank are trained next to its layers,
     # with the style table and its MLP. For cards with little memory; a run saves what it trains alone.
     config.lora = ml_collections.ConfigDict()
-    config.lora.rank = 0  # Of the factors of attention and feed-forward layers; 0 trains the whole student.
-    config.lora.conv_rank = 0  # Of the factors of resnets and of changes of resolution; 0: none.
+    config.lora.rank = 0  # Rank of attention and feed-forward layers; 0 trains the whole student.
+    config.lora.conv_rank = 0  # Rank of resnets and of changes of resolution; 0: none.
 
     # The loss: score + feature_loss_weight * mean over the UNet's blocks.
     config.score_loss = "l2"  # Mean squared error; "pseudo_huber": about its root, so no timestep counts for more.
@@ -84,7 +84,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.style_learning_rate_scale = 1.0  # Times learning_rate, for the style table and its MLP alone.
     config.warmup_steps = 500  # Steps in which the rate rises from 0.
     config.adam_b1 = 0.9  # Decay per step of AdamW's mean of the gradients.
-    # Of the optimisers' mean of the gradients; "bfloat16" takes half its memory. The mean of the squares is float32.
+    # The optimisers' mean of the gradients; "bfloat16" takes half its memory. The mean of the squares is float32.
     config.first_moment_dtype = "float32"
     config.adam_b2 = 0.999  # Decay per step of AdamW's mean of their squares.
     config.adam_eps = 1e-8  # AdamW adds it to the root of that mean.

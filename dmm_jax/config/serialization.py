@@ -10,7 +10,7 @@ from dmm_jax.config.options import as_teachers, get_config
 from dmm_jax.runtime import storage
 from dmm_jax.runtime.errors import UserError, refuse
 
-MAX_SHOWN_CHARS = 200  # Of a value in a message.
+MAX_SHOWN_CHARS = 200  # The most of a value that a message shows.
 MAX_INT_AS_FLOAT = 2**1000  # Python cannot convert larger ones.
 _GROUP = ml_collections.ConfigDict
 

@@ -57,7 +57,7 @@ class Definition:
         """
         self.config, self.base, self.mesh = config, base, mesh
         self.styles = tuple(style_names(config))
-        self.prediction_type = config.student_prediction or base.prediction_type  # Of the student.
+        self.prediction_type = config.student_prediction or base.prediction_type  # What the student predicts.
         self.dtype = jnp.dtype(config.dtype)
         self.student_config = merged_config(base.unet_config, len(self.styles))
         self.ranks = student_lora.ranks(config)

@@ -39,13 +39,13 @@ class Objective:
     """The weights of the loss, the noise schedule, and how samples are drawn."""
 
     alphas_cumprod: tuple[float, ...]
-    prediction_type: str  # Of the student.
+    prediction_type: str  # What the student predicts.
     feature_loss_weight: float
     feature_loss: str
     adversarial_weight: float
     prompt_dropout: float
     empty_ids: tuple[tuple[int, ...], ...]  # Token rows for "no prompt", drawn equally often: "", and SDXL's zeros.
-    num_chunks: int = 1  # Of each row of token ids.
+    num_chunks: int = 1  # Chunks in each row of token ids.
     score_loss: str = "l2"
     timestep_draw: str = "independent"
     timestep_power: float = 1.0

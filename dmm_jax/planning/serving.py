@@ -55,7 +55,7 @@ class ServingPlan:
     num_slots: int  # Per size, on all devices.
     num_steps: int
     memory: dict[str, float]
-    images_per_s: dict[str, float]  # Of full batches of each size, on all devices.
+    images_per_s: dict[str, float]  # With full batches of each size, on all devices.
     method: str
     assumptions: tuple[str, ...]
 

@@ -18,9 +18,11 @@ EXAMPLES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", metavar="CONFIG", help="an experiment; its checkpoints need not exist (no default)")
-    what.add_argument(
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument(
+        "--config", metavar="CONFIG", help="an experiment; its checkpoints need not exist (no default)"
+    )
+    subject.add_argument(
         "--serve", metavar="MODEL", help="a server instead of a run: a checkpoint, or sd15, sd21, sdxl (no default)"
     )
     parser.add_argument(

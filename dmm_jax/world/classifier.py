@@ -27,7 +27,7 @@ class PictureFeatures(nnx.Module):
     """Features of a 64x64 picture; a subclass adds what they predict.
 
     Args:
-      channels: of the convolutions, each of which halves the picture.
+      channels: of the convolutions; each one halves the picture.
       num_features: number of features.
     """
 

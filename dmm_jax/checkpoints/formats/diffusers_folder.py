@@ -62,8 +62,8 @@ def open_folder(path: pathlib.Path) -> Checkpoint:
     stated = read_json(scheduler) if scheduler.is_file() else None
     if stated and not isinstance(prediction := stated.get("prediction_type", ""), str):
         raise CheckpointError(
-            f"{scheduler} has prediction_type {prediction!r:.100}; expected epsilon or v_prediction. Correct it, or fetch "
-            "the checkpoint again."
+            f"{scheduler} has prediction_type {prediction!r:.100}; expected epsilon or v_prediction. Correct it, or "
+            "fetch the checkpoint again."
         )
     tokenizers = {name: path / name.removesuffix("_folder") for name in ("tokenizer_folder", "tokenizer_2_folder")}
     return Checkpoint(
