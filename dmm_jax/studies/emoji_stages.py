@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import re
@@ -36,7 +37,7 @@ from dmm_jax.distill.teacher_samples import prepare_cache
 from dmm_jax.models.clip_text import CLIPTextModel
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
 from dmm_jax.runtime import locks
-from dmm_jax.runtime.errors import Preempted
+from dmm_jax.runtime.errors import Preempted, UserError
 from dmm_jax.runtime.processes import say
 from dmm_jax.studies import emoji_classifier, emoji_judge
 from dmm_jax.studies.emoji_networks import Size
@@ -172,7 +173,19 @@ def run(study: Study, minutes: float, only: Sequence[str] = ()) -> bool:
 
     Args:
       only: names of stages; () for all.
+
+    Raises:
+      UserError: the minutes are not positive, a stage is unknown, or there are no pictures. Nothing is written then.
     """
+    if not 0 < minutes < math.inf:
+        raise UserError(f"--minutes must be a number above 0; got {minutes:g}.")
+    names = [stage.name for stage in stages(study)]
+    if unknown := sorted(set(only) - set(names)):
+        raise UserError(f"there is no stage {', '.join(unknown)}. The stages are {', '.join(names)}.")
+    if not study.rows:
+        raise UserError(
+            f"{study.folder / PICTURES} lists no pictures: python -m dmm_jax.studies.emoji fetch {study.folder}"
+        )
     ends = time.monotonic() + 60 * minutes
     chosen = [stage for stage in stages(study) if not only or stage.name in only]
     with locks.lock(study.out):

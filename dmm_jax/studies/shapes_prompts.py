@@ -170,7 +170,9 @@ def main() -> None:
     parser.add_argument("--num-made", type=int, default=1000, help="pictures that the teachers draw as data")
     args = parser.parse_args()
     if args.command == "table":
-        print(table(read(args.out / "prompts.jsonl")))
+        if not (lines := read(args.out / "prompts.jsonl")):
+            raise SystemExit(f"error: {args.out / 'prompts.jsonl'} is missing or empty. Give the command run first.")
+        print(table(lines))
     else:
         run(args.out, args.rows, args.seeds, args)
 

@@ -19,7 +19,7 @@ from dmm_jax.config import checks
 from dmm_jax.distillation import Distillation
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.unet_config import merged_config
-from dmm_jax.runtime.errors import Preempted
+from dmm_jax.runtime.errors import Preempted, UserError
 from dmm_jax.studies import emoji_judge, emoji_networks, emoji_pictures, emoji_stages
 from dmm_jax.studies.emoji_networks import SIZES
 from dmm_jax.studies.emoji_stages import Study
@@ -153,6 +153,16 @@ def test_what_ships_has_25_megabytes_and_large_60_million_weights():
     assert 24e6 < 2 * num_parameters("ship") < 24.9e6  # In float16; the files' headers need some room.
     assert 55e6 < num_parameters("large") < 66e6
     assert set(emoji_networks.STAGES) == set(SIZES["ship"].plans) == set(SIZES["ship"].rates)
+
+
+@pytest.mark.parametrize(
+    "minutes, only, message",
+    [(-1.0, (), "above 0; got -1"), (math.nan, (), "got nan"), (1.0, ["vea"], "no stage vea.*vae"), (1.0, (), "fetch")],
+)
+def test_a_run_that_cannot_begin_writes_nothing(tmp_path, minutes, only, message):
+    with pytest.raises(UserError, match=message):
+        emoji_stages.run(Study(tmp_path / "emoji", SIZES["tiny"]), minutes, only)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_run_is_stopped_by_a_signal_when_the_stretch_ends():
