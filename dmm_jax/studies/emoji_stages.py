@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import os
 import pathlib
 import re
@@ -175,10 +174,10 @@ def run(study: Study, minutes: float, only: Sequence[str] = ()) -> bool:
       only: names of stages; () for all.
 
     Raises:
-      UserError: the minutes are not positive, a stage is unknown, or there are no pictures. Nothing is written then.
+      UserError: the minutes are negative or no number, a stage is unknown, or there are no pictures. Nothing is written then.
     """
-    if not 0 < minutes < math.inf:
-        raise UserError(f"--minutes must be a number above 0; got {minutes:g}.")
+    if not minutes >= 0:
+        raise UserError(f"--minutes must be a number of at least 0; got {minutes:g}.")
     names = [stage.name for stage in stages(study)]
     if unknown := sorted(set(only) - set(names)):
         raise UserError(f"there is no stage {', '.join(unknown)}. The stages are {', '.join(names)}.")
