@@ -109,9 +109,8 @@ class _Ids:
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> dict:
-        number = np.array([index])
-        return {"latents": number, "input_ids": number, "time_ids": number}
+    def gather(self, indices: np.ndarray) -> dict:
+        return dict.fromkeys(("latents", "input_ids", "time_ids"), indices)
 
 
 class _Repeated:

@@ -1,7 +1,7 @@
 """Training batches from a cache: batch k is a pure function of (seed, k), and all its examples are of one bucket."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -35,7 +35,8 @@ def batches(
     turns in a random order, as often as they have examples (`Turns`).
 
     Args:
-        source: `LatentCache` or `CacheSlice`, or any source whose examples are of one bucket.
+        source: `LatentCache`, `CacheSlice`, or another source with their `gather`. Without a `bucket_of`, its examples
+            are of one bucket.
         batch_size: examples per step, over all teachers and processes.
         share: the rows and columns of the batch [N, B/N] that this process reads; None: all.
         offset: added to the first example of each batch. A run that changes its batch size at some step sets it, since
@@ -57,12 +58,12 @@ def batches(
     groups = buckets_of(source)
     if offset and len(groups) > 1:
         raise UserError("batch_size has changed: a run with several buckets keeps it. Set the batch_size of its start.")
-    streams = [grain.MapDataset.source(group).seed(seed + k).shuffle().repeat() for k, group in enumerate(groups)]
+    orders = [grain.MapDataset.range(len(group)).seed(seed + k).shuffle().repeat() for k, group in enumerate(groups)]
     places = np.arange(batch_size).reshape(num_teachers, -1)
     if share is not None:
         places = places[np.ix_(*share)]
     turns = Turns([len(group) for group in groups], batch_size, seed)
-    return grain.MapDataset.range(MAX_STEPS).map(_Gather(streams, turns, places + offset))
+    return grain.MapDataset.range(MAX_STEPS).map(_Gather(groups, orders, turns, places + offset))
 
 
 def buckets_of(source: Any) -> list:
@@ -83,8 +84,8 @@ class _Members:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int):
-        return self.source[int(self.indices[index])]
+    def gather(self, indices: np.ndarray) -> Mapping[str, np.ndarray]:
+        return self.source.gather(self.indices[indices])
 
 
 class Turns:
@@ -130,18 +131,19 @@ def iterate(dataset: grain.MapDataset, start_step: int = 0, num_threads: int = 4
 class _Gather:
     """Collects batch k from the endless sequences of shuffled examples."""
 
-    def __init__(self, streams: Sequence[grain.MapDataset], turns: Turns, places: np.ndarray):
-        self.streams, self.turns, self.places = streams, turns, places
+    def __init__(self, groups: Sequence[Any], orders: Sequence[grain.MapDataset], turns: Turns, places: np.ndarray):
+        self.groups, self.orders, self.turns, self.places = groups, orders, turns, places
 
     def __call__(self, step: int) -> Batch:
         bucket, first = self.turns(int(step))
-        examples = [self.streams[bucket][first + place] for place in self.places.ravel().tolist()]
+        order = self.orders[bucket]
+        numbers = np.array([order[first + place] for place in self.places.ravel().tolist()])
+        examples = self.groups[bucket].gather(numbers)
         return Batch(
-            latents=self._stack(examples, "latents", np.float32),
-            input_ids=self._stack(examples, "input_ids", np.int32),
-            time_ids=self._stack(examples, "time_ids", np.int32),
+            latents=self._shaped(examples["latents"], np.float32),
+            input_ids=self._shaped(examples["input_ids"], np.int32),
+            time_ids=self._shaped(examples["time_ids"], np.int32),
         )
 
-    def _stack(self, examples: list, name: str, dtype: type) -> np.ndarray:
-        rows = np.stack([example[name] for example in examples]).astype(dtype)
-        return rows.reshape(*self.places.shape, *rows.shape[1:])  # (N, B/N, ...)
+    def _shaped(self, rows: np.ndarray, dtype: type) -> np.ndarray:
+        return rows.reshape(*self.places.shape, *rows.shape[1:]).astype(dtype)  # (N, B/N, ...)

@@ -25,7 +25,6 @@ from dmm_jax.runtime.storage import check_local, write_text
 
 FORMAT = "dmm_jax latent cache 3"
 LATENTS, TOKENS, FRAME, _ID = np.dtype("<f2"), np.dtype("<u2"), np.dtype("<i4"), np.dtype("<i8")
-FRAME_BYTES = 4 * FRAME.itemsize
 MAX_HEADER_BYTES = 2**26
 MAX_BUCKETS = 255  # A bucket's number is one byte.
 
@@ -61,10 +60,10 @@ class CacheHeader:
         )
         return height, width, self.latent_shape[2]
 
-    def record_bytes(self, bucket: int = 0) -> int:
-        """Returns the size of one record in bytes."""
-        latents, tokens = LATENTS.itemsize * math.prod(self.shape_of(bucket)), TOKENS.itemsize * self.num_tokens
-        return latents + tokens + FRAME_BYTES + _ID.itemsize
+    def record_type(self, bucket: int = 0) -> np.dtype:
+        """Returns the NumPy type of one record."""
+        fields = ("latents", LATENTS, self.shape_of(bucket)), ("input_ids", TOKENS, (self.num_tokens,))
+        return np.dtype([*fields, ("frame", FRAME, (4,)), ("id", _ID)])
 
     def differences(self, **expected: Any) -> list[str]:
         """Returns one line for each field whose value is not the expected one."""
@@ -76,12 +75,12 @@ class CacheHeader:
 
 
 class CachedExample(TypedDict):
-    """One record."""
+    """One record; or several, their arrays with one axis more in front."""
 
     latents: np.ndarray  # float16 (h, w, C), scaled
     input_ids: np.ndarray  # int32 (num_tokens,)
     time_ids: np.ndarray  # int32 (6,): original height and width, top and left of the crop, target height and width
-    id: int
+    id: int | np.ndarray  # int64
 
 
 def write_header(folder: pathlib.Path, header: CacheHeader) -> None:
@@ -140,19 +139,15 @@ def encode_record(latents: np.ndarray, input_ids: np.ndarray, frame: np.ndarray,
     return b"".join(part.tobytes() for part in parts)
 
 
-def decode_record(header: CacheHeader, record: bytes, bucket: int = 0) -> CachedExample:
-    """Unpacks one example from the bytes of its record."""
-    shape = header.shape_of(bucket)
-    num_latents = math.prod(shape)
-    tokens_at = num_latents * LATENTS.itemsize
-    latents = np.frombuffer(record, LATENTS, num_latents).reshape(shape)
-    input_ids = np.frombuffer(record, TOKENS, header.num_tokens, tokens_at).astype(np.int32)
-    frame = np.frombuffer(record, FRAME, 4, tokens_at + TOKENS.itemsize * header.num_tokens)
+def decode_records(header: CacheHeader, records: Sequence[bytes], bucket: int = 0) -> CachedExample:
+    """Unpacks examples of one bucket from the bytes of their records; each array has them along its first axis."""
+    rows = np.frombuffer(b"".join(records), header.record_type(bucket))
+    size = np.broadcast_to(np.array(header.sizes[bucket], np.int32), (len(rows), 2))
     return {
-        "latents": latents,
-        "input_ids": input_ids,
-        "time_ids": np.array([*frame, *header.sizes[bucket]], np.int32),
-        "id": int(np.frombuffer(record[-_ID.itemsize :], _ID)[0]),
+        "latents": rows["latents"],
+        "input_ids": rows["input_ids"].astype(np.int32),
+        "time_ids": np.concatenate([rows["frame"], size], axis=1),
+        "id": rows["id"],
     }
 
 
@@ -215,8 +210,13 @@ class LatentCache:
     def __getitem__(self, index: int) -> CachedExample:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} in a cache of {len(self)} examples")
-        bucket = int(self.bucket_of[index])
-        return decode_record(self.header, self._read(self._records, index, bucket), bucket)
+        example = self.gather([index])
+        return {name: rows[0] for name, rows in example.items()} | {"id": int(example["id"][0])}
+
+    def gather(self, indices: Sequence[int] | np.ndarray) -> CachedExample:
+        """Returns examples of one bucket at once, which is much quicker than one after another."""
+        bucket = int(self.bucket_of[indices[0]])
+        return decode_records(self.header, self._read(self._records, indices, bucket), bucket)
 
     def __repr__(self) -> str:
         return f"LatentCache({str(self.folder)!r})"
@@ -236,7 +236,7 @@ class LatentCache:
         if not header.count:
             raise UserError(f"{self.folder} has no records. Prepare the cache again.")
         bucket_of = np.concatenate([np.zeros(0, np.uint8), *map(self._read_buckets, header.shards)])
-        self._read(records, 0, int(bucket_of[0]))
+        self._read(records, [0], int(bucket_of[0]))
         return records, bucket_of
 
     def _read_buckets(self, shard: tuple[str, int]) -> np.ndarray:
@@ -254,15 +254,20 @@ class LatentCache:
             raise UserError(f"{path} is damaged. Delete the folder and run prepare again.")
         return buckets
 
-    def _read(self, records, index: int, bucket: int) -> bytes:
-        expected = self.header.record_bytes(bucket)
+    def _read(self, records, indices: Sequence[int] | np.ndarray, bucket: int) -> list[bytes]:
+        expected = self.header.record_type(bucket).itemsize
         try:
-            record = records[index]
-            if len(record) == expected:
-                return record
-            error = f"{len(record)} bytes instead of {expected}"
+            numbers = [int(index) for index in indices]
+            several = len(numbers) > 1  # They are read by threads, whose start takes longer than one record.
+            found = records.__getitems__(numbers) if several else [records[numbers[0]]]
+            wrong = [k for k, record in enumerate(found) if len(record) != expected]
+            if not wrong:
+                return found
+            index, error = indices[wrong[0]], f"{len(found[wrong[0]])} bytes instead of {expected}"
         except (RuntimeError, ValueError) as caught:  # array_record compares checksums.
-            error = " ".join(str(caught).split())[:300]
+            for index in indices if len(indices) > 1 else ():  # Finds the damaged record.
+                self._read(records, [index], bucket)
+            index, error = indices[0], " ".join(str(caught).split())[:300]
         raise UserError(f"{self.folder}: record {index} is damaged ({error}). Delete the folder and run prepare again.")
 
 
@@ -281,6 +286,10 @@ class CacheSlice:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} in a source of {len(self)} examples")
         return self.cache[int(self.indices[index])]
+
+    def gather(self, indices: Sequence[int] | np.ndarray) -> CachedExample:
+        """Returns examples of one bucket at once."""
+        return self.cache.gather(self.indices[indices])
 
 
 def buckets_file(shard: str) -> str:

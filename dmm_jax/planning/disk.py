@@ -19,8 +19,8 @@ def needed(config: ml_collections.ConfigDict, state, batch) -> dict[str, int]:
     )  # fmt: skip
     sizes = {"checkpoints": memory.total(jax.tree.leaves(state)) * len(checkpoints(config))}
     if config.data.num_examples:
-        return sizes | {"latent_cache": header.record_bytes() * config.data.num_examples}
-    return sizes | {"latent_cache_per_million_images": header.record_bytes() * 1_000_000}
+        return sizes | {"latent_cache": header.record_type().itemsize * config.data.num_examples}
+    return sizes | {"latent_cache_per_million_images": header.record_type().itemsize * 1_000_000}
 
 
 def checkpoints(config: ml_collections.ConfigDict) -> list[int]:

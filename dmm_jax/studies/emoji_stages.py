@@ -174,7 +174,8 @@ def run(study: Study, minutes: float, only: Sequence[str] = ()) -> bool:
       only: names of stages; () for all.
 
     Raises:
-      UserError: the minutes are negative or no number, a stage is unknown, or there are no pictures. Nothing is written then.
+      UserError: the minutes are negative or no number, a stage is unknown, or there are no pictures. Nothing is
+        written then.
     """
     if not minutes >= 0:
         raise UserError(f"--minutes must be a number of at least 0; got {minutes:g}.")

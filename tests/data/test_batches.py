@@ -17,9 +17,9 @@ class Numbers:
     def __len__(self):
         return self.count
 
-    def __getitem__(self, index):
-        ids = {"input_ids": np.full(7, index, np.int32), "time_ids": np.full(6, index, np.int32), "id": index}
-        return {"latents": np.full((2, 2, 4), index, np.float16), **ids}
+    def gather(self, indices):
+        shapes = {"latents": (2, 2, 4), "input_ids": (7,), "time_ids": (6,)}
+        return {name: np.stack([np.full(shape, index) for index in indices]) for name, shape in shapes.items()}
 
 
 def _numbers(batch):

@@ -207,7 +207,8 @@ def test_damaged_files_are_refused(folder, damage):
 
 
 @pytest.mark.parametrize("index", [0, 3])
-def test_a_flipped_bit_is_detected(folder, index):
+@pytest.mark.parametrize("read", [lambda cache, index: cache[index], lambda cache, index: cache.gather([1, index, 2])])
+def test_a_flipped_bit_is_detected(folder, index, read):
     true = LatentCache(folder)[index]["latents"]
     shard = folder / LatentCache(folder).header.shards[0][0]
     data = bytearray(shard.read_bytes())
@@ -215,4 +216,4 @@ def test_a_flipped_bit_is_detected(folder, index):
     data[place + 5] ^= 1
     shard.write_bytes(bytes(data))
     with pytest.raises(UserError, match=f"^{folder}: record {index} is damaged[^\n]*$"):
-        LatentCache(folder)[index]
+        read(LatentCache(folder), index)

@@ -157,7 +157,12 @@ def test_what_ships_has_25_megabytes_and_large_60_million_weights():
 
 @pytest.mark.parametrize(
     "minutes, only, message",
-    [(-1.0, (), "at least 0; got -1"), (math.nan, (), "got nan"), (1.0, ["vea"], "no stage vea.*vae"), (1.0, (), "fetch")],
+    [
+        (-1.0, (), "at least 0; got -1"),
+        (math.nan, (), "got nan"),
+        (1.0, ["vea"], "no stage vea.*vae"),
+        (1.0, (), "fetch"),
+    ],
 )
 def test_a_run_that_cannot_begin_writes_nothing(tmp_path, minutes, only, message):
     with pytest.raises(UserError, match=message):
