@@ -4,6 +4,7 @@
     python -m dmm_jax.studies.emoji counts emoji                     # how many concepts each set has and lacks
     python -m dmm_jax.studies.emoji run emoji --size ship --minutes 10
     python -m dmm_jax.studies.emoji status emoji --size ship
+    python -m dmm_jax.studies.emoji sheet emoji --size ship          # pictures of what is done, side by side
     python -m dmm_jax.studies.emoji table emoji --size ship          # once every stage is done
 
 `run` is given again until it prints that all is done: each call continues where the last one ended. It needs no
@@ -17,7 +18,7 @@ import sys
 
 from dmm_jax.runtime import compilation
 from dmm_jax.runtime.errors import UserError
-from dmm_jax.studies import emoji_judge, emoji_pictures, emoji_stages
+from dmm_jax.studies import emoji_judge, emoji_pictures, emoji_sheet, emoji_stages
 from dmm_jax.studies.emoji_networks import SIZES
 from dmm_jax.studies.emoji_sets import SETS
 
@@ -37,7 +38,7 @@ def read_measures(study: emoji_stages.Study) -> dict:
 def main(arguments: list[str] | None = None) -> None:
     """Runs one of the commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("fetch", "counts", "run", "status", "table"))
+    parser.add_argument("command", choices=("fetch", "counts", "run", "status", "sheet", "table"))
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--size", choices=list(SIZES), default="ship")
     parser.add_argument("--minutes", type=float, default=10.0, help="`run` ends after this time (default 10)")
@@ -55,6 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
             compilation.use_cache()
             done = emoji_stages.run(study, args.minutes, args.only)
             print(emoji_stages.status(study) + f"\n\n{'All is done.' if done else 'Not done: give it again.'}")
+        elif args.command == "sheet":
+            print(emoji_sheet.write_sheet(study))
         elif args.command == "status":
             print(emoji_stages.status(study))
         else:

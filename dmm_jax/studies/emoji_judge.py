@@ -4,13 +4,12 @@ import functools
 import json
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
 from safetensors.numpy import load_file, save_file
 
-from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.evaluation.frechet import Statistics, frechet_distance
 from dmm_jax.gallery.sample import draw
 from dmm_jax.pipeline import Pipeline
@@ -37,8 +36,6 @@ class Judge:
     def __init__(self, study, stretch: Stretch):
         self.study, self.stretch = study, stretch
         self.classifier = emoji_classifier.load(study.out / "classifier.safetensors", study.size.classifier)
-        self.base = open_checkpoint(study.base)
-        self.stock = Pipeline.for_unet(self.base, self.base.unet_config, (), dtype=study.dtype)
         self.prompts = prompts_of(study.rows, study.size.num_images)
 
     def measure(self) -> dict:
@@ -48,12 +45,16 @@ class Judge:
           StretchOver: the time is over; what was drawn is kept.
         """
         names, num_images = list(self.study.sets), self.study.size.num_images
-        teachers = {name: self._outputs(f"teacher_{name}", self._teacher(name), None, TEACHER_SEED) for name in names}
-        floor = {name: self._outputs(f"floor_{name}", self._teacher(name), None, OTHER_SEED) for name in names}
-        student = {name: self._outputs(f"student_{name}", lambda: self._student, name, OTHER_SEED) for name in names}
+        study = self.study
+        teachers = {name: self._outputs(f"teacher_{name}", self._stock(study.teacher(name)), None, TEACHER_SEED)
+                    for name in names}  # fmt: skip
+        floor = {name: self._outputs(f"floor_{name}", self._stock(study.teacher(name)), None, OTHER_SEED)
+                 for name in names}  # fmt: skip
+        student = {name: self._outputs(f"student_{name}", lambda: study.student_pipeline, name, OTHER_SEED)
+                   for name in names}  # fmt: skip
         models = {"floor": floor, "student": student}
-        for model, path in self.study.stock_models.items():
-            outputs = self._outputs(model, functools.partial(self._with_unet, path), None, OTHER_SEED)
+        for model, path in study.stock_models.items():
+            outputs = self._outputs(model, self._stock(path), None, OTHER_SEED)
             models[model] = dict.fromkeys(names, outputs)
         summaries = {name: _summary(outputs["features"], num_images) for name, outputs in teachers.items()}
         lines = {
@@ -85,7 +86,7 @@ class Judge:
         weights = np.linspace(0.0, 1.0, TENTHS)
         mixes = [{first: 1.0 - float(weight), last: float(weight)} for weight in weights]
         jobs = [(prompt, mix, OTHER_SEED + k) for k, prompt in enumerate(prompts) for mix in mixes]
-        classes = self._classify(self._student, jobs)["set"].reshape(len(prompts), TENTHS, -1)
+        classes = self._classify(self.study.student_pipeline, jobs)["set"].reshape(len(prompts), TENTHS, -1)
         ends = [self.classifier.sets.index(name) for name in (first, last)]
         jumps = [emoji_classifier.largest_jump(strip) for strip in classes]
         backward = [emoji_classifier.backward_steps(strip, *ends) for strip in classes]
@@ -110,15 +111,8 @@ class Judge:
         images = np.concatenate([images for images, _ in batches])[: len(jobs)]
         return {name: np.ascontiguousarray(rows) for name, rows in self.classifier(images).items()}
 
-    def _teacher(self, name):
-        return functools.partial(self._with_unet, self.study.teacher(name))
-
-    def _with_unet(self, path) -> Pipeline:
-        return self.stock.with_unet(open_checkpoint(path).params("unet"))
-
-    @functools.cached_property
-    def _student(self) -> Pipeline:
-        return Pipeline.from_pretrained(self.study.out / "student", dtype=self.study.dtype)
+    def _stock(self, path: pathlib.Path) -> Callable[[], Pipeline]:
+        return functools.partial(self.study.pipeline, path)
 
 
 def prompts_of(rows: Sequence[Mapping], num_images: int) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ Each stage writes one output in FOLDER/SIZE, and is done when that exists. `run`
 missing, and ends in time; what a stage has done so far is saved in FOLDER/SIZE/fits or in its run's workdir.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -29,12 +30,14 @@ from dmm_jax.checkpoints.average import average
 from dmm_jax.checkpoints.export import export
 from dmm_jax.checkpoints.licenses import together
 from dmm_jax.checkpoints.modelspec import Recipe
+from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.write import write_folder, write_single_file
 from dmm_jax.config import options
 from dmm_jax.data.sources import FolderSource
 from dmm_jax.distill.teacher_samples import prepare_cache
 from dmm_jax.models.clip_text import CLIPTextModel
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
+from dmm_jax.pipeline import Pipeline
 from dmm_jax.runtime import locks
 from dmm_jax.runtime.errors import Preempted, UserError
 from dmm_jax.runtime.processes import say
@@ -56,11 +59,17 @@ MIN_MERGE_S = 20  # A stretch with less time left does not start the merge, whic
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One step of the recipe; it is done when its output exists."""
+    """One step of the recipe."""
 
     name: str
     output: pathlib.Path
     make: Callable[[Stretch], None]
+    contained_in: pathlib.Path | None = None  # A later stage's output; once it exists, this stage is not needed.
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the stage need not run."""
+        return self.output.exists() or bool(self.contained_in and self.contained_in.exists())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +94,11 @@ class Study:
     def base(self) -> pathlib.Path:
         """The base's diffusers folder."""
         return self.out / "base"
+
+    @property
+    def student(self) -> pathlib.Path:
+        """The student's DMM folder."""
+        return self.out / "student"
 
     @property
     def licenses(self) -> str:
@@ -144,6 +158,38 @@ class Study:
         return functools.partial(load_or_train, self.out / "raw")
 
     @functools.cached_property
+    def base_params(self) -> dict:
+        """The base's float32 parameters by component, as its folder has them.
+
+        Raises:
+          UserError: the stage "base" is not done.
+        """
+        if not self.base.exists():
+            _missing()
+        base = open_checkpoint(self.base)
+        return {part: base.params(part, np.float32) for part in ("unet", "vae", "text_encoder")}
+
+    @functools.cached_property
+    def stock_pipeline(self) -> Pipeline:
+        """The base without parameters of a UNet: `pipeline` adds them."""
+        base = open_checkpoint(self.base)
+        return Pipeline.for_unet(base, base.unet_config, (), dtype=self.dtype)
+
+    def pipeline(self, path: pathlib.Path) -> Pipeline:
+        """Returns a teacher, the base or a weight merge, ready to draw."""
+        return self.stock_pipeline.with_unet(open_checkpoint(path).params("unet"))
+
+    @functools.cached_property
+    def student_pipeline(self) -> Pipeline:
+        """The student, ready to draw."""
+        return Pipeline.from_pretrained(self.student, dtype=self.dtype)
+
+    @functools.cached_property
+    def largest_set(self) -> int:
+        """The most pictures that a teacher is trained on."""
+        return max(collections.Counter(row["set"] for row in self.rows if row["split"] == TRAIN).values())
+
+    @functools.cached_property
     def teacher_fit(self) -> Fit:
         """The training of teachers, compiled once."""
         graphs = training.graphs_of(self.configs, self.tokenizer, jnp.dtype(self.dtype))
@@ -157,10 +203,10 @@ def stages(study: Study) -> list[Stage]:
     bind = functools.partial
     merges = [Stage(name, out / f"{name}.safetensors", bind(merge_weights, study, name)) for name in MERGES]
     return [
-        Stage("vae", raw / "vae.safetensors", bind(make_vae, study)),
+        Stage("vae", raw / "vae.safetensors", bind(make_vae, study), contained_in=study.base),
         Stage("base", study.base, bind(make_base, study)),
         *(Stage(f"teacher {name}", study.teacher(name), bind(make_teacher, study, name)) for name in study.sets),
-        Stage("merge", out / "student", bind(merge, study)),
+        Stage("merge", study.student, bind(merge, study)),
         *merges,
         Stage("classifier", out / "classifier.safetensors", bind(make_classifier, study)),
         Stage("measure", out / "measures.json", bind(measure, study)),
@@ -190,7 +236,7 @@ def run(study: Study, minutes: float, only: Sequence[str] = ()) -> bool:
     chosen = [stage for stage in stages(study) if not only or stage.name in only]
     with locks.lock(study.out):
         for stage in chosen:
-            if stage.output.exists():
+            if stage.is_done:
                 continue
             started, label = time.monotonic(), stage.name.replace(" ", "_")
             report = functools.partial(write_line, study, stage=stage.name)
@@ -203,7 +249,7 @@ def run(study: Study, minutes: float, only: Sequence[str] = ()) -> bool:
                 say(f"{over} The time is over; give the command again.")
                 return False
             report(done=True, seconds=round(time.monotonic() - started, 1))
-    return all(stage.output.exists() for stage in chosen)
+    return all(stage.is_done for stage in chosen)
 
 
 def write_line(study: Study, **line) -> None:
@@ -220,7 +266,7 @@ def status(study: Study) -> str:
     text = ["| stage | done | step | of | loss |", "|---|---|---|---|---|"]
     for stage in stages(study):
         last = next((line for line in reversed(lines) if line["stage"] == stage.name and "step" in line), {})
-        cells = [stage.name, "yes" if stage.output.exists() else "no"]
+        cells = [stage.name, "yes" if stage.is_done else "no"]
         cells += [f"{last[name]:,}" if name in last else "" for name in ("step", "num_steps")]
         cells.append(f"{last['loss']:.4f}" if "loss" in last else "")
         text.append(f"| {' | '.join(cells)} |")
@@ -237,7 +283,7 @@ def make_vae(study: Study, stretch: Stretch) -> None:
 
 def make_base(study: Study, stretch: Stretch) -> None:
     """Trains UNet and text encoder on all sets, and writes the base with its VAE and tokenizer."""
-    vae, dtype = _trained(study, "vae"), jnp.dtype(study.dtype)
+    vae, dtype = study.raw("vae", _missing), jnp.dtype(study.dtype)
 
     def train_base():
         params = {
@@ -259,11 +305,12 @@ def make_base(study: Study, stretch: Stretch) -> None:
 
 def make_teacher(study: Study, name: str, stretch: Stretch) -> None:
     """Fine-tunes the base's UNet on the pictures of one set, and writes it as a single file."""
-    vae, base = _trained(study, "vae"), _trained(study, "base")
 
     def train_teacher():
-        bank = study.bank(f"split == '{TRAIN}' and set == '{name}'")
-        data = training.add_latents(bank, study.configs["vae"], vae, jnp.dtype(study.dtype))
+        base = study.base_params
+        bank = padded(study.bank(f"split == '{TRAIN}' and set == '{name}'"), study.largest_set)
+        data = training.add_latents(bank, study.configs["vae"], base["vae"], jnp.dtype(study.dtype))
+        del data["images"]
         data |= {"text_encoder": base["text_encoder"]}
         seed = 10 + list(study.sets).index(name)
         return study.teacher_fit({"unet": base["unet"]}, data, name, seed=seed, stretch=stretch)
@@ -275,13 +322,15 @@ def make_teacher(study: Study, name: str, stretch: Stretch) -> None:
     write_single_file(path, stock, "float16", Recipe(f"emoji, {name}", [], None, study.sets[name].license))
 
 
-def _trained(study: Study, name: str) -> dict:
-    """Returns the parameters of a finished stage."""
+def _missing():
+    raise UserError("an earlier stage is not done. Give the command without --only.")
 
-    def missing():
-        raise RuntimeError(f"the stage {name} comes first")
 
-    return study.raw(name, missing)
+def padded(bank: Mapping[str, jax.Array], size: int) -> dict[str, jax.Array]:
+    """Returns a bank with zeros up to `size` rows; "num_examples" is the number of its own."""
+    count = len(bank["input_ids"])
+    rows = {name: jnp.pad(leaf, ((0, size - count), *[(0, 0)] * (leaf.ndim - 1))) for name, leaf in bank.items()}
+    return rows | {"num_examples": jnp.asarray(count)}
 
 
 def merge_config(study: Study) -> ml_collections.ConfigDict:
@@ -316,7 +365,7 @@ def merge(study: Study, stretch: Stretch) -> None:
         stretch.report({"step": config.num_steps, "num_steps": config.num_steps, "loss": loss})
     shutil.rmtree(study.out / "exported", ignore_errors=True)
     (exported,) = export(workdir, study.out / "exported", ["dmm"])
-    os.replace(exported, study.out / "student")
+    os.replace(exported, study.student)
 
 
 @contextlib.contextmanager

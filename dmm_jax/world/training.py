@@ -53,7 +53,11 @@ class Plan:
 
 
 class Fit:
-    """AdamW with warm-up and cosine decay on `loss_fn(params, data, rows, key)`; one compilation serves many fits."""
+    """AdamW with warm-up and cosine decay on `loss_fn(params, data, rows, key)`; one compilation serves many fits.
+
+    The arrays of `data` have one row per example. With "num_examples" in it, rows from there on are not read: sets of
+    different sizes, padded to one size, share the compilation.
+    """
 
     def __init__(self, loss_fn: Callable, plan: Plan, learning_rate: float, average: float = 0.999):
         self.plan, self.learning_rate = plan, learning_rate
@@ -64,7 +68,8 @@ class Fit:
         def step(state, data, number, num_steps, key):
             params, mean, opt_state = state
             rows_key, loss_key = jax.random.split(jax.random.fold_in(key, number))
-            rows = jax.random.randint(rows_key, (plan.batch_size,), 0, len(data["input_ids"]))
+            num_examples = data.get("num_examples", len(data["input_ids"]))
+            rows = jax.random.randint(rows_key, (plan.batch_size,), 0, num_examples)
             loss, grads = jax.value_and_grad(loss_fn)(params, data, rows, loss_key)
             updates, opt_state = self.optimizer.update(grads, opt_state, params)
             progress = number / num_steps

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import signal
 import time
 
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.naming import torch_shapes
@@ -20,7 +22,7 @@ from dmm_jax.distillation import Distillation
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.unet_config import merged_config
 from dmm_jax.runtime.errors import Preempted, UserError
-from dmm_jax.studies import emoji_judge, emoji_networks, emoji_pictures, emoji_stages
+from dmm_jax.studies import emoji_judge, emoji_networks, emoji_pictures, emoji_sheet, emoji_stages
 from dmm_jax.studies.emoji_networks import SIZES
 from dmm_jax.studies.emoji_stages import Study
 from dmm_jax.world import training
@@ -116,6 +118,16 @@ def test_what_is_done_is_not_done_again(study, monkeypatch):
 
 
 @slow
+def test_a_study_that_is_given_its_base_begins_with_the_teachers(study, tmp_path):
+    other = Study(tmp_path, study.size, study.sets)
+    (tmp_path / "pictures").symlink_to(study.folder / "pictures")
+    shutil.copytree(study.base, other.base)
+    assert emoji_stages.run(other, 10.0, only=["vae", "base"]) and not (other.out / "results.jsonl").exists()
+    digests = [open_checkpoint(of.base).digest("unet") for of in (study, other)]
+    assert digests[0] == digests[1] and sorted(other.base_params) == ["text_encoder", "unet", "vae"]
+
+
+@slow
 def test_a_stage_that_is_deleted_is_made_again_from_what_was_trained(study, monkeypatch):
     path = study.teacher("round")
     before = open_checkpoint(path).digest("unet")
@@ -131,6 +143,24 @@ def test_prompts_are_captions_of_seen_concepts_then_of_held_out_ones(study):
     splits = {row["concept"]: row["split"] == "train" for row in study.rows}
     assert [splits[concept] for concept, _ in prompts] == [True] * 40 + [False] * 10
     assert {caption for _, caption in prompts} <= {row["caption"] for row in study.rows}
+
+
+@slow
+def test_a_sheet_shows_what_people_drew_and_every_model_drew(study, monkeypatch):
+    chosen = emoji_sheet.chosen_rows(study)
+    splits = [{row["split"] for row in by_set.values()} == {"train"} for by_set in chosen]
+    assert all(list(by_set) == list(study.sets) for by_set in chosen) and splits == sorted(splits, reverse=True)
+    assert not all(splits)  # Held-out concepts are last.
+    drawn = []
+
+    def draw_grey(pipeline, jobs, batch_size, **_):
+        drawn.append([(prompt, seed) for prompt, _, seed in jobs])
+        yield np.full((len(jobs), 64, 64, 3), 128, np.uint8), None
+
+    monkeypatch.setattr(emoji_sheet, "draw", draw_grey)
+    with Image.open(emoji_sheet.write_sheet(study)) as sheet:
+        assert sheet.width > (2 + 1 + 2 + 2) * 64
+    assert drawn == [drawn[0]] * 5  # The base, two teachers, the student's two styles: the same prompts and noise.
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
+from dmm_jax.studies import emoji_stages
 from dmm_jax.world import recipe, training
 from dmm_jax.world.training import Fit, Plan, Stretch, StretchOver, params_of
 from tests.worlds import VAE
@@ -66,6 +67,19 @@ def test_a_fit_does_not_depend_on_its_stretches(tmp_path, monkeypatch, steps_per
             assert "of 8 is saved" in str(over)
     assert jax.tree.map(np.array_equal, params, expected) == {"layers": {0: {"x": True}}}
     assert lines[-1]["step"] == 8 and lines[-1]["num_steps"] == 8 and {line["step"] for line in lines} == {*range(1, 9)}
+
+
+def test_padded_examples_are_not_read_and_share_the_compilation():
+    def distance(params, data, rows, key):
+        return jnp.sum((params["x"] - data["input_ids"][rows].mean(0)) ** 2)
+
+    fit = Fit(distance, Plan(num_steps=5, batch_size=4), 0.1)
+    for count in (5, 7):
+        data = {"input_ids": jnp.arange(3.0 * count).reshape(count, 3)}
+        plain = Fit(distance, fit.plan, 0.1)({"x": jnp.zeros(3)}, data, "plain", seed=0)
+        padded = fit({"x": jnp.zeros(3)}, emoji_stages.padded(data, 9), "padded", seed=0)
+        np.testing.assert_array_equal(padded["x"], plain["x"])
+    assert fit.step._cache_size() == 1
 
 
 def test_a_finished_fit_is_returned_again(tmp_path):

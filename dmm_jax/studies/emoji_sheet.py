@@ -1,0 +1,69 @@
+"""Pictures of some concepts side by side: drawn by people, by the teachers, by the base and by the student."""
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from dmm_jax.config.styles import Style
+from dmm_jax.gallery.grid import labelled_grid
+from dmm_jax.gallery.sample import draw
+from dmm_jax.pipeline import Pipeline
+from dmm_jax.studies.emoji_pictures import PICTURES, TRAIN
+
+SEED = 500  # Of the first row's noise.
+NUM_SEEN, NUM_HELD_OUT = 10, 4
+
+
+def write_sheet(study) -> pathlib.Path:
+    """Draws the same prompts and noise with every model that exists; returns the file, OUT/sheet.png.
+
+    Args:
+      study: the `emoji_stages.Study`. Its base must exist.
+    """
+    rows = chosen_rows(study)
+    prompts = [by_set[next(iter(study.sets))]["caption"] for by_set in rows]
+    columns = {
+        f"{name}, drawn by people": np.stack([_picture(study, by_set[name]["file"]) for by_set in rows])
+        for name in study.sets
+    }
+    columns["base"] = _draw(study, study.pipeline(study.base), None, prompts)
+    for name in study.sets:
+        if study.teacher(name).exists():
+            columns[f"{name}, teacher"] = _draw(study, study.pipeline(study.teacher(name)), None, prompts)
+    for name in study.sets if study.student.exists() else ():
+        columns[f"{name}, student"] = _draw(study, study.student_pipeline, name, prompts)
+    labels = [by_set[next(iter(study.sets))]["caption"] for by_set in rows]
+    held_out = [row for row, by_set in enumerate(rows) if any(line["split"] != TRAIN for line in by_set.values())]
+    for row in held_out:
+        labels[row] += " (held out)"
+    path = study.out / "sheet.png"
+    labelled_grid(np.stack(list(columns.values()), axis=1), labels, list(columns)).save(path)
+    return path
+
+
+def chosen_rows(study) -> list[dict[str, dict]]:
+    """Returns the pictures on white of concepts that every set draws, by set: some seen ones, then held-out ones."""
+    concepts: dict[str, dict[str, dict]] = {}
+    for row in study.rows:
+        concepts.setdefault(row["concept"], {}).setdefault(row["set"], row)  # The first is on white.
+    complete = [concepts[key] for key in sorted(concepts) if len(concepts[key]) == len(study.sets)]
+    is_seen = np.array([all(row["split"] == TRAIN for row in by_set.values()) for by_set in complete])
+    rng = np.random.default_rng(0)
+    chosen = []
+    for places, count in ((np.flatnonzero(is_seen), NUM_SEEN), (np.flatnonzero(~is_seen), NUM_HELD_OUT)):
+        chosen += [complete[place] for place in rng.permutation(places)[:count]]
+    return chosen
+
+
+def _picture(study, file: str) -> UInt8[np.ndarray, "H W 3"]:
+    with Image.open(study.folder / PICTURES / file) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _draw(study, pipeline: Pipeline, style: Style, prompts: Sequence[str]) -> UInt8[np.ndarray, "n H W 3"]:
+    jobs = [(prompt, style, SEED + row) for row, prompt in enumerate(prompts)]
+    batches = draw(pipeline, jobs, len(jobs), **study.sampling)
+    return np.concatenate([images for images, _ in batches])[: len(jobs)]
