@@ -31,19 +31,19 @@ def fixed_inputs(source, rows: Sequence[BatchRow], seed: int, num_timesteps: int
 
 def _inputs(source, turns: np.ndarray, rng: np.random.Generator, rows: Sequence[BatchRow], spacing: float) -> Inputs:
     """Returns the inputs of one bucket; image k has the timestep in the middle of its turn."""
-    examples = [source[k] for k in range(len(source))]
+    examples = source.gather(np.arange(len(source)))
 
     def every_row(leaf):
         return np.repeat(leaf[None], len(rows), 0)
 
-    def stacked(name, dtype):
-        return every_row(np.stack([example[name] for example in examples]).astype(dtype))
+    def rows_of(name, dtype):
+        return every_row(examples[name].astype(dtype))
 
-    latents = stacked("latents", np.float32)
+    latents = rows_of("latents", np.float32)
     return Inputs(
         latents=latents,
-        input_ids=stacked("input_ids", np.int32),
-        time_ids=stacked("time_ids", np.int32),
+        input_ids=rows_of("input_ids", np.int32),
+        time_ids=rows_of("time_ids", np.int32),
         noise=every_row(rng.standard_normal(latents.shape[1:], np.float32)),
         timesteps=every_row(((turns + 0.5) * spacing).astype(np.int32)),
         style_ids=np.stack([row.first_style + turns % row.num_styles for row in rows]).astype(np.int32),
