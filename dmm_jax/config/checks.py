@@ -52,14 +52,14 @@ def check_mesh(config: ml_collections.ConfigDict, mesh_shape: Mapping[str, int])
       mesh_shape: devices along teacher, data and fsdp.
     """
     columns = mesh_shape["data"] * mesh_shape["fsdp"]
-    unit = num_rows(config) * config.gradient_accumulation * columns
+    unit = num_rows(config) * config.gradient_accumulation * columns * max(config.mix_every, 1)
     layout = f"mesh.data x mesh.fsdp = {mesh_shape['data']} x {mesh_shape['fsdp']} = {columns} devices per teacher"
     problems = []
     if config.batch_size % unit:
         problems.append(
             f"batch_size {config.batch_size} cannot be divided: {describe_rows(config)} x "
-            f"gradient_accumulation {config.gradient_accumulation} on {layout} want a multiple of {unit}. "
-            f"Use {_nearest(config.batch_size, unit)}, or fewer devices per teacher."
+            f"gradient_accumulation {config.gradient_accumulation}{_mixes(config)} on {layout} want a multiple of "
+            f"{unit}. Use {_nearest(config.batch_size, unit)}, or fewer devices per teacher."
         )
     if config.validation_size % columns:
         problems.append(
@@ -73,6 +73,10 @@ def describe_rows(config: ml_collections.ConfigDict) -> str:
     """Returns what the rows of a batch are, in words."""
     replay = f" and {config.grow.replay} of grow.replay" if config.grow.student else ""
     return f"{len(config.teachers)} teachers{replay}"
+
+
+def _mixes(config: ml_collections.ConfigDict) -> str:
+    return f" x mix_every {config.mix_every}" if config.mix_every else ""
 
 
 def _nearest(value: int, unit: int) -> int:
@@ -98,12 +102,12 @@ def _problems(config):
             f"embeddings has {entry!r}; expected 'NAME=FILE' with a name of {', '.join(parents)}."
         )
     yield bool(config.grow.styles) and not config.grow.student and "grow.styles needs grow.student: set the student."
-    parts = max(rows, 1) * max(config.gradient_accumulation, 1)
+    parts = max(rows, 1) * max(config.gradient_accumulation, 1) * max(config.mix_every, 1)
     if config.batch_size % parts and not _broken_rule("batch_size", config.batch_size):
         fit = max(config.batch_size - config.batch_size % parts, parts)
         yield (
-            f"batch_size must be a positive multiple of {describe_rows(config)} x gradient_accumulation = {parts}; "
-            f"got {config.batch_size}. Use {fit}."
+            f"batch_size must be a positive multiple of {describe_rows(config)} x gradient_accumulation"
+            f"{_mixes(config)} = {parts}; got {config.batch_size}. Use {fit}."
         )
     yield from _values(config)
     if config.ema_decay and config.ema_width:
@@ -122,6 +126,12 @@ def _problems(config):
         yield "a student that grows trains whole: set lora.rank=0, or remove grow.student."
     if config.lora.conv_rank and not config.lora.rank:
         yield "lora.conv_rank needs lora.rank: set both, or neither."
+    if config.mix_every and rows < 2:
+        yield "mix_every mixes two teachers: list a second one, or set mix_every=0."
+    if config.mix_every and config.adversarial.weight:
+        yield "mix_every and adversarial.weight: the discriminator knows no mixes. Set one of them to 0."
+    if config.mix_every and config.mesh.teacher != 1:
+        yield "mix_every asks two teachers of one image, which must lie on one device: set mesh.teacher=1."
     shards = config.mesh.teacher
     if not _broken_rule("mesh.teacher", shards) and rows % shards:
         yield f"mesh.teacher must divide the {describe_rows(config)}; got {shards}. Use a divisor of {rows}, or 1."

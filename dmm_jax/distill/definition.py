@@ -123,6 +123,7 @@ class Definition:
             score_loss=config.score_loss,
             timestep_draw=config.timestep_draw,
             timestep_power=config.timestep_power,
+            mix_every=config.mix_every,
         )
 
     @property

@@ -13,14 +13,15 @@ from jaxtyping import Array
 from dmm_jax.data.batches import Batch
 from dmm_jax.diffusion.prediction import converted, to_x0
 from dmm_jax.diffusion.schedule import add_noise
-from dmm_jax.distill import adversarial, losses
+from dmm_jax.distill import adversarial, losses, mixed_styles
 from dmm_jax.distill.teachers import Frozen, Teachers, stacked
 from dmm_jax.models.lora import joined
 from dmm_jax.models.text_encoders import TextConditioning
 from dmm_jax.models.unet_2d_condition import UNetOutput
 
 GOLDEN_RATIO = 2_654_435_769  # Its fractional part, times 2^32.
-START_ID = 2**32 - 1  # Names the random number that all samples of a step share; no sample has this id.
+# They name the random numbers that all samples of a step share; no sample has such an id.
+START_ID, SHIFT_ID = 2**32 - 1, 2**32 - 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Objective:
     score_loss: str = "l2"
     timestep_draw: str = "independent"
     timestep_power: float = 1.0
+    mix_every: int = 0  # Of so many images of a teacher one is a mix with another teacher; 0: none.
 
     @property
     def weights(self) -> dict[str, float]:
@@ -67,6 +69,7 @@ class Inputs(NamedTuple):
     timesteps: Array  # int32 (T, b)
     style_ids: Array  # int32 (T, b), rows of the student's style table
     renoising: adversarial.Renoising | None = None  # With an adversarial term.
+    mix: mixed_styles.Mix | None = None  # With `mix_every`.
 
 
 def draw_inputs(
@@ -130,19 +133,26 @@ def sample_errors(
     Returns:
       {"score", "feature"}; with a discriminator also "adversarial" (the student's term) and "discriminator" (its own).
     """
-    teachers_and_samples = inputs.timesteps.shape  # (T, b)
+    teachers_and_samples, mix = inputs.timesteps.shape, inputs.mix  # (T, b)
+    inputs = inputs._replace(mix=None)
     samples = jax.tree.map(_merge_rows, inputs)
     alphas_cumprod = jnp.asarray(objective.alphas_cumprod, jnp.float32)
     noisy = add_noise(samples.latents, samples.noise, samples.timesteps, alphas_cumprod)
     text = encode_prompts(networks, objective, frozen.text_encoders, samples.input_ids)
-    target = predict_teachers(networks, objective, teachers, inputs, noisy, text)
+    rows = jax.tree.map(lambda leaf: leaf.reshape(teachers_and_samples + leaf.shape[1:]), (noisy, text))
+    asked, *rows = mixed_styles.with_second_rows((inputs, *rows), mix)
+    asked = asked._replace(style_ids=mixed_styles.own_styles(inputs.style_ids, mix))
+    target = predict_teachers(networks, objective, teachers, asked, *rows)
     if teachers.is_converted is not None:
-        is_converted = jnp.repeat(teachers.is_converted, teachers_and_samples[1])
-        target = _as_the_student_predicts(objective, target, noisy, alphas_cumprod[samples.timesteps], is_converted)
+        sample = _as_the_student_predicts(objective, target.sample, rows[0], asked.timesteps, teachers.is_converted)
+        target = target._replace(sample=sample)
+    target = jax.tree.map(_merge_rows, mixed_styles.mean_of_both(target, mix))
 
     params = trained["student"] if frozen.student is None else joined(frozen.student, trained["student"])
     student = nnx.merge(networks.student, params)
-    style = student.style_embedding(jax.nn.one_hot(samples.style_ids, student.num_models))
+    style = student.style_embedding(
+        _merge_rows(mixed_styles.style_weights(inputs.style_ids, student.num_models, mix))
+    )
     added_cond = text.added_cond(samples.time_ids)
     output = student(noisy, samples.timesteps, text.encoder_hidden_states, style_embedding=style, added_cond=added_cond)
     score_error = {"l2": losses.score_error, "pseudo_huber": losses.pseudo_huber_error}[objective.score_loss]
@@ -151,7 +161,8 @@ def sample_errors(
     if objective.feature_loss_weight:
         errors["feature"] = losses.feature_error(output.features, target.features, objective.feature_loss)
         if teachers.is_converted is not None:  # Such features lead to another quantity than the student's.
-            errors["feature"] = jnp.where(is_converted, 0.0, errors["feature"])
+            is_converted = mixed_styles.of_either(teachers.is_converted, teachers_and_samples[1], mix)
+            errors["feature"] = jnp.where(is_converted.ravel(), 0.0, errors["feature"])
     if objective.adversarial_weight:
         alpha_bar = alphas_cumprod[samples.timesteps]
         clean = [to_x0(unet.sample, noisy, alpha_bar, objective.prediction_type) for unet in (output, target)]
@@ -161,17 +172,18 @@ def sample_errors(
     return jax.tree.map(lambda error: error.reshape(teachers_and_samples), errors)
 
 
-def _as_the_student_predicts(objective, target: UNetOutput, noisy, alpha_bar, is_converted) -> UNetOutput:
-    """Returns the teachers' predictions, those of the other type converted; `is_converted` is (B,)."""
-    sample = target.sample.astype(jnp.float32)
-    other = converted(sample, noisy, alpha_bar, objective.prediction_type)
-    return target._replace(sample=jnp.where(is_converted[:, None, None, None], other, sample))
+def _as_the_student_predicts(objective, sample: jax.Array, noisy: jax.Array, timesteps, is_converted) -> jax.Array:
+    """Returns the teachers' predictions (T, n, h, w, C), those of the other type converted; `is_converted` is (T,)."""
+    sample, alphas_cumprod = sample.astype(jnp.float32), jnp.asarray(objective.alphas_cumprod, jnp.float32)
+    convert = jax.vmap(partial(converted, prediction_type=objective.prediction_type))
+    other = convert(sample, noisy, alphas_cumprod[timesteps])
+    return jnp.where(is_converted[:, None, None, None, None], other, sample)
 
 
 def predict_teachers(
     networks: Networks, objective: Objective, teachers: Teachers, inputs: Inputs, noisy: jax.Array, text
 ) -> UNetOutput:
-    """Returns each teacher's prediction for its own row of the noisy latents (B, h, w, C); no gradient passes.
+    """Returns each teacher's prediction for its own row of the noisy latents (T, n, h, w, C); no gradient passes.
 
     All teachers run as one batch of networks: operations without parameters run once for all images, dense layers are
     batched products, and convolutions run network by network (`layers.for_stacks`). Eight teachers one after the other
@@ -181,9 +193,6 @@ def predict_teachers(
     Args:
       text: the base's conditioning of all prompts; a teacher with its own text encoders encodes its prompts itself.
     """
-
-    def split_rows(leaf):
-        return leaf.reshape(inputs.timesteps.shape + leaf.shape[1:])
 
     def encode(encoder, input_ids, base_text):
         params = jax.tree.map(lambda leaf: leaf[encoder], teachers.text)
@@ -197,12 +206,10 @@ def predict_teachers(
         output = model(noisy, timesteps, states, style_embedding=style, added_cond=added_cond)
         return output._replace(features=output.features if objective.feature_loss_weight else ())
 
-    text = jax.tree.map(split_rows, text)
     if teachers.text is not None:
         text = jax.lax.map(lambda row: encode(*row), (teachers.encoder, inputs.input_ids, text))
     conditions = inputs.timesteps, inputs.style_ids, inputs.time_ids, text
-    output = jax.vmap(predict)(stacked(teachers.unet), split_rows(noisy), *conditions)
-    return jax.lax.stop_gradient(jax.tree.map(_merge_rows, output))
+    return jax.lax.stop_gradient(jax.vmap(predict)(stacked(teachers.unet), noisy, *conditions))
 
 
 def encode_prompts(networks: Networks, objective: Objective, text_encoders, input_ids) -> TextConditioning:

@@ -19,7 +19,8 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from dmm_jax.distill.objective import Inputs, Networks, Objective, draw_inputs, sample_errors
+from dmm_jax.distill.mixed_styles import draw_mix
+from dmm_jax.distill.objective import SHIFT_ID, Inputs, Networks, Objective, draw_inputs, sample_errors
 from dmm_jax.distill.state import Trained, TrainState
 from dmm_jax.runtime import sharding
 
@@ -83,6 +84,8 @@ def build_gradients(
     def loss_fn(trained, sample_ids, batch, teachers, frozen, step_key):
         gathered = jax.tree.map_with_path(partial(gather, dtype=dtype, axes=("fsdp",)), trained, specs)
         inputs = jax.vmap(partial(draw_inputs, objective, step_key))(sample_ids, teachers.styles, batch)
+        if objective.mix_every:
+            inputs = inputs._replace(mix=draw_mix(step_key, SHIFT_ID, sample_ids, objective.mix_every))
         errors = sample_errors(networks, objective, gathered, teachers, frozen, inputs)
         # `adversarial.errors` stops the gradient of the student's term in the discriminator, and of the
         # discriminator's error in the student, so one backward pass serves both.

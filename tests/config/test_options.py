@@ -50,6 +50,10 @@ def test_each_wrong_option_is_named_with_what_to_do(name, value, message):
     [
         ({"ema_decay": 0.9, "ema_width": 0.1}, "two averages"),
         ({"learning_rate_schedule": "cosine", "decay_share": 0.2}, "decay_share ends a constant"),
+        ({"mix_every": 2, "adversarial": {"weight": 0.1}}, "discriminator knows no mixes"),
+        ({"mix_every": 2, "mesh": {"teacher": 2}}, "set mesh.teacher=1"),
+        ({"mix_every": 2, "teachers": (("a", "x"),)}, "list a second one"),
+        ({"mix_every": 5, "batch_size": 12}, "x mix_every 5 = .* Use"),
     ],
 )
 def test_options_that_exclude_each_other_are_refused(changes, message):
