@@ -5,34 +5,25 @@
     python -m dmm_jax.studies.emoji run emoji --size ship --minutes 10
     python -m dmm_jax.studies.emoji status emoji --size ship
     python -m dmm_jax.studies.emoji sheet emoji --size ship          # pictures of what is done, side by side
-    python -m dmm_jax.studies.emoji table emoji --size ship          # once every stage is done
+    python -m dmm_jax.studies.emoji table emoji --size ship          # of what is measured
+
+`--rows` and `--seeds` choose students; without them `run` trains every row with three seeds.
 
 `run` is given again until it prints that all is done: each call continues where the last one ended. It needs no
 network: on a machine without one, copy emoji/pictures there and begin with `run`.
 """
 
 import argparse
-import json
 import pathlib
 import sys
 
 from dmm_jax.runtime import compilation
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.studies import emoji_judge, emoji_pictures, emoji_sheet, emoji_stages
+from dmm_jax.studies.emoji_merges import ROWS, SEEDS
 from dmm_jax.studies.emoji_networks import SIZES
 from dmm_jax.studies.emoji_sets import SETS
-
-
-def read_measures(study: emoji_stages.Study) -> dict:
-    """Returns what the stage `measure` wrote.
-
-    Raises:
-      UserError: it is not done.
-    """
-    path = study.out / "measures.json"
-    if not path.is_file():
-        raise UserError(f"{path} is missing: python -m dmm_jax.studies.emoji run {study.folder}")
-    return json.loads(path.read_text(encoding="utf-8"))
+from dmm_jax.studies.emoji_study import Study
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -44,8 +35,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=10.0, help="`run` ends after this time (default 10)")
     parser.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="stages to run, as `status` names them")
     parser.add_argument("--lacking", choices=list(SETS), help="`counts` names the concepts that this set lacks instead")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=list(ROWS),
+        default=list(ROWS),
+        help="students; `sheet` shows the first (default all)",
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="of each student (default 0 1 2)")
     args = parser.parse_args(arguments)
-    study = emoji_stages.Study(args.folder, SIZES[args.size])
+    study, students = Study(args.folder, SIZES[args.size]), {"rows": args.rows, "seeds": args.seeds}
     try:
         if args.command == "fetch":
             emoji_pictures.fetch(args.folder)
@@ -54,14 +53,15 @@ def main(arguments: list[str] | None = None) -> None:
             print("\n".join(lacking) if args.lacking else emoji_pictures.counts(args.folder))
         elif args.command == "run":
             compilation.use_cache()
-            done = emoji_stages.run(study, args.minutes, args.only)
-            print(emoji_stages.status(study) + f"\n\n{'All is done.' if done else 'Not done: give it again.'}")
+            done = emoji_stages.run(study, args.minutes, args.only, **students)
+            print(emoji_stages.status(study, **students))
+            print("\nAll is done." if done else "\nNot done: give it again.")
         elif args.command == "sheet":
-            print(emoji_sheet.write_sheet(study))
+            print(emoji_sheet.write_sheet(study, args.rows[0], args.seeds[0]))
         elif args.command == "status":
-            print(emoji_stages.status(study))
+            print(emoji_stages.status(study, **students))
         else:
-            print(emoji_judge.table(read_measures(study)))
+            print(emoji_judge.table(*emoji_judge.read(study)))
     except UserError as error:
         sys.exit(f"error: {error}")
 

@@ -1,10 +1,11 @@
 """Measures the emoji study's models: FD (emoji) to each teacher, and the classifier's accuracy of concept and set."""
 
 import functools
+import itertools
 import json
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -13,61 +14,73 @@ from safetensors.numpy import load_file, save_file
 from dmm_jax.evaluation.frechet import Statistics, frechet_distance
 from dmm_jax.gallery.sample import draw
 from dmm_jax.pipeline import Pipeline
-from dmm_jax.runtime.storage import part_of, write_text
+from dmm_jax.runtime.errors import UserError
+from dmm_jax.runtime.storage import part_of, read_json, write_text
 from dmm_jax.studies import emoji_classifier
 from dmm_jax.studies.emoji_pictures import TRAIN
+from dmm_jax.studies.emoji_study import Study, slug
 from dmm_jax.world.training import Stretch, StretchOver
 
 TEACHER_SEED, OTHER_SEED, PROMPT_SEED = 1_000_000, 2_000_000, 3  # First pictures' seeds; the prompts' choice.
 BATCH_SIZE = 500
 SEEN_PER_HELD_OUT = 4  # Pictures of concepts that teachers saw, per picture of a held-out concept.
-TENTHS = 11  # Points along a strip.
+TENTHS, NUM_STRIP_PROMPTS = 11, 32  # Points along a strip; prompts for each pair of sets.
 DISTANCE = "FD (emoji)"
+ACCURACIES = ("concept", "set", "concept, held out", "set, held out")
 
 
 class Judge:
-    """Draws the same prompts with every model, each once: features that are on disk are read.
+    """Draws the same prompts with every model, each once: what the classifier made of the pictures stays on disk.
 
     Args:
-      study: the `emoji_stages.Study`, whose stages up to the classifier are done.
-      stretch: the time in which it must stop; each model's features are kept in its folder.
+      study: its stages up to the classifier are done.
+      stretch: the time in which it must stop.
     """
 
-    def __init__(self, study, stretch: Stretch):
+    def __init__(self, study: Study, stretch: Stretch):
         self.study, self.stretch = study, stretch
         self.classifier = emoji_classifier.load(study.out / "classifier.safetensors", study.size.classifier)
         self.prompts = prompts_of(study.rows, study.size.num_images)
 
-    def measure(self) -> dict:
-        """Returns the distances and accuracies of all models.
+    def references(self) -> dict:
+        """Returns the distances and accuracies of floor, base and weight merges, by model and set.
 
         Raises:
           StretchOver: the time is over; what was drawn is kept.
         """
-        names, num_images = list(self.study.sets), self.study.size.num_images
-        study = self.study
-        teachers = {name: self._outputs(f"teacher_{name}", self._stock(study.teacher(name)), None, TEACHER_SEED)
-                    for name in names}  # fmt: skip
-        floor = {name: self._outputs(f"floor_{name}", self._stock(study.teacher(name)), None, OTHER_SEED)
-                 for name in names}  # fmt: skip
-        student = {name: self._outputs(f"student_{name}", lambda: study.student_pipeline, name, OTHER_SEED)
-                   for name in names}  # fmt: skip
-        models = {"floor": floor, "student": student}
-        for model, path in study.stock_models.items():
-            outputs = self._outputs(model, self._stock(path), None, OTHER_SEED)
-            models[model] = dict.fromkeys(names, outputs)
-        summaries = {name: _summary(outputs["features"], num_images) for name, outputs in teachers.items()}
-        lines = {
-            model: {name: self._line(outputs, name, summaries[name]) for name, outputs in by_set.items()}
-            for model, by_set in models.items()
+        names = list(self.study.sets)
+        models = {"floor": {name: self._teacher(name, "floor", OTHER_SEED) for name in names}}
+        for model, path in self.study.stock_models.items():
+            make_pipeline = functools.partial(self.study.pipeline, path)
+            models[model] = dict.fromkeys(names, self._outputs(model, make_pipeline, None, OTHER_SEED))
+        return {
+            "distance": DISTANCE,
+            "n": self.study.size.num_images,
+            "models": {model: self._lines(by_set) for model, by_set in models.items()},
         }
+
+    def student(self, row: str, seed: int) -> dict:
+        """Returns the distances and accuracies of a row's student by set, its style matrix, and its mixes.
+
+        Raises:
+          StretchOver: the time is over; what was drawn is kept.
+        """
+        names, size = list(self.study.sets), self.study.size
+        pipeline = functools.cache(
+            lambda: Pipeline.from_pretrained(self.study.student(row, seed), dtype=self.study.dtype)
+        )
+        label = slug(row, seed)
+        outputs = {name: self._outputs(f"{label}_{name}", pipeline, name, OTHER_SEED) for name in names}
+        summaries = [self._teacher_summary(name) for name in names]
         matrix = [
-            [frechet_distance(_summary(student[row]["features"], num_images), summaries[column]) for column in names]
-            for row in names
+            [frechet_distance(_summary(outputs[name]["features"], size.num_images), teacher) for teacher in summaries]
+            for name in names
         ]
-        strips = [self._strip(first, last) for first, last in zip(names, [*names[1:], names[0]], strict=True)]
-        return {"styles": names, "distance": DISTANCE, "n": num_images, "models": lines, "matrix": matrix,
-                "strips": strips}  # fmt: skip
+        facts = {"row": row, "seed": seed, "distance": DISTANCE, "n": size.num_images, "styles": names}
+        return facts | {"lines": self._lines(outputs), "matrix": matrix, "strips": self._strips(pipeline())}
+
+    def _lines(self, by_set: Mapping[str, Mapping]) -> dict[str, dict[str, float]]:
+        return {name: self._line(outputs, name, self._teacher_summary(name)) for name, outputs in by_set.items()}
 
     def _line(self, outputs, name, teacher: Statistics) -> dict[str, float]:
         """Returns one model's figures for one set; the held-out concepts are the last rows."""
@@ -80,24 +93,44 @@ class Judge:
             line[f"set{part}"] = emoji_classifier.accuracy(outputs["set"][rows], style[rows])
         return line
 
-    def _strip(self, first: str, last: str) -> dict:
-        """Returns how a mix of two sets moves from one to the other, over a few prompts."""
-        prompts = [caption for _, caption in self.prompts[: min(32, len(self.prompts))]]
-        weights = np.linspace(0.0, 1.0, TENTHS)
-        mixes = [{first: 1.0 - float(weight), last: float(weight)} for weight in weights]
-        jobs = [(prompt, mix, OTHER_SEED + k) for k, prompt in enumerate(prompts) for mix in mixes]
-        classes = self._classify(self.study.student_pipeline, jobs)["set"].reshape(len(prompts), TENTHS, -1)
-        ends = [self.classifier.sets.index(name) for name in (first, last)]
-        jumps = [emoji_classifier.largest_jump(strip) for strip in classes]
-        backward = [emoji_classifier.backward_steps(strip, *ends) for strip in classes]
-        return {"sets": [first, last], "largest jump": float(np.mean(jumps)), "backward": float(np.mean(backward))}
+    def _strips(self, pipeline: Pipeline) -> list[dict]:
+        """Returns how mixes move from one set to another, for every pair of sets and a few prompts."""
+        prompts, tenths = self.prompts[:NUM_STRIP_PROMPTS], np.linspace(0.0, 1.0, TENTHS)
+        pairs = list(itertools.combinations(self.study.sets, 2))
+        jobs = [
+            (caption, {first: 1.0 - float(weight), last: float(weight)}, OTHER_SEED + number)
+            for first, last in pairs
+            for number, (_, caption) in enumerate(prompts)
+            for weight in tenths
+        ]
+        outputs = self._classify(pipeline, jobs)
+        shape = len(pairs), len(prompts), TENTHS, -1
+        truth = [self.classifier.concepts.index(key) for key, _ in prompts]
+        concepts = outputs["concept"].argmax(axis=1).reshape(shape[:-1]) == np.array(truth)[:, None]
+        strips = []
+        for (first, last), classes, is_right in zip(pairs, outputs["set"].reshape(shape), concepts, strict=True):
+            ends = [self.classifier.sets.index(name) for name in (first, last)]
+            strips.append({
+                "sets": [first, last],
+                "largest jump": float(np.mean([emoji_classifier.largest_jump(strip) for strip in classes])),
+                "backward": float(np.mean([emoji_classifier.backward_steps(strip, *ends) for strip in classes])),
+                "concept": float(np.mean(is_right)),
+            })  # fmt: skip
+        return strips
 
-    def _outputs(self, name, make_pipeline, style, seed) -> dict[str, Float[np.ndarray, "n D"]]:
+    def _teacher(self, name: str, label: str, seed: int) -> dict[str, Float[np.ndarray, "n D"]]:
+        make_pipeline = functools.partial(self.study.pipeline, self.study.teacher(name))
+        return self._outputs(f"{label}_{name}", make_pipeline, None, seed)
+
+    def _teacher_summary(self, name: str) -> Statistics:
+        return _summary(self._teacher(name, "teacher", TEACHER_SEED)["features"], self.study.size.num_images)
+
+    def _outputs(self, label, make_pipeline, style, seed) -> dict[str, Float[np.ndarray, "n D"]]:
         """Returns the classifier's outputs for a model's pictures, which are drawn unless that is done."""
-        path = self.stretch.folder / f"{name}.safetensors"
+        path = self.study.out / "features" / f"{label}.safetensors"
         if not path.is_file():
             if time.monotonic() > self.stretch.ends:
-                raise StretchOver(f"measure: {name} is next.")
+                raise StretchOver(f"measure: {label} is next.")
             jobs = [(caption, style, seed + k) for k, (_, caption) in enumerate(self.prompts)]
             path.parent.mkdir(parents=True, exist_ok=True)
             part = part_of(path)
@@ -106,13 +139,9 @@ class Judge:
         return load_file(path)
 
     def _classify(self, pipeline: Pipeline, jobs: Sequence) -> dict[str, Float[np.ndarray, "n D"]]:
-        sampling = self.study.sampling
-        batches = draw(pipeline, jobs, min(BATCH_SIZE, len(jobs)), **sampling)
+        batches = draw(pipeline, jobs, min(BATCH_SIZE, len(jobs)), **self.study.sampling)
         images = np.concatenate([images for images, _ in batches])[: len(jobs)]
         return {name: np.ascontiguousarray(rows) for name, rows in self.classifier(images).items()}
-
-    def _stock(self, path: pathlib.Path) -> Callable[[], Pipeline]:
-        return functools.partial(self.study.pipeline, path)
 
 
 def prompts_of(rows: Sequence[Mapping], num_images: int) -> list[tuple[str, str]]:
@@ -134,18 +163,62 @@ def _summary(features: Float[np.ndarray, "n D"], num_images: int) -> Statistics:
 
 
 def write(path: pathlib.Path, measures: Mapping) -> None:
-    """Writes the measures as JSON."""
+    """Writes measures as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(measures, indent=1))
 
 
-def table(measures: Mapping) -> str:
-    """Returns a Markdown table: for each model the trace (sum of distances over the sets) and the mean accuracies."""
-    names = list(next(iter(next(iter(measures["models"].values())).values())))
-    text = [f"| model | {DISTANCE}, trace | {' | '.join(names[1:])} |", "|---|---|" + "---|" * (len(names) - 1)]
-    for model, by_set in measures["models"].items():
-        trace = sum(line[DISTANCE] for line in by_set.values())
-        means = [np.mean([line[name] for line in by_set.values()]) for name in names[1:]]
-        text.append(f"| {model} | {trace:.2f} | {' | '.join(f'{mean:.1%}' for mean in means)} |")
-    jumps = [strip["largest jump"] for strip in measures["strips"]]
-    text.append(f"\nLargest jump per tenth along {len(jumps)} strips: mean {np.mean(jumps):.2f}.")
+def read(study: Study) -> tuple[dict, list[dict]]:
+    """Returns the measures of floor, base and weight merges, and those of all students.
+
+    Raises:
+      UserError: none are there.
+    """
+    if not study.references.is_file():
+        raise UserError(f"{study.references} is missing: python -m dmm_jax.studies.emoji run {study.folder}")
+    paths = sorted(set(study.references.parent.glob("*.json")) - {study.references})
+    return read_json(study.references), [read_json(path) for path in paths]
+
+
+def table(references: Mapping, students: Sequence[Mapping]) -> str:
+    """Returns a Markdown table with a line per model: means over the sets, and over the seeds of a row.
+
+    The trace is the sum of distances over the sets. "Closed" is the share of the base's distance above the floor that
+    a model closes, its mean and its least over the sets. The last columns are of mixes of all pairs of sets: the
+    largest change of a set's probability between neighbouring tenths, its movement backwards, and the share of right
+    concepts.
+    """
+    rows: dict[str, list[Mapping]] = {}
+    for student in students:
+        rows.setdefault(student["row"], []).append(student)
+    models = references["models"]
+    columns = list(ACCURACIES)
+    heads = ["model", "seeds", f"{DISTANCE}, trace", "closed", "least closed", *columns, "largest jump", "backward",
+             "concept, mixes"]  # fmt: skip
+    text = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = [(model, [lines], []) for model, lines in models.items()]
+    lines += [(row, [student["lines"] for student in runs], [student["strips"] for student in runs])
+              for row, runs in rows.items()]  # fmt: skip
+    for model, by_seed, strips in lines:
+        closed = [closed_shares(by_set, models) for by_set in by_seed]
+        cells = [model, str(len(strips) or 1), f"{np.mean([_trace(by_set) for by_set in by_seed]):.2f}"]
+        cells += [f"{np.mean(closed):.1%}", f"{np.min(closed):.1%}"]
+        cells += [f"{np.mean([line[name] for by_set in by_seed for line in by_set.values()]):.1%}" for name in columns]
+        for name, form in (("largest jump", ".2f"), ("backward", ".2f"), ("concept", ".1%")):
+            values = [strip[name] for run in strips for strip in run]
+            cells.append(format(np.mean(values), form) if values else "")
+        text.append(f"| {' | '.join(cells)} |")
     return "\n".join(text)
+
+
+def closed_shares(by_set: Mapping[str, Mapping], models: Mapping) -> list[float]:
+    """Returns for each set the share of the base's distance above the floor that a model closes."""
+    shares = []
+    for name, line in by_set.items():
+        base, floor = (models[model][name][DISTANCE] for model in ("base", "floor"))
+        shares.append((base - line[DISTANCE]) / (base - floor))
+    return shares
+
+
+def _trace(by_set: Mapping[str, Mapping]) -> float:
+    return sum(line[DISTANCE] for line in by_set.values())

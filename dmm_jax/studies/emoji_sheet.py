@@ -12,16 +12,18 @@ from dmm_jax.gallery.grid import labelled_grid
 from dmm_jax.gallery.sample import draw
 from dmm_jax.pipeline import Pipeline
 from dmm_jax.studies.emoji_pictures import PICTURES, TRAIN
+from dmm_jax.studies.emoji_study import Study
 
 SEED = 500  # Of the first row's noise.
 NUM_SEEN, NUM_HELD_OUT = 10, 4
 
 
-def write_sheet(study) -> pathlib.Path:
+def write_sheet(study: Study, row: str, seed: int) -> pathlib.Path:
     """Draws the same prompts and noise with every model that exists; returns the file, OUT/sheet.png.
 
     Args:
-      study: the `emoji_stages.Study`. Its base must exist.
+      study: its base exists.
+      row, seed: of the student.
     """
     rows = chosen_rows(study)
     prompts = [by_set[next(iter(study.sets))]["caption"] for by_set in rows]
@@ -33,18 +35,19 @@ def write_sheet(study) -> pathlib.Path:
     for name in study.sets:
         if study.teacher(name).exists():
             columns[f"{name}, teacher"] = _draw(study, study.pipeline(study.teacher(name)), None, prompts)
-    for name in study.sets if study.student.exists() else ():
-        columns[f"{name}, student"] = _draw(study, study.student_pipeline, name, prompts)
+    if study.student(row, seed).exists():
+        student = Pipeline.from_pretrained(study.student(row, seed), dtype=study.dtype)
+        columns |= {f"{name}, student": _draw(study, student, name, prompts) for name in study.sets}
     labels = [by_set[next(iter(study.sets))]["caption"] for by_set in rows]
-    held_out = [row for row, by_set in enumerate(rows) if any(line["split"] != TRAIN for line in by_set.values())]
-    for row in held_out:
-        labels[row] += " (held out)"
+    for number, by_set in enumerate(rows):
+        if any(line["split"] != TRAIN for line in by_set.values()):
+            labels[number] += " (held out)"
     path = study.out / "sheet.png"
     labelled_grid(np.stack(list(columns.values()), axis=1), labels, list(columns)).save(path)
     return path
 
 
-def chosen_rows(study) -> list[dict[str, dict]]:
+def chosen_rows(study: Study) -> list[dict[str, dict]]:
     """Returns the pictures on white of concepts that every set draws, by set: some seen ones, then held-out ones."""
     concepts: dict[str, dict[str, dict]] = {}
     for row in study.rows:
@@ -58,12 +61,12 @@ def chosen_rows(study) -> list[dict[str, dict]]:
     return chosen
 
 
-def _picture(study, file: str) -> UInt8[np.ndarray, "H W 3"]:
+def _picture(study: Study, file: str) -> UInt8[np.ndarray, "H W 3"]:
     with Image.open(study.folder / PICTURES / file) as image:
         return np.asarray(image.convert("RGB"))
 
 
-def _draw(study, pipeline: Pipeline, style: Style, prompts: Sequence[str]) -> UInt8[np.ndarray, "n H W 3"]:
+def _draw(study: Study, pipeline: Pipeline, style: Style, prompts: Sequence[str]) -> UInt8[np.ndarray, "n H W 3"]:
     jobs = [(prompt, style, SEED + row) for row, prompt in enumerate(prompts)]
     batches = draw(pipeline, jobs, len(jobs), **study.sampling)
     return np.concatenate([images for images, _ in batches])[: len(jobs)]

@@ -4,57 +4,35 @@ Each stage writes one output in FOLDER/SIZE, and is done when that exists. `run`
 missing, and ends in time; what a stage has done so far is saved in FOLDER/SIZE/fits or in its run's workdir.
 """
 
-import collections
-import contextlib
 import dataclasses
 import functools
 import json
-import os
 import pathlib
-import re
-import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-import ml_collections
-import numpy as np
 from flax import nnx
 
-from dmm_jax import train
 from dmm_jax.checkpoints.average import average
-from dmm_jax.checkpoints.export import export
-from dmm_jax.checkpoints.licenses import together
 from dmm_jax.checkpoints.modelspec import Recipe
-from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.write import write_folder, write_single_file
-from dmm_jax.config import options
-from dmm_jax.data.sources import FolderSource
-from dmm_jax.distill.teacher_samples import prepare_cache
 from dmm_jax.models.clip_text import CLIPTextModel
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
-from dmm_jax.pipeline import Pipeline
 from dmm_jax.runtime import locks
-from dmm_jax.runtime.errors import Preempted, UserError
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.processes import say
 from dmm_jax.studies import emoji_classifier, emoji_judge
-from dmm_jax.studies.emoji_networks import Size
-from dmm_jax.studies.emoji_pictures import HELD_OUT, PICTURES, SIZE_PX, TRAIN, read_rows
-from dmm_jax.studies.emoji_sets import SETS, Package
-from dmm_jax.text.tokenizer import Tokenizer
+from dmm_jax.studies.emoji_merges import ROWS, SEEDS, train_student
+from dmm_jax.studies.emoji_pictures import HELD_OUT, PICTURES, TRAIN
+from dmm_jax.studies.emoji_study import MERGES, Study, missing_stage
 from dmm_jax.world import training
-from dmm_jax.world.recipe import load_or_train, train_vae
+from dmm_jax.world.recipe import train_vae
 from dmm_jax.world.shipped_checkpoints import stock_checkpoint
-from dmm_jax.world.tokenizer import tokenizer_fields, write_tokenizer
 from dmm_jax.world.training import Fit, Stretch, StretchOver
 
 RESULTS = "results.jsonl"
-MERGES = ("average", "ties")
-MIN_MERGE_S = 20  # A stretch with less time left does not start the merge, which compiles for a while.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,133 +50,8 @@ class Stage:
         return self.output.exists() or bool(self.contained_in and self.contained_in.exists())
 
 
-@dataclasses.dataclass(frozen=True)
-class Study:
-    """The study at one size, on the pictures that `emoji_pictures.fetch` drew."""
-
-    folder: pathlib.Path
-    size: Size
-    sets: Mapping[str, Package] = dataclasses.field(default_factory=lambda: SETS)
-
-    @property
-    def out(self) -> pathlib.Path:
-        """The folder of this size's files."""
-        return self.folder / self.size.name
-
-    @property
-    def dtype(self) -> str:
-        """The dtype of the networks' arithmetic."""
-        return "bfloat16" if jax.default_backend() == "gpu" else "float32"
-
-    @property
-    def base(self) -> pathlib.Path:
-        """The base's diffusers folder."""
-        return self.out / "base"
-
-    @property
-    def student(self) -> pathlib.Path:
-        """The student's DMM folder."""
-        return self.out / "student"
-
-    @property
-    def licenses(self) -> str:
-        """The licences of all sets in one line."""
-        return together(package.license for package in self.sets.values())
-
-    def teacher(self, name: str) -> pathlib.Path:
-        """The path of a set's teacher."""
-        return self.out / "teachers" / f"{name}.safetensors"
-
-    @property
-    def stock_models(self) -> dict[str, pathlib.Path]:
-        """The paths of the base and of the weight merges, by name."""
-        return {"base": self.base} | {name: self.out / f"{name}.safetensors" for name in MERGES}
-
-    @property
-    def sampling(self) -> dict[str, object]:
-        """How pictures are drawn, as arguments of `Pipeline.__call__`."""
-        return options.solver_options(merge_config(self))
-
-    @functools.cached_property
-    def rows(self) -> list[dict]:
-        """The rows of the pictures' list."""
-        return read_rows(self.folder)
-
-    @functools.cached_property
-    def tokenizer_folder(self) -> pathlib.Path:
-        """The folder of a tokenizer in which each word of all captions is one token."""
-        folder = self.out / "raw" / "tokenizer"
-        words = {word for row in self.rows for word in re.findall("[a-z]+", row["caption"])}
-        write_tokenizer(folder, words=sorted(words))
-        return folder
-
-    @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer."""
-        return Tokenizer.from_folder(self.tokenizer_folder)
-
-    @functools.cached_property
-    def configs(self) -> dict[str, dict]:
-        """Contents of config.json by component."""
-        return self.size.configs(tokenizer_fields(self.tokenizer_folder))
-
-    def bank(self, where: str) -> dict[str, jax.Array]:
-        """Returns the "images" and "input_ids" of the pictures that fulfil a condition, in the order of the list."""
-        source = FolderSource(self.folder / PICTURES, resolution=SIZE_PX, where=where)
-        with ThreadPoolExecutor() as pool:
-            images = np.stack(list(pool.map(lambda number: source[number]["image"], range(len(source)))))
-        return {
-            "images": jnp.asarray(images),
-            "input_ids": jnp.asarray(self.tokenizer([text for _, text in source.rows])),
-        }
-
-    @functools.cached_property
-    def raw(self) -> Callable[[str, Callable[[], dict]], dict]:
-        """Returns float32 parameters by name; trains those that are missing."""
-        return functools.partial(load_or_train, self.out / "raw")
-
-    @functools.cached_property
-    def base_params(self) -> dict:
-        """The base's float32 parameters by component, as its folder has them.
-
-        Raises:
-          UserError: the stage "base" is not done.
-        """
-        if not self.base.exists():
-            _missing()
-        base = open_checkpoint(self.base)
-        return {part: base.params(part, np.float32) for part in ("unet", "vae", "text_encoder")}
-
-    @functools.cached_property
-    def stock_pipeline(self) -> Pipeline:
-        """The base without parameters of a UNet: `pipeline` adds them."""
-        base = open_checkpoint(self.base)
-        return Pipeline.for_unet(base, base.unet_config, (), dtype=self.dtype)
-
-    def pipeline(self, path: pathlib.Path) -> Pipeline:
-        """Returns a teacher, the base or a weight merge, ready to draw."""
-        return self.stock_pipeline.with_unet(open_checkpoint(path).params("unet"))
-
-    @functools.cached_property
-    def student_pipeline(self) -> Pipeline:
-        """The student, ready to draw."""
-        return Pipeline.from_pretrained(self.student, dtype=self.dtype)
-
-    @functools.cached_property
-    def largest_set(self) -> int:
-        """The most pictures that a teacher is trained on."""
-        return max(collections.Counter(row["set"] for row in self.rows if row["split"] == TRAIN).values())
-
-    @functools.cached_property
-    def teacher_fit(self) -> Fit:
-        """The training of teachers, compiled once."""
-        graphs = training.graphs_of(self.configs, self.tokenizer, jnp.dtype(self.dtype))
-        loss_fn = training.denoising_loss(*graphs, train_text=False)
-        return Fit(loss_fn, self.size.plans["teacher"], self.size.rates["teacher"])
-
-
-def stages(study: Study) -> list[Stage]:
-    """Returns the stages in their order."""
+def stages(study: Study, rows: Sequence[str] = ROWS, seeds: Sequence[int] = SEEDS) -> list[Stage]:
+    """Returns the stages in their order; students of these rows and seeds, the first seed of all rows first."""
     out, raw = study.out, study.out / "raw"
     bind = functools.partial
     merges = [Stage(name, out / f"{name}.safetensors", bind(merge_weights, study, name)) for name in MERGES]
@@ -206,18 +59,28 @@ def stages(study: Study) -> list[Stage]:
         Stage("vae", raw / "vae.safetensors", bind(make_vae, study), contained_in=study.base),
         Stage("base", study.base, bind(make_base, study)),
         *(Stage(f"teacher {name}", study.teacher(name), bind(make_teacher, study, name)) for name in study.sets),
-        Stage("merge", study.student, bind(merge, study)),
         *merges,
         Stage("classifier", out / "classifier.safetensors", bind(make_classifier, study)),
-        Stage("measure", out / "measures.json", bind(measure, study)),
+        Stage("measure references", study.references, bind(measure_references, study)),
+        *(stage for seed in seeds for row in rows for stage in student_stages(study, row, seed)),
     ]
 
 
-def run(study: Study, minutes: float, only: Sequence[str] = ()) -> bool:
+def student_stages(study: Study, row: str, seed: int) -> tuple[Stage, Stage]:
+    """Returns the stages of one student: to train it, and to measure it."""
+    train, measure = (functools.partial(make, study, row, seed) for make in (train_student, measure_student))
+    return (
+        Stage(f"merge {row}, seed {seed}", study.student(row, seed), train),
+        Stage(f"measure {row}, seed {seed}", study.measures(row, seed), measure),
+    )
+
+
+def run(study: Study, minutes: float, only: Sequence[str] = (), **students) -> bool:
     """Runs stages that are not done, one after another, for so many minutes; returns whether all are done.
 
     Args:
       only: names of stages; () for all.
+      students: rows and seeds, as `stages` takes them.
 
     Raises:
       UserError: the minutes are negative or no number, a stage is unknown, or there are no pictures. Nothing is
@@ -225,7 +88,8 @@ def run(study: Study, minutes: float, only: Sequence[str] = ()) -> bool:
     """
     if not minutes >= 0:
         raise UserError(f"--minutes must be a number of at least 0; got {minutes:g}.")
-    names = [stage.name for stage in stages(study)]
+    everything = stages(study, **students)
+    names = [stage.name for stage in everything]
     if unknown := sorted(set(only) - set(names)):
         raise UserError(f"there is no stage {', '.join(unknown)}. The stages are {', '.join(names)}.")
     if not study.rows:
@@ -233,7 +97,7 @@ def run(study: Study, minutes: float, only: Sequence[str] = ()) -> bool:
             f"{study.folder / PICTURES} lists no pictures: python -m dmm_jax.studies.emoji fetch {study.folder}"
         )
     ends = time.monotonic() + 60 * minutes
-    chosen = [stage for stage in stages(study) if not only or stage.name in only]
+    chosen = [stage for stage in everything if not only or stage.name in only]
     with locks.lock(study.out):
         for stage in chosen:
             if stage.is_done:
@@ -259,12 +123,12 @@ def write_line(study: Study, **line) -> None:
         file.write(json.dumps(line | {"device": jax.devices()[0].device_kind}) + "\n")
 
 
-def status(study: Study) -> str:
+def status(study: Study, **students) -> str:
     """Returns a Markdown table: each stage, whether it is done, and the step and loss of its last line."""
     path = study.out / RESULTS
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
     text = ["| stage | done | step | of | loss |", "|---|---|---|---|---|"]
-    for stage in stages(study):
+    for stage in stages(study, **students):
         last = next((line for line in reversed(lines) if line["stage"] == stage.name and "step" in line), {})
         cells = [stage.name, "yes" if stage.is_done else "no"]
         cells += [f"{last[name]:,}" if name in last else "" for name in ("step", "num_steps")]
@@ -283,7 +147,7 @@ def make_vae(study: Study, stretch: Stretch) -> None:
 
 def make_base(study: Study, stretch: Stretch) -> None:
     """Trains UNet and text encoder on all sets, and writes the base with its VAE and tokenizer."""
-    vae, dtype = study.raw("vae", _missing), jnp.dtype(study.dtype)
+    vae, dtype = study.raw("vae", missing_stage), jnp.dtype(study.dtype)
 
     def train_base():
         params = {
@@ -322,74 +186,11 @@ def make_teacher(study: Study, name: str, stretch: Stretch) -> None:
     write_single_file(path, stock, "float16", Recipe(f"emoji, {name}", [], None, study.sets[name].license))
 
 
-def _missing():
-    raise UserError("an earlier stage is not done. Give the command without --only.")
-
-
 def padded(bank: Mapping[str, jax.Array], size: int) -> dict[str, jax.Array]:
     """Returns a bank with zeros up to `size` rows; "num_examples" is the number of its own."""
     count = len(bank["input_ids"])
     rows = {name: jnp.pad(leaf, ((0, size - count), *[(0, 0)] * (leaf.ndim - 1))) for name, leaf in bank.items()}
     return rows | {"num_examples": jnp.asarray(count)}
-
-
-def merge_config(study: Study) -> ml_collections.ConfigDict:
-    """Returns the config of the joint distillation of all teachers."""
-    config, plan = options.get_config(), study.size.plans["merge"]
-    config.base = str(study.base)
-    config.teachers = tuple((name, str(study.teacher(name))) for name in study.sets)
-    config.dtype = study.dtype
-    config.data.source, config.data.where = str(study.folder / PICTURES), f"split == '{TRAIN}'"
-    config.data.cache, config.data.resolution = str(study.out / "cache"), SIZE_PX
-    config.batch_size = plan.batch_size - plan.batch_size % len(study.sets)
-    config.num_steps, config.learning_rate = plan.num_steps, study.size.rates["merge"]
-    config.learning_rate_schedule, config.weight_decay = "cosine", 0.0
-    config.warmup_steps = plan.num_steps // 50
-    config.log_every = config.checkpoint_every = max(plan.num_steps // 20, 1)
-    config.validation_every, config.validation_size = 0, 0
-    config.sampling.num_inference_steps = study.size.num_inference_steps
-    config.sampling.guidance_scale = 3.0
-    return config
-
-
-def merge(study: Study, stretch: Stretch) -> None:
-    """Distils all teachers into one student, and writes it as a DMM folder with VAE and text encoder."""
-    config, workdir = merge_config(study), study.out / "merge"
-    prepare_cache(config)
-    if stretch.ends - time.monotonic() < MIN_MERGE_S:
-        raise StretchOver("merge: the latents are ready.")
-    with stopped_in_time(stretch.ends):
-        last = train.run(config, workdir)
-    if last:
-        loss = float(np.mean(list(last["score"].values())))
-        stretch.report({"step": config.num_steps, "num_steps": config.num_steps, "loss": loss})
-    shutil.rmtree(study.out / "exported", ignore_errors=True)
-    (exported,) = export(workdir, study.out / "exported", ["dmm"])
-    os.replace(exported, study.student)
-
-
-@contextlib.contextmanager
-def stopped_in_time(ends: float) -> Iterator[None]:
-    """Stops the training run of the block at a time, as a signal would: its state is saved.
-
-    Raises:
-      StretchOver: the run was stopped.
-    """
-
-    def not_begun(*_):
-        raise StretchOver("merge: the run has not begun.")
-
-    previous = signal.signal(signal.SIGTERM, not_begun)  # The run replaces it while it trains.
-    timer = threading.Timer(max(ends - time.monotonic(), 0.0), os.kill, (os.getpid(), signal.SIGTERM))
-    timer.daemon = True
-    try:
-        timer.start()
-        yield
-    except Preempted as stopped:
-        raise StretchOver(f"merge: {stopped}") from None
-    finally:
-        timer.cancel()
-        signal.signal(signal.SIGTERM, previous)
 
 
 def merge_weights(study: Study, method: str, stretch: Stretch) -> None:
@@ -413,7 +214,11 @@ def make_classifier(study: Study, stretch: Stretch) -> None:
     emoji_classifier.save(study.out / "classifier.safetensors", params, concepts, sets)
 
 
-def measure(study: Study, stretch: Stretch) -> None:
-    """Measures base, weight merges, student and floor against the teachers."""
-    judge = emoji_judge.Judge(study, stretch)
-    emoji_judge.write(study.out / "measures.json", judge.measure())
+def measure_references(study: Study, stretch: Stretch) -> None:
+    """Measures floor, base and weight merges against the teachers."""
+    emoji_judge.write(study.references, emoji_judge.Judge(study, stretch).references())
+
+
+def measure_student(study: Study, row: str, seed: int, stretch: Stretch) -> None:
+    """Measures a row's student against the teachers, and its mixes."""
+    emoji_judge.write(study.measures(row, seed), emoji_judge.Judge(study, stretch).student(row, seed))

@@ -22,9 +22,10 @@ from dmm_jax.distillation import Distillation
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.unet_config import merged_config
 from dmm_jax.runtime.errors import Preempted, UserError
-from dmm_jax.studies import emoji_judge, emoji_networks, emoji_pictures, emoji_sheet, emoji_stages
+from dmm_jax.studies import emoji_judge, emoji_merges, emoji_networks, emoji_pictures, emoji_sheet, emoji_stages
+from dmm_jax.studies.emoji_merges import ROWS
 from dmm_jax.studies.emoji_networks import SIZES
-from dmm_jax.studies.emoji_stages import Study
+from dmm_jax.studies.emoji_study import Study
 from dmm_jax.world import training
 from dmm_jax.world.training import StretchOver
 from tests.studies import emoji_packages
@@ -33,6 +34,7 @@ from tests.studies import emoji_packages
 VOCABULARY = {"vocab_size": 4354, "bos_token_id": 4352, "eos_token_id": 4353, "pad_token_id": 4353}
 
 
+JOINT = {"rows": ["joint"], "seeds": [0]}
 slow = pytest.mark.slow  # The first test that uses the study makes it: a minute of one core.
 
 
@@ -63,34 +65,35 @@ def study(tmp_path_factory):
         distillation.save(workdir, distillation.init())
         return {"score": dict.fromkeys(study.sets, 1.0)}
 
+    rng = np.random.default_rng(0)
+
     def draw_noise(pipeline, jobs, batch_size, **_):
-        rng = np.random.default_rng(len(jobs))
         yield rng.integers(256, size=(len(jobs), 64, 64, 3), dtype=np.uint8), None
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.Fit, "__call__", moved)
         patch.setattr(training, "add_latents", lambda bank, *_: bank)
         patch.setattr(emoji_stages, "train_vae", random_vae)
-        patch.setattr(emoji_stages.train, "run", untrained)
+        patch.setattr(emoji_merges.train, "run", untrained)
         patch.setattr(emoji_judge, "draw", draw_noise)
-        assert emoji_stages.run(study, 0.0) is False and not study.base.exists()
-        assert emoji_stages.run(study, 10.0)
+        assert emoji_stages.run(study, 0.0, **JOINT) is False and not study.base.exists()
+        assert emoji_stages.run(study, 10.0, **JOINT)
     return study
 
 
 @slow
 def test_every_stage_leaves_its_output_and_its_lines(study):
     lines = [json.loads(line) for line in (study.out / "results.jsonl").read_text().splitlines()]
-    names = [stage.name for stage in emoji_stages.stages(study)]
+    names = [stage.name for stage in emoji_stages.stages(study, **JOINT)]
     assert [line["stage"] for line in lines if line.get("done")] == names
-    trained = {"base", "merge", "classifier", *(f"teacher {name}" for name in study.sets)}
+    trained = {"base", "merge joint, seed 0", "classifier", *(f"teacher {name}" for name in study.sets)}
     assert {line["stage"] for line in lines if line.get("step") == line.get("num_steps", 0)} == trained
-    assert emoji_stages.status(study).count("| yes |") == len(names) == 9
+    assert emoji_stages.status(study, **JOINT).count("| yes |") == len(names) == 10
 
 
 @slow
 def test_teachers_differ_and_the_student_has_every_style(study):
-    student = open_checkpoint(study.out / "student")
+    student = open_checkpoint(study.student("joint", 0))
     assert student.styles == tuple(study.sets) and student.has("vae") and student.has("text_encoder")
     paths = [*map(study.teacher, study.sets), *study.stock_models.values()]
     assert len({open_checkpoint(path).digest("unet") for path in paths}) == len(paths) == 5
@@ -99,22 +102,34 @@ def test_teachers_differ_and_the_student_has_every_style(study):
 
 @slow
 def test_the_measures_have_every_model_set_and_strip(study):
-    measures = json.loads((study.out / "measures.json").read_text())
-    assert set(measures["models"]) == {"floor", "student", "base", "average", "ties"}
-    figures = {"FD (emoji)", "concept", "set", "concept, held out", "set, held out"}
-    assert all(set(line) == figures for by_set in measures["models"].values() for line in by_set.values())
-    diagonal = [measures["matrix"][row][row] for row in range(2)]
-    assert diagonal == [measures["models"]["student"][name]["FD (emoji)"] for name in study.sets]
-    assert all(math.isfinite(value) for row in measures["matrix"] for value in row)
-    assert [strip["sets"] for strip in measures["strips"]] == [["round", "square"], ["square", "round"]]
-    assert emoji_judge.table(measures).count("\n| ") == 5
+    references, (student,) = emoji_judge.read(study)
+    assert set(references["models"]) == {"floor", "base", "average", "ties"}
+    figures = {"FD (emoji)", *emoji_judge.ACCURACIES}
+    for by_set in (*references["models"].values(), student["lines"]):
+        assert list(by_set) == list(study.sets) and all(set(line) == figures for line in by_set.values())
+    diagonal = [student["matrix"][row][row] for row in range(2)]
+    assert diagonal == [student["lines"][name]["FD (emoji)"] for name in study.sets]
+    assert all(math.isfinite(value) for row in student["matrix"] for value in row)
+    assert [strip["sets"] for strip in student["strips"]] == [["round", "square"]]
+    assert all(0 <= strip["concept"] <= 1 and strip["largest jump"] > 0 for strip in student["strips"])
+    lines = emoji_judge.table(references, [student, student]).splitlines()
+    assert [line.split(" | ")[:2] for line in lines[2:]] == [
+        ["| floor", "1"], ["| base", "1"], ["| average", "1"], ["| ties", "1"], ["| joint", "2"]
+    ]  # fmt: skip
+
+
+def test_the_base_closes_nothing_and_the_floor_all_of_its_distance():
+    models = {name: {"a": {"FD (emoji)": value}} for name, value in {"base": 5.0, "floor": 1.0, "between": 2.0}.items()}
+    closed = {name: emoji_judge.closed_shares(by_set, models) for name, by_set in models.items()}
+    assert closed == {"base": [0.0], "floor": [1.0], "between": [0.75]}
 
 
 @slow
 def test_what_is_done_is_not_done_again(study, monkeypatch):
-    for name in ("make_vae", "make_base", "make_teacher", "merge", "merge_weights", "make_classifier", "measure"):
+    for name in ("make_vae", "make_base", "make_teacher", "train_student", "merge_weights", "make_classifier"):
         monkeypatch.setattr(emoji_stages, name, lambda *_: pytest.fail("done again"))
-    assert emoji_stages.run(study, 10.0)
+    monkeypatch.setattr(emoji_judge, "Judge", lambda *_: pytest.fail("measured again"))
+    assert emoji_stages.run(study, 10.0, **JOINT)
 
 
 @slow
@@ -158,17 +173,24 @@ def test_a_sheet_shows_what_people_drew_and_every_model_drew(study, monkeypatch)
         yield np.full((len(jobs), 64, 64, 3), 128, np.uint8), None
 
     monkeypatch.setattr(emoji_sheet, "draw", draw_grey)
-    with Image.open(emoji_sheet.write_sheet(study)) as sheet:
+    with Image.open(emoji_sheet.write_sheet(study, "joint", 0)) as sheet:
         assert sheet.width > (2 + 1 + 2 + 2) * 64
     assert drawn == [drawn[0]] * 5  # The base, two teachers, the student's two styles: the same prompts and noise.
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_merge_of_each_size_is_a_valid_config(size):
+@pytest.mark.parametrize("row", ROWS)
+def test_the_runs_of_each_row_have_valid_configs(size, row, monkeypatch):
+    monkeypatch.setattr(emoji_merges, "num_pictures", lambda _: 10_000)
     study = Study(pathlib.Path("emoji"), SIZES[size])
-    config = emoji_stages.merge_config(study)
-    checks.check(config)
-    assert config.batch_size == SIZES[size].plans["merge"].batch_size
+    configs = [emoji_merges.run_config(study, run, 1, pathlib.Path("before")) for run in ROWS[row]]
+    for config in configs:
+        checks.check(config)
+    learned = [name for config in configs for name, _ in config.teachers]
+    assert learned == list(study.sets)  # Each set once, in the order of the styles.
+    assert {config.seed for config in configs} == {1} and not configs[0].grow.student
+    if row == "joint":
+        assert configs[0].batch_size == SIZES[size].plans["merge"].batch_size
 
 
 def num_parameters(size: str) -> int:
@@ -202,9 +224,9 @@ def test_a_run_that_cannot_begin_writes_nothing(tmp_path, minutes, only, message
 
 def test_a_run_is_stopped_by_a_signal_when_the_stretch_ends():
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(StretchOver, match="not begun"), emoji_stages.stopped_in_time(time.monotonic()):
+    with pytest.raises(StretchOver, match="not begun"), emoji_merges.stopped_in_time(time.monotonic()):
         time.sleep(60)  # The signal comes before the run has its own handler.
-    with pytest.raises(StretchOver, match="step 3 of 9"), emoji_stages.stopped_in_time(time.monotonic() + 600):
+    with pytest.raises(StretchOver, match="step 3 of 9"), emoji_merges.stopped_in_time(time.monotonic() + 600):
         raise Preempted("stopped after step 3 of 9, which is saved.", 0)
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -212,7 +234,7 @@ def test_a_run_is_stopped_by_a_signal_when_the_stretch_ends():
 def test_a_finished_run_is_not_stopped_later(monkeypatch):
     signals = []
     monkeypatch.setattr(os, "kill", lambda *signal: signals.append(signal))
-    with emoji_stages.stopped_in_time(time.monotonic() + 0.2):
+    with emoji_merges.stopped_in_time(time.monotonic() + 0.2):
         pass
     time.sleep(0.5)
     assert signals == []
