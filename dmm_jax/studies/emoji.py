@@ -14,6 +14,7 @@ network: on a machine without one, copy emoji/pictures there and begin with `run
 """
 
 import argparse
+import os
 import pathlib
 import sys
 
@@ -43,6 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="students; `sheet` shows the first (default all)",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="of each student (default 0 1 2)")
+    parser.add_argument("--jobs", type=int, default=1, help="students at the same time (default 1)")
     args = parser.parse_args(arguments)
     study, students = Study(args.folder, SIZES[args.size]), {"rows": args.rows, "seeds": args.seeds}
     try:
@@ -52,8 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
             lacking = args.lacking and emoji_pictures.lacking(args.folder, args.lacking)
             print("\n".join(lacking) if args.lacking else emoji_pictures.counts(args.folder))
         elif args.command == "run":
+            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # The jobs share a GPU's memory.
             compilation.use_cache()
-            done = emoji_stages.run(study, args.minutes, args.only, **students)
+            done = emoji_stages.run(study, args.minutes, args.only, args.jobs, **students)
             print(emoji_stages.status(study, **students))
             print("\nAll is done." if done else "\nNot done: give it again.")
         elif args.command == "sheet":

@@ -53,11 +53,11 @@ def run_config(study: Study, run: Run, seed: int, before: pathlib.Path | None = 
     names = list(study.sets)[run.first : run.last]
     config.teachers = tuple((name, str(study.teacher(name))) for name in names)
     config.seed = seed
-    config.data.source, config.data.cache = str(study.folder / PICTURES), str(study.out / "cache")
+    config.data.source, config.data.cache = str(study.folder / PICTURES), str(study.cache(run.is_made))
     if run.is_made:
         config.data.kind, config.data.source = PROMPTS, str(study.out / "captions.txt")
         config.data.num_examples = num_pictures(study)
-        config.data.cache, config.sampling.batch_size = str(study.out / "cache_made"), min(512, num_pictures(study))
+        config.sampling.batch_size = min(512, num_pictures(study))
     else:
         config.data.where = f"split == '{TRAIN}'"
     config.num_steps, config.learning_rate = plan.num_steps, study.size.rates["merge"]
@@ -78,6 +78,14 @@ def num_pictures(study: Study) -> int:
     return sum(row["split"] == TRAIN for row in study.rows)
 
 
+def make_latents(study: Study, is_made: bool, stretch: Stretch) -> None:
+    """Writes the latents that students are trained on; an interrupted call goes on with the files that are missing."""
+    if is_made:
+        captions = sorted({line["caption"] for line in study.rows if line["split"] == TRAIN})
+        write_text(study.out / "captions.txt", "\n".join(captions) + "\n")
+    prepare_cache(run_config(study, Run(is_made=is_made), seed=0))
+
+
 def train_student(study: Study, row: str, seed: int, stretch: Stretch) -> None:
     """Trains a row's student, and writes it as a DMM folder with VAE and text encoder.
 
@@ -88,18 +96,14 @@ def train_student(study: Study, row: str, seed: int, stretch: Stretch) -> None:
     for number, run in enumerate(ROWS[row]):
         before, workdir = workdir, study.out / "runs" / f"{slug(row, seed)}_{number}"
         config = run_config(study, run, seed, before)
-        if run.is_made:
-            captions = sorted({line["caption"] for line in study.rows if line["split"] == TRAIN})
-            write_text(study.out / "captions.txt", "\n".join(captions) + "\n")
-        prepare_cache(config)
         if stretch.ends - time.monotonic() < MIN_RUN_S:
-            raise StretchOver(f"{row}: the latents are ready.")
+            raise StretchOver(f"{row}: not begun.")
         with stopped_in_time(stretch.ends):
             last = train.run(config, workdir)
         if last:
             loss = float(np.mean(list(last["score"].values())))
             stretch.report({"step": config.num_steps, "num_steps": config.num_steps, "loss": loss})
-    staged = study.out / "exported"
+    staged = study.out / "exported" / slug(row, seed)
     shutil.rmtree(staged, ignore_errors=True)
     (exported,) = export(workdir, staged, ["dmm"])
     study.student(row, seed).parent.mkdir(parents=True, exist_ok=True)

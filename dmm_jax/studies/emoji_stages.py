@@ -7,9 +7,11 @@ missing, and ends in time; what a stage has done so far is saved in FOLDER/SIZE/
 import dataclasses
 import functools
 import json
+import multiprocessing
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +22,11 @@ from dmm_jax.checkpoints.modelspec import Recipe
 from dmm_jax.checkpoints.write import write_folder, write_single_file
 from dmm_jax.models.clip_text import CLIPTextModel
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
-from dmm_jax.runtime import locks
+from dmm_jax.runtime import compilation, locks
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.processes import say
 from dmm_jax.studies import emoji_classifier, emoji_judge
-from dmm_jax.studies.emoji_merges import ROWS, SEEDS, train_student
+from dmm_jax.studies.emoji_merges import ROWS, SEEDS, make_latents, train_student
 from dmm_jax.studies.emoji_pictures import HELD_OUT, PICTURES, TRAIN
 from dmm_jax.studies.emoji_study import MERGES, Study, missing_stage
 from dmm_jax.world import training
@@ -50,11 +52,18 @@ class Stage:
         return self.output.exists() or bool(self.contained_in and self.contained_in.exists())
 
 
-def stages(study: Study, rows: Sequence[str] = ROWS, seeds: Sequence[int] = SEEDS) -> list[Stage]:
+def stages(study: Study, rows: Sequence[str] = tuple(ROWS), seeds: Sequence[int] = SEEDS) -> list[Stage]:
     """Returns the stages in their order; students of these rows and seeds, the first seed of all rows first."""
+    students = [stage for seed in seeds for row in rows for stage in student_stages(study, row, seed)]
+    return common_stages(study, rows) + students
+
+
+def common_stages(study: Study, rows: Sequence[str]) -> list[Stage]:
+    """Returns the stages that come before all students."""
     out, raw = study.out, study.out / "raw"
     bind = functools.partial
     merges = [Stage(name, out / f"{name}.safetensors", bind(merge_weights, study, name)) for name in MERGES]
+    kinds = sorted({run.is_made for row in rows for run in ROWS[row]})
     return [
         Stage("vae", raw / "vae.safetensors", bind(make_vae, study), contained_in=study.base),
         Stage("base", study.base, bind(make_base, study)),
@@ -62,25 +71,33 @@ def stages(study: Study, rows: Sequence[str] = ROWS, seeds: Sequence[int] = SEED
         *merges,
         Stage("classifier", out / "classifier.safetensors", bind(make_classifier, study)),
         Stage("measure references", study.references, bind(measure_references, study)),
-        *(stage for seed in seeds for row in rows for stage in student_stages(study, row, seed)),
+        *(Stage(f"latents{' made' * made}", study.cache(made), bind(make_latents, study, made)) for made in kinds),
     ]
 
 
-def student_stages(study: Study, row: str, seed: int) -> tuple[Stage, Stage]:
+def student_stages(study: Study, row: str, seed: int) -> list[Stage]:
     """Returns the stages of one student: to train it, and to measure it."""
     train, measure = (functools.partial(make, study, row, seed) for make in (train_student, measure_student))
-    return (
+    return [
         Stage(f"merge {row}, seed {seed}", study.student(row, seed), train),
         Stage(f"measure {row}, seed {seed}", study.measures(row, seed), measure),
-    )
+    ]
 
 
-def run(study: Study, minutes: float, only: Sequence[str] = (), **students) -> bool:
+def run(
+    study: Study,
+    minutes: float,
+    only: Sequence[str] = (),
+    jobs: int = 1,
+    rows: Sequence[str] = tuple(ROWS),
+    seeds: Sequence[int] = SEEDS,
+) -> bool:
     """Runs stages that are not done, one after another, for so many minutes; returns whether all are done.
 
     Args:
       only: names of stages; () for all.
-      students: rows and seeds, as `stages` takes them.
+      jobs: students that are trained and measured at the same time, each in a process of its own.
+      rows, seeds: of the students.
 
     Raises:
       UserError: the minutes are negative or no number, a stage is unknown, or there are no pictures. Nothing is
@@ -88,8 +105,7 @@ def run(study: Study, minutes: float, only: Sequence[str] = (), **students) -> b
     """
     if not minutes >= 0:
         raise UserError(f"--minutes must be a number of at least 0; got {minutes:g}.")
-    everything = stages(study, **students)
-    names = [stage.name for stage in everything]
+    names = [stage.name for stage in stages(study, rows, seeds)]
     if unknown := sorted(set(only) - set(names)):
         raise UserError(f"there is no stage {', '.join(unknown)}. The stages are {', '.join(names)}.")
     if not study.rows:
@@ -97,23 +113,42 @@ def run(study: Study, minutes: float, only: Sequence[str] = (), **students) -> b
             f"{study.folder / PICTURES} lists no pictures: python -m dmm_jax.studies.emoji fetch {study.folder}"
         )
     ends = time.monotonic() + 60 * minutes
-    chosen = [stage for stage in everything if not only or stage.name in only]
+    students = [(row, seed) for seed in seeds for row in rows]
     with locks.lock(study.out):
-        for stage in chosen:
-            if stage.is_done:
-                continue
-            started, label = time.monotonic(), stage.name.replace(" ", "_")
-            report = functools.partial(write_line, study, stage=stage.name)
-            say(f"{study.size.name}: {stage.name}")
-            try:
-                if started > ends:
-                    raise StretchOver(f"{stage.name}: not begun.")
-                stage.make(Stretch(study.out / "fits" / label, ends, lambda line, report=report: report(**line)))
-            except StretchOver as over:
-                say(f"{over} The time is over; give the command again.")
-                return False
-            report(done=True, seconds=round(time.monotonic() - started, 1))
-    return all(stage.is_done for stage in chosen)
+        if not run_stages(study, common_stages(study, rows), ends, only):
+            return False
+        if jobs == 1:
+            return all([run_student(study, *student, ends, only) for student in students])
+        fresh = dataclasses.replace(study)  # Without what it has read, which would travel.
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, spawn, initializer=compilation.use_cache) as pool:
+            running = [pool.submit(run_student, fresh, *student, ends, only) for student in students]
+            return all([student.result() for student in running])
+
+
+def run_student(study: Study, row: str, seed: int, ends: float, only: Sequence[str]) -> bool:
+    """Trains and measures one student; returns whether that is done. `ends` is of the machine's monotonic clock."""
+    return run_stages(study, student_stages(study, row, seed), ends, only)
+
+
+def run_stages(study: Study, chosen: Sequence[Stage], ends: float, only: Sequence[str]) -> bool:
+    """Runs stages in their order until the time is over; returns whether they are done."""
+    chosen = [stage for stage in chosen if not only or stage.name in only]
+    for stage in chosen:
+        if stage.is_done:
+            continue
+        started, label = time.monotonic(), stage.name.replace(" ", "_")
+        report = functools.partial(write_line, study, stage=stage.name)
+        say(f"{study.size.name}: {stage.name}")
+        try:
+            if started > ends:
+                raise StretchOver(f"{stage.name}: not begun.")
+            stage.make(Stretch(study.out / "fits" / label, ends, lambda line, report=report: report(**line)))
+        except StretchOver as over:
+            say(f"{over} The time is over; give the command again.")
+            return False
+        report(done=True, seconds=round(time.monotonic() - started, 1))
+    return True
 
 
 def write_line(study: Study, **line) -> None:

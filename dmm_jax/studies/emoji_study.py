@@ -68,6 +68,10 @@ class Study:
         """The DMM folder of a row's student."""
         return self.out / "students" / slug(row, seed)
 
+    def cache(self, is_made: bool) -> pathlib.Path:
+        """The latents that students are trained on: of the pictures, or drawn by the teachers."""
+        return self.out / ("latents_made" if is_made else "latents")
+
     @property
     def licenses(self) -> str:
         """The licences of all sets in one line."""

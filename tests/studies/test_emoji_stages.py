@@ -88,7 +88,7 @@ def test_every_stage_leaves_its_output_and_its_lines(study):
     assert [line["stage"] for line in lines if line.get("done")] == names
     trained = {"base", "merge joint, seed 0", "classifier", *(f"teacher {name}" for name in study.sets)}
     assert {line["stage"] for line in lines if line.get("step") == line.get("num_steps", 0)} == trained
-    assert emoji_stages.status(study, **JOINT).count("| yes |") == len(names) == 10
+    assert emoji_stages.status(study, **JOINT).count("| yes |") == len(names) == 11
 
 
 @slow
