@@ -122,7 +122,7 @@ def body_of(fault: Fault, path: str) -> dict:
     if interface == A1111:
         details = [
             {
-                name: [visible(part)[:100] for part in value] if name == "loc" else visible(value)
+                name: [visible(part)[:100] for part in value] if name == "loc" else visible(value)[:MAX_MESSAGE_CHARS]
                 for name, value in detail.items()
             }
             for detail in fault.details

@@ -7,8 +7,11 @@ import os
 import socket
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.processes import say
@@ -18,6 +21,7 @@ from dmm_jax.serve.guards import is_loopback
 from dmm_jax.serve.service import Service
 
 MAX_CONNECTIONS, BACKLOG = 1024, 256
+HEADERS_S = 20  # For the headers of a request to arrive, and for a new connection to send any.
 CLOSE_S = 5  # For answers to reach their clients after the last image is finished.
 
 
@@ -49,6 +53,39 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
+class Protocol(H11Protocol):
+    """uvicorn's protocol, which also closes a connection whose headers do not arrive in time.
+
+    Otherwise clients that send half of their headers would occupy all MAX_CONNECTIONS. Between two requests uvicorn's
+    own timeout runs, which the first byte of the next request ends.
+    """
+
+    _headers_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:  # uvloop's transports are no subclass of asyncio's.
+        """Starts the time for the first request."""
+        super().connection_made(transport)
+        self._headers_timer = self.loop.call_later(HEADERS_S, self.timeout_keep_alive_handler)
+
+    def data_received(self, data: bytes) -> None:
+        """Stops the time once the headers are complete, and starts it with the first byte of a later request."""
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_timer()
+        elif self._headers_timer is None:
+            self._headers_timer = self.loop.call_later(HEADERS_S, self.timeout_keep_alive_handler)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stops the time."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def _stop_timer(self) -> None:
+        if self._headers_timer is not None:
+            self._headers_timer.cancel()
+            self._headers_timer = None
+
+
 class Server(uvicorn.Server):
     """uvicorn's server without its signal handlers, which would end the process by the signal itself."""
 
@@ -62,6 +99,8 @@ def server_for(service: Service) -> Server:
     """Returns a server of a service's application; it keeps connections alive as long as most proxies do."""
     config = uvicorn.Config(
         build_app(service),
+        http=Protocol,
+        log_config=None,  # Its own would close the handlers of other libraries.
         log_level="critical",
         access_log=False,
         lifespan="off",

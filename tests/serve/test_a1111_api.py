@@ -84,6 +84,8 @@ def test_features_that_are_missing_are_refused_by_name(web, field):
         ({"sampler_name": "DDIM", "eta": 0.5}, "eta: DDIM has 0 here"),
         ({"clip_skip": 2}, "clip_skip is 1 here"),
         ({"batch_size": 9, "n_iter": 2}, "one request may ask for 16 images; got 18"),
+        ({"batch_size": 65}, "Input should be less than or equal to 64"),
+        ({"n_iter": 65}, "Input should be less than or equal to 64"),
     ],
 )
 def test_errors_say_what_to_send(web, fields, expected):

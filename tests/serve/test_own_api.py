@@ -60,6 +60,7 @@ def test_in_a_stream_an_image_fails_alone(web):
         ({"styles": []}, "styles"),
         ({"styles": ["anime"] * 65}, "styles: List should have at most 64 items"),
         ({"seeds": [1] * 65}, "seeds: List should have at most 64 items"),
+        ({"num_images": 65}, "num_images: Input should be less than or equal to 64"),
         ({"styles": [[]]}, "a schedule is not empty"),
         ({"style": "anime"}, "did you mean 'styles'"),
         ({"cfg_scale": 3}, "did you mean 'guidance_scale'"),

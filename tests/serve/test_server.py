@@ -1,5 +1,6 @@
 """The process: its address, signals that drain it, and an engine that cannot start."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -97,6 +98,45 @@ def test_more_connections_than_the_limit_are_503(monkeypatch):
         for connection in open_ones:
             connection.close()
         until(lambda: web.get("/healthz").status_code == 200)
+
+
+def test_half_of_the_headers_hold_no_connection(monkeypatch):
+    monkeypatch.setattr(server, "HEADERS_S", 0.2)
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 4)
+    half = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nX-"
+    with running() as web, contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", web.service.settings.port)
+        silent, slow, later = (stack.enter_context(socket.create_connection(address, 10)) for _ in range(3))
+        slow.sendall(half)
+        later.sendall(half + b"A: 1\r\n\r\n")  # A whole request.
+        assert b" 200 " in later.recv(1000)
+        assert silent.recv(10) == b"" and slow.recv(10) == b""  # Closed.
+        later.sendall(half)  # The second request of a connection that waited, whole, for longer than HEADERS_S.
+        assert later.recv(10) == b""
+        until(lambda: web.get("/healthz").status_code == 200)
+
+
+def test_a_byte_now_and_then_is_no_progress(monkeypatch):
+    monkeypatch.setattr(server, "HEADERS_S", 0.2)
+    with running() as web, socket.create_connection(("127.0.0.1", web.service.settings.port), 10) as slow:
+        slow.settimeout(0.02)
+
+        def is_closed():
+            try:
+                slow.sendall(b"G")
+                return slow.recv(10) == b""
+            except TimeoutError:
+                return False
+            except OSError:  # The end was sent before this byte arrived.
+                return True
+
+        until(is_closed)
+
+
+def test_a_request_that_takes_long_keeps_its_connection(monkeypatch):
+    monkeypatch.setattr(server, "HEADERS_S", 0.1)
+    with running(FakeEngine(period_s=0.01)) as web:
+        assert web.post("/api/draw", {"prompt": "a", "styles": ["ink"], "steps": 30}).status_code == 200
 
 
 def test_an_engine_that_cannot_start_ends_the_server_with_its_error():
