@@ -11,7 +11,8 @@ import types
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Nearly all of a test's time is compiling; programs that run once need no optimising.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"  # Splitting takes a tenth.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # Later versions do not know this flag and exit.
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # Compiles in half the time.
 # Workers, and the programs that tests start, share one cache of compiled programs: most compile the same step.

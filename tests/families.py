@@ -37,7 +37,7 @@ UNETS = {
     "sdxl": UNET
     | {
         "cross_attention_dim": 192, "down_block_types": (DOWN, CA), "up_block_types": (UP_CA, UP),
-        "transformer_layers_per_block": (1, 2), "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "transformer_layers_per_block": (1, 1), "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 32 + 6 * 256,
     },
 }  # fmt: skip
@@ -113,7 +113,7 @@ def tiny_config(paths, cache: pathlib.Path):
     config.data.kind, config.data.cache = "shapes_world", str(cache)
     config.data.num_examples, config.data.resolution = 12, 64
     config.batch_size, config.num_steps, config.warmup_steps, config.learning_rate = 4, 3, 1, 1e-2
-    config.style_init, config.loop_blocks = "paper", 2
+    config.style_init, config.loop_blocks = "paper", 1
     config.log_every, config.validation_every, config.validation_size, config.checkpoint_every = 1, 3, 2, 3
     return config
 
