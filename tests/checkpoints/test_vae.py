@@ -1,5 +1,6 @@
 """`--vae` replaces the VAE alone, whatever form the other one comes in, and refuses one of other latents."""
 
+import dataclasses
 import json
 import shutil
 import warnings
@@ -144,3 +145,30 @@ def test_a_vae_of_other_latents_is_refused(folder, other, tmp_path):
     rewrite(other["a bare file"], lambda tensors: tensors.pop("decoder.conv_in.bias"))
     with pytest.raises(CheckpointError, match="1 missing: decoder.conv_in.bias"):
         vae.with_vae(base, other["a bare file"])
+
+
+def test_only_kernels_and_matrices_of_encoders_are_compared():
+    kernel = np.eye(3, dtype=np.float32)
+    first = {"encoder.a.weight": kernel, "encoder.norm.weight": np.ones(3, np.float32), "decoder.a.weight": kernel}
+    second = first | {"encoder.a.weight": kernel[::-1] - kernel}
+    assert vae.encoder_similarity(first, first) == pytest.approx(1.0)
+    assert vae.encoder_similarity(first, second) == pytest.approx(-1 / 3**0.5)
+    assert vae.encoder_similarity({"encoder.a.weight": np.ones((2, 2), np.float32)}, first) == 0.0
+
+
+def test_a_vae_of_another_network_or_number_of_channels_is_refused(folder, other, tmp_path):
+    base, changed = open_checkpoint(folder), shutil.copytree(other["a folder of a VAE"], tmp_path / "vae")
+    rewrite_json(changed / "config.json", latent_channels=16)
+    with pytest.raises(CheckpointError, match="has latent_channels 16.*another family"):
+        vae.with_vae(base, changed)
+    rewrite_json(changed / "config.json", latent_channels=4, block_out_channels=[32, 64, 64])
+    with pytest.raises(CheckpointError, match="has other latent cells"):
+        vae.with_vae(base, changed)
+    (changed / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    with pytest.raises(CheckpointError, match="is not the folder of a VAE"):
+        vae.with_vae(base, changed)
+
+
+def test_a_replaced_vae_is_not_said_to_be_the_bases(folder, other):
+    base = dataclasses.replace(open_checkpoint(folder), from_base=("vae", "text_encoder"))
+    assert vae.with_vae(base, other["a folder of a VAE"]).from_base == ("text_encoder",)

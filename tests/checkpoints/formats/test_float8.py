@@ -52,12 +52,32 @@ def test_a_scale_multiplies_its_weight(tmp_path, end, shape):
     assert file.dtype("x.weight") == np.float32
 
 
+@pytest.mark.parametrize("end", float8.SCALES)
+@pytest.mark.parametrize("shape", [(), (6,), (6, 1, 1, 1)])
+def test_a_scale_per_output_multiplies_a_kernel(tmp_path, end, shape):
+    codes = np.random.default_rng(0).normal(0, 1, (6, 6, 3, 3)).astype(ml_dtypes.float8_e5m2)
+    scale = np.arange(1, 1 + np.prod(shape, dtype=int), dtype=ml_dtypes.bfloat16).reshape(shape)
+    unused = {f"x{name}": np.ones((), np.float32) for name in (".input_scale", ".comfy_quant")}
+    save(tmp_path / "x.safetensors", {"x.weight": codes, f"x{end}": scale} | unused)
+    file = TensorFile(tmp_path / "x.safetensors")
+    assert list(file) == ["x.weight"]
+    expected = codes.astype(np.float32) * scale.astype(np.float32).reshape(-1, 1, 1, 1)
+    np.testing.assert_array_equal(file["x.weight"], expected)
+
+
+def test_values_beyond_the_largest_are_the_largest():
+    values = float8.encoded(np.array([-1e4, 1e4], np.float32), np.ones((), np.float32))
+    assert values.astype(np.float32).tolist() == [-float8.MAX_E4M3, float8.MAX_E4M3]
+
+
 @pytest.mark.parametrize(
     "tensors, message",
     [
         ({"x.weight": np.ones((2, 3), np.int8), "x.weight_scale": np.ones((), np.float32)}, "is quantised"),
         ({"x.scale_weight": np.ones((), np.float32)}, "is quantised"),
         ({"x.weight": "codes", "x.scale_weight": np.ones((2, 3), np.float32)}, "not the only scale"),
+        ({"x.weight": "codes", "x.scale_weight": np.ones(3, np.float32)}, "not the only scale"),  # One per input.
+        ({"x.weight": "codes", "x.weight_scale": np.ones((), ml_dtypes.float8_e4m3fn)}, "not the only scale"),
         ({"x.weight": "codes", "x.scale_weight": np.ones((), np.int32)}, "not the only scale"),
         (
             {"x.weight": "codes", "x.scale_weight": np.ones((), np.float32), "x.weight_scale": np.ones((), np.float32)},
