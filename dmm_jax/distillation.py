@@ -32,14 +32,15 @@ from dmm_jax.data.cache import LatentCache
 from dmm_jax.data.prepare import sizes_of
 from dmm_jax.diffusion import solvers
 from dmm_jax.diffusion.schedule import NoiseSchedule
-from dmm_jax.distill import discriminator, incremental, validation
+from dmm_jax.distill import discriminator, incremental, streaming, validation
 from dmm_jax.distill.definition import Definition
-from dmm_jax.distill.layout import Packing, as_read, compile_step, looped, state_specs, unlooped
+from dmm_jax.distill.layout import Packing, as_read, compile_step, compiler_options, looped, state_specs, unlooped
 from dmm_jax.distill.objective import Inputs
 from dmm_jax.distill.state import TrainState, all_finite, init_state
 from dmm_jax.distill.step import build_validation
+from dmm_jax.distill.streaming import StreamedStep
 from dmm_jax.distill.student import put_student, put_trained, style_params
-from dmm_jax.distill.teachers import BatchRow, missing_text_encoders, put_params, put_teachers
+from dmm_jax.distill.teachers import BatchRow, missing_text_encoders, put_params, put_teachers, put_text_encoders
 from dmm_jax.models.block_loops import stack_blocks, unstack_blocks
 from dmm_jax.models.lora import folded, joined
 from dmm_jax.models.network import cast_params
@@ -99,9 +100,10 @@ class Distillation(Definition):
         tokenizer = base.tokenizers() if base.tokenizer_folders else None
         super().__init__(config, base, mesh, tokenizer=tokenizer)
         self.cache = self._open_cache(tokenizer) if config.data.cache else None
-        self.teachers, self.frozen = put_teachers(
-            base, self.rows, self.teacher_config, mesh, self.dtype, self.prediction_type
-        )
+        load_teachers = streaming.load_teachers if config.teachers_in_host_memory else put_teachers
+        student_type = self.prediction_type if conversions else ""
+        self.teachers = load_teachers(base, self.rows, self.teacher_config, mesh, self.dtype, student_type)
+        self.frozen = put_text_encoders(base, mesh, self.dtype)
         if self.config.adversarial.weight:
             self._judge, fixed = discriminator.split(
                 discriminator.initial_params(*self._discriminator_arguments, base.params("unet"), config.seed),
@@ -114,7 +116,8 @@ class Distillation(Definition):
             params = stack_blocks(params, config.loop_blocks, student_lora.stack)
             self.frozen = self.frozen._replace(student=as_read(put_params(params, mesh, self.dtype)))
         self._packing = Packing(self.abstract_state(), mesh)
-        self._programs: dict[tuple[int, ...], jax.stages.Compiled] = {}  # By the shape of a batch's latents.
+        # By the shape of a batch's latents.
+        self._programs: dict[tuple[int, ...], jax.stages.Compiled | StreamedStep] = {}
 
     def _open_cache(self, tokenizer: Tokenizers) -> LatentCache:
         """Opens the latent cache and checks that this base made it, and that it is large enough."""
@@ -222,15 +225,24 @@ class Distillation(Definition):
         """Height and width in pixels of the buckets that have images to train on."""
         return [self.cache.header.sizes[bucket] for bucket in np.unique(self._sources()[0].bucket_of)]
 
-    def compile(self, state: RunState, batch: Batch) -> jax.stages.Compiled:
+    def compile(self, state: RunState, batch: Batch) -> jax.stages.Compiled | StreamedStep:
         """Compiles the step for arrays or shapes like these and returns the program.
 
-        `step` does it for the first batch of each shape. The first program chooses the layout of the teachers.
+        `step` does it for the first batch of each shape. The first program chooses the layout of resident teachers.
         """
+        if self.config.teachers_in_host_memory:
+            arguments = state.arrays, self.teachers.on_device(0), self.frozen, batch
+            step = self.streamed_step(self._packing).lower(*arguments, len(self.rows))
+            program = step.compile(compiler_options())
+        else:
+            program = self._compile_resident(state, batch)
+        self._programs[batch.latents.shape] = program
+        return program
+
+    def _compile_resident(self, state, batch) -> jax.stages.Compiled:
         formats = jax.tree.map(lambda leaf: leaf.format, self.teachers) if self._programs else None
         step = self.jitted_step(self.abstract_state(), self.teachers, self._packing, formats)
         program, self.teachers = compile_step(step, state.arrays, self.teachers, self.frozen, batch)
-        self._programs[batch.latents.shape] = program
         return program
 
     def step(self, state: RunState, batch: Batch) -> tuple[RunState, dict[str, jax.Array]]:
@@ -253,9 +265,21 @@ class Distillation(Definition):
         """
         unpacked = self._packing.unpack(state.arrays)
         params = unpacked.ema if average else unpacked.student.params
-        errors = [np.asarray(self._validation(params, self.teachers, self.frozen, part)) for part in self._inputs]
+        if self.config.teachers_in_host_memory:
+            errors = np.concatenate([self._row_errors(params, number) for number in range(len(self.rows))])
+        else:
+            errors = self._errors(params, self.teachers, self._inputs)
         names, timesteps = [row.name for row in self.rows], self._timesteps
-        return validation.by_bin(np.concatenate(errors, 1), names, timesteps, len(self.objective.alphas_cumprod))
+        return validation.by_bin(errors, names, timesteps, len(self.objective.alphas_cumprod))
+
+    def _row_errors(self, params, number) -> np.ndarray:
+        """Returns the errors (1, V) of a row whose teacher is brought to the device."""
+        inputs = jax.tree.map(lambda leaf: leaf[number : number + 1], self._inputs)
+        return self._errors(params, self.teachers.on_device(number), inputs)
+
+    def _errors(self, params, teachers, inputs) -> np.ndarray:
+        errors = [np.asarray(self._validation(params, teachers, self.frozen, part)) for part in inputs]
+        return np.concatenate(errors, 1)
 
     @functools.cached_property
     def _validation(self) -> Callable:

@@ -92,8 +92,9 @@ def random_networks(definition: Definition) -> tuple[dict, Teachers, Frozen]:
     """Returns trained parameters by network, teachers and frozen networks: random numbers, placed for the step."""
     base, mesh, num_teachers = definition.base, definition.mesh, len(definition.config.teachers)
     trained = {"student": random_params(definition.abstract_state().student.params, mesh, fsdp=True)}
-    numbers = np.full(num_teachers, -1, np.int32), np.array([(k, 1) for k in range(num_teachers)], np.int32)
-    encoder, styles = sharding.put(numbers, mesh, sharding.TEACHERS)
+    rows = np.arange(num_teachers, dtype=np.int32)
+    numbers = np.full_like(rows, -1), np.stack([rows, np.ones_like(rows)], 1), rows  # Encoders, styles, batch rows.
+    numbers = sharding.put(numbers, mesh, sharding.TEACHERS)
     unet = random_params(base.abstract("unet"), mesh, definition.dtype, copies=num_teachers)
     frozen = Frozen({name: random_params(base.abstract(name), mesh, definition.dtype) for name in base.text_encoders})
     if definition.config.adversarial.weight:
@@ -103,7 +104,7 @@ def random_networks(definition: Definition) -> tuple[dict, Teachers, Frozen]:
     if definition.ranks:
         _, shapes = definition.abstract_frozen(0)
         frozen = frozen._replace(student=as_read(random_params(shapes.student, mesh, definition.dtype)))
-    return trained, Teachers(unet, None, encoder, styles), frozen
+    return trained, Teachers(unet, None, *numbers), frozen
 
 
 def random_batch(config, base: Checkpoint) -> Batch:

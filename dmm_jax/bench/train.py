@@ -17,12 +17,15 @@ from dmm_jax.distill.state import init_state
 from dmm_jax.planning import collectives, memory
 from dmm_jax.planning.devices import GIB
 from dmm_jax.runtime import sharding
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.metrics import peak_memory
 
 
 def measure(config, size: str, num_steps: int, profile: str = "", num_devices: int = 0) -> list[dict]:
     """Times the training step and the transfer of its batch; arguments as in `jobs.bench`."""
     checks.check(config)
+    if config.teachers_in_host_memory:
+        raise UserError("bench train times teachers on the device: set teachers_in_host_memory=False.")
     base, mesh = bench_networks.abstract_checkpoint(size), bench_networks.make_mesh(config, num_devices)
     on_host = bench_networks.random_batch(config, base)
     definition = Definition(config, base, mesh)

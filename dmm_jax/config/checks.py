@@ -132,7 +132,14 @@ def _problems(config):
         yield "mix_every and adversarial.weight: the discriminator knows no mixes. Set one of them to 0."
     if config.mix_every and config.mesh.teacher != 1:
         yield "mix_every asks two teachers of one image, which must lie on one device: set mesh.teacher=1."
+    if config.mix_every and config.teachers_in_host_memory:
+        yield "mix_every asks two teachers of one image: set teachers_in_host_memory=False, or mix_every=0."
     shards = config.mesh.teacher
+    if config.teachers_in_host_memory and shards != 1:
+        yield (
+            f"teachers_in_host_memory brings one teacher at a time to every device, and mesh.teacher={shards} divides "
+            "the teachers among devices: set mesh.teacher=1, or teachers_in_host_memory=False."
+        )
     if not _broken_rule("mesh.teacher", shards) and rows % shards:
         yield f"mesh.teacher must divide the {describe_rows(config)}; got {shards}. Use a divisor of {rows}, or 1."
 

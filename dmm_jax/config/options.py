@@ -102,6 +102,9 @@ def get_config() -> ml_collections.ConfigDict:
     # Blocks that the backward pass computes again, for less memory: "none", "finest" (first level), "all" (a third
     # more work), or names: "down_blocks.0,mid_block,up_blocks.3".
     config.remat = "none"
+    # Keeps the teachers in the host's memory: the device holds one at a time, and the next one travels to it while the
+    # student learns from the last. For cards with little memory; slower where the bus is.
+    config.teachers_in_host_memory = False
     # Groups of at least so many equal transformer blocks in the student are compiled once, and run as a loop; 0: none.
     # Stable Diffusion XL has groups of 10 and 2, Stable Diffusion 1.5 none. No device has timed the loop yet.
     config.loop_blocks = 0

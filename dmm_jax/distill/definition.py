@@ -17,12 +17,12 @@ from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.config.options import keeps_average, kept_styles, num_rows, style_names
 from dmm_jax.data.batches import Batch
 from dmm_jax.diffusion.schedule import NoiseSchedule
-from dmm_jax.distill import average, clipping, discriminator
+from dmm_jax.distill import average, clipping, discriminator, streaming
 from dmm_jax.distill.layout import Packing, looped_shapes, state_specs, teacher_formats
 from dmm_jax.distill.objective import Networks, Objective
 from dmm_jax.distill.optimizer import make_optimizers
 from dmm_jax.distill.state import TrainState, abstract_state
-from dmm_jax.distill.step import build_gradients, build_step
+from dmm_jax.distill.step import build_gradients, build_predictions, build_step, build_update
 from dmm_jax.distill.teachers import Frozen, Teachers, abstract_teachers, described
 from dmm_jax.kernels.attention import choose_implementation
 from dmm_jax.models import layers
@@ -150,12 +150,12 @@ class Definition:
         return sharding.abstract_arrays(state, state_specs(state, self.mesh), self.mesh)
 
     def abstract_frozen(self, num_encoders: int) -> tuple[Teachers, Frozen]:
-        """Returns the shapes and shardings of the frozen networks.
+        """Returns the shapes and shardings of the frozen networks on the devices at once.
 
         Args:
           num_encoders: rows of the teachers' own text encoders, over all shards of `teacher`.
         """
-        rows = num_rows(self.config)
+        rows = 1 if self.config.teachers_in_host_memory else num_rows(self.config)
         arguments = self.base, self.teacher_config, rows, num_encoders, self.mesh, self.dtype
         teachers, frozen = abstract_teachers(*arguments)
         if self.config.adversarial.weight:
@@ -184,20 +184,25 @@ class Definition:
         return sharding.abstract_arrays(shapes, jax.tree.map(lambda _: sharding.BATCH, shapes), self.mesh)
 
     def gradients(self, trained: Mapping) -> Callable:
-        """Returns `f(trained, teachers, frozen, batch, step) -> (grads, errors)`; see `distill.step.build_gradients`.
+        """Returns the function of `distill.step.build_gradients`.
 
         Args:
           trained: arrays or shapes, by network.
         """
-        return build_gradients(
-            self.networks,
-            self.objective,
-            self.mesh,
-            state_specs(trained, self.mesh),
-            dtype=self.dtype,
-            gradient_accumulation=self.config.gradient_accumulation,
-            seed=self.config.seed,
-        )
+        specs = state_specs(trained, self.mesh)
+        return build_gradients(self.networks, self.objective, self.mesh, specs, dtype=self.dtype, **self._draws)
+
+    def predictions(self) -> Callable:
+        """Returns the function of `distill.step.build_predictions`."""
+        return build_predictions(self.networks, self.objective, self.mesh, **self._draws)
+
+    @property
+    def _draws(self) -> dict[str, int]:
+        return {"gradient_accumulation": self.config.gradient_accumulation, "seed": self.config.seed}
+
+    def _update(self, trained: Mapping) -> Callable:
+        norms = clipping.build_norm(self.mesh, state_specs(trained, self.mesh))
+        return build_update(norms, self.optimizers, average.decay_schedule(self.config))
 
     def jitted_step(self, state: TrainState, teachers: Teachers, packing: Packing, formats=None):
         """Returns the jitted `step(packed state, teachers, frozen, batch) -> (packed state, metrics)`.
@@ -206,11 +211,16 @@ class Definition:
           state, teachers: arrays or shapes.
           formats: the layout of the teachers; None leaves it open for `distill.layout.compile_step`.
         """
-        norms = clipping.build_norm(self.mesh, state_specs(state.trained, self.mesh))
-        step = build_step(self.gradients(state.trained), norms, self.optimizers, average.decay_schedule(self.config))
+        step = build_step(self.gradients(state.trained), self._update(state.trained))
         return jax.jit(
             packing.around(step),
             donate_argnums=0,
             in_shardings=(packing.places, formats or teacher_formats(teachers), None, None),
             out_shardings=(packing.places, NamedSharding(self.mesh, sharding.COPY)),
         )
+
+    def streamed_step(self, packing: Packing) -> streaming.StreamedStep:
+        """Returns the jitted programs of a step whose teachers are in the host's memory."""
+        trained = self.abstract_state().trained
+        functions = self.predictions(), self.gradients(trained), self._update(trained)
+        return streaming.jitted_step(*functions, packing, trained, self.mesh, num_rows(self.config))

@@ -122,11 +122,15 @@ class Packing:
         """Returns the tree in the usual layout; it shares the large arrays, except kernels, with `packed`."""
         return self._merge(self._cut(packed["small"]), self._with_kernels(self._restore, packed["large"]))
 
+    def read(self, packed: dict):
+        """Returns the tree inside a compiled program that takes it packed."""
+        return self._merge(self._pieces(packed["small"]), packed["large"])
+
     def around(self, step: Callable) -> Callable:
         """Returns the step with its first argument and first result packed; to be compiled."""
 
         def packed_step(packed, *arguments):
-            tree, results = step(self._merge(self._pieces(packed["small"]), packed["large"]), *arguments)
+            tree, results = step(self.read(packed), *arguments)
             small, large = self._split(jax.tree.leaves(tree))
             return {"small": _join(small), "large": large}, results
 
@@ -172,9 +176,14 @@ def compile_step(step, state, teachers, frozen, batch) -> tuple[jax.stages.Compi
       The program, and the teachers to call it with; the arrays of `teachers` are donated.
     """
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), teachers)
-    compiled = step.lower(state, shapes, frozen, batch).compile(COMPILER_OPTIONS.get(jax.default_backend()))
+    compiled = step.lower(state, shapes, frozen, batch).compile(compiler_options())
     formats = compiled.input_formats[0][1]
     return compiled, jax.tree.map(lambda leaf, place: jax.device_put(leaf, place, donate=True), teachers, formats)
+
+
+def compiler_options() -> dict | None:
+    """Returns the options of this platform's compiler."""
+    return COMPILER_OPTIONS.get(jax.default_backend())
 
 
 def teacher_formats(teachers):

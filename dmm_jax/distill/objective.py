@@ -123,12 +123,19 @@ def _draw_timestep(objective: Objective, sample_key: jax.Array, step_key: jax.Ar
 
 
 def sample_errors(
-    networks: Networks, objective: Objective, trained: dict, teachers: Teachers, frozen: Frozen, inputs: Inputs
+    networks: Networks,
+    objective: Objective,
+    trained: dict,
+    teachers: Teachers,
+    frozen: Frozen,
+    inputs: Inputs,
+    predictions: UNetOutput | None = None,
 ) -> dict[str, jax.Array]:
     """Returns the errors of every sample, each (T, b), for the teachers on this device.
 
     Args:
       trained: {"student": its parameters, whole or those that are trained}, and those of a "discriminator".
+      predictions: as `ask_teachers` returns them; None: the teachers are asked here.
 
     Returns:
       {"score", "feature"}; with a discriminator also "adversarial" (the student's term) and "discriminator" (its own).
@@ -137,12 +144,11 @@ def sample_errors(
     inputs = inputs._replace(mix=None)
     samples = jax.tree.map(_merge_rows, inputs)
     alphas_cumprod = jnp.asarray(objective.alphas_cumprod, jnp.float32)
-    noisy = add_noise(samples.latents, samples.noise, samples.timesteps, alphas_cumprod)
-    text = encode_prompts(networks, objective, frozen.text_encoders, samples.input_ids)
+    noisy, text = _noisy_and_text(networks, objective, frozen, samples)
     rows = jax.tree.map(lambda leaf: leaf.reshape(teachers_and_samples + leaf.shape[1:]), (noisy, text))
     asked, *rows = mixed_styles.with_second_rows((inputs, *rows), mix)
     asked = asked._replace(style_ids=mixed_styles.own_styles(inputs.style_ids, mix))
-    target = predict_teachers(networks, objective, teachers, asked, *rows)
+    target = predict_teachers(networks, objective, teachers, asked, *rows) if predictions is None else predictions
     if teachers.is_converted is not None:
         sample = _as_the_student_predicts(objective, target.sample, rows[0], asked.timesteps, teachers.is_converted)
         target = target._replace(sample=sample)
@@ -150,9 +156,7 @@ def sample_errors(
 
     params = trained["student"] if frozen.student is None else joined(frozen.student, trained["student"])
     student = nnx.merge(networks.student, params)
-    style = student.style_embedding(
-        _merge_rows(mixed_styles.style_weights(inputs.style_ids, student.num_models, mix))
-    )
+    style = student.style_embedding(_merge_rows(mixed_styles.style_weights(inputs.style_ids, student.num_models, mix)))
     added_cond = text.added_cond(samples.time_ids)
     output = student(noisy, samples.timesteps, text.encoder_hidden_states, style_embedding=style, added_cond=added_cond)
     score_error = {"l2": losses.score_error, "pseudo_huber": losses.pseudo_huber_error}[objective.score_loss]
@@ -178,6 +182,22 @@ def _as_the_student_predicts(objective, sample: jax.Array, noisy: jax.Array, tim
     convert = jax.vmap(partial(converted, prediction_type=objective.prediction_type))
     other = convert(sample, noisy, alphas_cumprod[timesteps])
     return jnp.where(is_converted[:, None, None, None, None], other, sample)
+
+
+def ask_teachers(
+    networks: Networks, objective: Objective, teachers: Teachers, frozen: Frozen, inputs: Inputs
+) -> UNetOutput:
+    """Returns the teachers' predictions of their own rows, (T, b, ...), each in its own type."""
+    read = _noisy_and_text(networks, objective, frozen, jax.tree.map(_merge_rows, inputs))
+    rows = jax.tree.map(lambda leaf: leaf.reshape(inputs.timesteps.shape + leaf.shape[1:]), read)
+    return predict_teachers(networks, objective, teachers, inputs, *rows)
+
+
+def _noisy_and_text(networks, objective, frozen, samples) -> tuple[Array, TextConditioning]:
+    """Returns the noisy latents (B, h, w, C) and the base's conditioning of the prompts of samples (B, ...)."""
+    alphas_cumprod = jnp.asarray(objective.alphas_cumprod, jnp.float32)
+    noisy = add_noise(samples.latents, samples.noise, samples.timesteps, alphas_cumprod)
+    return noisy, encode_prompts(networks, objective, frozen.text_encoders, samples.input_ids)
 
 
 def predict_teachers(

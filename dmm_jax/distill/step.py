@@ -20,7 +20,15 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from dmm_jax.distill.mixed_styles import draw_mix
-from dmm_jax.distill.objective import SHIFT_ID, Inputs, Networks, Objective, draw_inputs, sample_errors
+from dmm_jax.distill.objective import (
+    SHIFT_ID,
+    Inputs,
+    Networks,
+    Objective,
+    ask_teachers,
+    draw_inputs,
+    sample_errors,
+)
 from dmm_jax.distill.state import Trained, TrainState
 from dmm_jax.runtime import sharding
 
@@ -53,12 +61,11 @@ def copied_axes(spec: P) -> tuple[str, ...]:
     return tuple(axis for axis in sharding.AXES if axis not in sharding.divided_dims(spec))
 
 
-def local_ids(mesh: Mesh | AbstractMesh, num_teachers: int, per_teacher: int) -> jax.Array:
-    """Returns the numbers (T, b) of the samples in this device's part of a batch; inside shard_map."""
+def local_ids(mesh: Mesh | AbstractMesh, batch_rows: jax.Array, per_teacher: int) -> jax.Array:
+    """Returns the numbers (T, b) of the samples in this device's part of a batch's rows (T,); inside shard_map."""
     columns = mesh.shape["data"] * mesh.shape["fsdp"]
     column = jax.lax.axis_index("data") * mesh.shape["fsdp"] + jax.lax.axis_index("fsdp")
-    row = jax.lax.axis_index("teacher") * num_teachers + jnp.arange(num_teachers)
-    return row[:, None] * (columns * per_teacher) + (column * per_teacher + jnp.arange(per_teacher))[None, :]
+    return batch_rows[:, None] * (columns * per_teacher) + (column * per_teacher + jnp.arange(per_teacher))[None, :]
 
 
 def build_gradients(
@@ -71,7 +78,10 @@ def build_gradients(
     gradient_accumulation: int,
     seed: int,
 ) -> Callable:
-    """Returns `f(trained, teachers, frozen, batch, step) -> (grads, errors)` under one shard_map.
+    """Returns `f(trained, teachers, frozen, batch, step, predictions=None) -> (grads, errors)` under one shard_map.
+
+    The teachers are asked within it, unless their predictions are given, as `build_predictions`'s function returns
+    them.
 
     grads are of the mean over the whole batch and placed like the parameters: the student's of its loss, the
     discriminator's of its own. errors are means per teacher, (N,), on every device.
@@ -81,12 +91,12 @@ def build_gradients(
     of this gather is the sum of the gradients over `fsdp`.
     """
 
-    def loss_fn(trained, sample_ids, batch, teachers, frozen, step_key):
+    def loss_fn(trained, sample_ids, batch, predictions, teachers, frozen, step_key):
         gathered = jax.tree.map_with_path(partial(gather, dtype=dtype, axes=("fsdp",)), trained, specs)
         inputs = jax.vmap(partial(draw_inputs, objective, step_key))(sample_ids, teachers.styles, batch)
         if objective.mix_every:
             inputs = inputs._replace(mix=draw_mix(step_key, SHIFT_ID, sample_ids, objective.mix_every))
-        errors = sample_errors(networks, objective, gathered, teachers, frozen, inputs)
+        errors = sample_errors(networks, objective, gathered, teachers, frozen, inputs, predictions)
         # `adversarial.errors` stops the gradient of the student's term in the discriminator, and of the
         # discriminator's error in the student, so one backward pass serves both.
         weights = objective.weights | {"discriminator": 1.0}
@@ -94,8 +104,8 @@ def build_gradients(
         share = mesh.size * gradient_accumulation  # The gradients of all devices and micro-batches are summed.
         return loss / share, jax.tree.map(lambda error: jnp.mean(error, 1), errors)
 
-    def on_one_device(trained, teachers, frozen, batch, step):
-        sample_ids = local_ids(mesh, *batch.input_ids.shape[:2])
+    def on_one_device(trained, teachers, frozen, batch, step, predictions):
+        sample_ids = local_ids(mesh, teachers.batch_row, batch.input_ids.shape[1])
         step_key = jax.random.fold_in(jax.random.key(seed), step)
         trained = jax.tree.map_with_path(partial(gather, dtype=dtype, axes=GATHERED_ONCE), trained, specs)
         trained = jax.tree.map(lambda leaf, spec: _varying(leaf, copied_axes(spec)), trained, specs)
@@ -103,19 +113,49 @@ def build_gradients(
             network = jax.tree.map(lambda leaf: _varying(leaf, sharding.AXES), getattr(frozen, name))
             frozen = frozen._replace(**{name: network})
 
-        def grads_of(sample_ids, batch):
+        def grads_of(sample_ids, batch, predictions):
             differentiate = jax.value_and_grad(loss_fn, has_aux=True)
-            (_, errors), grads = differentiate(trained, sample_ids, batch, teachers, frozen, step_key)
+            (_, errors), grads = differentiate(trained, sample_ids, batch, predictions, teachers, frozen, step_key)
             return jax.tree.map(lambda grad: grad.astype(jnp.float32), grads), errors
 
-        grads, errors = _sum_over_micro_batches(grads_of, gradient_accumulation, sample_ids, batch)
+        grads, errors = _sum_over_micro_batches(grads_of, gradient_accumulation, sample_ids, batch, predictions)
         grads = jax.tree.map(sum_gradient, grads, specs)
         parts = mesh.shape["data"] * mesh.shape["fsdp"] * gradient_accumulation
         return grads, jax.tree.map(lambda error: _gather_teachers(error, mesh) / parts, errors)
 
-    in_specs = (specs, sharding.TEACHERS, sharding.COPY, sharding.BATCH, sharding.COPY)
-    out_specs = (specs, sharding.COPY)
-    return jax.shard_map(on_one_device, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=networks.check_vma)
+    in_specs = (specs, sharding.TEACHERS, sharding.COPY, sharding.BATCH, sharding.COPY, sharding.BATCH)
+    options = {"in_specs": in_specs, "out_specs": (specs, sharding.COPY), "check_vma": networks.check_vma}
+    mapped = jax.shard_map(on_one_device, mesh=mesh, **options)
+    return lambda trained, teachers, frozen, batch, step, predictions=None: mapped(
+        trained, teachers, frozen, batch, step, predictions
+    )
+
+
+def build_predictions(
+    networks: Networks, objective: Objective, mesh: Mesh | AbstractMesh, *, gradient_accumulation: int, seed: int
+) -> Callable:
+    """Returns `f(teachers, frozen, batch, step) -> predictions` of rows of the batch (T, b, ...) under one shard_map.
+
+    Noise, timesteps and prompts are those of the step. Micro-batches are asked one after another.
+    """
+
+    def on_one_device(teachers, frozen, batch, step):
+        step_key = jax.random.fold_in(jax.random.key(seed), step)
+
+        def predict(sample_ids, batch):
+            inputs = jax.vmap(partial(draw_inputs, objective, step_key))(sample_ids, teachers.styles, batch)
+            return ask_teachers(networks, objective, teachers, frozen, inputs)
+
+        rows = local_ids(mesh, teachers.batch_row, batch.input_ids.shape[1]), batch
+        if gradient_accumulation == 1:
+            return predict(*rows)
+        parts = jax.lax.map(lambda part: predict(*part), _micro_batches(rows, gradient_accumulation))
+        return jax.tree.map(lambda leaf: jnp.concatenate(leaf, 1), parts)  # (A, T, b / A, ...) -> (T, b, ...)
+
+    in_specs = (sharding.TEACHERS, sharding.COPY, sharding.BATCH, sharding.COPY)
+    return jax.shard_map(
+        on_one_device, mesh=mesh, in_specs=in_specs, out_specs=sharding.BATCH, check_vma=networks.check_vma
+    )
 
 
 def _varying(leaf, axes):
@@ -134,23 +174,34 @@ def _sum_over_micro_batches(function, num_micro_batches, *batch):
     """Sums `function(*slices)` over slices of (T, b, ...) leaves along b; every slice holds every teacher."""
     if num_micro_batches == 1:
         return function(*batch)
-
-    def split(leaf):
-        num_teachers, per_teacher = leaf.shape[:2]
-        leaf = leaf.reshape((num_teachers, num_micro_batches, per_teacher // num_micro_batches) + leaf.shape[2:])
-        return jnp.moveaxis(leaf, 1, 0)  # (A, T, b / A, ...)
-
-    slices = jax.tree.map(split, batch)
+    slices = _micro_batches(batch, num_micro_batches)
     first = jax.tree.map(lambda leaf: leaf[0], slices)
     rest = jax.tree.map(lambda leaf: leaf[1:], slices)
     add = lambda total, part: (jax.tree.map(jnp.add, total, function(*part)), None)  # noqa: E731
     return jax.lax.scan(add, function(*first), rest)[0]
 
 
-def build_step(
-    gradients: Callable, norms_of: Callable, optimizers: Mapping, ema_decay: optax.Schedule | None
-) -> Callable:
-    """Returns `step(state, teachers, frozen, batch) -> (state, metrics)`: one update, ready to be compiled.
+def _micro_batches(batch, number: int):
+    """Divides leaves (T, b, ...) along b, into (A, T, b / A, ...)."""
+
+    def split(leaf):
+        num_teachers, per_teacher = leaf.shape[:2]
+        return jnp.moveaxis(leaf.reshape((num_teachers, number, per_teacher // number) + leaf.shape[2:]), 1, 0)
+
+    return jax.tree.map(split, batch)
+
+
+def build_step(gradients: Callable, update: Callable) -> Callable:
+    """Returns `step(state, teachers, frozen, batch) -> (state, metrics)`, ready to be compiled."""
+
+    def step(state: TrainState, teachers, frozen, batch):
+        return update(state, *gradients(state.trained, teachers, frozen, batch, state.step))
+
+    return step
+
+
+def build_update(norms_of: Callable, optimizers: Mapping, ema_decay: optax.Schedule | None) -> Callable:
+    """Returns `update(state, grads, errors) -> (state, metrics)`; arguments as `build_gradients`'s function returns.
 
     If the gradient or a loss is not finite, parameters, moments and average stay as they are; the step counts as
     skipped.
@@ -161,15 +212,14 @@ def build_step(
       ema_decay: see `average.decay_schedule`.
     """
 
-    def update(name, network, grads, norms):
+    def updated(name, network, grads, norms):
         optimizer = optax.with_extra_args_support(optimizers[name])
         updates, opt_state = optimizer.update(grads[name], network.opt_state, network.params, norm=norms[name])
         return Trained(optax.apply_updates(network.params, updates), opt_state)
 
-    def step(state: TrainState, teachers, frozen, batch):
-        grads, errors = gradients(state.trained, teachers, frozen, batch, state.step)
+    def update(state: TrainState, grads, errors):
         norms = norms_of(grads)
-        new = {name: update(name, getattr(state, name), grads, norms) for name in grads}
+        new = {name: updated(name, getattr(state, name), grads, norms) for name in grads}
         if ema_decay:
             decay = ema_decay(state.step - state.skipped_steps)
             new["ema"] = optax.incremental_update(new["student"].params, state.ema, 1.0 - decay)
@@ -181,7 +231,7 @@ def build_step(
         }
         return state._replace(step=state.step + 1, **new, **skipped), errors | skipped | {"grad_norm": norms["student"]}
 
-    return step
+    return update
 
 
 def build_validation(networks: Networks, objective: Objective, mesh: Mesh, specs, *, dtype) -> Callable:

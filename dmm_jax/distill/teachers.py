@@ -7,6 +7,7 @@ arrays (shards of `teacher`, h, w, I, O): one array would be cut up at every ste
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ class Teachers(NamedTuple):
     text: Any  # Parameters of the teachers' own text encoders (shards of `teacher` x rows, ...), or None.
     encoder: jax.Array  # int32 (N,), the row of its shard in `text`; -1 for the base's encoders.
     styles: jax.Array  # int32 (N, 2), the first style of the student that it teaches, and how many.
+    batch_row: jax.Array  # int32 (N,), the row of the batch that it is asked about.
     is_converted: Any = None  # bool (N,), whether it predicts the other type than the student; None if no teacher does.
 
 
@@ -66,13 +68,17 @@ def put_teachers(
     mesh: Mesh,
     dtype,
     prediction_type: str = "",
-) -> tuple[Teachers, Frozen]:
-    """Loads the teachers of all rows, and the base's text encoders, onto the mesh.
+    first_row: int = 0,
+    memory_kind: str | None = None,
+) -> Teachers:
+    """Loads the teachers of rows of the batch onto the mesh.
 
     Args:
-      prediction_type: what the student predicts; "" is what all teachers predict.
       unet_config: the config of the UNet that runs all teachers: the base's, with a style table if a teacher is a
         merged student. A teacher without that table gets zeros, which add nothing to the time embedding.
+      prediction_type: what the student predicts; "": nothing is converted, since all teachers predict the same.
+      first_row: the number of the first of these rows in the batch.
+      memory_kind: JAX's name of the memory for the networks; None: the devices' own.
     """
     shapes = abstract_params("unet", unet_config)
 
@@ -83,20 +89,29 @@ def put_teachers(
     unets = [{name: unet[name] if name in unet else zeros(name) for name in shapes} for unet in unets]
 
     def put(path, leaf, *leaves):
-        return for_each_stack(lambda part: _put_stack(path, leaves[part], mesh, dtype), path, leaf, len(leaves), mesh)
+        stack = partial(_put_stack, path, mesh=mesh, dtype=dtype, memory_kind=memory_kind)
+        return for_each_stack(lambda part: stack(leaves[part]), path, leaf, len(leaves), mesh)
 
     encoder, owners = encoder_rows(base, [row.teacher for row in rows], mesh.shape["teacher"])
     text = None
     if owners:
         params = [owner.text_params(base) for owner in owners]
-        text = jax.tree.map_with_path(lambda path, *leaves: _put_stack(path, leaves, mesh, dtype), *params)
-    numbers = np.array(encoder, np.int32), np.array([(row.first_style, row.num_styles) for row in rows], np.int32)
-    encoder, styles = sharding.put_global(numbers, mesh, sharding.TEACHERS)
-    types = [row.teacher.prediction_beside(base) for row in rows]
-    is_converted = np.array([bool(prediction_type) and kind != prediction_type for kind in types])
-    is_converted = sharding.put_global(is_converted, mesh, sharding.TEACHERS) if is_converted.any() else None
-    teachers = Teachers(jax.tree.map_with_path(put, shapes, *unets), text, encoder, styles, is_converted)
-    return teachers, Frozen(put_params(base.text_params(), mesh, dtype))
+        text = jax.tree.map_with_path(lambda path, *leaves: _put_stack(path, leaves, mesh, dtype, memory_kind), *params)
+    numbers = {
+        "encoder": np.array(encoder, np.int32),
+        "styles": np.array([(row.first_style, row.num_styles) for row in rows], np.int32),
+        "batch_row": np.arange(first_row, first_row + len(rows), dtype=np.int32),
+    }
+    if prediction_type:
+        types = [row.teacher.prediction_beside(base) for row in rows]
+        numbers["is_converted"] = np.array([kind != prediction_type for kind in types])
+    numbers = sharding.put_global(numbers, mesh, sharding.TEACHERS)
+    return Teachers(jax.tree.map_with_path(put, shapes, *unets), text, **numbers)
+
+
+def put_text_encoders(base: Checkpoint, mesh: Mesh, dtype) -> Frozen:
+    """Copies the base's text encoders to every device."""
+    return Frozen(put_params(base.text_params(), mesh, dtype))
 
 
 def abstract_teachers(
@@ -123,6 +138,7 @@ def abstract_teachers(
         text=described(texts, mesh, dtype, sharding.TEACHERS, (num_encoders,)) if num_encoders else None,
         encoder=numbers(num_teachers),
         styles=numbers(num_teachers, 2),
+        batch_row=numbers(num_teachers),
     ), Frozen(described(texts, mesh, dtype))
 
 
@@ -192,7 +208,7 @@ def put_params(params: Mapping, mesh: Mesh, dtype):
     return jax.tree.map_with_path(put, params)
 
 
-def _put_stack(path, leaves, mesh, dtype):
+def _put_stack(path, leaves, mesh, dtype, memory_kind):
     """Stacks equal parameters along a first axis that `teacher` divides; reads only what each device needs."""
     dtype = layers.stored_dtype(path, dtype)
 
@@ -200,4 +216,5 @@ def _put_stack(path, leaves, mesh, dtype):
         rows = range(len(leaves))[index[0]]
         return np.stack([np.asarray(leaves[row][index[1:]], dtype) for row in rows])
 
-    return sharding.make_array((len(leaves), *leaves[0].shape), dtype, mesh, sharding.TEACHERS, read)
+    shape = len(leaves), *leaves[0].shape
+    return sharding.make_array(shape, dtype, mesh, sharding.TEACHERS, read, memory_kind)

@@ -136,6 +136,11 @@ def predict(params, mesh_shape: Mapping[str, int], dtype, gradient_accumulation:
     return collectives
 
 
+def repeated(collectives: Sequence[Collective], times: int) -> list[Collective]:
+    """Returns the collectives of a program that runs several times per step."""
+    return [dataclasses.replace(collective, count=collective.count * times) for collective in collectives]
+
+
 def summary(collectives: Sequence[Collective]) -> list[dict]:
     """Returns one row per kind and axes: {"kind", "axes", "count", "gb"}, the most bytes first."""
     rows: dict = {}

@@ -25,30 +25,33 @@ class Device:
     memory: float  # What a program can use: less than the maker's figure.
     link_bandwidth: float  # A ring along one mesh axis: two links of a TPU's torus, an NVIDIA GPU's NVLinks one way.
     network_bandwidth: float  # One chip's share of its host's network, which joins TPU slices and hosts of GPUs.
+    host_bandwidth: float  # From the host's memory, one way: four fifths of what its PCI Express lanes carry.
     kind_pattern: str  # A pattern of JAX's `device_kind`.
 
 
 GIB = 2.0**30
-PCIE_4, PCIE_5, ETHERNET = 25e9, 50e9, 1.25e9  # Bytes/s between the cards of a desktop, and between desktops.
+# Bytes/s of 16 lanes (four fifths of 16, 32 and 63 GB/s), which also join the cards of a desktop; between desktops.
+PCIE_3, PCIE_4, PCIE_5, ETHERNET = 12.5e9, 25e9, 50e9, 1.25e9
+# Google states no lanes of TPU hosts: theirs are an assumption.
 # The compiler allows v5e's memory; other TPUs have the same proportion, GPUs lose CUDA's context.
 DEVICES = {
-    "v5e": Device("TPU v5e", 197e12, 819e9, 15.75 * GIB, 90e9, 3.125e9, "TPU v5 ?(lite|e)"),
-    "v5p": Device("TPU v5p", 459e12, 2765e9, 95 * GIB - 0.25 * GIB, 180e9, 6.25e9, "TPU v5p?"),
-    "v6e": Device("TPU v6e", 918e12, 1640e9, 31.25 * GIB, 180e9, 12.5e9, "TPU v6 ?(lite|e)"),
-    "H100": Device("NVIDIA H100", 989e12, 3350e9, 0.95 * 80e9, 450e9, 50e9, "NVIDIA H100.*HBM3"),
-    "H200": Device("NVIDIA H200", 989e12, 4800e9, 0.95 * 141e9, 450e9, 50e9, "NVIDIA H200.*"),
-    "A100": Device("NVIDIA A100", 312e12, 2039e9, 0.95 * 80e9, 300e9, 25e9, "NVIDIA A100.*80GB"),
-    "A100-40GB": Device("NVIDIA A100", 312e12, 1555e9, 0.95 * 40e9, 300e9, 25e9, "NVIDIA A100.*40GB"),
-    "L40S": Device("NVIDIA L40S", 362e12, 864e9, 0.95 * 48e9, PCIE_4, ETHERNET, "NVIDIA L40S"),
-    "A6000": Device("NVIDIA RTX A6000", 155e12, 768e9, 0.95 * 48e9, PCIE_4, ETHERNET, "NVIDIA RTX A6000"),
-    "A10": Device("NVIDIA A10", 125e12, 600e9, 0.95 * 24e9, PCIE_4, ETHERNET, "NVIDIA A10G?"),
-    "L4": Device("NVIDIA L4", 121e12, 300e9, 0.95 * 24e9, PCIE_4, ETHERNET, "NVIDIA L4"),
+    "v5e": Device("TPU v5e", 197e12, 819e9, 15.75 * GIB, 90e9, 3.125e9, PCIE_3, "TPU v5 ?(lite|e)"),
+    "v5p": Device("TPU v5p", 459e12, 2765e9, 95 * GIB - 0.25 * GIB, 180e9, 6.25e9, PCIE_3, "TPU v5p?"),
+    "v6e": Device("TPU v6e", 918e12, 1640e9, 31.25 * GIB, 180e9, 12.5e9, PCIE_3, "TPU v6 ?(lite|e)"),
+    "H100": Device("NVIDIA H100", 989e12, 3350e9, 0.95 * 80e9, 450e9, 50e9, PCIE_5, "NVIDIA H100.*HBM3"),
+    "H200": Device("NVIDIA H200", 989e12, 4800e9, 0.95 * 141e9, 450e9, 50e9, PCIE_5, "NVIDIA H200.*"),
+    "A100": Device("NVIDIA A100", 312e12, 2039e9, 0.95 * 80e9, 300e9, 25e9, PCIE_4, "NVIDIA A100.*80GB"),
+    "A100-40GB": Device("NVIDIA A100", 312e12, 1555e9, 0.95 * 40e9, 300e9, 25e9, PCIE_4, "NVIDIA A100.*40GB"),
+    "L40S": Device("NVIDIA L40S", 362e12, 864e9, 0.95 * 48e9, PCIE_4, ETHERNET, PCIE_4, "NVIDIA L40S"),
+    "A6000": Device("NVIDIA RTX A6000", 155e12, 768e9, 0.95 * 48e9, PCIE_4, ETHERNET, PCIE_4, "NVIDIA RTX A6000"),
+    "A10": Device("NVIDIA A10", 125e12, 600e9, 0.95 * 24e9, PCIE_4, ETHERNET, PCIE_4, "NVIDIA A10G?"),
+    "L4": Device("NVIDIA L4", 121e12, 300e9, 0.95 * 24e9, PCIE_4, ETHERNET, PCIE_4, "NVIDIA L4"),
     # GeForce cards compute products in bfloat16 at twice their float32 rate.
     **{
         f"RTX{name.replace(' ', '')}": Device(
-            f"NVIDIA RTX {name}", 2 * flops, bandwidth, 0.95 * memory, link, ETHERNET, f"NVIDIA GeForce RTX {name}"
+            f"NVIDIA RTX {name}", 2 * flops, bandwidth, 0.95 * memory, bus, ETHERNET, bus, f"NVIDIA GeForce RTX {name}"
         )
-        for name, flops, bandwidth, memory, link in (
+        for name, flops, bandwidth, memory, bus in (
             ("5090", 104.8e12, 1792e9, 32e9, PCIE_5),
             ("4090", 82.6e12, 1008e9, 24e9, PCIE_4),
             ("3090", 35.6e12, 936e9, 24e9, PCIE_4),

@@ -13,6 +13,7 @@ from jax.extend import core
 from dmm_jax.data.batches import Batch
 from dmm_jax.distill.definition import Definition
 from dmm_jax.distill.state import TrainState
+from dmm_jax.distill.streaming import row_shapes
 from dmm_jax.distill.teachers import Frozen, Teachers
 
 
@@ -25,9 +26,21 @@ def of_step(definition: Definition, state: TrainState, teachers: Teachers, froze
     """Returns the operations of one training step on one device, recomputation included; arguments may be shapes.
 
     Attention is traced as XLA's products, because products inside a fused kernel cannot be counted.
+
+    Args:
+      teachers: one of them, if they are in the host's memory.
     """
-    gradients = definition.with_attention("xla").gradients(state.trained)
-    return count(gradients, state.trained, teachers, frozen, batch, jax.ShapeDtypeStruct((), jnp.int32))
+    gradients, step = definition.with_attention("xla").gradients(state.trained), jax.ShapeDtypeStruct((), jnp.int32)
+    if definition.config.teachers_in_host_memory:
+        return len(batch.latents) * count(gradients, state.trained, teachers, frozen, row_shapes(batch), step)
+    return count(gradients, state.trained, teachers, frozen, batch, step)
+
+
+def of_streamed_teachers(definition: Definition, teachers: Teachers, frozen: Frozen, batch: Batch) -> float:
+    """Returns the operations of a step's predictions by teachers that are brought to the device, on one device."""
+    predictions = definition.with_attention("xla").predictions()
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    return len(batch.latents) * count(predictions, teachers, frozen, row_shapes(batch), step)
 
 
 def of_jaxpr(jaxpr: core.Jaxpr) -> float:

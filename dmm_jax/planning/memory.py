@@ -27,11 +27,16 @@ def total(tree) -> int:
     return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
+def streamed_bytes(teachers: Teachers, num_rows: int) -> int:
+    """Returns the bytes of all teachers' networks that travel to each device in a step; `teachers` is one of them."""
+    return num_rows * per_device((teachers.unet, teachers.text))
+
+
 def array_bytes(state: TrainState, teachers: Teachers, frozen: Frozen, batch: Batch) -> dict[str, int]:
     """Returns the bytes per device of a step's arguments and of its gradients, by kind; omits empty kinds.
 
-    The arguments are arrays, or shapes with shardings. Gradients are float32, placed like the parameters, and exist
-    only within a step.
+    The arguments are arrays, or shapes with shardings; one teacher, if all are in the host's memory. Gradients are
+    float32, placed like the parameters, and exist only within a step.
     """
     sizes = {
         "student": per_device(state.student.params),

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import ml_collections
 
+from dmm_jax.config.options import num_rows
 from dmm_jax.distill import incremental
 from dmm_jax.kernels.attention import choose_implementation
 from dmm_jax.planning import changes, collectives, compiler, devices, disk, lifetimes, memory, requirements
@@ -79,11 +80,12 @@ def _plan(
         available=available,
         fits=sum(cost.memory.values()) <= available if fits is None else fits,
         flops=program.flops(),
+        flops_of_teachers=program.flops_of_teachers(),
         method=COMPILED if program.is_compiled else ESTIMATED,
         batch_size=program.config.batch_size,
         num_steps=program.config.num_steps,
         disk=disk.needed(program.config, program.arguments.state, program.arguments.batch),
-        assumptions=(*program.assumptions, note, *requirements.roofline_assumptions(target)),
+        assumptions=(*program.assumptions, note, *requirements.roofline_assumptions(target, program.is_streamed)),
         **cost._asdict(),
     )
 
@@ -94,8 +96,10 @@ def measure(program: Program, target: devices.Topology, full_effort: bool) -> St
     Raises:
       jax.errors.JaxRuntimeError: the program needs more memory than the device has.
     """
-    compiled = program.lower().compile(compiler_options=None if full_effort else compiler.LEAST_EFFORT)
-    return requirements.cost_of_compiled(compiled, program.array_bytes(), program.mesh.shape, target)
+    options = None if full_effort else compiler.LEAST_EFFORT
+    compiled = program.lower().compile(compiler_options=options)
+    cost_of = requirements.cost_of_streamed if program.is_streamed else requirements.cost_of_compiled
+    return cost_of(compiled, program.arguments, program.mesh.shape, target)
 
 
 def estimate(program: Program, target: devices.Topology) -> StepCost:
@@ -103,22 +107,48 @@ def estimate(program: Program, target: devices.Topology) -> StepCost:
     array_bytes = program.array_bytes()
     attention = choose_implementation(program.config.attention, program.config.dtype, program.platform)
     # Neither kernel writes its scores to memory, so cuDNN's is traced as "flash".
-    function, arguments = program.gradients("flash" if attention == "cudnn" else attention)
-    (shard_map,) = jax.make_jaxpr(function)(*arguments).jaxpr.eqns
-    per_device = shard_map.params["jaxpr"]
-    largest = lifetimes.temporaries(per_device)
+    attention = "flash" if attention == "cudnn" else attention
+    function, arguments = program.gradients(attention)
+    gradients = _on_one_device(function, *arguments)
+    optimizer_traffic = memory.OPTIMIZER_PASSES * array_bytes["gradients"]
+    if program.is_streamed:
+        return _estimate_streamed(program, target, gradients, arguments[-1], attention, optimizer_traffic)
+    largest = lifetimes.temporaries(gradients)
     temporaries = max(largest - array_bytes["gradients"], 0.0)
     return StepCost(
         memory=array_bytes | {"temporaries": temporaries, "margin": MARGIN[target.platform] * largest},
-        bytes_accessed=lifetimes.traffic(per_device) + memory.OPTIMIZER_PASSES * array_bytes["gradients"],
+        bytes_accessed=lifetimes.traffic(gradients) + optimizer_traffic,
         collectives=predicted_collectives(program),
+    )
+
+
+def _on_one_device(function, *arguments):
+    (shard_map,) = jax.make_jaxpr(function)(*arguments).jaxpr.eqns
+    return shard_map.params["jaxpr"]
+
+
+def _estimate_streamed(program, target, gradients, predictions, attention, optimizer_traffic) -> StepCost:
+    """Estimates a step that takes the rows of its batch one after another; `gradients` is one row's program."""
+    array_bytes, rows = program.array_bytes(), num_rows(program.config)
+    function, arguments = program.predictions(attention)
+    asking = _on_one_device(function, *arguments)
+    waiting = memory.total(predictions) / (program.mesh.size // program.mesh.shape["teacher"])
+    # The sum of the gradients stays while a row's own are computed.
+    largest = max(lifetimes.temporaries(asking), lifetimes.temporaries(gradients) + waiting)
+    traffic = lifetimes.traffic(asking) + lifetimes.traffic(gradients) + 2 * array_bytes["gradients"]
+    return StepCost(
+        memory=array_bytes | {"temporaries": largest, "margin": MARGIN[target.platform] * largest},
+        bytes_accessed=rows * traffic + optimizer_traffic,
+        collectives=predicted_collectives(program),
+        from_host=float(memory.streamed_bytes(program.arguments.teachers, rows)),
     )
 
 
 def predicted_collectives(program: Program) -> list[collectives.Collective]:
     """Returns the collectives that the step requests; a compiler may join or rewrite them."""
     config, trained = program.config, program.arguments.state.trained
-    return collectives.predict(trained, dict(program.mesh.shape), config.dtype, config.gradient_accumulation)
+    predicted = collectives.predict(trained, dict(program.mesh.shape), config.dtype, config.gradient_accumulation)
+    return collectives.repeated(predicted, num_rows(config)) if program.is_streamed else predicted
 
 
 def smallest_change(

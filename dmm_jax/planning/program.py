@@ -17,11 +17,12 @@ from dmm_jax.config import checks
 from dmm_jax.config.options import num_rows
 from dmm_jax.data.batches import Batch
 from dmm_jax.data.buckets import LEAST_AREA
-from dmm_jax.distill import incremental
+from dmm_jax.distill import incremental, streaming
 from dmm_jax.distill import teachers as teachers_lib
 from dmm_jax.distill.definition import Definition
 from dmm_jax.distill.layout import Packing
 from dmm_jax.distill.state import TrainState
+from dmm_jax.distill.streaming import StreamedStep
 from dmm_jax.distill.teachers import Frozen, Teachers
 from dmm_jax.planning import changes, compiler, devices, flops, memory
 from dmm_jax.runtime import sharding
@@ -70,6 +71,8 @@ class Program:
         """Returns the step on a mesh; a published architecture replaces checkpoints that do not exist."""
         base, assumptions = base_checkpoint(config, architecture)
         num_encoders, encoder_assumptions = num_own_encoders(config, base, mesh.shape["teacher"])
+        if config.teachers_in_host_memory:
+            num_encoders = min(num_encoders, 1)
         definition = Definition(config, base, mesh, platform=platform)
         frozen = definition.abstract_frozen(num_encoders)
         arguments = Arguments(definition.abstract_state(), *frozen, definition.abstract_batch())
@@ -96,22 +99,48 @@ class Program:
         """Returns the bytes per device of the step's arguments and of its gradients, by kind."""
         return {kind: float(size) for kind, size in memory.array_bytes(*self.arguments).items()}
 
-    def lower(self) -> jax.stages.Lowered:
+    @property
+    def is_streamed(self) -> bool:
+        """Returns whether teachers are brought to the device one after another; `arguments` has one of them."""
+        return self.config.teachers_in_host_memory
+
+    def lower(self) -> jax.stages.Lowered | StreamedStep:
         """Lowers the step that `train` runs, with its packed state."""
         state, teachers, *others = self.arguments
         packing = Packing(state, self.mesh)
-        step = self.definition.jitted_step(state, teachers, packing)
-        return step.lower(jax.eval_shape(packing.pack, state), teachers, *others)
+        packed = jax.eval_shape(packing.pack, state)
+        if self.is_streamed:
+            return self.definition.streamed_step(packing).lower(packed, teachers, *others, num_rows(self.config))
+        return self.definition.jitted_step(state, teachers, packing).lower(packed, teachers, *others)
 
     def gradients(self, attention: str) -> tuple[Callable, tuple]:
-        """Returns the function of losses and gradients, with an implementation of attention, and its arguments."""
-        state, *others = self.arguments
+        """Returns the function of losses and gradients, with an implementation of attention, and its arguments.
+
+        With streamed teachers it computes one row of the batch, given the teacher's predictions.
+        """
+        state, teachers, frozen, batch = self.arguments
         function = self.definition.with_attention(attention).gradients(state.trained)
-        return function, (state.trained, *others, jax.ShapeDtypeStruct((), jnp.int32))
+        step = jax.ShapeDtypeStruct((), jnp.int32)
+        if not self.is_streamed:
+            return function, (state.trained, teachers, frozen, batch, step)
+        row = teachers._replace(unet=None, text=None)
+        predict, arguments = self.predictions(attention)
+        asked = jax.eval_shape(predict, *arguments)
+        return function, (state.trained, row, frozen, streaming.row_shapes(batch), step, asked)
+
+    def predictions(self, attention: str) -> tuple[Callable, tuple]:
+        """Returns the function of a streamed teacher's predictions of its row, and its arguments."""
+        _, teachers, frozen, batch = self.arguments
+        arguments = teachers, frozen, streaming.row_shapes(batch), jax.ShapeDtypeStruct((), jnp.int32)
+        return self.definition.with_attention(attention).predictions(), arguments
 
     def flops(self) -> float:
         """Returns the operations of a step's products and convolutions on one device, recomputation included."""
         return flops.of_step(self.definition, *self.arguments)
+
+    def flops_of_teachers(self) -> float:
+        """Returns the part of `flops` during which no streamed teacher travels; 0 without streaming."""
+        return flops.of_streamed_teachers(self.definition, *self.arguments[1:]) if self.is_streamed else 0.0
 
 
 def base_checkpoint(config, architecture: str) -> tuple[Checkpoint, tuple[str, ...]]:

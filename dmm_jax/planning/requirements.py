@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 
 from dmm_jax.data.batches import Batch
+from dmm_jax.distill.streaming import StreamedStep
 from dmm_jax.distillation import Distillation
 from dmm_jax.planning import collectives as collectives_lib
 from dmm_jax.planning import devices, disk, flops, memory
@@ -22,6 +23,7 @@ class StepCost(NamedTuple):
     memory: dict[str, float]  # Bytes by kind.
     bytes_accessed: float
     collectives: list[collectives_lib.Collective]
+    from_host: float = 0.0  # Bytes of teachers that travel from the host's memory.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Plan:
     num_steps: int
     disk: dict[str, int]
     assumptions: tuple[str, ...] = ()
+    from_host: float = 0.0  # Bytes of teachers that travel from the host's memory; 0: all are on the device.
+    flops_of_teachers: float = 0.0  # The part of `flops` during which none travels.
 
     @property
     def parts_s(self) -> dict[str, float]:
@@ -53,6 +57,7 @@ class Plan:
             "memory": self.bytes_accessed / (devices.BANDWIDTH_SHARE * device.memory_bandwidth),
             "collectives": 0.0,
             "network": 0.0,
+            "from host": self.from_host / device.host_bandwidth,
         }
         for collective in self.collectives:
             group = self._group(collective)
@@ -66,9 +71,21 @@ class Plan:
 
     @property
     def step_s(self) -> float | None:
-        """Returns the roofline's step time: products and memory traffic overlap, collectives do not."""
+        """Returns the roofline's step time: products and memory traffic overlap, collectives do not.
+
+        A teacher travels from the host while the student learns, not while another teacher predicts.
+        """
         parts = self.parts_s
-        return parts and max(parts["products"], parts["memory"]) + parts["collectives"] + parts["network"] or None
+        if not parts:
+            return None
+        computing = max(parts["products"], parts["memory"])
+        travelling = computing * self.flops_of_teachers / self.flops + parts["from host"]
+        return max(computing, travelling) + parts["collectives"] + parts["network"]
+
+    @property
+    def host_memory(self) -> float:
+        """Returns the bytes of teachers in the memory of one host: a copy for each of its devices."""
+        return self.from_host * min(self.topology.count, self.topology.domain_size)
 
     @property
     def exchanged(self) -> list[dict]:
@@ -92,6 +109,7 @@ class Plan:
             "memory_gb": {kind: size / GIB for kind, size in self.memory.items()},
             "memory_total_gb": sum(self.memory.values()) / GIB,
             "memory_available_gb": None if self.available is None else self.available / GIB,
+            "host_memory_gb": self.host_memory / GIB,
             "method": self.method,
             "batch_size": self.batch_size,
             "tflop_per_device": self.flops / 1e12,
@@ -108,8 +126,12 @@ class Plan:
         }
 
 
-def roofline_assumptions(topology: devices.Topology) -> tuple[str, ...]:
-    """Returns the assumptions of the step time, one phrase each."""
+def roofline_assumptions(topology: devices.Topology, is_streamed: bool = False) -> tuple[str, ...]:
+    """Returns the assumptions of the step time, one phrase each.
+
+    Args:
+      is_streamed: whether teachers travel from the host's memory.
+    """
     if topology.device is None:
         return ()
     network = f"{topology.device.network_bandwidth / 1e9:g} GB/s a device between {topology.domains}"
@@ -118,27 +140,21 @@ def roofline_assumptions(topology: devices.Topology) -> tuple[str, ...]:
         f"bandwidth, collectives in a ring along their axis at {topology.device.link_bandwidth / 1e9:g} GB/s"
         + (f", {network}" if topology.count > topology.domain_size else "")
         + ", and not overlapped",
+        *(f"teachers travel at {topology.device.host_bandwidth / 1e9:g} GB/s while the student learns",) * is_streamed,
         "the input pipeline keeps up; validation, samples and checkpoints take no time",
     )
 
 
 def cost_of_compiled(
-    compiled: jax.stages.Compiled,
-    array_bytes: Mapping[str, float | int],
-    mesh_shape: Mapping[str, int],
-    topology: devices.Topology,
+    compiled: jax.stages.Compiled, arguments: Sequence, mesh_shape: Mapping[str, int], topology: devices.Topology
 ) -> StepCost:
     """Reads memory, memory traffic and collectives from a compiled step.
 
     Args:
-      array_bytes: of the step's arguments and gradients, by `memory.array_bytes`.
+      arguments: state, teachers, frozen networks and batch, as arrays or shapes.
     """
-    analysis, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    cost = cost[0] if isinstance(cost, list) else cost
-    within_step = analysis.temp_size_in_bytes + max(analysis.output_size_in_bytes - analysis.alias_size_in_bytes, 0)
-    if topology.platform == "tpu":  # Compilers for other platforms do not report the peak.
-        within_step = analysis.peak_memory_in_bytes - analysis.argument_size_in_bytes
-    gradients = array_bytes["gradients"]
+    array_bytes, analysis = memory.array_bytes(*arguments), compiled.memory_analysis()
+    within_step, gradients = _within(compiled, topology), array_bytes["gradients"]
     sizes = {
         **array_bytes,
         "gradients": min(gradients, within_step),
@@ -146,20 +162,67 @@ def cost_of_compiled(
         "temporaries": max(within_step - gradients, 0),
         "generated code": analysis.generated_code_size_in_bytes,
     }
-    several = math.prod(mesh_shape.values()) > 1
+    sizes = {kind: float(size) for kind, size in sizes.items()}
+    return StepCost(sizes, _accessed(compiled), _collectives(compiled, mesh_shape, topology))
+
+
+def cost_of_streamed(
+    programs: StreamedStep, arguments: Sequence, mesh_shape: Mapping[str, int], topology: devices.Topology
+) -> StepCost:
+    """As `cost_of_compiled`, for a step that takes the rows of its batch one after another.
+
+    Args:
+      arguments: as of `cost_of_compiled`, with one teacher.
+    """
+    _, teachers, _, batch = arguments
+    array_bytes, rows = memory.array_bytes(*arguments), len(batch.latents)
+    of_a_row, of_a_step = (programs.predict, programs.accumulate), (programs.update,)
+    sizes = {
+        **array_bytes,
+        # The teacher's predictions are results of one program and arguments of the next.
+        "temporaries": max(_within(program, topology) for program in (*of_a_row, *of_a_step))
+        + programs.predict.memory_analysis().output_size_in_bytes,
+        "generated code": sum(
+            program.memory_analysis().generated_code_size_in_bytes for program in (*of_a_row, *of_a_step)
+        ),
+    }
+    exchanged = [it for program in of_a_row for it in _collectives(program, mesh_shape, topology)]
     return StepCost(
         {kind: float(size) for kind, size in sizes.items()},
-        float(cost.get("bytes accessed", 0.0)),
-        collectives_lib.read(compiled.as_text(), mesh_shape, topology.domain_size) if several else [],
+        rows * sum(map(_accessed, of_a_row)) + sum(map(_accessed, of_a_step)),
+        collectives_lib.repeated(exchanged, rows) + _collectives(programs.update, mesh_shape, topology),
+        float(memory.streamed_bytes(teachers, rows)),
     )
 
 
-def of_distillation(distillation: Distillation, compiled: jax.stages.Compiled, batch: Batch) -> Plan:
+def _within(compiled, topology) -> int:
+    """Returns the bytes that a program needs besides its arguments."""
+    analysis = compiled.memory_analysis()
+    if topology.platform == "tpu":  # Compilers for other platforms do not report the peak.
+        return analysis.peak_memory_in_bytes - analysis.argument_size_in_bytes
+    return analysis.temp_size_in_bytes + max(analysis.output_size_in_bytes - analysis.alias_size_in_bytes, 0)
+
+
+def _accessed(compiled) -> float:
+    cost = compiled.cost_analysis()
+    return float((cost[0] if isinstance(cost, list) else cost).get("bytes accessed", 0.0))
+
+
+def _collectives(compiled, mesh_shape, topology) -> list[collectives_lib.Collective]:
+    if math.prod(mesh_shape.values()) == 1:
+        return []
+    return collectives_lib.read(compiled.as_text(), mesh_shape, topology.domain_size)
+
+
+def of_distillation(distillation: Distillation, compiled: jax.stages.Compiled | StreamedStep, batch: Batch) -> Plan:
     """Returns the plan of a run on the devices of this process, read from its compiled step."""
     config, mesh = distillation.config, distillation.mesh
     topology = devices.of_process(mesh.devices.flatten().tolist())
-    arguments = distillation.abstract_state(), distillation.teachers, distillation.frozen, batch
-    cost = cost_of_compiled(compiled, memory.array_bytes(*arguments), mesh.shape, topology)
+    is_streamed = config.teachers_in_host_memory
+    teachers = distillation.teachers.on_device(0) if is_streamed else distillation.teachers
+    arguments = distillation.abstract_state(), teachers, distillation.frozen, batch
+    cost_of = cost_of_streamed if is_streamed else cost_of_compiled
+    cost = cost_of(compiled, arguments, mesh.shape, topology)
     available = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     return Plan(
         topology=topology,
@@ -171,6 +234,7 @@ def of_distillation(distillation: Distillation, compiled: jax.stages.Compiled, b
         batch_size=config.batch_size,
         num_steps=config.num_steps,
         disk=disk.needed(config, arguments[0], batch),
-        assumptions=roofline_assumptions(topology),
+        assumptions=roofline_assumptions(topology, is_streamed),
+        flops_of_teachers=flops.of_streamed_teachers(distillation, *arguments[1:]) if is_streamed else 0.0,
         **cost._asdict(),
     )

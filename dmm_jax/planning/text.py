@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from dmm_jax.planning.requirements import COMPILED, ESTIMATED, Plan
+from dmm_jax.planning.requirements import COMPILED, ESTIMATED, GIB, Plan
 from dmm_jax.planning.serving import ServingPlan
 
 
@@ -35,11 +35,15 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"{plan.batch_size} images per step, {images:g} per device; {plan.num_steps:,} steps"
     yield ""
     yield from _memory_lines(plan, report)
+    if plan.from_host:
+        yield f"Host memory: {_gib(report['host_memory_gb'])} of teachers, page-locked"
     yield ""
     yield "Work per device and step"
     estimated = " (estimated)" if plan.method == ESTIMATED else ""
     yield f"  {'products':<16}{report['tflop_per_device']:8.2f}  TFLOP"
     yield f"  {'memory traffic':<16}{report['gb_accessed_per_device']:8.2f}  GiB{estimated}"
+    if plan.from_host:
+        yield f"  {'from host':<16}{plan.from_host / GIB:8.2f}  GiB"
     source = "of the compiled program" if plan.method == COMPILED else "as the step requests them"
     yield f"  collectives, {source}" + ("" if plan.collectives else ": none")
     for row in report["collectives"]:

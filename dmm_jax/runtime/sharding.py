@@ -4,6 +4,7 @@
 |---------------------------------------------------|---------|------|------|
 | batch, validation inputs [N, B/N, ...]            | N       | B/N  | B/N  |
 | teachers: UNets, own text encoders, styles [N, .] | N       | copy | copy |
+| streamed teachers, and the one on the device      | 1       | copy | copy |
 | text encoders of the base                         | copy    | copy | copy |
 | frozen: discriminator's backbone, UNet of a LoRA  | copy    | copy | copy |
 | student, discriminator, moments, average          | part    | part | part |
@@ -161,9 +162,15 @@ def put_global(tree, mesh: Mesh, spec: P):
     return jax.tree.map(lambda leaf: make_array(leaf.shape, leaf.dtype, mesh, spec, leaf.__getitem__), tree)
 
 
-def make_array(shape: tuple[int, ...], dtype, mesh: Mesh, spec: P, read) -> jax.Array:
-    """Builds an array from the parts that this process's devices need: `read(index)` returns one part at a time."""
-    sharding = NamedSharding(mesh, spec)
+def make_array(
+    shape: tuple[int, ...], dtype, mesh: Mesh, spec: P, read: Callable, memory_kind: str | None = None
+) -> jax.Array:
+    """Builds an array from the parts that this process's devices need: `read(index)` returns one part at a time.
+
+    Args:
+      memory_kind: JAX's name of the memory that holds it; None: the devices' own.
+    """
+    sharding = NamedSharding(mesh, spec, memory_kind=memory_kind)
     return jax.make_array_from_callback(shape, sharding, lambda index: np.asarray(read(index), dtype=dtype))
 
 

@@ -15,7 +15,7 @@ from dmm_jax.distill import clipping, teachers
 from dmm_jax.distill.objective import draw_inputs
 from dmm_jax.distill.optimizer import make_optimizers
 from dmm_jax.distill.state import all_finite, init_state
-from dmm_jax.distill.step import build_step
+from dmm_jax.distill.step import build_step, build_update
 from dmm_jax.distillation import Distillation
 from dmm_jax.runtime import sharding
 from tests import worlds
@@ -70,6 +70,7 @@ def test_teachers_together_equal_each_teacher_alone(arguments, gradients):
     stacked = frozen_teachers._replace(unet=jax.jit(teachers.stacked)(frozen_teachers.unet))
     for row in range(2):
         alone = jax.tree.map(lambda leaf, row=row: leaf[jnp.array([row, row])], stacked)
+        alone = alone._replace(batch_row=jnp.arange(2))
         _, errors = gradients(trained, alone, frozen, batch, step)
         assert np.allclose(errors["score"][row], together["score"][row], rtol=1e-5)
 
@@ -181,7 +182,7 @@ def toy_steps(grad_at, numbers):
         return {"student": {"w": trained["student"]["w"] * grad_at(batch)}}, errors
 
     norms = clipping.build_norm(ONE_DEVICE, {"student": {"w": sharding.COPY}})
-    step = jax.jit(build_step(gradients, norms, optimizers, optax.constant_schedule(0.5)))
+    step = jax.jit(build_step(gradients, build_update(norms, optimizers, optax.constant_schedule(0.5))))
     states, logged = [], []
     for number in numbers:
         state, metrics = step(state, None, None, jnp.float32(number))

@@ -35,7 +35,8 @@ def test_planned_memory_equals_that_of_the_arrays_of_train(tiny, config, plan_of
     checkpoints = {name: open_checkpoint(paths[name]) for name in worlds.NAMES}
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     rows = incremental.batch_rows(checkpoints)
-    stacked, frozen = teachers.put_teachers(base, rows, base.unet_config, mesh, jnp.float32)
+    stacked = teachers.put_teachers(base, rows, base.unet_config, mesh, jnp.float32)
+    frozen = teachers.put_text_encoders(base, mesh, jnp.float32)
     student_config = merged_config(base.unet_config, 2)
     style = student.style_params(student_config, "zero", 0)
     params = student.put_student([base.params("unet")], style, student_config, mesh)

@@ -497,7 +497,7 @@ def test_a_lora_is_a_teacher_like_any_other(folder, base, tmp_path):
     check_mergeable(base, teachers)
     mesh = sharding.make_mesh(teacher=1, data=1, fsdp=1)
     rows = incremental.batch_rows(teachers)
-    stacked, _ = teachers_lib.put_teachers(base, rows, base.unet_config, mesh, np.float32)
+    stacked = teachers_lib.put_teachers(base, rows, base.unet_config, mesh, np.float32)
     (kernel,) = (leaf for path, leaf in naming.flat(stacked.unet) if naming.torch_key(path) == f"{DENSE}.weight")
     before = stored(base, "unet", DENSE)
     terms = (0.8 * ALPHA / RANK, *updates["unet", DENSE])
