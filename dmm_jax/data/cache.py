@@ -9,6 +9,7 @@ the bucket's number of every record.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -19,9 +20,10 @@ from typing import Any, TypedDict
 import numpy as np
 from array_record.python import array_record_data_source
 
+from dmm_jax.data.bucket_cache import HEADER, PREPARING, cache_location, copy_of
 from dmm_jax.data.files import open_regular
 from dmm_jax.runtime.errors import UserError, refuse
-from dmm_jax.runtime.storage import check_local, write_text
+from dmm_jax.runtime.storage import Location, bucket_errors, in_bucket, write_text
 
 FORMAT = "dmm_jax latent cache 3"
 LATENTS, TOKENS, FRAME, _ID = np.dtype("<f2"), np.dtype("<u2"), np.dtype("<i4"), np.dtype("<i8")
@@ -83,9 +85,9 @@ class CachedExample(TypedDict):
     id: int | np.ndarray  # int64
 
 
-def write_header(folder: pathlib.Path, header: CacheHeader) -> None:
+def write_header(folder: Location, header: CacheHeader) -> None:
     """Writes cache.json; atomic, so that a reader never sees half a file."""
-    write_text(folder / "cache.json", json.dumps({"format": FORMAT, **dataclasses.asdict(header)}, indent=2))
+    write_text(folder / HEADER, json.dumps({"format": FORMAT, **dataclasses.asdict(header)}, indent=2))
 
 
 _IS_VALID = {  # By a field's type; a count of records fits into int64.
@@ -103,15 +105,15 @@ _IS_VALID = {  # By a field's type; a count of records fits into int64.
 }
 
 
-def read_header(folder: pathlib.Path) -> CacheHeader:
+def read_header(folder: Location) -> CacheHeader:
     """Reads cache.json.
 
     Raises:
         ValueError: the file is missing, or `write_header` did not write it.
     """
-    path = folder / "cache.json"
+    path = folder / HEADER
     try:
-        with open_regular(path) as stream:
+        with path.open("rb") if in_bucket(path) else open_regular(path) as stream:
             raw = json.loads(stream.read(MAX_HEADER_BYTES).decode())
         if raw.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT!r}")
@@ -152,22 +154,39 @@ def decode_records(header: CacheHeader, records: Sequence[bytes], bucket: int = 
 
 
 class LatentCache:
-    """A finished cache: a random access source of `CachedExample`. `bucket_of` has the bucket's number of each.
+    """A finished cache: a random access source of `CachedExample`.
+
+    A cache in a bucket, gs://BUCKET/NAME, is copied to this host when the first record is read.
 
     Raises:
         ValueError: the cache is not finished, or its files do not match cache.json.
     """
 
-    def __init__(self, folder: str | pathlib.Path, **expected: Any):
+    def __init__(self, folder: str | Location, **expected: Any):
         """Opens a cache and checks it against `expected` (see `check`)."""
-        self.folder = check_local(folder, "a latent cache")
-        if not self.folder.exists() and partial_folder(self.folder).exists():
-            raise UserError(f"{self.folder} is not finished. Run `dmm-jax prepare` again to complete it.")
-        if not self.folder.exists():
-            raise UserError(f"there is no latent cache {self.folder}. Make it with `dmm-jax prepare` and this config.")
+        self.folder = cache_location(folder)
+        with bucket_errors(self.folder):
+            self._check_finished()
         self.header = read_header(self.folder)
-        self._records, self.bucket_of = self._open_shards()
+        for name, _ in self.header.shards:
+            if pathlib.PurePath(name).name != name:
+                raise UserError(f"{self.folder} names a file {name!r} elsewhere. Delete it and run prepare again.")
+        if not in_bucket(self.folder):
+            self._opened()
         self.check(**expected)
+
+    def _check_finished(self) -> None:
+        has_header = self.folder / HEADER if in_bucket(self.folder) else self.folder
+        unfinished = self.folder / PREPARING if in_bucket(self.folder) else partial_folder(self.folder)
+        if not has_header.exists() and unfinished.exists():
+            raise UserError(f"{self.folder} is not finished. Run `dmm-jax prepare` again to complete it.")
+        if not has_header.exists():
+            raise UserError(f"there is no latent cache {self.folder}. Make it with `dmm-jax prepare` and this config.")
+
+    @property
+    def bucket_of(self) -> np.ndarray:
+        """The number of each record's size bucket, uint8 (count,)."""
+        return self._opened()[1]
 
     def check(self, *, num_examples: int = 0, **expected: Any) -> None:
         """Refuses a cache that a run cannot use.
@@ -216,17 +235,23 @@ class LatentCache:
     def gather(self, indices: Sequence[int] | np.ndarray) -> CachedExample:
         """Returns examples of one bucket at once, which is much quicker than one after another."""
         bucket = int(self.bucket_of[indices[0]])
-        return decode_records(self.header, self._read(self._records, indices, bucket), bucket)
+        return decode_records(self.header, self._read(self._opened()[0], indices, bucket), bucket)
 
     def __repr__(self) -> str:
         return f"LatentCache({str(self.folder)!r})"
 
-    def _open_shards(self):
-        header, paths = self.header, []
+    @functools.cache  # noqa: B019  (a run has few caches, and keeps them)
+    def _opened(self):
+        """Returns the source of records, and the number of each record's size bucket."""
+        header, paths, folder = self.header, [], self.folder
+        if in_bucket(folder):
+            names = [name for name, _ in header.shards]
+            names += [buckets_file(name) for name in names if header.buckets]
+            folder = copy_of(folder, names, dataclasses.asdict(header))
         for name, _ in header.shards:
-            if pathlib.PurePath(name).name != name or not os.path.isfile(self.folder / name):
+            if not os.path.isfile(folder / name):
                 raise UserError(f"{self.folder} lacks its file {name!r}. Delete the folder and run prepare again.")
-            paths.append(str(self.folder / name))
+            paths.append(str(folder / name))
         try:
             records = array_record_data_source.ArrayRecordDataSource(paths) if paths else []
         except (RuntimeError, ValueError) as error:
@@ -235,16 +260,17 @@ class LatentCache:
             raise UserError(f"{self.folder} should hold {header.count} records; its files hold {len(records)}.")
         if not header.count:
             raise UserError(f"{self.folder} has no records. Prepare the cache again.")
-        bucket_of = np.concatenate([np.zeros(0, np.uint8), *map(self._read_buckets, header.shards)])
+        read_buckets = functools.partial(self._read_buckets, folder)
+        bucket_of = np.concatenate([np.zeros(0, np.uint8), *map(read_buckets, header.shards)])
         self._read(records, [0], int(bucket_of[0]))
         return records, bucket_of
 
-    def _read_buckets(self, shard: tuple[str, int]) -> np.ndarray:
+    def _read_buckets(self, folder: pathlib.Path, shard: tuple[str, int]) -> np.ndarray:
         """Returns the bucket's number of each record of a shard."""
         name, count = shard
         if not self.header.buckets:
             return np.zeros(count, np.uint8)
-        path = self.folder / buckets_file(name)
+        path = folder / buckets_file(name)
         try:
             with open_regular(path) as stream:
                 buckets = np.frombuffer(stream.read(count + 1), np.uint8)

@@ -10,12 +10,15 @@ import json
 import os
 import pathlib
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import numpy as np
 from array_record.python import array_record_module
 from jaxtyping import Float, Int
 
+from dmm_jax.data.bucket_cache import HEADER, PREPARING, cache_location, host_folder, names_in, upload
 from dmm_jax.data.cache import (
     LATENTS,
     TOKENS,
@@ -29,7 +32,7 @@ from dmm_jax.data.cache import (
 from dmm_jax.data.files import open_regular
 from dmm_jax.runtime import processes, storage
 from dmm_jax.runtime.errors import UserError, refuse
-from dmm_jax.runtime.storage import check_local
+from dmm_jax.runtime.storage import bucket_errors, in_bucket
 
 MAX_NOTE_BYTES = 1000
 
@@ -37,23 +40,36 @@ MAX_NOTE_BYTES = 1000
 class CacheWriter:
     """Writes a cache to `folder + ".partial"`; `finish` moves it to `folder`.
 
+    For a cache in a bucket the partial folder is this process's own, on this host; what is uploaded leaves it.
+
     In a run of several processes each of them has a writer of the same cache; process 0 makes and moves the folder.
 
     Raises:
         ValueError: the folder exists, or the interrupted cache has another header.
     """
 
-    def __init__(self, folder: str | pathlib.Path, header: CacheHeader):
+    def __init__(self, folder: str | storage.Location, header: CacheHeader):
         """Opens the partial folder, and deletes shards in it that are not complete."""
-        self.folder = check_local(folder, "a latent cache")
-        self.partial, self.header = partial_folder(self.folder), header
+        self.folder, self.header = cache_location(folder), header
+        self.in_bucket = in_bucket(self.folder)
+        if self.in_bucket:
+            self.partial = host_folder("preparing", [str(self.folder), socket.gethostname(), jax.process_index()])
+        else:
+            self.partial = partial_folder(self.folder)
         if processes.is_first():
             self._open()
-        processes.wait_for_all(f"opened {self.partial}")
+        processes.wait_for_all(f"opened {self.folder}")
+        if self.in_bucket:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir(parents=True)
+            self._notes = {name for name in names_in(self.folder) if name.endswith(".json")}
 
     def _open(self) -> None:
-        if self.folder.exists():
+        if (self.folder / HEADER if self.in_bucket else self.folder).exists():
             raise UserError(f"{self.folder} exists already. Delete it, or write elsewhere.")
+        if self.in_bucket:
+            self._open_in_bucket()
+            return
         if self.partial.is_symlink():  # Another user may have put it there.
             raise UserError(f"{self.partial} is a link, and would lead the cache elsewhere. Delete it.")
         if (self.partial / "cache.json").exists():
@@ -66,6 +82,15 @@ class CacheWriter:
             for path in self.partial.glob("*.array_record"):
                 if not path.with_suffix(".json").exists():
                     path.unlink()
+
+    def _open_in_bucket(self) -> None:
+        """Notes the recipe of the cache that is being prepared, or compares it with the noted one."""
+        path, recipe = self.folder / PREPARING, json.dumps(dataclasses.asdict(self.header), sort_keys=True)
+        with bucket_errors(self.folder):
+            if not path.exists():
+                storage.write_text(path, recipe)
+        if storage.read_json(path) != json.loads(recipe):
+            raise UserError(f"{self.folder} is being prepared by another recipe; delete it to start again.")
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -84,7 +109,8 @@ class CacheWriter:
 
     def is_complete(self, number: int) -> bool:
         """Returns whether a shard has been written."""
-        return self._path(number, ".json").exists()
+        path = self._path(number, ".json")
+        return path.name in self._notes if self.in_bucket else path.exists()
 
     @contextlib.contextmanager
     def shard(self, number: int) -> Iterator["Shard"]:
@@ -107,6 +133,9 @@ class CacheWriter:
                 self._path(number, ".buckets").write_bytes(shard.buckets)
             note = json.dumps({"count": len(shard.buckets), "dropped": shard.dropped})
             storage.write_text(self._path(number, ".json"), note)
+        for suffix in (".array_record", ".buckets", ".json") if self.in_bucket else ():
+            if self._path(number, suffix).exists():
+                upload(self._path(number, suffix), self.folder)
 
     def finish(self, num_shards: int) -> LatentCache:
         """Waits for all processes, moves the cache to its folder and opens it.
@@ -114,7 +143,7 @@ class CacheWriter:
         Raises:
             ValueError: no shard has a record, or one is missing.
         """
-        processes.wait_for_all(f"wrote {self.partial}")
+        processes.wait_for_all(f"wrote {self.folder}")
         if processes.is_first():
             notes = [self._note(number) for number in range(num_shards)]
             shards = tuple((f"latents-{number:05d}.array_record", count) for number, (count, _) in enumerate(notes))
@@ -124,16 +153,21 @@ class CacheWriter:
                 raise UserError(f"nothing was written to {self.partial}: no image could be read.")
             with self._writing():
                 complete = dataclasses.replace(self.header, shards=shards, count=count, dropped=dropped)
-                write_header(self.partial, complete)
-                os.replace(self.partial, self.folder)
+                write_header(self.folder if self.in_bucket else self.partial, complete)
+                if self.in_bucket:
+                    (self.folder / PREPARING).unlink()
+                else:
+                    os.replace(self.partial, self.folder)
         processes.wait_for_all(f"finished {self.folder}")
         return LatentCache(self.folder)
 
     def _note(self, number: int) -> tuple[int, int]:
         """Returns how many records a shard has, and how many images it lacks."""
         path = self._path(number, ".json")
+        if self.in_bucket:
+            path = self.folder / path.name
         try:
-            with open_regular(path) as stream:
+            with path.open("rb") if self.in_bucket else open_regular(path) as stream:
                 note = json.loads(stream.read(MAX_NOTE_BYTES))
             counts = note["count"], note["dropped"]
             if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
@@ -144,7 +178,11 @@ class CacheWriter:
 
     def abandon(self) -> None:
         """Deletes the folder of a cache of which no shard is complete."""
-        if processes.is_first() and not any(self.partial.glob("latents-*.json")):
+        if self.in_bucket:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            if processes.is_first() and names_in(self.folder) == {PREPARING}:
+                (self.folder / PREPARING).unlink()
+        elif processes.is_first() and not any(self.partial.glob("latents-*.json")):
             shutil.rmtree(self.partial, ignore_errors=True)
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import pathlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from dmm_jax.data.bucket_cache import HEADER, cache_location, check_unfinished
 from dmm_jax.data.buckets import Size, nearest_bucket
 from dmm_jax.data.cache import CacheHeader, LatentCache
 from dmm_jax.data.cache_writer import CacheWriter, Shard
@@ -23,7 +23,7 @@ from dmm_jax.data.sources import Example, ImageSource
 from dmm_jax.runtime import locks, processes
 from dmm_jax.runtime.errors import UserError, refuse
 from dmm_jax.runtime.processes import say
-from dmm_jax.runtime.storage import check_local, check_writable
+from dmm_jax.runtime.storage import Location, check_bucket, check_writable, in_bucket
 
 REPORT_S = 60  # Between the lines that report progress where stderr is not a terminal.
 NUM_THREADS = min(max(os.cpu_count() or 1, 4), 32)  # Pillow decodes and scales images outside the interpreter's lock.
@@ -35,7 +35,7 @@ def encode_images(
     source: ImageSource,
     encode: Callable[[np.ndarray, jax.Array], jax.Array | np.ndarray],
     tokenize: Callable[[Sequence[str]], np.ndarray],
-    out: str | pathlib.Path,
+    out: str | Location,
     batch_size: int,
     *,
     sizes: Sequence[Size],
@@ -93,7 +93,7 @@ def sample_prompts(
     draws: Draws,
     sample: Callable[[int, Sequence[str], Sequence[int], Size], np.ndarray],
     tokenize: Callable[[Sequence[str]], np.ndarray],
-    out: str | pathlib.Path,
+    out: str | Location,
     batch_size: int,
     *,
     sizes: Sequence[Size],
@@ -139,7 +139,7 @@ def sample_prompts(
 
 
 def _fill(
-    out: str | pathlib.Path,
+    out: str | Location,
     recipe: Mapping[str, Any],
     latent_shape: Callable[[], tuple[int, ...]],
     records: Callable[[Shard, int, int, tqdm], Iterator[Records]],
@@ -156,7 +156,7 @@ def _fill(
         total: the number of examples.
     """
     out = check_place(out)
-    if out.exists():
+    if (out / HEADER).exists():
         cache = LatentCache(out)
         problems = cache.header.differences(**recipe)
         refuse(f"{out} is a cache of another recipe; delete it, or set another data.cache", problems)
@@ -204,13 +204,17 @@ class Progress:
             say(f"{self.bar.n:,d} of {self.bar.total:,d} images, {rate:.1f} images/s")
 
 
-def check_place(out: str | pathlib.Path) -> pathlib.Path:
+def check_place(out: str | Location) -> Location:
     """Returns the path of a cache to write or to open.
 
     Raises:
-        ValueError: the folder holds something else, cannot be written, or is in a bucket.
+        ValueError: the folder or the place in a bucket holds something else, or cannot be written.
     """
-    out = check_local(out, "a latent cache")
+    out = cache_location(out)
+    if in_bucket(out):
+        check_bucket(out)
+        check_unfinished(out)
+        return out
     if out.exists() and not (out / "cache.json").is_file():
         raise UserError(
             f"{out} exists and is not a latent cache (it has no cache.json). Set data.cache to a new folder, which "

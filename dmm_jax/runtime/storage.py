@@ -40,7 +40,7 @@ def locate(path: str | os.PathLike) -> Location:
     path = f"{scheme}://{inside}"
     if scheme != "gs":
         raise UserError(
-            f"{path}: a run is kept on a file system or in Google Cloud Storage, gs://BUCKET/NAME; "
+            f"{path}: runs and latent caches are kept on a file system or in Google Cloud Storage, gs://BUCKET/NAME; "
             f"{scheme}:// has not been tried. Give a folder that all hosts share."
         )
     if "/" not in inside:
