@@ -4,17 +4,17 @@
 |---------------------------------------------------|---------|------|------|
 | batch, validation inputs [N, B/N, ...]            | N       | B/N  | B/N  |
 | teachers: UNets, own text encoders, styles [N, .] | N       | copy | copy |
-| streamed teachers, and the one on the device      | 1       | copy | copy |
 | text encoders of the base                         | copy    | copy | copy |
 | frozen: discriminator's backbone, UNet of a LoRA  | copy    | copy | copy |
 | student, discriminator, moments, average          | part    | part | part |
-| vector of their small arrays (distill/packing.py) | copy    | copy | copy |
+| vector of their small arrays (distill/layout.py)  | copy    | copy | copy |
 | counters                                          | copy    | copy | copy |
 | losses of all teachers [N], gradient norm         | copy    | copy | copy |
 
 N and B/N name the divided dimension. `parameter_spec` chooses the dimensions of a part: on every mesh, each device
 updates only its own part of the state (Xu et al., arXiv:2004.13336; ZeRO, arXiv:1910.02054). The docstring of
-`distill.step.build_loss_and_grads` describes how the axes differ.
+`distill.step.build_gradients` describes how the axes differ. With `config.teachers_in_host_memory`, whose mesh has no
+`teacher` axis, every device holds one teacher at a time.
 """
 
 import collections
