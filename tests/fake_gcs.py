@@ -7,10 +7,12 @@ import base64
 import contextlib
 import hashlib
 import json
+import os
 import re
 import threading
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from unittest import mock
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 BUCKET = "runs"
@@ -168,6 +170,13 @@ class Handler(BaseHTTPRequestHandler):
         if query.get("alt") != "media":
             return as_json(self.store.resource(name))
         return ranged(content, self.headers.get("Range", ""), {"x-goog-generation": str(generation)})
+
+
+@contextlib.contextmanager
+def reachable() -> Iterator[Store]:
+    """Serves a bucket for the block, and directs this process and its children to it."""
+    with serving() as store, mock.patch.dict(os.environ, store.environment):
+        yield store
 
 
 def ranged(content: bytes, header: str, headers: dict[str, str]) -> tuple:

@@ -101,7 +101,7 @@ def _shares_of_hosts(cache: LatentCache, num_rows: int, num_steps: int) -> dict:
 
 
 class _Ids:
-    """The numbers of a cache's examples in place of their token ids."""
+    """A source whose token ids, latents and sizes are the example's number."""
 
     def __init__(self, cache: LatentCache):
         self.size, self.bucket_of = len(cache), cache.bucket_of

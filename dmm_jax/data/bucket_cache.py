@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from dmm_jax.runtime.errors import UserError
@@ -33,22 +33,37 @@ def cache_location(folder: str | os.PathLike) -> Location:
 def copy_of(bucket: Location, names: Iterable[str], header: Mapping) -> pathlib.Path:
     """Returns a folder of this host with a finished cache's files; they are copied once.
 
-    The folder is `latents/HASH` beside the compiled programs, `~/.cache/dmm_jax`; HASH is of the place and the header.
+    The folder is `~/.cache/dmm_jax/latents/HASH`; HASH is of the place and the header.
 
     Args:
       names: of the files, which the caller has checked to be plain names.
       header: the contents of cache.json.
+
+    Raises:
+      UserError: the bucket lacks a file, or cannot be read.
     """
-    names = list(names)
+    names = list(dict.fromkeys(names))
     folder = host_folder("latents", [str(bucket), header])
     if folder.exists():
         return folder
     say(f"copying {len(names)} files of {bucket} to {folder}")
     with staged_folder(folder) as stage:
         for name in names:
-            with bucket_errors(bucket), (bucket / name).open("rb") as source, (stage / name).open("xb") as file:
-                shutil.copyfileobj(source, file, COPY_BYTES)
+            with (stage / name).open("xb") as file:
+                for part in _parts(bucket / name):
+                    file.write(part)
     return folder
+
+
+def _parts(path: Location) -> Iterator[bytes]:
+    """Yields the contents of an object; an error of the bucket says so, and one of this host's disk does not."""
+    with bucket_errors(path):
+        try:
+            with path.open("rb") as file:
+                while part := file.read(COPY_BYTES):
+                    yield part
+        except FileNotFoundError:
+            raise UserError(f"{path.parent} lacks its file {path.name!r}. Delete it and run prepare again.") from None
 
 
 def host_folder(kind: str, facts: Any) -> pathlib.Path:

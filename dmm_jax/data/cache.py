@@ -169,10 +169,10 @@ class LatentCache:
             self._check_finished()
         self.header = read_header(self.folder)
         for name, _ in self.header.shards:
-            if pathlib.PurePath(name).name != name:
+            if pathlib.PurePath(name).name != name or name.startswith("."):
                 raise UserError(f"{self.folder} names a file {name!r} elsewhere. Delete it and run prepare again.")
         if not in_bucket(self.folder):
-            self._opened()
+            self._opened  # noqa: B018  (its files are checked now)
         self.check(**expected)
 
     def _check_finished(self) -> None:
@@ -186,7 +186,7 @@ class LatentCache:
     @property
     def bucket_of(self) -> np.ndarray:
         """The number of each record's size bucket, uint8 (count,)."""
-        return self._opened()[1]
+        return self._opened[1]
 
     def check(self, *, num_examples: int = 0, **expected: Any) -> None:
         """Refuses a cache that a run cannot use.
@@ -235,12 +235,12 @@ class LatentCache:
     def gather(self, indices: Sequence[int] | np.ndarray) -> CachedExample:
         """Returns examples of one bucket at once, which is much quicker than one after another."""
         bucket = int(self.bucket_of[indices[0]])
-        return decode_records(self.header, self._read(self._opened()[0], indices, bucket), bucket)
+        return decode_records(self.header, self._read(self._opened[0], indices, bucket), bucket)
 
     def __repr__(self) -> str:
         return f"LatentCache({str(self.folder)!r})"
 
-    @functools.cache  # noqa: B019  (a run has few caches, and keeps them)
+    @functools.cached_property
     def _opened(self):
         """Returns the source of records, and the number of each record's size bucket."""
         header, paths, folder = self.header, [], self.folder

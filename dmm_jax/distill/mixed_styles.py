@@ -4,8 +4,8 @@ A mix is a weighted sum of style rows (DMM, arXiv:2504.12364, 3.2). The paper tr
 says what the student draws between them. Here every `mix_every`-th image of a teacher i is asked of a second teacher j
 too, with a weight w in [0, 1]: the style is w e_i + (1 - w) e_j, and the target w t_i + (1 - w) t_j, features included.
 
-In one step all images of a teacher have the same second one, `shift` rows further. Each teacher predicts its own
-images, and behind them, in one batch, those of which it is the second teacher.
+In one step all images of a teacher have the same second one, `shift` rows further. Each teacher predicts one batch: its
+own images, then those that have it as their second teacher.
 
 Shapes: T teachers, b images of each, k = b / mix_every of them mixed.
 """

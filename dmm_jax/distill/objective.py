@@ -50,7 +50,7 @@ class Objective:
     score_loss: str = "l2"
     timestep_draw: str = "independent"
     timestep_power: float = 1.0
-    mix_every: int = 0  # Of so many images of a teacher one is a mix with another teacher; 0: none.
+    mix_every: int = 0  # Every so-many-th image of a teacher is a mix with another; 0: none.
 
     @property
     def weights(self) -> dict[str, float]:
@@ -146,12 +146,14 @@ def sample_errors(
     alphas_cumprod = jnp.asarray(objective.alphas_cumprod, jnp.float32)
     noisy, text = _noisy_and_text(networks, objective, frozen, samples)
     rows = jax.tree.map(lambda leaf: leaf.reshape(teachers_and_samples + leaf.shape[1:]), (noisy, text))
-    asked, *rows = mixed_styles.with_second_rows((inputs, *rows), mix)
-    asked = asked._replace(style_ids=mixed_styles.own_styles(inputs.style_ids, mix))
-    target = predict_teachers(networks, objective, teachers, asked, *rows) if predictions is None else predictions
+    teacher_inputs, *rows = mixed_styles.with_second_rows((inputs, *rows), mix)
+    teacher_inputs = teacher_inputs._replace(style_ids=mixed_styles.own_styles(inputs.style_ids, mix))
+    target = predictions
+    if target is None:
+        target = predict_teachers(networks, objective, teachers, teacher_inputs, *rows)
     if teachers.is_converted is not None:
-        sample = _as_the_student_predicts(objective, target.sample, rows[0], asked.timesteps, teachers.is_converted)
-        target = target._replace(sample=sample)
+        arguments = target.sample, rows[0], teacher_inputs.timesteps, teachers.is_converted
+        target = target._replace(sample=_as_the_student_predicts(objective, *arguments))
     target = jax.tree.map(_merge_rows, mixed_styles.mean_of_both(target, mix))
 
     params = trained["student"] if frozen.student is None else joined(frozen.student, trained["student"])

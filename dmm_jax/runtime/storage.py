@@ -72,7 +72,7 @@ def bucket_errors(path: Location) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # gcsfs, google.auth and aiohttp have no common class.
-        if not in_bucket(path):
+        if isinstance(error, UserError) or not in_bucket(path):
             raise
         bucket, reason = _bucket(path), " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, FileNotFoundError):

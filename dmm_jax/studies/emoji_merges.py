@@ -32,8 +32,8 @@ class Run:
     """One training run of a row."""
 
     changes: Mapping[str, object] = dataclasses.field(default_factory=dict)  # To the config.
-    first: int = 0  # Of the sets that it learns, in the order of the study's.
-    last: int | None = None  # The one behind the last.
+    first: int = 0  # The first set that it learns, in the study's order.
+    last: int | None = None  # It learns the sets before this one; None: all.
     grows: bool = False  # Whether it grows the student of the run before.
     is_made: bool = False  # Whether the teachers draw its data, from the captions.
 

@@ -14,7 +14,7 @@ from dmm_jax.pipeline import Pipeline
 from dmm_jax.studies.emoji_pictures import PICTURES, TRAIN
 from dmm_jax.studies.emoji_study import Study
 
-SEED = 500  # Of the first row's noise.
+SEED = 500  # The first row's.
 NUM_SEEN, NUM_HELD_OUT = 10, 4
 
 

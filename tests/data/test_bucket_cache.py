@@ -19,9 +19,7 @@ HEADER = CacheHeader("v", "t", 16, 1.0, (2, 2, 4), 7, buckets=((8, 32),))
 @pytest.fixture(scope="module")
 def server():
     pytest.importorskip("gcsfs")
-    with fake_gcs.serving() as store, pytest.MonkeyPatch.context() as patch:
-        for name, value in store.environment.items():
-            patch.setenv(name, value)
+    with fake_gcs.reachable() as store:
         yield store
 
 
@@ -133,9 +131,20 @@ def test_a_header_that_names_files_elsewhere_is_refused(server, host):
     write_shard(writer, 0)
     writer.finish(1)
     (_, content) = server.objects["caches/hostile/cache.json"]
-    server.write("caches/hostile/cache.json", content.replace(b"latents-00000.array_record", b"../../x.array_record"))
-    with pytest.raises(UserError, match="elsewhere"):
-        LatentCache("gs://runs/caches/hostile")
+    for name in (b"../../x.array_record", b".."):
+        server.write("caches/hostile/cache.json", content.replace(b"latents-00000.array_record", name))
+        with pytest.raises(UserError, match="elsewhere"):
+            LatentCache("gs://runs/caches/hostile")
+
+
+def test_a_file_that_the_bucket_lacks_is_named_and_nothing_is_copied(server, host):
+    writer = CacheWriter("gs://runs/caches/lacking", HEADER)
+    write_shard(writer, 0)
+    cache = writer.finish(1)
+    del server.objects["caches/lacking/latents-00000.buckets"]
+    with pytest.raises(UserError, match="lacks its file 'latents-00000.buckets'.*prepare"):
+        cache[0]
+    assert not any((host("first") / "latents").iterdir())
 
 
 def test_a_cache_without_an_image_leaves_nothing_in_the_bucket(server, host):

@@ -32,9 +32,7 @@ BOUND_S = 240  # The longest time for anything here, on a busy machine.
 @pytest.fixture(scope="module")
 def store():
     pytest.importorskip("gcsfs")
-    with fake_gcs.serving() as store, pytest.MonkeyPatch.context() as patch:
-        for name, value in store.environment.items():
-            patch.setenv(name, value)
+    with fake_gcs.reachable() as store:
         yield store
 
 
