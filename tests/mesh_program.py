@@ -107,14 +107,16 @@ def run_case(mesh_shape, changes: dict, base: Checkpoint, teachers) -> tuple[dic
     network = discriminator.define(base.unet_config, NUM_TEACHERS, 8)
     backbone = jax.tree.map(lambda leaf: np.zeros(leaf.shape), discriminator.abstract_params(network)["backbone"])
     leaves = jax.tree.leaves(after)
-    places = {
+    divided = {
         "batch": batch, "teachers": distillation.teachers, "text": distillation.frozen,
         "backbone": put_params(backbone, mesh, distillation.dtype),
         "counters": [leaf for leaf in leaves if leaf.ndim == 0], "small": state.arrays["small"], "logged": metrics,
         "trained": [leaf for leaf in leaves if leaf.ndim],
     }  # fmt: skip
     arrays = {f"{name}.{k}": leaf for name, tree in results.items() for k, leaf in enumerate(jax.tree.leaves(tree))}
-    return arrays, {name: divided_axes(tree, mesh) for name, tree in places.items()}
+    if config.teachers_in_host_memory:
+        del divided["teachers"]  # They are in the host's memory.
+    return arrays, {name: divided_axes(tree, mesh) for name, tree in divided.items()}
 
 
 def main(cases: str, out: str) -> None:

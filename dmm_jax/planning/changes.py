@@ -27,7 +27,7 @@ class Change:
     @property
     def layout(self) -> tuple:
         """Returns the key of all changes with equal arrays on each device between steps."""
-        return self.topology, tuple(self.config.mesh.to_dict().items())
+        return self.topology, self.config.teachers_in_host_memory, tuple(self.config.mesh.to_dict().items())
 
     @property
     def images(self) -> float:
@@ -99,6 +99,7 @@ def candidates(config: ml_collections.ConfigDict, topology: str) -> Iterator[Cha
 
     The size of a change is a sum. Recomputation adds 1 for the finest level and 2 for all. Each doubling of the
     micro-batches, of the teachers' groups or of `fsdp` adds 1. Each halving of the batch, which is another run, adds 2.
+    Teachers in the host's memory, which may take the step twice its time, add 5.
     """
     machine: devices.Topology | None = devices.topology(topology)
     while machine is not None:
@@ -118,11 +119,12 @@ def _combinations(config, machine) -> Iterator[tuple[int, list[int], dict]]:
     halvings = _doublings(config.batch_size // (num_rows(config) * config.gradient_accumulation))
     groups = [size for size in _divisors(num_rows(config)) if not size % mesh.teacher]
     teachers = [(k, {"mesh.teacher": size}) for k, size in enumerate(groups) if machine.count % size == 0]
+    memories = [(0, {}), *([] if config.teachers_in_host_memory else [(5, {"teachers_in_host_memory": True})])]
     shards = [(k, {"mesh.fsdp": mesh.fsdp * 2**k}) for k in range(_doublings(machine.count // mesh.fsdp) + 1)]
     for micro in range(halvings + 1):
         batches = [(2 * k, {"batch_size": config.batch_size // 2**k}) for k in range(halvings - micro + 1)]
         micros = [(micro, {"gradient_accumulation": config.gradient_accumulation * 2**micro})]
-        for parts in itertools.product(remats, micros, teachers, shards, batches):
+        for parts in itertools.product(remats, micros, teachers, shards, batches, memories):
             weights = [weight for weight, _ in parts]
             options = {name: value for weight, part in parts if weight for name, value in part.items()}
             if mesh.data and (weights[2] or weights[3] or machine.count != mesh.teacher * mesh.data * mesh.fsdp):

@@ -124,6 +124,15 @@ def test_teachers_are_spread_if_they_are_the_largest_part(config, estimate_by_fo
     assert change == "--config.mesh.teacher=4" and planned.mesh_shape["teacher"] == 4
 
 
+def test_teachers_leave_one_device_before_it_becomes_two(config, estimate_by_formula, set_device_memory):
+    config.teachers = tuple((f"{name}{k}", path) for k in range(4) for name, path in config.teachers)
+    config.batch_size, config.remat = 8, "all"
+    memory_together = plan.plan(config, "gpu:1x80GB").memory
+    set_device_memory((sum(memory_together.values()) - 0.6 * memory_together["teachers"]) / MIB)
+    change, planned = plan.smallest_change(config, "gpu:1x80GB")
+    assert change == "--config.teachers_in_host_memory=True" and planned.fits
+
+
 @pytest.mark.skipif(not compiler.is_installed(), reason="needs libtpu: pip install 'dmm-jax[plan]'")
 def test_only_changes_whose_estimate_fits_are_compiled(config, estimate_by_formula, set_device_memory, monkeypatch):
     set_device_memory(arrays_mib(config, "v5e:2x2") + 4.1, "v5e")

@@ -17,16 +17,18 @@ from dmm_jax.runtime.errors import UserError
 from tests import mesh_program
 
 ROOT = pathlib.Path(__file__).parents[2]
-MESHES = [(1, 1, 1), (4, 1, 2), (2, 2, 2), (4, 2, 1), (1, 1, 8)]
+MESHES = [(1, 1, 1), (4, 1, 2), (2, 2, 2), (4, 2, 1), (1, 2, 4)]
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true"
 ACCUMULATING = (4, 2, 1)  # The mesh on which gradients are summed over two micro-batches.
 UNROLLED = (2, 2, 2)  # The mesh on which the middle block's two transformer blocks are not a loop.
+STREAMED = (1, 2, 4)  # The mesh to which teachers come from the host's memory, one at a time.
 ADVERSARIAL = {"adversarial.weight": 0.1}
 CASES = {
     **{
         ("float32", mesh): {
             "gradient_accumulation": 2 if mesh == ACCUMULATING else 1,
             "loop_blocks": 0 if mesh == UNROLLED else 2,
+            "teachers_in_host_memory": mesh == STREAMED,
         }
         for mesh in MESHES
     },
@@ -58,7 +60,7 @@ def difference(actual, expected, name):
 
 
 @pytest.mark.parametrize("mesh", MESHES[1:], ids=str)
-def test_all_meshes_micro_batches_and_loops_take_the_same_steps(results, mesh):
+def test_all_ways_to_divide_a_step_take_the_same_steps(results, mesh):
     """Compares losses, gradient norm, moments, and with them parameters and their average.
 
     Adam divides by a gradient's size, so a parameter whose gradient is only rounding would move by the learning rate.
