@@ -1,7 +1,5 @@
 """A latent cache in a bucket: the same records as in a folder, continued by any host, copied to a host once."""
 
-import pathlib
-
 import numpy as np
 import pytest
 
@@ -9,7 +7,6 @@ from dmm_jax.data import bucket_cache
 from dmm_jax.data.cache import CacheHeader, LatentCache
 from dmm_jax.data.cache_writer import CacheWriter
 from dmm_jax.data.fill_cache import check_place
-from dmm_jax.runtime import storage
 from dmm_jax.runtime.errors import UserError
 from tests import fake_gcs
 
@@ -147,11 +144,14 @@ def test_a_file_that_the_bucket_lacks_is_named_and_nothing_is_copied(server, hos
     assert not any((host("first") / "latents").iterdir())
 
 
-def test_a_cache_without_an_image_leaves_nothing_in_the_bucket(server, host):
+def test_an_abandoned_cache_leaves_nothing_unless_a_shard_is_complete(server, host):
+    writer = CacheWriter("gs://runs/caches/empty", HEADER)
+    writer.abandon()
+    assert server.names("caches/empty/") == []
     writer = CacheWriter("gs://runs/caches/empty", HEADER)
     with writer.shard(0):
         pass
     with pytest.raises(UserError, match="no image could be read"):
         writer.finish(1)
-    assert isinstance(storage.locate("gs://runs/caches/empty"), storage.Location)
-    assert bucket_cache.HEADER not in map(lambda name: pathlib.PurePath(name).name, server.names("caches/empty/"))
+    left = {name.rsplit("/", 1)[1] for name in server.names("caches/empty/")}
+    assert "latents-00000.json" in left and bucket_cache.HEADER not in left
