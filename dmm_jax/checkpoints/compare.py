@@ -90,7 +90,10 @@ def standalone_problems(checkpoint: Checkpoint, name: str) -> list[str]:
     missing = [component for component in components(checkpoint.architecture) if not checkpoint.has(component)]
     missing += ["tokenizer", "tokenizer_2"][len(checkpoint.tokenizer_folders) : len(checkpoint.text_encoders)]
     if missing:
-        return [f"{name} holds no {', '.join(missing)}; give a diffusers folder that has them as the base."]
+        return [
+            f"{name} holds no {', '.join(missing)}. Give a diffusers folder that holds it as the base: --base FOLDER, "
+            "or config.base for a merge."
+        ]
     return contradictions(checkpoint, name) + _prediction_problems(checkpoint.prediction_type, name)
 
 

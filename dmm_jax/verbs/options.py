@@ -5,7 +5,7 @@ import contextlib
 import pathlib
 
 from dmm_jax.config.files import read_config
-from dmm_jax.config.options import DTYPES
+from dmm_jax.config.options import DTYPES, get_config, solver_options
 from dmm_jax.text.prompt_grammar import A1111, GRAMMARS
 
 _OF_COMMAND_LINE = ("verb", "overrides", "verbosity")  # Arguments that no function of the library takes.
@@ -73,6 +73,23 @@ def open_pipeline(args: argparse.Namespace):
     for line in pipeline.source.fallbacks:
         say(line)
     return pipeline
+
+
+def sampling_of(model: str, kind: str) -> dict[str, object]:
+    """Returns how a MODEL's pictures are drawn where a call does not say: as its run's config says, or the demo's.
+
+    Args:
+      kind: of the model's `Checkpoint`.
+    """
+    from dmm_jax.checkpoints.shipped import is_demo
+    from dmm_jax.config.serialization import load_config
+    from dmm_jax.world import demo_config
+
+    if is_demo(model):
+        config = demo_config.get_config()
+    else:
+        config = load_config(model) if kind == "workdir" else get_config()
+    return solver_options(config)
 
 
 def add_prediction_type(parser: argparse.ArgumentParser) -> None:

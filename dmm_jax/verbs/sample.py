@@ -58,13 +58,18 @@ def _add_drawing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="of the first prompt; the next has seed + 1; the same for all styles"
     )
-    parser.add_argument("--steps", type=int, default=25, help="of the solver")
-    parser.add_argument("--guidance-scale", type=float, default=7.0, help="1 turns guidance off")
+    of_run = "default: config.sampling's of a run"
     parser.add_argument(
-        "--guidance-rescale", type=float, default=0.0, help="0 to 1; 0.7 for models with zero terminal SNR"
+        "--steps", type=int, dest="num_inference_steps", metavar="N", help=f"of the solver; {of_run}, otherwise 25"
+    )
+    parser.add_argument("--guidance-scale", type=float, help=f"1 turns guidance off; {of_run}, otherwise 7")
+    parser.add_argument(
+        "--guidance-rescale",
+        type=float,
+        help=f"0 to 1; 0.7 for models with zero terminal SNR; {of_run}, otherwise 0",
     )
     parser.add_argument(
-        "--solver", default="dpmpp_2m", help="such as euler, or 'DPM++ 2M Karras' (`dmm-jax list solvers`)"
+        "--solver", help=f"such as euler, or 'DPM++ 2M Karras' (`dmm-jax list solvers`); {of_run}, otherwise dpmpp_2m"
     )
     parser.add_argument("--height", type=int, default=0, help="pixels; default: the model's")
     parser.add_argument("--width", type=int, default=0, help="pixels; default: the model's")
@@ -84,10 +89,13 @@ def main(args: argparse.Namespace) -> None:
 
     check_folder(args.out)
     prompts = _prompts(args)
-    say(f"Reading {args.model}")
-    args.model = PLUS.join([args.model, *args.lora])
+    model = args.model
+    say(f"Reading {model}")
+    args.model = PLUS.join([model, *args.lora])
     pipeline = options.open_pipeline(args)
-    if pipeline.schedule.rescale_betas_zero_snr and not args.guidance_rescale:
+    sampling = options.sampling_of(model, pipeline.source.kind)
+    sampling |= {name: getattr(args, name) for name in sampling if getattr(args, name) is not None}
+    if pipeline.schedule.rescale_betas_zero_snr and not sampling["guidance_rescale"]:
         say(ADVICE)
     page = write_gallery(
         pipeline,
@@ -99,11 +107,8 @@ def main(args: argparse.Namespace) -> None:
         seed=args.seed,
         height=args.height,
         width=args.width,
-        num_inference_steps=args.steps,
-        guidance_scale=args.guidance_scale,
-        guidance_rescale=args.guidance_rescale,
-        solver=args.solver,
         batch_size=args.batch_size,
+        **sampling,
         progress=functools.partial(tqdm, desc="drawing", unit="batch", disable=terminal.is_quiet() or None),
     )
     print(page)

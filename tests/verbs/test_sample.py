@@ -7,6 +7,10 @@ from dmm_jax.checkpoints.formats import lora
 from dmm_jax.checkpoints.formats.safetensors_io import save
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.styles import fold_style
+from dmm_jax.config.options import get_config, solver_options
+from dmm_jax.config.serialization import to_json
+from dmm_jax.verbs import options
+from dmm_jax.world import demo_config
 
 
 @pytest.mark.parametrize("content, expected", [(None, "no prompt file"), ("\n", "no prompt")])
@@ -60,3 +64,13 @@ def test_a_lora_on_the_student_is_the_same_lora_on_its_stock_export(trained, tmp
     assert all(np.array_equal(folded[name], expected[name]) for name in expected)
     before = fold_style(student, mix).tensors("unet")
     assert [name for name in before if not np.array_equal(folded[name], before[name])] == [f"{layer}.weight"]
+
+
+def test_a_run_draws_as_its_config_says_and_the_demo_as_the_demo_does(tmp_path):
+    config = get_config()
+    config.sampling.guidance_scale, config.sampling.solver = 1.5, "euler"
+    (tmp_path / "config.json").write_text(to_json(config))
+    of_run = options.sampling_of(str(tmp_path), "workdir")
+    assert (of_run["guidance_scale"], of_run["solver"], of_run["num_inference_steps"]) == (1.5, "euler", 25)
+    assert options.sampling_of("demo", "dmm") == solver_options(demo_config.get_config())
+    assert options.sampling_of("anime.safetensors", "single-file")["guidance_scale"] == 7.0
