@@ -126,7 +126,7 @@ def test_teachers_are_spread_if_they_are_the_largest_part(config, estimate_by_fo
 
 def test_teachers_leave_one_device_before_it_becomes_two(config, estimate_by_formula, set_device_memory):
     config.teachers = tuple((f"{name}{k}", path) for k in range(4) for name, path in config.teachers)
-    config.batch_size, config.remat = 8, "all"
+    config.batch_size, config.remat = 16, "all"
     memory_together = plan.plan(config, "gpu:1x80GB").memory
     set_device_memory((sum(memory_together.values()) - 0.6 * memory_together["teachers"]) / MIB)
     change, planned = plan.smallest_change(config, "gpu:1x80GB")
