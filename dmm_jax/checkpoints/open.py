@@ -74,6 +74,8 @@ def open_checkpoint(
     elif (path / "config.json").is_file() and (path / "checkpoints").is_dir():
         checkpoint = _open_workdir(path)
     else:
+        if not (path / "config.json").is_file():  # With one, it is a network of a diffusers folder.
+            lora.refuse_folder(path)
         raise CheckpointError(
             f"{path} is no checkpoint: it holds neither model_index.json (a diffusers folder) nor a training run's "
             "config.json and checkpoints/. Give the folder that holds unet/, vae/, text_encoder/."

@@ -1,14 +1,20 @@
 """Facts about an adapter file, without its base: its kind, its layers, what it was trained on, and how to use it."""
 
 import collections
+import hashlib
 import json
 from collections.abc import Mapping
 
+import ml_dtypes
+import numpy as np
+
 from dmm_jax.checkpoints import naming
+from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.checkpoints.formats import adapter_kinds, lora_keys
+from dmm_jax.checkpoints.formats import adapter_kinds, lora_keys, peft_options
 from dmm_jax.checkpoints.formats.lora_keys import BIASES, DORA
-from dmm_jax.checkpoints.formats.safetensors_io import TensorFile
+from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, raw_bytes
+from dmm_jax.checkpoints.styles import BIAS
 
 # {fact: the fields of a file's metadata that state it, the best first}, of kohya's trainer, ModelSpec and dmm_jax.
 STATED = {
@@ -21,16 +27,18 @@ STATED = {
     "clip_skip": ("ss_clip_skip",),
 }
 MAX_CHARS = 120
+PRECISIONS = (np.float32, np.float16, ml_dtypes.bfloat16)  # An export has one of these.
 STYLE_BASE = "dmm_jax.lora_base"  # Metadata of the files of `export`: the checkpoint that they belong to.
 
 
 def refuse_other_kinds(file: TensorFile) -> None:
-    """Raises CheckpointError that names the kinds of adapters in a file that are not read, and what to do."""
+    """Raises CheckpointError if a file holds adapters of kinds that are not read; it names them, and what to do."""
     kinds = lora_keys.other_kinds(file)
     if kinds:
         examples = ", ".join(f"{kind} ({naming.printable(key)})" for kind, (key, _) in kinds.items())
         advice = " ".join(dict.fromkeys(advice for _, advice in kinds.values()))
         raise CheckpointError(f"{file.path} holds {examples}, which is not read. {advice}")
+    peft_options.refuse_changed_base(file)
 
 
 def facts(file: TensorFile) -> dict | None:
@@ -105,17 +113,41 @@ def _listed(ranks) -> str:
 
 def how_to_use(file: TensorFile) -> str:
     """Returns a sentence about how to use an adapter."""
-    if STYLE_BASE in file.metadata:
-        try:
-            base = json.loads(file.metadata[STYLE_BASE])
-            style = (
-                naming.printable(str(base["style"]), MAX_CHARS) if isinstance(base, dict) and "style" in base else ""
-            )
-        except (ValueError, RecursionError):
-            style = ""
-        if style:
-            return (
-                f"It changes the stock export of the mix {style} of one student, and no other checkpoint. Give it with "
-                f"that export, as one text: 'EXPORT + {file.path}'."
-            )
+    style = _style_base(file).get("style")
+    if style:
+        style = naming.printable(str(style), MAX_CHARS)
+        return (
+            f"It changes the stock export of the mix {style} of one student, and no other checkpoint. Give it with "
+            f"that export, as one text: 'EXPORT + {file.path}'."
+        )
     return f"Give it with its base, as one text: 'BASE + {file.path}*0.8', where 0.8 is the weight."
+
+
+def _style_base(file: TensorFile) -> dict:
+    """Returns what a style file states about the stock export that it changes; {} for any other file."""
+    try:
+        base = json.loads(file.metadata.get(STYLE_BASE, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return base if isinstance(base, dict) else {}
+
+
+def refuse_other_base(file: TensorFile, base: Checkpoint) -> None:
+    """Raises CheckpointError if a style file states another base: the difference of two biases fits one base alone.
+
+    A base in half precision cannot be compared with the hash of another precision; then it is taken as it is.
+    """
+    stated, tensors = _style_base(file), base.tensors("unet") if base.has("unet") else {}
+    key, digest = naming.spellings(tensors).get(BIAS), stated.get("bias_sha256")
+    if not isinstance(digest, str) or key is None:
+        return
+    bias = np.asarray(tensors[key])
+    is_comparable = bias.dtype == np.float32 or bias.dtype.name == stated.get("dtype")
+    digests = [hashlib.sha256(raw_bytes(bias.astype(dtype))).hexdigest() for dtype in PRECISIONS]
+    if is_comparable and digest not in digests:
+        style = naming.printable(str(stated.get("style")), MAX_CHARS)
+        raise CheckpointError(
+            f"{file.path} changes the stock export of the mix {style} of one student, and {base.path} is not that "
+            f"export: its {BIAS} differs, so the result would be meaningless. Give that export as the base: "
+            f"export --format single-file --style {style}."
+        )

@@ -25,9 +25,9 @@ def tucker(core: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
     Args:
       core: (r, s, k, k).
       up: (O, r).
-      down: (s, I).
+      down: (s, I), or (s, I, 1, 1).
     """
-    rows = np.einsum("rs...,si->ri...", core, down)
+    rows = np.einsum("rs...,si->ri...", core, matrix(down))
     return up @ matrix(rows)
 
 
@@ -140,7 +140,7 @@ def fits(kind: str, shapes: Mapping[str, Shape], layer: Shape) -> bool:
         return False
     if kind == "full difference":
         (shape,) = shapes.values()
-        return _flat(shape) == _flat(layer)
+        return shape[0] == layer[0] and _has_columns(shape, layer[1:])
     if len(layer) not in (2, 4):
         return False
     return _FITS[kind](shapes, layer)
@@ -150,15 +150,24 @@ def _flat(shape: Shape) -> tuple[int, int]:
     return (shape[0], math.prod(shape[1:])) if shape else (0, 0)
 
 
+def _trimmed(shape: Shape) -> Shape:
+    """Returns a shape without the ones at its end."""
+    return _trimmed(shape[:-1]) if shape[-1:] == (1,) else tuple(shape)
+
+
+def _has_columns(shape: Shape, columns: Shape) -> bool:
+    """Tells whether an array (rows, ...) has columns such as (I, k, k), or (I k k), in this order."""
+    return _trimmed(shape[1:]) in (_trimmed(columns), _trimmed((math.prod(columns),)))
+
+
 def _pair(up: Shape, down: Shape, layer: Shape) -> bool:
-    up, down = _flat(up), _flat(down)
-    return up[1] == down[0] and (up[0], down[1]) == _flat(layer)
+    return up[0] == layer[0] and _has_columns(up, down[:1]) and _has_columns(down, layer[1:])
 
 
 def _core(core: Shape, up: Shape, down: Shape, out: int, into: int, kernel: Shape) -> bool:
     """Tells whether a core (r, s, kernel) joins factors (out, r) and (s, into)."""
-    up, down = _flat(up), _flat(down)
-    return up[0] == out and down[1] == into and tuple(core) == (up[1], down[0], *kernel)
+    sizes_fit = up[0] == out and _has_columns(up, core[:1]) and _has_columns(down, (into,))
+    return sizes_fit and tuple(core) == (core[0], down[0], *kernel)
 
 
 def _lora_fits(shapes, layer) -> bool:
@@ -180,24 +189,22 @@ def _loha_fits(shapes, layer) -> bool:
 
 
 def _lokr_fits(shapes, layer) -> bool:
-    halves = []
-    for name in ("lokr_w1", "lokr_w2"):
-        if name in shapes:
-            halves.append(_flat(shapes[name]))
-            continue
-        up, down = shapes[f"{name}_a"], shapes[f"{name}_b"]
-        if name == "lokr_w2" and "lokr_t2" in shapes:
-            core = shapes["lokr_t2"]
-            if len(up) != 2 or len(layer) != 4 or not _core(core, up[::-1], down, up[1], _flat(down)[1], layer[2:]):
-                return False
-            halves.append((up[1], _flat(down)[1] * math.prod(layer[2:])))
-            continue
-        up, down = _flat(up), _flat(down)
-        if up[1] != down[0]:
-            return False
-        halves.append((up[0], down[1]))
-    (a, c), (b, columns) = halves
-    return (a * b, c * columns) == _flat(layer) and layer[1] % c == 0
+    rows, columns = (shapes[name] for name in (["lokr_w1"] * 2 if "lokr_w1" in shapes else ["lokr_w1_a", "lokr_w1_b"]))
+    first = rows[0], math.prod(columns[1:])
+    if layer[0] % first[0] or layer[1] % first[1]:
+        return False
+    second = (layer[0] // first[0], layer[1] // first[1], *layer[2:])
+    return all(_half_fits(name, shapes, half) for name, half in (("lokr_w1", first), ("lokr_w2", second)))
+
+
+def _half_fits(name: str, shapes: Mapping[str, Shape], half: Shape) -> bool:
+    """Tells whether a half of LoKr, whole or in factors, has the shape `half`."""
+    if name in shapes:
+        return shapes[name][0] == half[0] and _has_columns(shapes[name], half[1:])
+    up, down = shapes[f"{name}_a"], shapes[f"{name}_b"]
+    if name == "lokr_w2" and "lokr_t2" in shapes:
+        return len(half) == 4 and len(up) == 2 and _core(shapes["lokr_t2"], up[::-1], down, *half[:2], half[2:])
+    return _pair(up, down, half)
 
 
 def _glora_fits(shapes, layer) -> bool:

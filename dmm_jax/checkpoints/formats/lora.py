@@ -1,6 +1,7 @@
 """Adapter files (LoRA, LoHa, LoKr, DoRA and others) as part of a checkpoint: `BASE + LORA.safetensors*0.8`.
 
-`with_loras` returns the base with the differences folded in (see `folding`); it reads headers and scalars only.
+`with_loras` returns the base with the differences folded in (see `folding`); it reads headers and scalars only,
+and a style file's bias of the base.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ PLUS, TIMES = " + ", "*"
 # What may be wrong with keys of a file, as messages call it.
 UNKNOWN, TWICE, INCOMPLETE = "unknown", "named twice", "incomplete, or of several kinds"
 LACKING = "of layers or networks that this base does not have; the file belongs to another family"
+UNSCALED = ("full difference", "IA3")  # Kinds that no alpha scales.
 MISSHAPEN, QUANTISED, NO_ALPHA = "misshapen", "quantised", "with an alpha that is not a number"
 
 
@@ -74,7 +76,7 @@ def with_loras(base: Checkpoint, path: pathlib.Path, files: Sequence[tuple[pathl
       CheckpointError: a file is missing, damaged or of a kind that is not read, or has layers that are unknown,
         incomplete or misshapen; lists those of all files at once.
     """
-    opened = [(TensorFile(file), weight) for file, weight in files]
+    opened = [(_opened(file), weight) for file, weight in files]
     shapes = {name: base.shapes(name) for name in lora_keys.FLAT if base.has(name)}
     layers = lora_keys.layer_names(shapes, base.unet_config if base.has("unet") else None)
     lines, loras, terms = [], [], []
@@ -82,6 +84,7 @@ def with_loras(base: Checkpoint, path: pathlib.Path, files: Sequence[tuple[pathl
         adapter_facts.refuse_other_kinds(file)
         if not len(file):
             raise CheckpointError(f"{file.path} is not a LoRA: it holds no tensor.")
+        adapter_facts.refuse_other_base(file, base)
         match = Match(file, layers, shapes)
         loras.append(FoldedLora(file.path, weight, match.ranks, match.networks, match.kinds))
         terms.append((weight, match.updates))
@@ -101,11 +104,30 @@ def with_loras(base: Checkpoint, path: pathlib.Path, files: Sequence[tuple[pathl
     )
 
 
+def _opened(path: pathlib.Path) -> TensorFile:
+    refuse_folder(path)
+    return TensorFile(path)
+
+
+def refuse_folder(path: pathlib.Path) -> None:
+    """Raises CheckpointError if a path is a folder that holds safetensors files; the message names them."""
+    names = sorted(file.name for file in path.glob("*.safetensors")) if path.is_dir() else []
+    if names:
+        raise CheckpointError(
+            f"{path} is a folder and no checkpoint: it holds {naming.listed(names)}. Give the file, for example "
+            f"{naming.printable(str(path / names[0]), 1000)}."
+        )
+
+
+class AdapterAlone(CheckpointError):
+    """A sound adapter is given without its base; the message says what it is and how to use it."""
+
+
 def refuse_alone(file: TensorFile) -> None:
-    """Raises CheckpointError if a file given as a checkpoint is an adapter; the message says how to use it."""
+    """Raises AdapterAlone if a file given as a checkpoint is an adapter, or CheckpointError if it is not read."""
     adapter_facts.refuse_other_kinds(file)
     if facts := adapter_facts.facts(file):
-        raise CheckpointError(f"{file.path} is {adapter_facts.sentence(facts)} {adapter_facts.how_to_use(file)}")
+        raise AdapterAlone(f"{file.path} is {adapter_facts.sentence(facts)} {adapter_facts.how_to_use(file)}")
 
 
 def _folded(component: str, part: Component, terms: Sequence[tuple[float, Mapping]], shapes: Mapping) -> Component:
@@ -162,8 +184,13 @@ class Match:
         of_weight = {role: key for role, key in roles.items() if role not in BIASES}
         factors = {role: key for role, key in of_weight.items() if role not in ("alpha", "scalar")}
         kind = lora_keys.kind_of(factors)
-        if not kind and (of_weight or not of_bias) or len(of_bias) > 1:
+        # Alpha scales no difference of a bias, so it may be next to one alone.
+        is_bias = set(of_weight) <= {"alpha"} and of_bias and ("up_bias" not in of_bias or not of_weight)
+        if not kind and not is_bias or len(of_bias) > 1:
             self._report(INCOMPLETE, *roles.values())
+            return
+        if "scalar" in roles and kind in UNSCALED:
+            self._report(f"scalar next to the kind {kind}, which has none", roles["scalar"])
             return
         quantised = [key for role, key in roles.items() if role not in SCALES and self._is_quantised(role, key)]
         if quantised:
@@ -179,7 +206,7 @@ class Match:
         if scale is None:
             return
         if kind:
-            factor = 1.0 if kind in ("full difference", "IA3") else scale
+            factor = 1.0 if kind in UNSCALED else scale
             self.updates[component][our_key] = Update(self.file, kind, factors, factor)
             if "ia3_out" in factors and f"{layer}.bias" in self.shapes[component]:
                 self.updates[component][f"{layer}.bias"] = Update(self.file, kind, factors, factor)
@@ -200,6 +227,8 @@ class Match:
         O, PEFT's config tells them apart.
         """
         shape, expected = self.file.shape(key), self.shapes[component][f"{layer}.weight"]
+        if len(expected) < 2:  # Norms have no IA3, which `fits` reports.
+            return "ia3_out"
         if len(shape) == 2 or expected[0] != expected[1]:
             return "ia3_in" if len(shape) > 1 and shape[0] == 1 and shape[1] == expected[1] else "ia3_out"
         options = self._peft(component, key)
@@ -216,6 +245,9 @@ class Match:
         fit = adapter_kinds.fits(kind, parts, layer) and all(
             adapter_kinds.magnitude_shape(role, shape, layer) for role, shape in shapes.items() if role in DORA
         )
+        if fit and "on_input" in factors:
+            axis = int(np.any(self.file[factors["on_input"]]))
+            fit = math.prod(shapes["ia3"]) == layer[axis]
         if not fit:
             described = ", ".join(f"{role} {shape}" for role, shape in shapes.items())
             self._report(MISSHAPEN, f"{next(iter(factors.values()))} (the layer is {layer}, the factors {described})")

@@ -80,6 +80,9 @@ OTHER_KINDS = {  # {a part of "key.": (a kind of file that is not read, what to 
     ),
     ".absmax.": ("nf4 or int8 weights of bitsandbytes", "Use the float16 file of this adapter."),
 }  # fmt: skip
+_TRANSFORMER = re.compile(  # Layers of networks that are not UNets, in the names of all trainers.
+    r"(?:^|.*[._])(?:(double|single|single_transformer)|(joint))_blocks[._]|transformer\.|lora_transformer_"
+)
 _HYPERNETWORK = re.compile(r"(\d+)\.(\d+)\.linear\.\d+\.(weight|bias)", re.ASCII)
 
 
@@ -166,6 +169,11 @@ def other_kinds(keys: Iterable[str]) -> dict[str, tuple[str, str]]:
         for mark, (kind, advice) in OTHER_KINDS.items():
             if mark in f"{key}.":
                 kinds.setdefault(kind, (key, advice))
+        transformer = _TRANSFORMER.match(key) if split_role(key) else None
+        if transformer:
+            name = "FLUX" if transformer[1] else "Stable Diffusion 3" if transformer[2] else "a transformer"
+            advice = "Only adapters of UNets are: of Stable Diffusion 1, 2 and XL. Use one of these families."
+            kinds.setdefault(f"an adapter of {name}", (key, advice))
         if _HYPERNETWORK.fullmatch(key):
             kinds.setdefault("a hypernetwork", (key, "Use a LoRA of this style: hypernetworks change no weights."))
     return kinds

@@ -16,7 +16,10 @@ CONFIG = "adapter_config.json"
 METADATA = "lora_adapter_metadata"  # diffusers writes PEFT's config here, as JSON with keys "unet.lora_alpha".
 KINDS = ("LORA", "LOHA", "LOKR", "IA3")  # Values of `peft_type` that are read.
 CHANGES = ("fan_in_fan_out", "layer_replication", "modules_to_save", "trainable_token_indices", "use_qalora")
-_PLAIN = re.compile(r"\^?((?:[\w.-]|\\\.)*)\$?", re.ASCII)  # A pattern that is a name, or the end of one.
+INITIALISATION = "init_lora_weights"
+OWN_BASES = ("true", "false", "gaussian", "orthogonal", "eva", "mica")  # Its values that leave the base as it is.
+_PLAIN = re.compile(r"\^?((?:[\w.-]|\\\.)*)\$?", re.ASCII)  # A name, or the end of one; "." is any character.
+_SYMBOL = re.compile(r"\\\.|.")
 
 
 class PeftOptions(NamedTuple):
@@ -57,10 +60,38 @@ class PeftOptions(NamedTuple):
                     f"{self.where}: the {option} {naming.printable(pattern)!r} is not the name of a layer. Write one "
                     "entry per layer."
                 )
-            name = plain[1].replace("\\.", ".")
-            if layer == name or layer.endswith(f".{name}") and not pattern.startswith("^"):
+            symbols = _SYMBOL.findall(plain[1])
+            start = len(layer) - len(symbols)
+            is_name = start == 0 or start > 0 and layer[start - 1] == "." and not pattern.startswith("^")
+            pairs = zip(symbols, layer[start:], strict=True) if is_name else ()
+            if is_name and all(symbol in (".", char, f"\\{char}") for symbol, char in pairs):
                 return value
         return default
+
+
+def refuse_changed_base(file: TensorFile) -> None:
+    """Raises CheckpointError if an adapter's layers began as a part of the base, which PEFT subtracts from the base."""
+    configs = {f"{file.path}: its metadata {METADATA!r}": file.metadata[METADATA]} if METADATA in file.metadata else {}
+    path = file.path.parent / CONFIG
+    if any(key.startswith(PEFT) for key in file) and path.is_file():
+        configs[str(path)] = read_text(path)
+    for where, text in configs.items():
+        for name, value in _json_object(where, text).items():
+            is_initialisation = name.rpartition(".")[2] == INITIALISATION
+            if is_initialisation and value is not None and str(value).lower() not in OWN_BASES:
+                raise CheckpointError(
+                    f"{where} states {INITIALISATION} {naming.printable(str(value))!r}: PEFT takes the adapter's first "
+                    "values out of the base, so the file is meaningless on the base as it is. Convert it to a plain "
+                    "LoRA with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), or merge it into "
+                    "its base with PEFT's merge_and_unload and give the merged checkpoint."
+                )
+
+
+def _json_object(where: str, text: str) -> dict:
+    try:
+        return dict(json.loads(text).items())
+    except (ValueError, AttributeError, RecursionError):
+        raise CheckpointError(f"{where} cannot be read as a JSON object. Fetch the adapter again.") from None
 
 
 def options_of(file: TensorFile, component: str, key: str) -> PeftOptions | None:
@@ -79,13 +110,9 @@ def options_of(file: TensorFile, component: str, key: str) -> PeftOptions | None
         text = file.metadata[METADATA]
     else:
         return None
-    try:
-        fields = {
-            name.removeprefix(prefix): value for name, value in json.loads(text).items() if name.startswith(prefix)
-        }
-        kind = str(fields.get("peft_type") or "LORA").upper()
-    except (ValueError, AttributeError, RecursionError):
-        raise CheckpointError(f"{where} cannot be read as a JSON object. Fetch the adapter again.") from None
+    stated = _json_object(where, text)
+    fields = {name.removeprefix(prefix): value for name, value in stated.items() if name.startswith(prefix)}
+    kind = str(fields.get("peft_type") or "LORA").upper()
     changes = [name for name in CHANGES if fields.get(name)]
     if kind not in KINDS or changes:
         reason = f"is of the type {naming.printable(kind)}" if kind not in KINDS else f"was trained with {changes[0]}"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dmm_jax.checkpoints.errors import CheckpointError
-from dmm_jax.checkpoints.formats import adapter_kinds, folding, lora, peft_options
+from dmm_jax.checkpoints.formats import adapter_facts, adapter_kinds, folding, lora, peft_options
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, save
 from tests import adapters
 
@@ -63,6 +63,18 @@ def test_a_factor_of_another_size_does_not_fit(tmp_path, layer):
                     assert list(problems) == [lora.MISSHAPEN], (kind, role, axis, other)
 
 
+@pytest.mark.parametrize("layer", [DENSE, CONV])
+def test_axes_of_size_1_change_nothing_or_do_not_fit(tmp_path, layer):
+    for kind, shapes in factors(layer):
+        tensors = {f"{layer}.{role}": random(*shape) for role, shape in shapes.items()}
+        expected = differences(tmp_path, tensors)
+        for key, array in tensors.items():
+            result = match(tmp_path, tensors | {key: array[..., None, None]})
+            for changed, update in result.updates["unet"].items():
+                np.testing.assert_allclose(update.difference(BASE[changed]), expected[changed], err_msg=f"{kind} {key}")
+            assert result.updates["unet"].keys() == expected.keys() or list(result.problems) == [lora.MISSHAPEN]
+
+
 @pytest.mark.parametrize(
     "layer, tensors",
     [
@@ -70,9 +82,18 @@ def test_a_factor_of_another_size_does_not_fit(tmp_path, layer):
         (NORM, {"lora_up.weight": (32, 2), "lora_down.weight": (2, 1)}),
         (CONV, {"lokr_w1": (2, 9), "lokr_w2": (8, 32)}),  # Its product has the right size, but mixes inputs and cells.
         (DENSE, {"lora_up.weight": (32, 2), "lora_down.weight": (2, 24), "dora_scale": (32,)}),
+        (CONV, {"lora_up.weight": (16, 2, 1, 1), "lora_down.weight": (2, 3, 3, 32)}),
+        (CONV, {"lokr_w1": (2, 2), "lokr_w2": (8, 3, 3, 16)}),
+        (CONV, {"diff": (16, 9, 32)}),
+        (CONV, {"hada_w1_a": (16, 2), "hada_w1_b": (2, 9, 32), "hada_w2_a": (16, 2), "hada_w2_b": (2, 288)}),
+        (NORM, {"ia3_l": (1, 32, 1, 1)}),
     ],
-    ids=["rank 0", "a norm", "LoKr across the kernel", "a DoRA that does not tell rows from columns"],
-)
+    ids=[
+        "rank 0", "a norm", "LoKr across the kernel", "a DoRA that does not tell rows from columns",
+        "LoRA with the inputs last", "LoKr with the inputs last", "a difference with the inputs last",
+        "LoHa with the inputs last", "IA3 of a norm",
+    ],
+)  # fmt: skip
 def test_factors_that_only_multiply_do_not_fit(tmp_path, layer, tensors):
     problems = match(tmp_path, {f"{layer}.{role}": random(*shape) for role, shape in tensors.items()}).problems
     assert list(problems) == [lora.MISSHAPEN]
@@ -133,6 +154,30 @@ def test_alpha_scales_factors_and_nothing_else(tmp_path):
     np.testing.assert_array_equal(result[f"{SQUARE}.weight"], expected)
 
 
+def test_alpha_may_be_next_to_a_bias_alone(tmp_path):
+    bias, alpha = random(32), np.array(5.0, np.float32)
+    result = differences(tmp_path, named(DENSE, {"diff_b": bias, "alpha": alpha}))
+    assert list(result) == [f"{DENSE}.bias"]
+    np.testing.assert_array_equal(result[f"{DENSE}.bias"], bias)
+    assert list(match(tmp_path, named(DENSE, {"lora_B.bias": bias, "alpha": alpha})).problems) == [lora.INCOMPLETE]
+
+
+@pytest.mark.parametrize(
+    "layer, roles",
+    [(DENSE, {"diff": (32, 24)}), (NORM, {"w_norm": (32,)}), (SQUARE, {"ia3_l": (1, 16, 1, 1)})],
+)
+def test_a_scalar_next_to_a_kind_without_one_is_reported(tmp_path, layer, roles):
+    tensors = {role: random(*shape) for role, shape in roles.items()} | {"scalar": np.array(0.5, np.float32)}
+    (problem,) = match(tmp_path, named(layer, tensors)).problems
+    assert "scalar next to the kind" in problem
+
+
+def test_the_side_of_ia3_decides_its_size(tmp_path):
+    tensors = named(DENSE, {"weight": random(32), "on_input": np.array(True)})
+    assert list(match(tmp_path, tensors).problems) == [lora.MISSHAPEN]
+    assert not match(tmp_path, tensors | {f"{DENSE}.on_input": np.array(False)}).problems
+
+
 def test_a_scalar_multiplies_the_difference(tmp_path):
     roles = lora_of(DENSE)
     result = differences(tmp_path, named(DENSE, roles | {"scalar": np.array(0.5, np.float32)}))
@@ -170,6 +215,8 @@ def test_a_config_s_alpha_must_be_finite(tmp_path, alpha):
     [
         ("down.0.to_q", True), ("to_q", True), ("0.to_q", True), ("^down.0.to_q", True), ("down\\.0\\.to_q$", True),
         ("to", False), ("o_q", False), ("^to_q", False), ("down", False), ("down.0.to_q.x", False),
+        ("0.to_.", True), ("down.0..o_q", True), ("^down...to_q", True), ("0.to_..", False), ("0\\.to_\\.", False),
+        ("", False),
     ],
 )  # fmt: skip
 def test_a_pattern_is_a_layer_or_the_end_of_its_name(pattern, is_match):
@@ -232,3 +279,27 @@ def test_folding_leaves_the_base_alone_and_skips_misshapen_tensors(tmp_path):
     np.testing.assert_array_equal(base[f"{DENSE}.weight"], BASE[f"{DENSE}.weight"])
     np.testing.assert_array_equal(folded[f"{DENSE}.weight"], once)
     assert folded.computed == {f"{DENSE}.weight"} and folded[f"{NORM}.weight"] is base[f"{NORM}.weight"]
+
+
+@pytest.mark.parametrize(
+    "value, is_read",
+    [
+        (True, True), (False, True), (None, True), ("gaussian", True), ("orthogonal", True), ("eva", True),
+        ("pissa", False), ("pissa_niter_16", False), ("OLoRA", False), ("corda", False), ("loftq", False),
+        ("lora_ga", False), ([], False),
+    ],
+)  # fmt: skip
+def test_adapters_that_began_as_a_part_of_the_base_are_refused(tmp_path, value, is_read):
+    path = tmp_path / "adapter_model.safetensors"
+    for prefix, name in (("base_model.model.", ""), ("", "unet."), ("", "")):
+        text = json.dumps({f"{name}init_lora_weights": value})
+        metadata = {} if prefix else {peft_options.METADATA: text}
+        (tmp_path / peft_options.CONFIG).write_text(text if prefix else "{}")
+        path.unlink(missing_ok=True)
+        # A file's own alpha does not help.
+        save(path, named(f"{prefix}{DENSE}", lora_of(DENSE) | {"alpha": np.ones((), np.float32)}), metadata)
+        if is_read:
+            adapter_facts.refuse_other_kinds(TensorFile(path))
+            continue
+        with pytest.raises(CheckpointError, match="init_lora_weights .*path_initial_model_for_weight_conversion"):
+            adapter_facts.refuse_other_kinds(TensorFile(path))

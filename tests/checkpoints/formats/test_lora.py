@@ -479,6 +479,16 @@ def test_inspect_shows_the_loras_and_whether_they_can_be_merged(folder, base, tm
     assert not report["mergeable"] and "OFT" in report["obstacles"][0]
 
 
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "adapter_model.safetensors"])
+def test_the_folder_of_an_adapter_is_answered_with_its_file(folder, base, tmp_path, name):
+    path = write(tmp_path / name, tensors_of(factors(base)))
+    for text in (str(tmp_path), f"{folder} + {tmp_path}*0.8"):
+        with pytest.raises(CheckpointError, match=f"is a folder .*Give the file, for example {path}"):
+            open_checkpoint(text)
+    with pytest.raises(CheckpointError, match="Give the folder that holds unet/"):
+        open_checkpoint(folder / "unet")
+
+
 def test_nan_in_a_lora_is_damage_of_the_folded_tensor(folder, base, tmp_path):
     updates = factors(base, LAYERS[:1])
     updates[LAYERS[0]][0][0, 0] = np.nan

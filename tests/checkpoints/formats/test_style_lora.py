@@ -77,6 +77,20 @@ def test_our_reader_reads_the_files_for_any_tools(student, recipe, tmp_path, too
             np.testing.assert_allclose(tensors[key], expected[key], rtol=0, atol=1e-6, err_msg=key)
 
 
+def test_another_base_than_the_file_s_own_is_refused(student, recipe, tmp_path):
+    file = written(student, recipe, tmp_path, "float16")
+    for dtype, mix, is_right in (
+        ("float16", BASE, True), ("float32", BASE, True), ("float16", WEIGHTS, False), ("float32", WEIGHTS, False),
+    ):  # fmt: skip
+        folded = fold_style(student, mix)
+        base = write.write_single_file(tmp_path / f"{dtype}_{is_right}.safetensors", folded, dtype, recipe)
+        if is_right:
+            assert open_checkpoint(f"{base} + {file}").loras
+            continue
+        with pytest.raises(CheckpointError, match=f"anime=.*{base.name} is not that export.*meaningless"):
+            open_checkpoint(f"{base} + {file}")
+
+
 @pytest.mark.parametrize("tools", [["forge"], []])
 def test_an_unknown_tool_is_an_error(student, recipe, tmp_path, tools):
     with pytest.raises(UserError, match="--lora-for takes comfyui, diffusers, a1111; got (forge|nothing)"):
