@@ -18,6 +18,7 @@ from dmm_jax.checkpoints.checkpoint import Checkpoint, is_unused
 from dmm_jax.checkpoints.compare import COMPARED, Problem, base_problems, contradictions, teacher_problems
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats import adapter_facts, single_file
+from dmm_jax.checkpoints.formats.lora import AdapterAlone
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile, dtype_of, shape_of
 from dmm_jax.checkpoints.naming import listed, printable
 from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
@@ -68,6 +69,7 @@ def inspect(
         "ema_tensors", "unused_tensors", "unsupported",
         "read" ("all" or "sample"), and "error", which is not empty if the checkpoint cannot be opened.
       mergeable: whether nothing prevents a merge; for a single path, whether the checkpoint is sound.
+      sound: the same, but also true for a single sound adapter, which needs a base.
       obstacles: one sentence for each problem.
       details: for each sentence its "path", "component" and "tensors".
     """
@@ -91,6 +93,7 @@ def inspect(
     return {
         "checkpoints": reports,
         "mergeable": not problems,
+        "sound": not problems or len(paths) == 1 and isinstance(opened[0][1], AdapterAlone),
         "obstacles": [str(problem) for _, problem in problems],
         "details": [
             {"path": path, "component": problem.component, "tensors": list(problem.tensors)}
@@ -99,12 +102,12 @@ def inspect(
     }
 
 
-def _try_to_open(opener, *paths, **options) -> tuple[Checkpoint | None, str]:
+def _try_to_open(opener, *paths, **options) -> tuple[Checkpoint | None, Exception | str]:
     """Returns an opened checkpoint and "", or None and the error."""
     try:
         return opener(*paths, **options), ""
     except (ValueError, OSError) as error:
-        return None, str(error)
+        return None, error
 
 
 def _own_problems(report) -> list[Problem]:
@@ -139,13 +142,13 @@ def _merge_problems(checkpoints: Sequence[Checkpoint | None], reports) -> list[t
     return [(str(path), text if isinstance(text, Problem) else Problem(text)) for path, text in problems]
 
 
-def _report(path: pathlib.Path, checkpoint: Checkpoint | None, error: str, deep, hashes, is_teacher) -> dict:
+def _report(path: pathlib.Path, checkpoint: Checkpoint | None, error, deep, hashes, is_teacher) -> dict:
     """Returns the report on one checkpoint, its "loans" still empty."""
     path = checkpoint.path if checkpoint else path
     has_loras = checkpoint is not None and bool(checkpoint.loras)
     root, name = (checkpoint.root, checkpoint.name) if has_loras else (path, path.absolute().name)
     report = {
-        "path": str(path), "name": name, "error": error, "kind": None, "architecture": None,
+        "path": str(path), "name": name, "error": str(error), "kind": None, "architecture": None,
         "prediction_type": None, "license": None, "styles": None, "tokenizer": False, "files": [], "hash": None,
         "components": {}, "ema_tensors": 0, "unused_tensors": 0, "unsupported": "", "damage": [], "loras": [],
         "read": "all", "loans": [], "advice": [], "float8": "", "adapter": None,

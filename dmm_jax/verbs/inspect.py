@@ -29,14 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints the report; returns 1 if the checkpoints cannot be merged, with the reasons on stderr."""
+    """Prints the report; returns 1 with the reasons on stderr if the checkpoints cannot be merged.
+
+    A single sound adapter ends with 0, although it needs a base.
+    """
     from dmm_jax.checkpoints.inspect import inspect
     from dmm_jax.checkpoints.inspect_text import render
     from dmm_jax.runtime.errors import visible
 
     report = inspect(args.checkpoints, args.deep, args.hash, args.prediction_type)
     print(json.dumps(report, indent=2) if args.json else visible(render(report)))
-    if args.json or not sys.stdout.isatty():  # A terminal has just shown them in the report.
+    if not report["sound"] and (args.json or not sys.stdout.isatty()):  # A terminal has just shown them in the report.
         for problem in report["obstacles"]:
             print(visible(f"dmm-jax inspect: error: {problem}"), file=sys.stderr)
-    return 0 if report["mergeable"] else 1
+    return 0 if report["sound"] else 1

@@ -3,6 +3,9 @@
 import json
 import sys
 
+import numpy as np
+
+from dmm_jax.checkpoints.formats.safetensors_io import save
 from dmm_jax.verbs import main as cli
 
 
@@ -23,3 +26,16 @@ def test_a_terminal_shows_what_prevents_a_merge_once(capsys, monkeypatch, tmp_pa
     assert cli.main(["inspect", str(tmp_path / "x.safetensors")]) == cli.EXIT_ERROR
     printed = capsys.readouterr()
     assert "x.safetensors" in printed.out and printed.err == ""
+
+
+def test_a_sound_adapter_alone_is_no_error(capsys, tmp_path):
+    factors = {"lora_unet_x.lora_up.weight": np.ones((4, 1)), "lora_unet_x.lora_down.weight": np.ones((1, 4))}
+    sound, refused = tmp_path / "sound.safetensors", tmp_path / "refused.safetensors"
+    save(sound, factors)
+    assert cli.main(["inspect", str(sound)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("LoRA of 1 layers") == 1 and printed.err == ""
+    assert cli.main(["inspect", str(sound), str(sound)]) == cli.EXIT_ERROR
+    save(refused, factors | {"lora_unet_x.oft_blocks": np.ones((2, 2))})
+    assert cli.main(["inspect", str(refused)]) == cli.EXIT_ERROR
+    assert "OFT" in capsys.readouterr().err
