@@ -152,7 +152,10 @@ def _flat(shape: Shape) -> tuple[int, int]:
 
 def _trimmed(shape: Shape) -> Shape:
     """Returns a shape without the ones at its end."""
-    return _trimmed(shape[:-1]) if shape[-1:] == (1,) else tuple(shape)
+    count = len(shape)
+    while count and shape[count - 1] == 1:
+        count -= 1
+    return tuple(shape[:count])
 
 
 def _has_columns(shape: Shape, columns: Shape) -> bool:
