@@ -10,7 +10,6 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from dmm_jax.data.bucket_cache import HEADER, cache_location, check_unfinished
 from dmm_jax.data.buckets import Size, nearest_bucket
@@ -20,12 +19,12 @@ from dmm_jax.data.files import Unused
 from dmm_jax.data.images import UnreadableImage, crop_of, fit
 from dmm_jax.data.prompts import Draws
 from dmm_jax.data.sources import Example, ImageSource
-from dmm_jax.runtime import locks, processes
+from dmm_jax.runtime import locks
 from dmm_jax.runtime.errors import UserError, refuse
 from dmm_jax.runtime.processes import say
+from dmm_jax.runtime.progress import Progress
 from dmm_jax.runtime.storage import Location, check_bucket, check_writable, in_bucket
 
-REPORT_S = 60  # Between the lines that report progress where stderr is not a terminal.
 NUM_THREADS = min(max(os.cpu_count() or 1, 4), 32)  # Pillow decodes and scales images outside the interpreter's lock.
 NAMED_IMAGES = 10  # Unreadable images that are named, for each reason.
 Records = tuple[np.ndarray, np.ndarray, np.ndarray, Sequence[int], int]  # The arguments of `Shard.add`.
@@ -77,11 +76,11 @@ def encode_images(
         black: Example = {"image": np.zeros((*sizes[0], 3), np.uint8), "caption": "", "id": 0}
         return encode_examples([black], encode, batch_size, seed=0).shape[1:]
 
-    def records(shard: Shard, first: int, last: int, bar: tqdm) -> Iterator[Records]:
+    def records(shard: Shard, first: int, last: int, progress: Progress) -> Iterator[Records]:
         drop = functools.partial(_drop, shard, Unused() if unused is None else unused, strict)
         reader = grain.MapDataset.range(first, last).map(_LoadExample(source, sizes))
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * batch_size)
-        for examples in _groups(reader.to_iter_dataset(options), batch_size, drop, bar):
+        for examples in _groups(reader.to_iter_dataset(options), batch_size, drop, progress):
             latents = encode_examples(examples, encode, batch_size, seed) * np.float32(scaling_factor)
             captions, ids, frames = ([example[name] for example in examples] for name in ("caption", "id", "frame"))
             yield latents, np.asarray(tokenize(captions)), np.array(frames, np.int32), ids, examples[0]["bucket"]
@@ -123,13 +122,13 @@ def sample_prompts(
               "scaling_factor": float(scaling_factor), "num_tokens": np.shape(tokenize([""]))[1], "seed": draws.seed,
               "source": source}  # fmt: skip
 
-    def records(shard: Shard, first: int, last: int, bar: tqdm) -> Iterator[Records]:
+    def records(shard: Shard, first: int, last: int, progress: Progress) -> Iterator[Records]:
         latents = {}
         for teacher, bucket, ids in _draws_by_teacher(draws, np.arange(first, last), batch_size):
             padded = np.resize(ids, batch_size)  # A fixed size, so that `sample` compiles once.
             prompts, _, seeds, _ = zip(*(draws[int(k)] for k in padded), strict=True)
             latents |= zip(ids.tolist(), sample(teacher, prompts, seeds, sizes[bucket]), strict=False)
-            bar.update(len(ids))
+            progress.add(len(ids))
         for index in range(first, last):
             frame = np.array([[*sizes[draws[index].bucket], 0, 0]], np.int32)
             input_ids = np.asarray(tokenize([draws[index].prompt]))
@@ -142,7 +141,7 @@ def _fill(
     out: str | Location,
     recipe: Mapping[str, Any],
     latent_shape: Callable[[], tuple[int, ...]],
-    records: Callable[[Shard, int, int, tqdm], Iterator[Records]],
+    records: Callable[[Shard, int, int, Progress], Iterator[Records]],
     total: int,
     shard_size: int,
     stage: str,
@@ -152,7 +151,7 @@ def _fill(
     Args:
         recipe: the fields of `CacheHeader` that determine the latents.
         latent_shape: computes the shape (h, w, C) of the latents.
-        records: yields the arguments of `Shard.add` for the examples `first` to `last` - 1, and advances the bar.
+        records: yields the arguments of `Shard.add` for the examples `first` to `last` - 1, and counts them.
         total: the number of examples.
     """
     out = check_place(out)
@@ -175,9 +174,8 @@ def _fill(
             with progress.bar:
                 for number in own:
                     with writer.shard(number) as shard:
-                        for arguments in records(shard, *shards[number], progress.bar):
+                        for arguments in records(shard, *shards[number], progress):
                             shard.add(*arguments)
-                            progress.report()
             cache = writer.finish(len(shards))
         except BaseException:
             writer.abandon()
@@ -185,23 +183,6 @@ def _fill(
     seconds = time.perf_counter() - start
     say(f"{out}: {len(cache):,d} images; {seconds:.0f} s, {num_missing / seconds:.1f} images/s")
     return cache
-
-
-class Progress:
-    """A bar on terminals, else a line now and then; each process of several counts its own share."""
-
-    def __init__(self, total: int, stage: str):
-        """Starts at 0 of `total` images."""
-        self.bar = tqdm(total=total, desc=stage, unit="image", disable=None if processes.is_first() else True)
-        self.start = self.reported = time.perf_counter()
-
-    def report(self) -> None:
-        """Prints the images so far, if no line has done so for REPORT_S seconds."""
-        now = time.perf_counter()
-        if self.bar.disable and now - self.reported > REPORT_S:
-            self.reported = now
-            rate = self.bar.n / (now - self.start)
-            say(f"{self.bar.n:,d} of {self.bar.total:,d} images, {rate:.1f} images/s")
 
 
 def check_place(out: str | Location) -> Location:
@@ -243,12 +224,15 @@ def encode_examples(examples: Sequence[Example], encode: Callable, batch_size: i
 
 
 def _groups(
-    examples: Iterable[Example | UnreadableImage], batch_size: int, drop: Callable[[UnreadableImage], None], bar: tqdm
+    examples: Iterable[Example | UnreadableImage],
+    batch_size: int,
+    drop: Callable[[UnreadableImage], None],
+    progress: Progress,
 ) -> Iterator[list[Example]]:
     """Yields up to `batch_size` readable examples of one bucket; what does not fill a batch comes last."""
     groups = defaultdict(list)
     for example in examples:
-        bar.update()
+        progress.add()
         if isinstance(example, UnreadableImage):
             drop(example)
             continue

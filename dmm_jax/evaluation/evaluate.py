@@ -16,7 +16,7 @@ import numpy as np
 
 from dmm_jax.checkpoints.formats import hub
 from dmm_jax.checkpoints.open import open_checkpoint
-from dmm_jax.config.options import SHAPES_WORLD
+from dmm_jax.config.options import SHAPES_WORLD, style_names
 from dmm_jax.config.serialization import load_config
 from dmm_jax.evaluation import clip, lpips
 from dmm_jax.evaluation.compared_models import OTHER_DTYPE, ComparedModels, merge_settings
@@ -32,12 +32,15 @@ from dmm_jax.evaluation.samples import Pictures, Sampler, concatenate, kernel_di
 from dmm_jax.evaluation.style_matrix import style_matrix
 from dmm_jax.runtime import metrics
 from dmm_jax.runtime.errors import UserError
+from dmm_jax.runtime.processes import say
+from dmm_jax.runtime.progress import Progress
 from dmm_jax.runtime.storage import Location, in_bucket, locate
 from dmm_jax.text.prompt_grammar import PLAIN
 
 TEACHER_SEED, OTHER_SEED = 10_000_000, 20_000_000  # Picture k's noise has this seed + k.
 NUM_SHOWN = 6  # Pairs of pictures per style in the report.
 NUM_MIXES = 11  # Pictures from the first style to the last.
+MANY = 3000  # Pictures for which a CPU needs many minutes.
 
 
 class Evaluation(NamedTuple):
@@ -70,8 +73,13 @@ def evaluate(workdir: str | os.PathLike, options: Options | None = None) -> Eval
     sampling = options.solver_options(config)
     if prompts.are_captions:
         sampling["num_chunks"] = config.data.num_chunks  # As in training.
-    sampler = Sampler(network, scorer, prompts.lines, options, sampling)
+    names = style_names(config)
+    say(f"Reading the student, the base and {len(names)} teachers")
     models = ComparedModels(config, workdir)
+    total = num_drawn(options, len(names), network is not None)
+    _say_amount(total, len(names) + (1 if network is None else 2 + len(options.weight_merges)), network is not None)
+    progress = Progress(total, "drawing")
+    sampler = Sampler(network, scorer, prompts.lines, options, sampling, progress)
     if network is None:
         results, pairs = _compare_pairs(models, sampler, perceptual)
     else:
@@ -85,8 +93,26 @@ def evaluate(workdir: str | os.PathLike, options: Options | None = None) -> Eval
     results["command"] = options.command(workdir.name)
     results["timings"] = {"evaluation (s)": time.perf_counter() - started}
     interpolation = _interpolation(models, sampler)
+    progress.bar.close()
     page = write_report(workdir / "report", results, pairs, interpolation, training_log, _links(workdir))
     return Evaluation(results, page)
+
+
+def num_drawn(options: Options, num_styles: int, has_network: bool) -> int:
+    """Returns how many images an evaluation draws: with a network each model's set, and always pairs and mixes."""
+    pairs, mixes = options.num_pairs, NUM_MIXES if num_styles > 1 else 0
+    if not has_network:
+        return num_styles * 4 * pairs + mixes  # Teacher, teacher with other noise, student, rounded teacher.
+    images = options.num_images
+    per_style = 2 * max(images, pairs) + images + 2 * pairs
+    return num_styles * per_style + (1 + len(options.weight_merges)) * images + mixes
+
+
+def _say_amount(total: int, num_models: int, has_network: bool) -> None:
+    """Prints how many images are drawn, and on a CPU how to draw fewer."""
+    say(f"Drawing {total:,d} images with {num_models} models")
+    if has_network and total > MANY and jax.default_backend() == "cpu":
+        say("A CPU takes long for so many: --n 200 is quicker, and its distances have a larger bias.")
 
 
 def _check_report(folder: Location) -> None:

@@ -12,6 +12,7 @@ from dmm_jax.evaluation.kernel_distances import SUBSET_SIZE, Features, kernel_in
 from dmm_jax.evaluation.options import Options
 from dmm_jax.gallery.sample import draw
 from dmm_jax.pipeline import Pipeline
+from dmm_jax.runtime.progress import Progress
 
 
 class Pictures(NamedTuple):
@@ -47,8 +48,10 @@ class Sampler:
         prompts: Sequence[str],
         options: Options,
         sampling: Mapping,
+        progress: Progress,
     ):
-        """Takes the solver's options of `Pipeline.__call__` as `sampling`."""
+        """Takes the solver's options of `Pipeline.__call__` as `sampling`; counts every picture in `progress`."""
+        self.progress = progress
         self.network, self.scorer, self.prompts = network, scorer, prompts
         self.num_images, self.num_pairs, self.batch_size = options.num_images, options.num_pairs, options.batch_size
         self.negative_prompt, self.sampling = options.negative_prompt, dict(sampling)
@@ -64,7 +67,9 @@ class Sampler:
         """Yields images and latents of (prompt, style, seed) jobs, batch by batch."""
         negative = self.negative_prompt or None
         options = {"num_chunks": pipeline.num_chunks([*self.prompts, negative])} | self.sampling
-        return draw(pipeline, jobs, self.batch_size, negative_prompts=negative, **options)
+        for images, latents in draw(pipeline, jobs, self.batch_size, negative_prompts=negative, **options):
+            self.progress.add(len(images))
+            yield images, latents
 
     def sample(self, pipeline: Pipeline, style: str | None, seed: int, num_drawn: int = 0) -> Sample:
         """Measures the first `num_images` pictures.

@@ -13,6 +13,7 @@ from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.evaluation import evaluate as module
 from dmm_jax.evaluation.options import Options
 from dmm_jax.models.lpips_alex import LPIPS
+from dmm_jax.runtime.progress import Progress
 from dmm_jax.verbs import main as cli
 from dmm_jax.world.shipped_checkpoints import CLASSIFIER, FOLDER
 from dmm_jax.world.tokenizer import tokenizer_fields, write_tokenizer
@@ -28,6 +29,14 @@ def workdir(trained, tmp_path, monkeypatch):
     """A copy of the tiny run that draws few pictures at a time."""
     monkeypatch.setattr(module, "NUM_MIXES", 2)
     return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.fixture
+def progresses(monkeypatch):
+    """The Progress objects that evaluations make."""
+    made = []
+    monkeypatch.setattr(module, "Progress", lambda *arguments: made.append(Progress(*arguments)) or made[-1])
+    return made
 
 
 @pytest.fixture
@@ -110,7 +119,7 @@ def test_results_hold_the_digest_of_every_network(reported, tiny):
     assert base.digest("vae")[:16] in (reported / "report" / "index.html").read_text()
 
 
-def test_each_weight_merge_has_its_own_row(workdir, monkeypatch):
+def test_each_weight_merge_has_its_own_row(workdir, monkeypatch, progresses):
     monkeypatch.setattr(module, "open_feature_network", lambda spec: corner_network(kernel_name=""))
     options = {"num_pairs": 2, "batch_size": 4, "weight_merges": ("average", "ties")}
     evaluation = module.evaluate(workdir, Options(4, "inception:weights.safetensors", **options))
@@ -119,6 +128,7 @@ def test_each_weight_merge_has_its_own_row(workdir, monkeypatch):
     assert len({tuple(results[model]) for model in ("average", "ties", "base")}) == 3
     assert '<th scope="row">TIES' in evaluation.page.read_text(encoding="utf-8")
     assert read_results(workdir) == json.loads(json.dumps(results))
+    assert progresses[0].done == progresses[0].total  # Every picture was announced.
 
 
 def test_clip_and_lpips_add_their_measures(workdir, tmp_path):
@@ -182,7 +192,7 @@ def test_the_embedded_worlds_distance_is_refused_for_other_worlds(workdir, no_dr
         module.evaluate(workdir, Options(clip_folder="clip"))
 
 
-def test_pairs_of_pictures_are_compared_without_any_network(reported, workdir, monkeypatch):
+def test_pairs_of_pictures_are_compared_without_any_network(reported, workdir, monkeypatch, progresses, capsys):
     (workdir / "samples" / "gallery").mkdir(parents=True)
     (workdir / "samples" / "gallery" / "index.html").write_text("")
     monkeypatch.setattr(module, "draws_shapes_world", lambda base: False)
@@ -190,12 +200,23 @@ def test_pairs_of_pictures_are_compared_without_any_network(reported, workdir, m
     change(workdir, data={"kind": "images", "source": "pictures"})
     arguments = ["--prompts", str(prompts), "--negative-prompt", "a star"]
     assert cli.main(["evaluate", str(workdir), *arguments, *FEW]) == 0
+    assert progresses[0].done == progresses[0].total
+    assert f"Drawing {progresses[0].total} images with 3 models\n" in capsys.readouterr().err
     results = read_results(workdir)
     assert "matrix" not in results and results["fidelity"] == read_results(reported)["fidelity"]
     assert results["command"] == f"dmm-jax evaluate run --prompts {prompts} --negative-prompt 'a star' {' '.join(FEW)}"
     page = (workdir / "report" / "index.html").read_text()
     assert "Paired fidelity" in page and "pair_00_00.png" in page and "FD" not in page
     assert '<a href="../samples/gallery/index.html">gallery gallery</a>' in page
+
+
+@pytest.mark.parametrize("count, is_many", [(2000, True), (200, False)])
+def test_a_cpu_is_advised_to_draw_fewer_pictures(count, is_many, capsys):
+    total = module.num_drawn(Options(count), 3, has_network=True)
+    assert total == 3 * (3 * count + 2 * 32) + 2 * count + module.NUM_MIXES
+    module._say_amount(total, 6, has_network=True)
+    amount, *advice = capsys.readouterr().err.splitlines()
+    assert amount == f"Drawing {total:,d} images with 6 models" and bool(advice) == is_many
 
 
 @pytest.mark.parametrize("merges", [(), ("ties",), ("average", "soup"), ("average", "average")])

@@ -13,6 +13,7 @@ from dmm_jax.evaluation.kernel_distances import kernel_inception_distance
 from dmm_jax.evaluation.options import Options
 from dmm_jax.evaluation.samples import measure
 from dmm_jax.pipeline import Pipeline
+from dmm_jax.runtime.progress import Progress
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (90, 4, 4, 3)).astype(np.uint8)
@@ -62,7 +63,8 @@ def test_score_is_the_mean_over_pictures_with_their_own_prompts(batch_size):
 def test_prompts_seeds_and_negative_prompt_reach_the_pipeline(monkeypatch):
     options, calls = Options(negative_prompt="blurred", num_pairs=2), []
     sampling = options.solver_options(get_config())
-    sampler = samples.Sampler(corner_network(), None, ["first", "second", "third"], options, sampling)
+    progress = Progress(90, "drawing")
+    sampler = samples.Sampler(corner_network(), None, ["first", "second", "third"], options, sampling, progress)
 
     def draw(pipeline, jobs, batch_size, **arguments):
         calls.append((jobs, batch_size, arguments))
@@ -74,6 +76,7 @@ def test_prompts_seeds_and_negative_prompt_reach_the_pipeline(monkeypatch):
     ((jobs, batch_size, arguments),) = calls
     assert (jobs, batch_size) == ([("first", "ink", 7), ("second", "ink", 8)], 50)
     assert arguments["negative_prompts"] == "blurred" and arguments["num_inference_steps"] == 25
+    assert progress.done == 90
     assert arguments["num_chunks"] == 4  # Those of all prompts, so that every draw conditions alike.
 
 
