@@ -247,7 +247,8 @@ def make_hooks(
 
     def validate(state, _):
         of_average = distillation.validate(state, average=True) if keeps_average(config) else None
-        log.validation(state.step, distillation.validate(state), progress.bar, of_average)
+        is_last = state.step >= config.num_steps
+        log.validation(state.step, distillation.validate(state), progress.bar, of_average, with_table=not is_last)
 
     def draw(state, _):
         draw_samples(distillation, state, workdir)

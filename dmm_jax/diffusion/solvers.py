@@ -48,6 +48,7 @@ SOLVERS = {
     for pair in itertools.product(NAMES, spacing_lib.SPACINGS)
     if pair[0] not in UNSPACED or not pair[1]
 }
+MIN_LIKENESS = 0.8  # Of a suggested name and an unknown one, 0 to 1.
 STOCHASTIC = ("euler_ancestral", "dpmpp_2m_sde", "dpmpp_sde", "lcm")
 Column = Any  # Float[Array, " num_evaluations"], except that tree functions put shapes or shardings here.
 
@@ -98,15 +99,18 @@ def canonical(name: str) -> str:
     """Returns the solver that a name says: one of SOLVERS, or A1111's, as "DPM++ 2M Karras"; case does not matter.
 
     Raises:
-      UserError: an unknown name (the nearest is suggested).
+      UserError: an unknown name; a similar one is suggested, and all are listed.
     """
     spellings = {_letters(spelling): solver for solver in SOLVERS for spelling in (solver, a1111_name(solver))}
     letters = _letters(name).removesuffix("automatic")
     if letters not in spellings:
-        spacings = ", ".join(f"_{spacing}" for spacing in spacing_lib.SPACINGS if spacing)
+        near = nearest(letters, spellings, MIN_LIKENESS)
+        meant = f"; did you mean {spellings[near]!r}?" if near else "."
+        methods = ", ".join(f"{method} ({title})" for method, title in NAMES.items())
+        spacings = ", ".join(f"_{spacing} ({title})" for spacing, title in spacing_lib.SPACINGS.items() if spacing)
         raise UserError(
-            f"there is no solver {name!r}; did you mean {spellings[nearest(letters, spellings)]!r}? There are: "
-            f"{', '.join(NAMES)}; all except {', '.join(UNSPACED)} also with {spacings}."
+            f"there is no solver {name!r}{meant} There are, with A1111's names in brackets: {methods}; all except "
+            f"{', '.join(UNSPACED)} also with {spacings}."
         )
     return spellings[letters]
 

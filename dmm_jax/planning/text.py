@@ -55,8 +55,6 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield f"Roofline: {report['step_s']:.3f} s per step ({parts})"
         hours = f"{report['hours']:.1f} hours, {report['chip_hours']:.0f} chip-hours"
         yield f"  {report['images_per_s']:.0f} images/s, {hours}"
-    else:
-        yield f"Roofline: none, the rates of {report['device']} are not known"
     on_disk = ", ".join(f"{name.replace('_', ' ')} {_gib(size)}" for name, size in report["disk_gb"].items())
     yield f"Disk: {on_disk}"
     if plan.assumptions:

@@ -17,6 +17,8 @@ from dmm_jax.runtime.storage import write_text
 
 TIMES = "compile_times.json"  # {what a program is: seconds of its last compilation}, in the folder of programs.
 MAX_TIMES = 200
+MINUTES = "this can take a minute or more"
+FIRST = f"{MINUTES} the first time; later starts load what is compiled from the cache"
 MIN_COMPILE_TIME_S = 0.1  # Programs that compile faster are not kept.
 
 
@@ -72,8 +74,8 @@ def announced(title: str, program: str) -> Iterator[None]:
     path = folder and folder / TIMES
     times = _read_times(path)
     program = f"{program}, jax {jax.__version__}, {jax.device_count()} x {jax.devices()[0].device_kind}"
-    last = f" (the last time: {times[program]:.0f} s)" if program in times else ""
-    processes.say(f"Compiling {title}{last}")
+    last = f"the last time: {times[program]:.0f} s" if program in times else FIRST if path else MINUTES
+    processes.say(f"Compiling {title} ({last})")
     start = time.perf_counter()
     yield
     seconds = time.perf_counter() - start

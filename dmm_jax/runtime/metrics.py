@@ -156,11 +156,14 @@ class MetricsLog:
         losses: Mapping[str, Sequence[float | None]],
         bar,
         of_average: Mapping[str, Sequence[float | None]] | None = None,
+        *,
+        with_table: bool = True,
     ) -> None:
         """Writes the validation loss of each style, per timestep bin from low noise to high.
 
         Args:
           of_average: the same for the moving average of the weights, if the run keeps one.
+          with_table: whether to print the losses of all styles; `train` ends with them.
         """
         line, text = {"step": step}, f"step {step}"
         for name, bins in {"validation": losses, "average_validation": of_average}.items():
@@ -170,7 +173,7 @@ class MetricsLog:
                 text += f"  {name.replace('_', ' ')} loss {mean:.5f}"
         self._write(line)
         self._print(text, bar)
-        if self._writes and not terminal.is_quiet():
+        if with_table and self._writes and not terminal.is_quiet():
             tqdm.write(losses_table(self.lines), file=sys.stderr)
         self.start_clock(step)
 

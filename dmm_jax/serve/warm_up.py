@@ -7,10 +7,19 @@ import numpy as np
 
 from dmm_jax.models import preview
 from dmm_jax.models.preview import Preview
+from dmm_jax.runtime import compilation
 from dmm_jax.serve.pool import Pool
 
 
 def warm_up(pool: Pool) -> None:
+    """Compiles and measures as `_warm_up` does; prints that, and how long it took the last time."""
+    (height, width), layers = pool.size, pool.pipeline.unet.merged().config["block_out_channels"]
+    sizes = f"{width}x{height}, {len(pool.jobs)} slots, {len(pool.variants)} forms, {pool.pipeline.dtype}"
+    with compilation.announced(f"the programs of {width}x{height}", f"serve: {layers}, {sizes}"):
+        _warm_up(pool)
+
+
+def _warm_up(pool: Pool) -> None:
     """Compiles the programs of a pool, measures an evaluation of each form, and fits the preview."""
     pool.reset()
     pool.preview = fit_preview(pool)

@@ -24,9 +24,13 @@ _SIGN = re.compile(
     re.IGNORECASE,
 )
 _BREAK = re.compile(r"\bBREAK\b")
+LORAS = (
+    "prompts and requests to a server load no LoRA. A LoRA is folded into the model as it is opened: `dmm-jax sample "
+    "MODEL --lora FILE*0.8`, or `dmm-jax serve 'MODEL + FILE*0.8'`"
+)
 # Syntax of the web UI that changes with the sampling step, or that names other files: it has no reading as a weight.
 _UNSUPPORTED = (
-    (re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>"), "LoRAs are folded into a checkpoint: MODEL + FILE*0.8"),
+    (re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>"), LORAS),
     (re.compile(r"(?<!\\)\[[^\[\]]*(?:\||:\s*[.\d]+\s*\])[^\[\]]*"), "a prompt cannot change between steps"),
     (re.compile(r"\bAND\b"), "an image has one prompt: write 'and'"),
 )

@@ -7,6 +7,7 @@ an exit code, or None for 0. The file is imported when the verb is named, and im
 
 import argparse
 import contextlib
+import difflib
 import faulthandler
 import importlib
 import os
@@ -40,6 +41,7 @@ VERBS = {  # In the order of --help. The file of `fit-style` is fit_style.py.
 }
 CONFIG_HELP = "--config.help"
 MAX_LINE_CHARS = 1000
+NUM_SUGGESTIONS = 3  # For a mistyped option.
 # Parts of Orbax's log that mean nothing to the user, or that the error of this command says again, without tracebacks.
 NOISE = ("Metadata file does not exist", *FULL_DISK)
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_PIPE = 0, 1, 2, 141
@@ -132,16 +134,22 @@ def _print_options(verb, argv):
 
 
 def _check_overrides(parser, args, overrides):
-    """Refuses arguments that neither the verb nor a config has, and suggests the verb's own option."""
+    """Refuses arguments that neither the verb nor a config has, and suggests the verb's own options."""
     (verbs,) = [action for action in parser._actions if action.dest == "verb"]
-    options = list(verbs.choices[args.verb]._option_string_actions)
+    verb, has_config = verbs.choices[args.verb], "config" in args
+    named = [action for action in verb._actions if action.option_strings]
+    options = {action.dest.replace("_", "-"): action.option_strings[-1] for action in named}  # --n is num-images.
+    options |= {name.lstrip("-"): name for action in named for name in action.option_strings}
     for word in overrides:
         name = word.partition("=")[0]
-        near = nearest(name, options, 0.75) if name.startswith("--") and not name.startswith("--config.") else ""
+        if not name.startswith("--") or name.startswith("--config."):
+            continue
+        near = difflib.get_close_matches(name.lstrip("-"), options, NUM_SUGGESTIONS, 0.75 if has_config else 0.6)
         if near:
-            parser.error(f"there is no option {name}; did you mean {near}?")
-    if overrides and "config" not in args:
-        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+            near = dict.fromkeys(options[option] for option in near)
+            verb.error(f"there is no option {name}; did you mean {' or '.join(near)}?")
+    if overrides and not has_config:
+        verb.error(f"unrecognized arguments: {' '.join(overrides)}; `dmm-jax {args.verb} --help` lists the options")
 
 
 def _hide_alarms(args):

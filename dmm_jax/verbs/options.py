@@ -59,6 +59,7 @@ def open_pipeline(args: argparse.Namespace):
     from dmm_jax.runtime.processes import say
 
     compilation.use_cache()
+    say(f"Reading {args.model}")
     pipeline = Pipeline.from_pretrained(
         args.model,
         dtype=args.dtype or default_dtype(),

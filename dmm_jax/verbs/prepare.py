@@ -1,6 +1,8 @@
 """`dmm-jax prepare`: turns images and captions, or prompts alone, into a cache of latents and token ids."""
 
 import argparse
+import pathlib
+import shlex
 
 from dmm_jax.verbs import options
 
@@ -23,6 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Writes the cache that the experiment names."""
     from dmm_jax.distill.teacher_samples import prepare_cache
+    from dmm_jax.runtime.processes import say
 
     with options.joined(args):
         prepare_cache(options.read_experiment(args.config, args.overrides), args.strict, args.dry_run)
+        if not args.dry_run:
+            workdir = f"runs/{pathlib.Path(args.config).stem}"
+            command = ["dmm-jax", "train", f"--config={args.config}", f"--workdir={workdir}", *args.overrides]
+            say(f"\nNext:\n  {shlex.join(command)}")

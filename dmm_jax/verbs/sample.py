@@ -3,6 +3,7 @@
 import argparse
 import functools
 import pathlib
+import secrets
 
 from dmm_jax.runtime.errors import UsageError
 from dmm_jax.verbs import options
@@ -13,6 +14,7 @@ EXAMPLES = (
     "dmm-jax sample runs/sd15 --lora detail.safetensors*0.6 --prompts prompts.txt --out pictures",
     'dmm-jax sample runs/sd15 --prompts prompts.txt --style anime --style "anime=0.5,photo=0.5" --out pictures',
 )
+RANDOM_SEED = -1  # As in other programs.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +58,10 @@ def _add_drawing(parser: argparse.ArgumentParser) -> None:
     """Adds the options of drawing."""
     parser.add_argument("--negative-prompt", default=None, help="default: none, which for SDXL differs from ''")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the first prompt; the next has seed + 1; the same for all styles"
+        "--seed",
+        type=int,
+        default=0,
+        help="of the first prompt; the next has seed + 1; the same for all styles; -1 takes a random one and prints it",
     )
     of_run = "default: config.sampling's of a run"
     parser.add_argument(
@@ -82,6 +87,7 @@ def main(args: argparse.Namespace) -> None:
 
     from dmm_jax.checkpoints.formats.lora import PLUS
     from dmm_jax.config.styles import parse_style
+    from dmm_jax.diffusion import solvers
     from dmm_jax.diffusion.guidance import ADVICE
     from dmm_jax.gallery.gallery import NAME, check_folder, write_gallery
     from dmm_jax.runtime import terminal
@@ -89,8 +95,12 @@ def main(args: argparse.Namespace) -> None:
 
     check_folder(args.out)
     prompts = _prompts(args)
+    if args.solver:
+        solvers.canonical(args.solver)
+    if args.seed == RANDOM_SEED:
+        args.seed = secrets.randbelow(2**31)
+        say(f"--seed {RANDOM_SEED} is random: these pictures are those of --seed {args.seed}")
     model = args.model
-    say(f"Reading {model}")
     args.model = PLUS.join([model, *args.lora])
     pipeline = options.open_pipeline(args)
     sampling = options.sampling_of(model, pipeline.source.kind)

@@ -375,6 +375,14 @@ def test_unknown_solvers_name_the_nearest(wrong, meant):
         solvers.plan(wrong, NoiseSchedule(), 5)
 
 
+@pytest.mark.parametrize("other", ["DPM2 a", "LMS", "PLMS", "Restart"])
+def test_solvers_without_a_similar_name_get_the_list_alone(other):
+    with pytest.raises(ValueError, match="no solver") as error:
+        solvers.canonical(other)
+    text = str(error.value)
+    assert "did you mean" not in text and "dpmpp_2m (DPM++ 2M)" in text and "_karras (Karras)" in text
+
+
 @pytest.mark.parametrize(
     "name, solver",
     [

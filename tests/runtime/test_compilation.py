@@ -71,3 +71,13 @@ def test_a_folder_that_the_environment_sets_has_precedence(unset, tmp_path):
 def test_a_cache_that_the_environment_disables_keeps_nothing(unset):
     jax.config.update("jax_enable_compilation_cache", False)
     assert compilation.use_cache() is None and not jax.config.jax_compilation_cache_dir
+
+
+def test_a_first_compilation_says_that_it_takes_long_and_later_ones_how_long(unset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for _ in range(2):
+        with compilation.announced("the step", "a program"):
+            pass
+    first, done, second, _ = capsys.readouterr().err.splitlines()
+    assert "a minute or more" in first and "later starts" in first
+    assert done == "Compiled the step in 0 s" and second == "Compiling the step (the last time: 0 s)"

@@ -72,6 +72,13 @@ def test_an_unknown_tracker_is_refused(tmp_path):
         open_trackers(["tensorbord"], tmp_path, {})
 
 
+def test_a_validation_may_leave_its_table_to_the_end(tmp_path, capsys):
+    with MetricsLog(tmp_path, 0, ["left", "right"]) as log:
+        for with_table in (True, False):
+            log.validation(4, {"left": [1.0], "right": [2.0]}, None, with_table=with_table)
+    assert capsys.readouterr().err.count("style") == 1
+
+
 def test_the_table_of_losses_has_both_ends_and_the_last_validation(capsys):
     lines = [{"step": step, "score": {"left": 1.0 / step, "right": 2.0}} for step in (1, 5, 10)]
     lines.insert(2, {"step": 7, "validation": {"left": [0.5, None, 1.0], "right": [None]}})

@@ -197,3 +197,14 @@ def test_wrong_arguments_are_refused(pipeline):
     with pytest.raises(ValueError, match="queue_size must be a whole number of at least 1"):
         Engine(pipeline, [], 4, queue_size=0)
     assert Engine(pipeline, [], 4).sizes == (SIZE,)
+
+
+def test_starting_says_which_sizes_are_compiled(pipeline, monkeypatch, capsys):
+    monkeypatch.setattr("dmm_jax.serve.warm_up._warm_up", lambda pool: None)
+    engine = Engine(pipeline, [(64, 64), (64, 128)], 4)
+    engine.start()
+    engine.stop()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" (")[0].split(" in ")[0] for line in lines] == [
+        f"{stage} the programs of {size}" for size in ("64x64", "128x64") for stage in ("Compiling", "Compiled")
+    ]

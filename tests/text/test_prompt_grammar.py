@@ -45,7 +45,10 @@ def test_a_bracket_without_partner_is_a_warning(prompt, place):
         ("(a:-inf)", "weight '-inf' is not a finite number"),
         ("(a:1.2.3)", "weight '1.2.3' is not a finite number"),
         (f"(a:{'9' * 400})", "is not a finite number"),
-        ("a <lora:style:0.8> b", "'<lora:style:0.8>' is not supported: LoRAs are folded"),
+        (
+            "a <lora:style:0.8> b",
+            "'<lora:style:0.8>' is not supported: prompts and requests to a server load no LoRA.* --lora FILE.0.8",
+        ),
         ("a [b:c:0.5]", "cannot change between steps"),
         ("a [b|c] d", "cannot change between steps"),
         ("a cat AND a dog", "an image has one prompt"),

@@ -52,6 +52,15 @@ def test_a_mistyped_option_of_a_verb_is_wrong_usage_with_the_nearest(capsys):
         assert stopped(*arguments) == 2 and "did you mean --" in capsys.readouterr().err
 
 
+def test_an_unknown_option_gets_the_verbs_usage_and_near_names(capsys):
+    assert stopped("evaluate", "run", "--num-samples", "16") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("usage: dmm-jax evaluate") and "did you mean --n" in error
+    assert stopped("evaluate", "run", "--zzz") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("usage: dmm-jax evaluate") and "unrecognized arguments: --zzz" in error
+
+
 def stopped(*arguments):
     with pytest.raises(SystemExit) as error:
         cli.main(list(arguments))

@@ -2,6 +2,7 @@
 
 import pytest
 
+from dmm_jax.distill import teacher_samples
 from dmm_jax.verbs import main as cli
 
 
@@ -9,6 +10,13 @@ def test_a_dry_run_counts_the_images_and_writes_nothing(experiment, tmp_path, ca
     arguments = [experiment()[0], f"--config.data.cache={tmp_path / 'cache'}", "--dry-run"]
     assert cli.main(["prepare", *arguments]) == 0
     assert "24 images would be encoded into" in capsys.readouterr().err and not (tmp_path / "cache").exists()
+
+
+def test_prepare_ends_with_the_command_that_trains(monkeypatch, capsys):
+    monkeypatch.setattr(teacher_samples, "prepare_cache", lambda *arguments: None)
+    assert cli.main(["prepare", "--config=sd15", "--config.data.cache=my cache"]) == 0
+    command = "dmm-jax train --config=sd15 --workdir=runs/sd15 '--config.data.cache=my cache'"
+    assert capsys.readouterr().err.endswith(f"\nNext:\n  {command}\n")
 
 
 @pytest.mark.parametrize(

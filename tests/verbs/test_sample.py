@@ -9,7 +9,7 @@ from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.styles import fold_style
 from dmm_jax.config.options import get_config, solver_options
 from dmm_jax.config.serialization import to_json
-from dmm_jax.verbs import options
+from dmm_jax.verbs import options, sample
 from dmm_jax.world import demo_config
 
 
@@ -23,6 +23,17 @@ def test_missing_or_empty_prompts_are_refused(failing, tmp_path, content, expect
 def test_prompts_must_be_given_and_not_empty(failing, tmp_path):
     assert "--prompt TEXT" in failing("sample", "unopened", "--out", tmp_path / "o", code=2)
     assert "is empty" in failing("sample", "unopened", "--out", tmp_path / "o", "--prompt", " ", code=2)
+
+
+def test_a_wrong_solver_is_refused_before_the_model_is_read(failing, tmp_path):
+    error = failing("sample", "unopened", "--prompt", "x", "--solver", "DPM2 a", "--out", tmp_path / "o")
+    assert "no solver 'DPM2 a'" in error and "Reading" not in error
+
+
+def test_seed_minus_one_takes_a_random_seed_and_prints_it(failing, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample.secrets, "randbelow", lambda limit: limit - 5)
+    error = failing("sample", "unopened", "--prompt", "x", "--seed", "-1", "--out", tmp_path / "o")
+    assert f"--seed {2**31 - 5}\n" in error and "Reading unopened" in error
 
 
 def test_a_lora_of_the_student_is_opened_with_it(failing, arguments, tmp_path):

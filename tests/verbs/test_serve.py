@@ -40,7 +40,8 @@ def test_a_port_in_use_is_one_line(failing):
 
 
 def test_a_missing_model_is_one_line(failing):
-    assert "there is no checkpoint unopened" in failing("serve", "unopened", "--port", "0")
+    error = failing("serve", "unopened", "--port", "0")
+    assert error.startswith("Reading unopened\n") and "there is no checkpoint unopened" in error
 
 
 def test_the_page_of_the_shipped_student_has_an_example(tmp_path, monkeypatch):
