@@ -81,6 +81,7 @@ def test_features_that_are_missing_are_refused_by_name(web, field):
         ),
         ({"override_settings": {"sd_model_checkpoint": "../../etc/passwd"}}, "there is no style"),
         ({"sampler_name": "Eular"}, "did you mean 'euler'"),
+        ({"sampler_name": "DPM2 a"}, "no solver 'DPM2 a'. There are, with A1111's names in brackets: ddim (DDIM)"),
         ({"sampler_name": "DDIM", "eta": 0.5}, "eta: DDIM has 0 here"),
         ({"clip_skip": 2}, "clip_skip is 1 here"),
         ({"batch_size": 9, "n_iter": 2}, "one request may ask for 16 images; got 18"),
