@@ -256,7 +256,7 @@ def state_dict(source: Checkpoint, component: str, dtype: str) -> Tensors:
       CheckpointError: keys are missing, unexpected or misshapen; on reading, values are not finite or too large for
         `dtype`.
     """
-    where = f"{component} of {source.path}"
+    where = source.where(component)
     tensors = naming.checked_tensors(source.shapes(component), source.tensors(component), where)
 
     def read(key):
