@@ -50,7 +50,7 @@ def with_vae(checkpoint: Checkpoint, path: str | os.PathLike | None) -> Checkpoi
             )
     blocks = vae.config["block_out_channels"]
     if not isinstance(blocks, (list, tuple)):
-        raise CheckpointError(f"the VAE {path}: its block_out_channels {blocks!r:.50} is no list. Fetch its config again.")
+        raise CheckpointError(f"the VAE {path}: its block_out_channels {blocks!r:.50} is no list.")
     if len(blocks) != len(own["block_out_channels"]):
         raise CheckpointError(f"the VAE {path} has other latent cells than that of {checkpoint.path}.")
     fields = {name: own[name] for name in ("scaling_factor", "sample_size") if name in own}
