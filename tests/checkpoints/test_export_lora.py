@@ -249,7 +249,8 @@ def test_alpha_is_exact_in_every_dtype():
     layer = ("unet", "a.weight")
     factors = extract_lora.Factors(np.zeros((300, 257), ml_dtypes.bfloat16), np.zeros((257, 300), ml_dtypes.bfloat16))
     result = extract_lora.Extraction({layer: factors}, {}, {layer: (300,)})
-    assert extract_lora.tensors_of(result, "kohya", "stable-diffusion-v1", {})["lora_unet_a.alpha"] == 257
+    tensors = extract_lora.tensors_of(result, "kohya", "stable-diffusion-v1", {})
+    assert float(tensors["lora_unet_a.alpha"]) == 257
 
 
 @pytest.mark.parametrize("key", [BIAS, "conv_in.bias", "conv_in.weight", "conv_norm_out.weight"])
