@@ -95,6 +95,7 @@ class Component:
 
     config: dict
     load: Callable[[], Mapping]  # Returns the tensors. Only a training run reads them all at once.
+    path: Location | None = None  # Where the network was read, if it is not the checkpoint's own.
 
     @classmethod
     def unreadable(cls, config: dict, error: Exception) -> "Component":
@@ -254,10 +255,17 @@ class Checkpoint:
         """The text encoders' config.json, by name."""
         return {name: self.config(name) for name in self.text_encoders}
 
+    def where(self, component: str) -> str:
+        """Returns the name of a network in errors, with the path from which it was read."""
+        return f"{component} of {self._source(component)}"
+
+    def _source(self, component) -> Location:
+        return self._component(component).path or self.path
+
     def tensors(self, component: str) -> Mapping:
         """Returns a network's state dict under diffusers' keys, as stored; unused tensors are made finite."""
         tensors, unused = self._component(component).tensors, self.unused_prefixes(component)
-        return ZeroedTensors(tensors, unused, f"{component} of {self.path}") if unused else tensors
+        return ZeroedTensors(tensors, unused, self.where(component)) if unused else tensors
 
     def unused_prefixes(self, component: str) -> tuple[str, ...]:
         """Returns the prefixes of the keys, without `text_model.`, that a network holds and its family never uses."""
@@ -272,7 +280,7 @@ class Checkpoint:
         Raises:
           CheckpointError: the config asks for something that our networks do not compute, or makes no sense.
         """
-        return build_abstract(component, self.config(component), self.path)
+        return build_abstract(component, self.config(component), self._source(component))
 
     def shapes(self, component: str) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of a network's state dict by key, from its config."""
@@ -284,9 +292,7 @@ class Checkpoint:
         Raises:
           CheckpointError: keys are missing, unexpected or misshapen, or a tensor holds NaN or infinity; names them all.
         """
-        return naming.from_torch(
-            self.abstract(component), self.tensors(component), dtype, f"{component} of {self.path}"
-        )
+        return naming.from_torch(self.abstract(component), self.tensors(component), dtype, self.where(component))
 
     def text_params(self, base: "Checkpoint | None" = None) -> dict:
         """Returns the text encoders' parameters by name; `base` provides those that are missing."""

@@ -28,6 +28,16 @@ PLACES = {  # Where each format is written, below the folder; LoRAs have files p
     "diffusers": "diffusers",
     "single-file": "model.safetensors",
 }
+OPTION_FORMATS = {  # {option: the formats that it changes}; other options belong to all.
+    "vae": ("dmm", "diffusers", "single-file"),
+    "name": ("single-file",),
+    "all_styles": ("diffusers", "single-file", "style-lora"),
+    "lora_base": ("style-lora",),
+    "lora_for": ("style-lora", "lora"),
+    "rank": ("lora",),
+    "exact": ("lora",),
+    "base": ("lora",),
+}
 MAX_INHERITED_CHARS = 1_000_000  # Longer recipes of an exported model are not copied into its next export.
 
 
@@ -39,7 +49,7 @@ def export(
     dtype: str = "float16",
     recipe: bool = True,
     lora_base: str = "",
-    lora_for: Sequence[str] = ("comfyui",),
+    lora_for: Sequence[str] = (),
     keep: Sequence[str] = (),
     extra_styles: Sequence[str | os.PathLike] = (),
     stated_licenses: Sequence[str] = (),
@@ -72,7 +82,7 @@ def export(
       dtype: the dtype of the written tensors: float32, float16, bfloat16, or for single-file alone float8_e4m3fn.
       recipe: whether the files' metadata and the cards name the parents and their hashes.
       lora_base: the name or mix whose stock export a style-lora is used on; "" for all styles in equal parts.
-      lora_for: the tools that can read the style-lora or lora: comfyui, diffusers, a1111.
+      lora_for: the tools that can read the style-lora or lora: comfyui, diffusers, a1111; () for comfyui.
       keep: the styles to export, in this order, as "name" or "new name=name"; () for all.
       extra_styles: files of `dmm-jax fit-style`, one style each, which are added to the student's own.
       stated_licenses: "NAME=LICENCE" for "base" or a teacher whose files state no licence, or a wrong one.
@@ -89,7 +99,9 @@ def export(
         written then.
       CheckpointError: the student or a parent is damaged or missing. Nothing is written then.
     """
-    _check_options(formats, dtype)
+    given = {"lora_base": lora_base, "lora_for": lora_for, "vae": vae, "rank": rank, "exact": exact, "base": base}
+    check_options(formats, dtype, given)
+    lora_for = lora_for or ("comfyui",)
     lora_rank = extract_lora.parse_rank(rank or "64")
     out, run, is_lora = check_output(out), locate(workdir), set(formats) == {"lora"}
     student = with_vae(open_student(workdir, extra_styles, keep, allow_stock=is_lora and bool(base)), vae)
@@ -99,6 +111,8 @@ def export(
         lora_rank = extract_lora.Rank(rank=max(len(down) for _, down in student.factors().values()))
     weights = _weights_to_fold(formats, style, student)
     lora_parent = base_of(workdir, student, base) if "lora" in formats else None
+    if lora_parent:
+        export_lora.refuse_equal(student, lora_parent, export_lora.mixes_of(student, style))
     parents = provenance.parents_of_workdir(run, hashed=recipe) if student.kind == "workdir" else {}
     parents = provenance.with_licenses(parents, stated_licenses)
     license = licenses.together(parent["license"] for parent in parents.values()) or student.license
@@ -106,12 +120,14 @@ def export(
     if recipe:
         merged_from = merged_from_names(parents, student)
         details = describe(workdir, student, parents, style) | ({"kept": list(keep)} if keep else {})
-        details |= {"vae": pathlib.Path(vae).name} if vae else {}
         card_parents = _parents_by_new_name(parents, student, keep)
+
+    replaced = {"vae": pathlib.Path(vae).name} if vae else {}
 
     def about(fmt, mix=style):
         title = student.name if fmt == "dmm" or not mix else f"{student.name}: {mix}"
-        return Recipe(title, merged_from, details, license)
+        own = details if details is None or fmt not in OPTION_FORMATS["vae"] else {**details, **replaced}
+        return Recipe(title, merged_from, own, license)
 
     if dry_run:
         return _planned(out, formats, student, style, lora_for)
@@ -135,7 +151,7 @@ def export(
         cards[folder] = [fmt for fmt, written in paths.items() if not written[0].is_dir()]
         for card_folder, card_formats in cards.items():
             if card_formats:
-                _write_card(card_folder, card_formats, about(card_formats[0]), student, run, card_parents)
+                _write_card(card_folder, card_formats, about(card_formats[0]), student, run, card_parents, lora_for)
         return [out / path.relative_to(folder) for written in paths.values() for path in written]
 
 
@@ -166,12 +182,24 @@ def base_of(workdir: str | os.PathLike, student: Checkpoint, base: str | os.Path
     return open_checkpoint(config.base, **opening_options(config, provenance.BASE))
 
 
-def _check_options(formats, dtype):
+def check_options(formats: Sequence[str], dtype: str, given: Mapping[str, object]) -> None:
+    """Refuses what cannot be exported together; reads nothing.
+
+    Args:
+      given: options of `OPTION_FORMATS` by name; those that are not given are empty.
+
+    Raises:
+      UserError: a format or dtype is unknown, formats do not belong together, or no format uses an option.
+    """
     unknown = [fmt for fmt in formats if fmt not in FORMATS]
     if unknown or not formats:
         raise UserError(f"there is no format {', '.join(unknown) or '(none given)'}; there are: {', '.join(FORMATS)}.")
     if dtype not in DTYPES and (dtype != FLOAT8 or set(formats) != {"single-file"}):
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, or {FLOAT8} for single-file alone; got {dtype!r}.")
+    for name, value in given.items():
+        if value and not set(formats) & set(OPTION_FORMATS[name]):
+            option, uses = "--" + name.replace("_", "-"), ", ".join(OPTION_FORMATS[name])
+            raise UserError(f"{option} has no effect on {', '.join(formats)}: it belongs to {uses}. Leave it out.")
     stock = [fmt for fmt in formats if fmt in ("diffusers", "single-file")]
     if stock and "style-lora" in formats:
         raise UserError(
@@ -228,13 +256,13 @@ def _parents_by_new_name(parents, student, keep) -> dict[str, dict]:
     return {new: parents[old] for new, old in names.items() if old in parents}
 
 
-def _write_card(folder, formats, about, student, workdir, parents):
+def _write_card(folder, formats, about, student, workdir, parents, tools):
     grid, metrics = model_card.grid_of(workdir), model_card.metrics_of(workdir, student.styles or ())
     if grid:
         (folder / model_card.GRID).write_bytes(grid.read_bytes())
     text = model_card.card(
         formats, about.title, student.styles or (), student.architecture, parents, about.license, metrics, bool(grid),
-        student.scheduler_config, student.clip_skip,
+        student.scheduler_config, student.clip_skip, tools,
     )  # fmt: skip
     (folder / model_card.NAME).write_text(text, encoding="utf-8")
 

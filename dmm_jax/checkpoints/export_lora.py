@@ -1,23 +1,28 @@
 """Writes the difference between a checkpoint and its base as LoRA files: one for a mix, or one for each style."""
 
 import json
+import math
 import pathlib
 import re
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.checkpoint import Checkpoint
+from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats import extract_lora
 from dmm_jax.checkpoints.formats.adapter_facts import STYLE_BASE
 from dmm_jax.checkpoints.formats.extract_lora import Rank
-from dmm_jax.checkpoints.formats.lora_tools import DIFFUSERS, SUFFIXES, spellings
+from dmm_jax.checkpoints.formats.lora_tools import DIFFUSERS, SUFFIXES, adapter_metadata, spellings
 from dmm_jax.checkpoints.formats.safetensors_io import save
 from dmm_jax.checkpoints.modelspec import Recipe, architecture, metadata
 from dmm_jax.checkpoints.styles import BIAS, fold_style
 from dmm_jax.checkpoints.write import DTYPES
 from dmm_jax.config.styles import parse_style, style_row
+from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.processes import say
 
 STEM = "lora"
@@ -56,6 +61,11 @@ def write_loras(
       base_record: what the metadata states about the base.
     """
     stems, paths, shared = _stems(list(mixes)), [], None
+    matrices = (WHOLE,) if "a1111" in tools else ()
+    for line in lost(student, base):
+        say(line)
+    if line := other_prediction(student, base):
+        warnings.warn(line, stacklevel=2)
     for name, weights in mixes.items():
         changed = folded(student, weights)
         if shared is None:
@@ -67,12 +77,14 @@ def write_loras(
             result = extract_lora.with_vector(shared, ("unet", BIAS), _bias_difference(changed, base))
         for spelling in spellings(tools):
             path = folder / f"{stems[name]}{SUFFIXES[spelling]}.safetensors"
-            matrices = (WHOLE,) if "a1111" in tools else ()
             stored = extract_lora.without_norms(result) if spelling == DIFFUSERS else result
             tensors = extract_lora.tensors_of(stored, spelling, changed.architecture, changed.unet_config, matrices)
-            save(path, tensors, _metadata(changed, base, about(name), base_record, stored))
+            facts = _metadata(changed, base, about(name), base_record, stored)
+            save(path, tensors, facts | (adapter_metadata(tensors) if spelling == DIFFUSERS else {}))
             paths.append(path)
             say(f"{path.name}: {extract_lora.described(stored)}.")
+            if matrices and spelling != DIFFUSERS:
+                say(f"{path.name}: {_unread_by_a1111(stored, matrices)}")
     return paths
 
 
@@ -97,6 +109,79 @@ def folded(student: Checkpoint, weights: np.ndarray | None) -> Checkpoint:
     return student if weights is None else fold_style(student, weights)
 
 
+def refuse_equal(student: Checkpoint, base: Checkpoint, mixes: Mapping[str, np.ndarray | None]) -> None:
+    """Refuses an export of mixes that equal the base; reads little if none does.
+
+    Raises:
+      UserError: names these mixes.
+    """
+    if student.styles is None:
+        return  # `extract` refuses it.
+    pairs = extract_lora.differences(folded(student, next(iter(mixes.values()))), base)  # Checks the shapes.
+    vectors = {name: _bias_difference(folded(student, weights), base) for name, weights in mixes.items()}
+    equal = [name for name, vector in vectors.items() if not vector.any()]
+    rest = (it for it in pairs if (it.network, it.key) != ("unet", BIAS))
+    if not equal or any(np.any(np.asarray(it.new[it.key]) != np.asarray(it.old[it.key])) for it in rest):
+        return
+    names = ", ".join(repr(name) for name in equal)
+    others = [name for name in student.styles if name not in equal]
+    what = f"{names} of {student.path} equals the base {base.path}: a LoRA of it would be empty."
+    raise UserError(what + (f" Choose another style by --style, of {', '.join(others)}." if others else ""))
+
+
+def lost(changed: Checkpoint, base: Checkpoint) -> list[str]:
+    """Returns a sentence for each thing beside the UNet's weights that differs and that no LoRA holds."""
+    lines = []
+    for name in changed.text_encoders:
+        if changed.has(name) != base.has(name):
+            here, there = (changed, base) if changed.has(name) else (base, changed)
+            lines.append(
+                f"{there.path} has no {name}, that of {here.path} is not in the LoRA: nothing says how they differ."
+            )
+    if changed.has("vae") and base.has("vae") and "vae" not in changed.from_base:
+        try:
+            is_same = _is_same_vae(changed, base)
+        except CheckpointError as error:
+            lines.append(f"the VAEs were not compared, since one cannot be read: {error}")
+        else:
+            lines += [] if is_same else [f"the VAE of {changed.path} differs from the base's, and a LoRA holds none."]
+    return lines
+
+
+def _is_same_vae(changed, base) -> bool:
+    """Tells whether two VAEs are equal up to the rounding of bfloat16."""
+    if changed.components["vae"] is base.components["vae"]:
+        return True
+    if changed.shapes("vae") != base.shapes("vae"):
+        return False
+    new, old = (naming.checked_tensors(it.shapes("vae"), it.tensors("vae"), it.where("vae")) for it in (changed, base))
+    return all(np.allclose(np.float32(new[key]), np.float32(old[key]), rtol=2**-7, atol=1e-6) for key in new)
+
+
+def other_prediction(changed: Checkpoint, base: Checkpoint) -> str:
+    """Returns a sentence if a checkpoint predicts something else than its base or from another schedule; else ""."""
+    facts = {}
+    for name, it in (("changed", changed), ("base", base)):
+        zero = ", zero terminal SNR" if it.scheduler_config.get("rescale_betas_zero_snr") else ""
+        facts[name] = f"{it.prediction_type}{zero}"
+    if facts["changed"] == facts["base"]:
+        return ""
+    return (
+        f"{changed.path} is of {facts['changed']}, its base {base.path} of {facts['base']}, and no tool reads this "
+        f"from a LoRA: with it, set {facts['changed']} by hand, or the pictures are noise."
+    )
+
+
+def _unread_by_a1111(result, matrices) -> str:
+    unread = extract_lora.unread_biases(result, matrices)
+    squared = math.fsum(float(np.square(result.vectors[it], dtype=np.float64).sum()) for it in unread)
+    names = f", such as {'.'.join(unread[0])}" if unread else ""
+    return (
+        f"A1111 does not read the differences of {len(unread)} biases{names}: "
+        f"{100 * squared / result.squared:.2g} % of the squared difference."
+    )
+
+
 def _bias_difference(changed: Checkpoint, base: Checkpoint) -> np.ndarray:
     new, old = (np.asarray(it.tensors("unet")[BIAS], np.float32) for it in (changed, base))
     return new - old
@@ -116,9 +201,10 @@ def _stems(names: Sequence[str]) -> dict[str, str]:
 
 def _metadata(changed: Checkpoint, base: Checkpoint, recipe: Recipe, record: Mapping, result) -> dict[str, str]:
     ranks = [len(factors.down) for factors in result.factors.values()]
+    prediction = {"prediction_type": base.prediction_type} if other_prediction(changed, base) else {}
     return metadata(changed, recipe, "sgm") | {
         "modelspec.architecture": f"{architecture(changed)}/lora",
-        STYLE_BASE: json.dumps({"name": base.name, **record}, sort_keys=True),
+        STYLE_BASE: json.dumps({"name": base.name, **record, **prediction}, sort_keys=True),
         "dmm_jax.kept_share": f"{result.share:.6f}",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(max(ranks, default=0)),

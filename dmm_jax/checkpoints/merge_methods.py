@@ -181,8 +181,7 @@ def _merged_network(component, base, teachers, method) -> Component:
     shapes, hashes = base.shapes(component), [teacher.digest("unet") for teacher in teachers]
     providers = (base, *(teacher.provider(component, base) for teacher in teachers))
     base_tensors, *teacher_tensors = (
-        naming.checked_tensors(shapes, provider.tensors(component), f"{component} of {provider.path}")
-        for provider in providers
+        naming.checked_tensors(shapes, provider.tensors(component), provider.where(component)) for provider in providers
     )
 
     def read(key):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from dmm_jax.checkpoints import licenses
 from dmm_jax.checkpoints.architecture import SDXL
+from dmm_jax.checkpoints.formats.lora_tools import READERS
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import Location, read_json
 
@@ -29,8 +30,7 @@ image = pipe("a prompt", num_inference_steps=25, guidance_scale=7.0).images[0]
     "style-lora": "Each `style_lora*.safetensors` is used at strength 1 on the stock export of the mix that its "
     "metadata names (`dmm_jax.lora_base`), and on nothing else.",
     "lora": "Each `lora*.safetensors` turns the base that its metadata names (`dmm_jax.lora_base`) into a style, at "
-    "strength 1: in ComfyUI, A1111, kohya's tools and dmm_jax (`BASE + FILE`), or, those with `_diffusers` in their "
-    "name, in diffusers' `load_lora_weights`.",
+    "strength 1.",
 }
 # {scheduler field or value: what it says about the UNet}
 SCHEDULES = {
@@ -46,7 +46,18 @@ SCHEDULE_IN_FILES = """The file says so by empty tensors, which ComfyUI and A111
 ```python
 pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, OPTIONS)
 ```"""
+SCHEDULE_IN_LORAS = """No tool reads this from a LoRA: it does as the base says. Where that says otherwise, set it by
+hand, in ComfyUI by the node ModelSamplingDiscrete, in diffusers by
+
+```python
+pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, OPTIONS)
+```"""
 RESCALE = "A guidance rescale of 0.7 (`guidance_rescale`, or CFG rescale) keeps its pictures from overexposure."
+SCHEDULE_PLACES = {  # {what to do: the formats for which it is true}
+    SCHEDULE_IN_FOLDERS: ("dmm", "diffusers"),
+    SCHEDULE_IN_FILES: ("single-file",),
+    SCHEDULE_IN_LORAS: ("lora", "style-lora"),
+}
 CLIP_SKIP = """The text encoder has clip skip {0} built in: leave the clip skip of every tool at 1 (all up to {0} draw
 the same)."""
 
@@ -62,6 +73,7 @@ def card(
     has_grid: bool,
     schedule: Mapping,
     clip_skip: int = 1,
+    tools: Sequence[str] = (),
 ) -> str:
     """Returns the text of a card, Markdown under a YAML head.
 
@@ -75,6 +87,7 @@ def card(
       has_grid: whether the card's folder holds grid.png.
       schedule: the scheduler's config.
       clip_skip: of the text encoder in the folder.
+      tools: for which its LoRAs were written.
     """
     merged = f"{len(styles)} checkpoints distilled into one UNet (DMM, arXiv:2504.12364) with dmm_jax"
     has_all_styles = formats == ["dmm"]
@@ -91,7 +104,9 @@ def card(
     if metrics:
         parts += ["## Measured", *_measured(metrics)]
     parts += ["## Use", *(USE[fmt].replace("{styles}", json.dumps(next(iter(styles), ""))) for fmt in formats)]
-    parts += _schedule(schedule, "single-file" in formats)
+    if {"lora", "style-lora"} & set(formats):
+        parts.append(f"{'. '.join(READERS[tool] for tool in READERS if tool in tools)}.")
+    parts += _schedule(schedule, formats)
     parts += [CLIP_SKIP.format(clip_skip)] if clip_skip != 1 else []
     return "\n\n".join(parts) + "\n"
 
@@ -127,14 +142,15 @@ def _hashes(parent):
     return " + ".join([" ".join(files), *loras])
 
 
-def _schedule(config, in_a_file) -> list[str]:
+def _schedule(config, formats) -> list[str]:
     options = {"prediction_type": "v_prediction"} if config.get("prediction_type") == "v_prediction" else {}
     options |= {"rescale_betas_zero_snr": True} if config.get("rescale_betas_zero_snr") else {}
     if not options:
         return []
     facts = " and ".join(text for name, text in SCHEDULES.items() if name in (*options, *options.values()))
     arguments = ", ".join(f"{name}={value!r}" for name, value in options.items())
-    where = SCHEDULE_IN_FILES.replace("OPTIONS", arguments) if in_a_file else SCHEDULE_IN_FOLDERS
+    places = [text for text, kinds in SCHEDULE_PLACES.items() if set(kinds) & set(formats)]
+    where = "\n\n".join(places).replace("OPTIONS", arguments)
     parts = [f"This UNet {facts}: with other settings its pictures are noise. {where}"]
     return parts + [RESCALE] * ("rescale_betas_zero_snr" in options)
 

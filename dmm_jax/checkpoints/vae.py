@@ -48,10 +48,13 @@ def with_vae(checkpoint: Checkpoint, path: str | os.PathLike | None) -> Checkpoi
                 f"the VAE {path} has {field} {stated[field]}, that of {checkpoint.path} {own[field]}: it belongs to "
                 "another family, and its latents are others. Give a VAE of this family."
             )
-    if len(vae.config["block_out_channels"]) != len(own["block_out_channels"]):
+    blocks = vae.config["block_out_channels"]
+    if not isinstance(blocks, (list, tuple)):
+        raise CheckpointError(f"the VAE {path}: its block_out_channels {blocks!r:.50} is no list.")
+    if len(blocks) != len(own["block_out_channels"]):
         raise CheckpointError(f"the VAE {path} has other latent cells than that of {checkpoint.path}.")
     fields = {name: own[name] for name in ("scaling_factor", "sample_size") if name in own}
-    replaced = Component(vae.config | fields, vae.load)
+    replaced = Component(vae.config | fields, vae.load, pathlib.Path(path))
     changed = dataclasses.replace(
         checkpoint,
         components={**checkpoint.components, "vae": replaced},

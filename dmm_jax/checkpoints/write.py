@@ -29,7 +29,7 @@ FORMATS = {  # {name: meaning}
     "diffusers": "a stock diffusers folder with one style or mix",
     "single-file": "a stock checkpoint with one style or mix, for ComfyUI, A1111, Forge and diffusers",
     "style-lora": "a style as a few kilobytes, for the stock export of one mix",
-    "lora": "a style, or each one, minus the base as a LoRA of low rank, for ComfyUI, A1111 and diffusers",
+    "lora": "a style, or each one, minus the base as a LoRA of low rank, for the tools of --lora-for",
 }
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 FLOAT8 = "float8_e4m3fn"  # For single files: the UNet's dense layers, each with a scale; the rest is float16.
@@ -256,7 +256,7 @@ def state_dict(source: Checkpoint, component: str, dtype: str) -> Tensors:
       CheckpointError: keys are missing, unexpected or misshapen; on reading, values are not finite or too large for
         `dtype`.
     """
-    where = f"{component} of {source.path}"
+    where = source.where(component)
     tensors = naming.checked_tensors(source.shapes(component), source.tensors(component), where)
 
     def read(key):

@@ -59,7 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="NAME or mix of the export that style-lora is applied to; default: equal parts",
     )
-    parser.add_argument("--lora-for", default="comfyui", help="comma list of comfyui, diffusers, a1111 (adds 3.3 MB)")
+    parser.add_argument(
+        "--lora-for",
+        default="",
+        help="comma list of comfyui, diffusers (0.40 or later), a1111 (adds 3.3 MB, loses biases); default: comfyui",
+    )
     parser.add_argument(
         "--rank",
         default="",
@@ -123,15 +127,10 @@ def main(args: argparse.Namespace) -> None:
                 args.dtype,
                 recipe=not args.no_recipe,
                 keep=args.keep,
-                lora_base=args.lora_base,
-                lora_for=args.lora_for.split(","),
                 extra_styles=args.extra_style,
                 stated_licenses=args.license,
                 dry_run=args.dry_run,
-                vae=args.vae,
-                rank=args.rank,
-                exact=args.exact,
-                base=args.base,
+                **_own_options(args, some_formats),
                 progress=functools.partial(tqdm, disable=None, desc="lora"),
             )
             written = [path if args.dry_run else _renamed(path, name) for path in written]
@@ -149,15 +148,17 @@ def main(args: argparse.Namespace) -> None:
         from dmm_jax.evaluation.lora_error import print_lora_errors
 
         base = base_of(args.workdir, student, args.base)
-        print_lora_errors(student, base, args.out, args.style, args.lora_for.split(","))
+        print_lora_errors(student, base, args.out, args.style, _tools(args))
     print("\n".join(map(str, paths)))
     if args.push:
         print(hub.push_folder(paths[0] if len(paths) == 1 and paths[0].is_dir() else args.out, args.push))
 
 
 def _check(args, formats) -> None:
+    from dmm_jax.checkpoints.export import OPTION_FORMATS, check_options
     from dmm_jax.checkpoints.write import FLOAT8
 
+    check_options(formats, args.dtype, {name: getattr(args, name) for name in OPTION_FORMATS})
     if args.all_styles and args.style:
         raise UserError("--all-styles folds in each style by itself: leave --style out.")
     if args.name and not re.fullmatch(r"\w[\w .-]*", args.name):
@@ -166,6 +167,19 @@ def _check(args, formats) -> None:
         raise UserError("--verify compares a single file with a diffusers folder: add diffusers to --format.")
     if args.verify and args.dtype == FLOAT8:
         raise UserError(f"--verify compares with diffusers, which does not read {FLOAT8} with scales.")
+
+
+def _own_options(args, formats) -> dict:
+    """Returns those options of `export` that belong to some of the formats."""
+    from dmm_jax.checkpoints.export import OPTION_FORMATS
+
+    options = {name: getattr(args, name) for name, owners in OPTION_FORMATS.items() if set(owners) & set(formats)}
+    tools = {"lora_for": _tools(args)} if "lora_for" in options else {}
+    return {name: value for name, value in options.items() if name not in ("name", "all_styles")} | tools
+
+
+def _tools(args) -> list[str]:
+    return args.lora_for.split(",") if args.lora_for else ["comfyui"]
 
 
 def _parts(args, formats, styles):

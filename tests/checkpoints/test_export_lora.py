@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -10,12 +12,13 @@ from dmm_jax.checkpoints import export_lora, naming, write
 from dmm_jax.checkpoints.checkpoint import Component
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.export import export
+from dmm_jax.checkpoints.formats import extract_lora
 from dmm_jax.checkpoints.formats.extract_lora import Rank
 from dmm_jax.checkpoints.formats.safetensors_io import TensorFile
 from dmm_jax.checkpoints.inspect import inspect
 from dmm_jax.checkpoints.inspect_text import render
 from dmm_jax.checkpoints.open import open_checkpoint
-from dmm_jax.checkpoints.styles import fold_style
+from dmm_jax.checkpoints.styles import BIAS, fold_style
 from dmm_jax.evaluation.lora_error import lora_error
 from dmm_jax.runtime.errors import UserError
 from tests import families
@@ -117,8 +120,8 @@ def test_a_style_alone_needs_one_bias(folder, tmp_path):
         assert_same_unet(open_checkpoint(f"{folder} + {file}"), style)
 
 
-def test_text_encoders_that_differ_are_part_of_the_lora(merged, tmp_path):
-    family, path, base, student = merged
+def with_text_encoders(student, base):
+    """Returns a stock checkpoint of the first style whose text encoders differ from the base's."""
     rng = np.random.default_rng(2)
     components = dict(fold_style(student, np.array([1.0, 0.0], np.float32)).components)
     for name in base.text_encoders:
@@ -128,7 +131,12 @@ def test_text_encoders_that_differ_are_part_of_the_lora(merged, tmp_path):
             for key, array in base.tensors(name).items()
         }  # fmt: skip
         components[name] = Component(base.config(name), lambda moved=moved: moved)
-    tuned = dataclasses.replace(base, components=components)
+    return dataclasses.replace(base, components=components)
+
+
+def test_text_encoders_that_differ_are_part_of_the_lora(merged, tmp_path):
+    family, path, base, student = merged
+    tuned = with_text_encoders(student, base)
     (file,) = write_loras(tmp_path, tuned, base, style="")
     folded = open_checkpoint(f"{path} + {file}")
     for name in base.text_encoders:
@@ -207,6 +215,103 @@ def test_the_metadata_names_the_base_and_inspect_prints_it(first, tmp_path):
     assert entry["adapter"]["kinds"]["LoRA"] > 10 and entry["adapter"]["stated"]["base"] == base.name
     text = render(report)
     assert "adapter" in text and f"trained on {base.name}" in text and "'BASE + " in text
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_diffusers_takes_each_layers_scale_from_the_metadata(folder, family, tmp_path, monkeypatch):
+    """Versions before 0.40 guess one alpha for all ranks; with the metadata no version guesses."""
+    path = folder if family == "sd1" else families.write_stock(tmp_path / "base", family, 0)
+    base = open_checkpoint(path)
+    components, rng = dict(base.components), np.random.default_rng(3)
+    for name in ("unet", *base.text_encoders):
+        tensors = {key: np.array(array) for key, array in base.tensors(name).items()}
+        keys = [key for key in tensors if key.endswith(("to_q.weight", "q_proj.weight"))][:3]
+        for key, rank in zip(keys, (1, 2, 2), strict=False):
+            factors = rng.standard_normal((len(tensors[key]), rank)), rng.standard_normal((rank, tensors[key].shape[1]))
+            tensors[key] = (tensors[key] + factors[0] @ factors[1]).astype(np.float32)
+        components[name] = Component(base.config(name), lambda tensors=tensors: tensors)
+    tuned = dataclasses.replace(base, components=components)
+    (tmp_path / "out").mkdir()
+    (file,) = write_loras(tmp_path / "out", tuned, base, Rank(rank=4), ("diffusers",), "")
+    kind = diffusers.StableDiffusionPipeline if family == "sd1" else diffusers.StableDiffusionXLPipeline
+    pipe = kind.from_pretrained(path, local_files_only=True)
+    monkeypatch.setattr("diffusers.utils.peft_utils.get_peft_kwargs", lambda *a, **k: pytest.fail("it guesses"))
+    pipe.load_lora_weights(file.parent, weight_name=file.name, local_files_only=True)
+    networks = [pipe.unet, *(getattr(pipe, name) for name in base.text_encoders)]
+    for network in networks:
+        layers = [it for it in network.modules() if getattr(it, "lora_A", None)]
+        ranks = {it.lora_A["default_0"].weight.shape[0] for it in layers}
+        assert len(ranks) > 1 and {it.scaling["default_0"] for it in layers} == {1.0}
+    assert_same_unet(open_checkpoint(f"{path} + {file}"), tuned, tolerance=1e-5)
+
+
+def test_alpha_is_exact_in_every_dtype():
+    layer = ("unet", "a.weight")
+    factors = extract_lora.Factors(np.zeros((300, 257), ml_dtypes.bfloat16), np.zeros((257, 300), ml_dtypes.bfloat16))
+    result = extract_lora.Extraction({layer: factors}, {}, {layer: (300,)})
+    tensors = extract_lora.tensors_of(result, "kohya", "stable-diffusion-v1", {})
+    assert float(tensors["lora_unet_a.alpha"]) == 257
+
+
+@pytest.mark.parametrize("key", [BIAS, "conv_in.bias", "conv_in.weight", "conv_norm_out.weight"])
+def test_a_difference_beyond_float16_is_an_error(first, tmp_path, key):
+    _, base, student = first
+    tensors = dict(student.tensors("unet"))
+    tensors[key] = tensors[key] + np.float32(1e5 if tensors[key].ndim == 1 else 1e12)
+    changed = dataclasses.replace(
+        student, components={**student.components, "unet": Component(student.unet_config, lambda: tensors)}
+    )
+    with pytest.raises(CheckpointError, match=f"{re.escape(key)} has values beyond float16's"):
+        write_loras(tmp_path, changed, base, Rank(rank=1), dtype="float16", style="")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_style_that_equals_the_base_is_named_before_anything_is_written(folder, tmp_path, style):
+    student = families.random_student(open_checkpoint(folder), STYLES)
+    dmm = write.write_folder(tmp_path / "dmm", student, "float32", families.RECIPE)
+    (stock,) = export(dmm, tmp_path / "stock", ["diffusers"], style, "float32")
+    with pytest.raises(UserError, match=rf"'{style}' of .*equals the base.*--style") as error:
+        export(dmm, tmp_path / "out", ["lora"], dtype="float32", base=stock)
+    (other,) = set(STYLES) - {style}
+    assert other in str(error.value).partition("--style")[2] and not (tmp_path / "out").exists()
+    export(dmm, tmp_path / "out", ["lora"], other, "float32", base=stock)
+
+
+def test_networks_that_a_lora_does_not_hold_are_named(first, tmp_path, capsys):
+    _, base, student = first
+    tensors = {key: np.array(array) + np.float32(0.1) for key, array in base.tensors("vae").items()}
+    changed = dataclasses.replace(
+        student, components={**student.components, "vae": Component(base.vae_config, lambda: tensors)}
+    )
+    bare = dataclasses.replace(base, components={k: v for k, v in base.components.items() if k != "text_encoder"})
+    write_loras(tmp_path, changed, bare, Rank(rank=2))
+    said = "".join(capsys.readouterr())
+    assert "has no text_encoder" in said and "the VAE of" in said and "differs from the base's" in said
+    (tmp_path / "b").mkdir()
+    write_loras(tmp_path / "b", student, base, Rank(rank=2))
+    assert "VAE" not in "".join(capsys.readouterr())
+
+
+def test_another_prediction_than_the_bases_is_said(first, tmp_path):
+    _, base, student = first
+    changed = dataclasses.replace(
+        student, scheduler_config=student.scheduler_config | {"prediction_type": "v_prediction"}
+    )
+    with pytest.warns(UserWarning, match="is of v_prediction, its base .* of epsilon.*set v_prediction by hand"):
+        (file,) = write_loras(tmp_path, changed, base, Rank(rank=2))
+    metadata = TensorFile(file).metadata
+    assert json.loads(metadata["dmm_jax.lora_base"])["prediction_type"] == "epsilon"
+    assert metadata["modelspec.prediction_type"] == "v"
+
+
+def test_the_biases_that_a1111_does_not_read_are_counted(first, tmp_path, capsys):
+    _, base, student = first
+    (file,) = write_loras(tmp_path, student, base, Rank(rank=2), tools=("a1111",))
+    keys = set(TensorFile(file))
+    unread = [key for key in keys if key.endswith(".diff_b") and key.replace(".diff_b", ".diff") not in keys]
+    said = "".join(capsys.readouterr())
+    assert len(unread) > 10 and f"A1111 does not read the differences of {len(unread)} biases, such as unet." in said
 
 
 def test_ranks_of_a_file_are_those_asked_for(first, tmp_path):

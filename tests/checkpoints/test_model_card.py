@@ -34,10 +34,33 @@ def head(text):
 
 def card(
     title="one", styles=("anime",), parents=PARENTS, license="openrail", metrics=None, has_grid=False, schedule=None,
-    formats=("dmm",),
+    formats=("dmm",), tools=(),
 ):  # fmt: skip
     family, schedule = "stable-diffusion-v1", schedule or {"prediction_type": "epsilon"}
-    return model_card.card(list(formats), title, styles, family, parents, license, metrics, has_grid, schedule)
+    return model_card.card(
+        list(formats), title, styles, family, parents, license, metrics, has_grid, schedule, 1, tools
+    )
+
+
+@pytest.mark.parametrize(
+    "tools, named, unnamed",
+    [
+        (("comfyui",), ("ComfyUI", "dmm_jax (`BASE"), ("AUTOMATIC1111", "diffusers 0.40", "kohya")),
+        (("a1111",), ("AUTOMATIC1111 reads it without",), ("ComfyUI and", "diffusers 0.40", "kohya")),
+        (("diffusers",), ("diffusers 0.40 or later",), ("ComfyUI and", "AUTOMATIC1111", "kohya")),
+    ],
+)
+def test_the_card_of_a_lora_names_the_tools_that_read_its_spelling(tools, named, unnamed):
+    text = card(formats=("lora",), tools=tools)
+    assert all(it in text for it in named) and not any(it in text for it in unnamed)
+
+
+@pytest.mark.parametrize("formats", [("lora",), ("style-lora",)])
+def test_the_card_of_a_lora_cites_no_file_that_the_export_lacks(formats):
+    text = card(formats=formats, schedule={"prediction_type": "v_prediction"})
+    assert "scheduler_config.json" not in text and "No tool reads this from a LoRA" in text
+    both = card(formats=("single-file", *formats), schedule={"prediction_type": "v_prediction"})
+    assert "empty tensors" in both and "No tool reads this from a LoRA" in both
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import warnings
 
@@ -167,6 +168,24 @@ def test_a_vae_of_another_network_or_number_of_channels_is_refused(folder, other
     (changed / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(CheckpointError, match="is not the folder of a VAE"):
         vae.with_vae(base, changed)
+
+
+@pytest.mark.parametrize("blocks", [5, "ab", None, {"a": 1}, [5, "a"], [[1], [2]], [0, 0]])
+def test_a_damaged_config_of_a_vae_is_the_librarys_error(folder, other, tmp_path, blocks):
+    changed = shutil.copytree(other["a folder of a VAE"], tmp_path / "vae")
+    rewrite_json(changed / "config.json", block_out_channels=blocks)
+    with pytest.raises(CheckpointError, match=re.escape(str(changed))):
+        vae.with_vae(open_checkpoint(folder), changed)
+
+
+@pytest.mark.parametrize("value, dtype, reason", [(np.nan, "float32", "NaN"), (1e6, "float16", "beyond float16")])
+def test_damage_in_a_vae_is_reported_under_its_own_path(folder, other, student, tmp_path, value, dtype, reason):
+    dmm = write.write_folder(tmp_path / "dmm", student, "float32", families.RECIPE)
+    changed = shutil.copytree(other["a folder of a VAE"], tmp_path / "damaged")
+    rewrite(changed / "diffusion_pytorch_model.safetensors", lambda tensors: tensors[KEY].fill(value))
+    with pytest.raises(CheckpointError, match=f"vae of {re.escape(str(changed))}: .*{reason}"):
+        export(dmm, tmp_path / "export", ["single-file"], "anime", dtype, vae=changed)
+    assert not (tmp_path / "export").exists()
 
 
 def test_a_replaced_vae_is_not_said_to_be_the_bases(folder, other):

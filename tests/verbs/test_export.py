@@ -1,5 +1,6 @@
 """`dmm-jax export`: what it refuses, and that an export that fails leaves nothing."""
 
+import json
 import os
 
 import huggingface_hub
@@ -147,6 +148,40 @@ def test_every_style_is_exported_under_its_name_with_words_and_pictures(trained,
 def test_impossible_options_write_nothing(failing, trained, tmp_path, options, expected):
     error = failing("export", trained, tmp_path / "o", "--format=single-file", *options)
     assert expected in error and not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    "formats, option, owners",
+    [
+        ("lora", "--vae=x", "dmm, diffusers, single-file"),
+        ("style-lora,lora", "--vae=x", "dmm, diffusers, single-file"),
+        ("lora,dmm", "--name=x", "single-file"),
+        ("lora", "--all-styles", "diffusers, single-file, style-lora"),
+        ("lora", "--lora-base=left", "style-lora"),
+        ("dmm", "--lora-for=comfyui", "style-lora, lora"),
+        ("style-lora", "--rank=8", "lora"),
+        ("single-file", "--exact", "lora"),
+        ("dmm", "--base=x", "lora"),
+    ],
+)
+def test_an_option_that_no_format_uses_is_refused_before_anything_is_read(failing, tmp_path, formats, option, owners):
+    error = failing("export", tmp_path / "nowhere", tmp_path / "o", f"--format={formats}", option)
+    name = option.partition("=")[0]
+    assert f"{name} has no effect on {formats.replace(',', ', ')}: it belongs to {owners}." in error
+    assert not (tmp_path / "o").exists()
+
+
+def test_each_format_takes_its_own_options_and_its_metadata_names_no_other(trained, tiny, tmp_path):
+    arguments = ["--format=dmm,style-lora", "--style=left", "--lora-base=right", f"--vae={tiny[0]['base']}"]
+    assert cli.main(["export", str(trained), str(tmp_path / "o"), *arguments]) == 0
+    recipes = {
+        path.stem: json.loads(TensorFile(path).metadata["dmm_jax.recipe"])
+        for path in (
+            tmp_path / "o" / "dmm" / "unet" / "diffusion_pytorch_model.safetensors",
+            tmp_path / "o" / "style_lora.safetensors",
+        )
+    }
+    assert recipes["diffusion_pytorch_model"]["vae"] and "vae" not in recipes["style_lora"]
 
 
 def test_an_export_is_pushed_when_asked_into_a_private_repository(trained, tmp_path, monkeypatch, capsys):

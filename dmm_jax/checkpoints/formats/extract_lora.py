@@ -20,6 +20,7 @@ from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats import single_file
 from dmm_jax.checkpoints.formats.adapter_kinds import matrix
 from dmm_jax.checkpoints.formats.lora_tools import DIFFUSERS
+from dmm_jax.checkpoints.formats.safetensors_io import Tensors
 from dmm_jax.runtime.errors import UserError
 
 AUTO = "auto:"
@@ -35,6 +36,15 @@ class Rank(NamedTuple):
 
     rank: int = 0
     share: float = 0.0
+
+
+class Difference(NamedTuple):
+    """A tensor of two checkpoints."""
+
+    network: str
+    key: str
+    new: Tensors
+    old: Tensors
 
 
 class Factors(NamedTuple):
@@ -158,20 +168,9 @@ def extract(
     Raises:
       CheckpointError: the shapes differ, a tensor is missing or damaged, or nothing differs.
     """
-    networks = [name for name in ("unet", *base.text_encoders) if changed.has(name) and base.has(name)]
-    pairs = []
-    for name in networks:
-        if changed.components[name] is base.components[name]:
-            continue
-        if changed.shapes(name) != base.shapes(name):
-            raise CheckpointError(f"{name} of {changed.path} and of {base.path} have other shapes: no LoRA joins them.")
-        tensors = [
-            naming.checked_tensors(it.shapes(name), it.tensors(name), f"{name} of {it.path}") for it in (changed, base)
-        ]
-        pairs += [(name, key, *tensors) for key in tensors[0]]
     result = Extraction({}, {}, {})
     own = changed.factors() if changed.factors else {}
-    for name, key, new, old in progress(pairs):
+    for name, key, new, old in progress(differences(changed, base)):
         if len(new.shape(key)) > 1:
             result.inputs[name, key] = new.shape(key)[1:]
         difference = np.asarray(new[key], np.float32) - np.asarray(old[key], np.float32)
@@ -181,13 +180,46 @@ def extract(
     return result
 
 
+def differences(changed: Checkpoint, base: Checkpoint) -> list[Difference]:
+    """Returns the tensors of all networks that a LoRA can change and that both checkpoints hold; reads none.
+
+    Raises:
+      CheckpointError: the shapes differ, or a tensor is missing.
+    """
+    pairs = []
+    for name in ("unet", *base.text_encoders):
+        if not (changed.has(name) and base.has(name)) or changed.components[name] is base.components[name]:
+            continue
+        if changed.shapes(name) != base.shapes(name):
+            raise CheckpointError(f"{name} of {changed.path} and of {base.path} have other shapes: no LoRA joins them.")
+        tensors = [naming.checked_tensors(it.shapes(name), it.tensors(name), it.where(name)) for it in (changed, base)]
+        pairs += [Difference(name, key, *tensors) for key in tensors[0]]
+    return pairs
+
+
+def stored(array: np.ndarray, dtype, where: str) -> np.ndarray:
+    """Returns a difference in the dtype of a file.
+
+    Raises:
+      CheckpointError: a value is too large for the dtype.
+    """
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    if not naming.is_finite(result):
+        raise CheckpointError(
+            f"the difference of {naming.printable(where)} has values beyond {np.dtype(dtype).name}'s largest. "
+            "Export in bfloat16 or float32."
+        )
+    return result
+
+
 def _add(result: Extraction, name: str, key: str, difference, rank: Rank, dtype, exact: bool, own=None) -> None:
     squared = float(np.square(difference, dtype=np.float64).sum())
     if not squared:
         return
     result.squared += squared
     if difference.ndim == 1:
-        result.vectors[name, key] = difference.astype(dtype)
+        result.vectors[name, key] = stored(difference, dtype, f"{name}.{key}")
         result.kept_squared += squared
     elif any(f".{part}." in f".{key}" for part in EMBEDDINGS):
         result.left_out.append(f"{name}.{key}")
@@ -199,7 +231,7 @@ def _add(result: Extraction, name: str, key: str, difference, rank: Rank, dtype,
         kernel = difference.shape[2:]
         up = factors.up.reshape(*factors.up.shape, *[1] * len(kernel))
         down = factors.down.reshape(len(factors.down), difference.shape[1], *kernel)
-        result.factors[name, key] = Factors(up.astype(dtype), down.astype(dtype))
+        result.factors[name, key] = Factors(*(stored(it, dtype, f"{name}.{key}") for it in (up, down)))
         result.kept_squared += part
 
 
@@ -209,7 +241,7 @@ def tensors_of(
     """Returns the tensors of a LoRA file.
 
     Args:
-      spelling: "kohya", which ComfyUI, A1111 and kohya's tools read; "diffusers" has no keys for differences of norms.
+      spelling: "kohya"; "diffusers", which has no keys for differences of norms.
       matrices: layers of the UNet whose difference kohya's spelling stores as a matrix.
     """
     tensors = {}
@@ -240,10 +272,10 @@ def _kohya(result: Extraction, name: str, layer: str, is_matrix: bool) -> dict[s
     roles = {"diff_b": result.vectors[bias]} if bias in result.vectors else {}
     if is_matrix:
         up, down = _factors(result, name, layer)
-        return roles | {"diff": up @ down}
+        return roles | {"diff": stored(up.astype(np.float32) @ down.astype(np.float32), up.dtype, f"{name}.{layer}")}
     if weight in result.factors:
         up, down = result.factors[weight]
-        roles |= {"lora_up.weight": up, "lora_down.weight": down, "alpha": np.asarray(len(down), down.dtype)}
+        roles |= {"lora_up.weight": up, "lora_down.weight": down, "alpha": np.asarray(len(down), np.float32)}
     return roles
 
 
@@ -276,10 +308,21 @@ def with_vector(result: Extraction, key: tuple[str, str], difference: np.ndarray
     old = np.asarray(vectors.pop(key, 0.0), np.float64)
     change = float(np.square(difference, dtype=np.float64).sum() - np.square(old).sum())
     if np.any(difference):
-        vectors[key] = difference.astype(next(iter([*result.vectors.values(), *_ups(result)])).dtype)
+        dtype = next(iter([*result.vectors.values(), *_ups(result)])).dtype
+        vectors[key] = stored(difference, dtype, ".".join(key))
     return dataclasses.replace(
         result, vectors=vectors, squared=result.squared + change, kept_squared=result.kept_squared + change
     )
+
+
+def unread_biases(result: Extraction, matrices: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns the differences of biases that A1111 does not read: it takes `diff_b` only next to a whole `diff`.
+
+    Args:
+      matrices: layers of the UNet whose difference is stored whole.
+    """
+    layers = {(name, key.rpartition(".")[0]) for name, key in result.inputs} - {("unet", it) for it in matrices}
+    return [it for it in result.vectors if (it[0], it[1].rpartition(".")[0]) in layers]
 
 
 def without_norms(result: Extraction) -> Extraction:

@@ -24,6 +24,7 @@ from jaxtyping import Float
 
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.formats.extract_lora import stored
 from dmm_jax.checkpoints.formats.lora_tools import DIFFUSERS, SUFFIXES, spellings
 from dmm_jax.checkpoints.formats.safetensors_io import raw_bytes, save
 from dmm_jax.checkpoints.modelspec import Recipe, architecture, metadata
@@ -55,7 +56,7 @@ def lora_tensors(
       with_matrix: whether kohya's spelling has the square matrix of zeros that A1111 needs, 3.3 MB in float16 at 1280
         channels.
     """
-    bias, width = difference.astype(DTYPES[dtype]), len(difference)
+    bias, width = stored(difference, DTYPES[dtype], BIAS), len(difference)
     if spelling == DIFFUSERS:
         return {
             f"{DIFFUSERS_LAYER}.lora_A.weight": np.zeros((1, width), bias.dtype),
