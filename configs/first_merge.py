@@ -8,7 +8,7 @@ Copy this file and choose other styles: comic, cartoon, ink, neon, blueprint. Pr
 small or large; red, orange, yellow, green, blue or purple; circle, square, triangle or star; and, before a second
 shape, above, below, left of or right of. Other words draw an arbitrary shape.
 
-Hardware: two CPU cores, and 2 GB of memory.
+Hardware: two CPU cores and 1.3 GB of memory. Time: 2 min 20 s on idle cores, 4 min 10 s on busy ones.
 """
 
 from dmm_jax.world import demo_config

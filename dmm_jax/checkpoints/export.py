@@ -99,8 +99,8 @@ def export(
         written then.
       CheckpointError: the student or a parent is damaged or missing. Nothing is written then.
     """
-    given = {"lora_base": lora_base, "lora_for": lora_for, "vae": vae, "rank": rank, "exact": exact, "base": base}
-    check_options(formats, dtype, given)
+    options = {"lora_base": lora_base, "lora_for": lora_for, "vae": vae, "rank": rank, "exact": exact, "base": base}
+    check_options(formats, dtype, options)
     lora_for = lora_for or ("comfyui",)
     lora_rank = extract_lora.parse_rank(rank or "64")
     out, run, is_lora = check_output(out), locate(workdir), set(formats) == {"lora"}
@@ -182,11 +182,11 @@ def base_of(workdir: str | os.PathLike, student: Checkpoint, base: str | os.Path
     return open_checkpoint(config.base, **opening_options(config, provenance.BASE))
 
 
-def check_options(formats: Sequence[str], dtype: str, given: Mapping[str, object]) -> None:
+def check_options(formats: Sequence[str], dtype: str, options: Mapping[str, object]) -> None:
     """Refuses what cannot be exported together; reads nothing.
 
     Args:
-      given: options of `OPTION_FORMATS` by name; those that are not given are empty.
+      options: values of the options in `OPTION_FORMATS`, by name; an option that is not used is empty.
 
     Raises:
       UserError: a format or dtype is unknown, formats do not belong together, or no format uses an option.
@@ -196,7 +196,7 @@ def check_options(formats: Sequence[str], dtype: str, given: Mapping[str, object
         raise UserError(f"there is no format {', '.join(unknown) or '(none given)'}; there are: {', '.join(FORMATS)}.")
     if dtype not in DTYPES and (dtype != FLOAT8 or set(formats) != {"single-file"}):
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, or {FLOAT8} for single-file alone; got {dtype!r}.")
-    for name, value in given.items():
+    for name, value in options.items():
         if value and not set(formats) & set(OPTION_FORMATS[name]):
             option, uses = "--" + name.replace("_", "-"), ", ".join(OPTION_FORMATS[name])
             raise UserError(f"{option} has no effect on {', '.join(formats)}: it belongs to {uses}. Leave it out.")

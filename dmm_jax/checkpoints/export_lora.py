@@ -62,7 +62,7 @@ def write_loras(
     """
     stems, paths, shared = _stems(list(mixes)), [], None
     matrices = (WHOLE,) if "a1111" in tools else ()
-    for line in lost(student, base):
+    for line in networks_left_out(student, base):
         say(line)
     if line := other_prediction(student, base):
         warnings.warn(line, stacklevel=2)
@@ -125,26 +125,24 @@ def refuse_equal(student: Checkpoint, base: Checkpoint, mixes: Mapping[str, np.n
         return
     names = ", ".join(repr(name) for name in equal)
     others = [name for name in student.styles if name not in equal]
-    what = f"{names} of {student.path} equals the base {base.path}: a LoRA of it would be empty."
-    raise UserError(what + (f" Choose another style by --style, of {', '.join(others)}." if others else ""))
+    advice = f" Choose another style by --style: {', '.join(others)}." if others else ""
+    raise UserError(f"{names} of {student.path} equals the base {base.path}: a LoRA of it would be empty.{advice}")
 
 
-def lost(changed: Checkpoint, base: Checkpoint) -> list[str]:
-    """Returns a sentence for each thing beside the UNet's weights that differs and that no LoRA holds."""
+def networks_left_out(changed: Checkpoint, base: Checkpoint) -> list[str]:
+    """Returns a sentence for each network that the LoRA does not hold although the checkpoints differ in it."""
     lines = []
     for name in changed.text_encoders:
-        if changed.has(name) != base.has(name):
-            here, there = (changed, base) if changed.has(name) else (base, changed)
-            lines.append(
-                f"{there.path} has no {name}, that of {here.path} is not in the LoRA: nothing says how they differ."
-            )
+        if changed.has(name) and not base.has(name):
+            lines.append(f"The LoRA leaves out the {name} of {changed.path}: {base.path} has none to compare it with.")
     if changed.has("vae") and base.has("vae") and "vae" not in changed.from_base:
         try:
             is_same = _is_same_vae(changed, base)
         except CheckpointError as error:
-            lines.append(f"the VAEs were not compared, since one cannot be read: {error}")
+            lines.append(f"The VAEs were not compared, since one cannot be read: {error}")
         else:
-            lines += [] if is_same else [f"the VAE of {changed.path} differs from the base's, and a LoRA holds none."]
+            line = f"The LoRA leaves out the VAE of {changed.path}, which differs from the base's."
+            lines += [] if is_same else [line]
     return lines
 
 
@@ -159,7 +157,7 @@ def _is_same_vae(changed, base) -> bool:
 
 
 def other_prediction(changed: Checkpoint, base: Checkpoint) -> str:
-    """Returns a sentence if a checkpoint predicts something else than its base or from another schedule; else ""."""
+    """Returns a sentence if a checkpoint and its base differ in prediction type or terminal SNR; "" if they do not."""
     facts = {}
     for name, it in (("changed", changed), ("base", base)):
         zero = ", zero terminal SNR" if it.scheduler_config.get("rescale_betas_zero_snr") else ""
@@ -167,8 +165,8 @@ def other_prediction(changed: Checkpoint, base: Checkpoint) -> str:
     if facts["changed"] == facts["base"]:
         return ""
     return (
-        f"{changed.path} is of {facts['changed']}, its base {base.path} of {facts['base']}, and no tool reads this "
-        f"from a LoRA: with it, set {facts['changed']} by hand, or the pictures are noise."
+        f"{changed.path} predicts {facts['changed']}, and its base {base.path} predicts {facts['base']}. No tool reads "
+        f"this from a LoRA: set {facts['changed']} by hand, or the pictures are noise."
     )
 
 

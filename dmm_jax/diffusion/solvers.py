@@ -48,7 +48,7 @@ SOLVERS = {
     for pair in itertools.product(NAMES, spacing_lib.SPACINGS)
     if pair[0] not in UNSPACED or not pair[1]
 }
-MIN_LIKENESS = 0.8  # Of a suggested name and an unknown one, 0 to 1.
+MIN_LIKENESS = 0.8  # A name is suggested if it is so similar to the unknown one, from 0 to 1.
 STOCHASTIC = ("euler_ancestral", "dpmpp_2m_sde", "dpmpp_sde", "lcm")
 Column = Any  # Float[Array, " num_evaluations"], except that tree functions put shapes or shardings here.
 

@@ -76,20 +76,16 @@ def open_pipeline(args: argparse.Namespace):
     return pipeline
 
 
-def sampling_of(model: str, kind: str) -> dict[str, object]:
-    """Returns how a MODEL's pictures are drawn where a call does not say: as its run's config says, or the demo's.
-
-    Args:
-      kind: of the model's `Checkpoint`.
-    """
-    from dmm_jax.checkpoints.shipped import is_demo
+def sampling_of(source) -> dict[str, object]:
+    """Returns how a `Checkpoint` draws where a call does not say: as the config of its run says, or the demo's."""
+    from dmm_jax.checkpoints.shipped import DEMO, FOLDER
     from dmm_jax.config.serialization import load_config
     from dmm_jax.world import demo_config
 
-    if is_demo(model):
+    if source.root == FOLDER / DEMO:
         config = demo_config.get_config()
     else:
-        config = load_config(model) if kind == "workdir" else get_config()
+        config = load_config(source.root) if source.kind == "workdir" else get_config()
     return solver_options(config)
 
 

@@ -100,10 +100,9 @@ def main(args: argparse.Namespace) -> None:
     if args.seed == RANDOM_SEED:
         args.seed = secrets.randbelow(2**31)
         say(f"--seed {RANDOM_SEED} is random: these pictures are those of --seed {args.seed}")
-    model = args.model
-    args.model = PLUS.join([model, *args.lora])
+    args.model = PLUS.join([args.model, *args.lora])
     pipeline = options.open_pipeline(args)
-    sampling = options.sampling_of(model, pipeline.source.kind)
+    sampling = options.sampling_of(pipeline.source)
     sampling |= {name: getattr(args, name) for name in sampling if getattr(args, name) is not None}
     if pipeline.schedule.rescale_betas_zero_snr and not sampling["guidance_rescale"]:
         say(ADVICE)

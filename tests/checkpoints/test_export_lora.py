@@ -267,7 +267,7 @@ def test_a_difference_beyond_float16_is_an_error(first, tmp_path, key):
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_a_style_that_equals_the_base_is_named_before_anything_is_written(folder, tmp_path, style):
+def test_a_style_that_equals_the_base_is_refused_before_writing(folder, tmp_path, style):
     student = families.random_student(open_checkpoint(folder), STYLES)
     dmm = write.write_folder(tmp_path / "dmm", student, "float32", families.RECIPE)
     (stock,) = export(dmm, tmp_path / "stock", ["diffusers"], style, "float32")
@@ -286,19 +286,20 @@ def test_networks_that_a_lora_does_not_hold_are_named(first, tmp_path, capsys):
     )
     bare = dataclasses.replace(base, components={k: v for k, v in base.components.items() if k != "text_encoder"})
     write_loras(tmp_path, changed, bare, Rank(rank=2))
-    said = "".join(capsys.readouterr())
-    assert "has no text_encoder" in said and "the VAE of" in said and "differs from the base's" in said
+    printed = "".join(capsys.readouterr())
+    assert "leaves out the text_encoder of" in printed and "leaves out the VAE of" in printed
     (tmp_path / "b").mkdir()
     write_loras(tmp_path / "b", student, base, Rank(rank=2))
     assert "VAE" not in "".join(capsys.readouterr())
 
 
-def test_another_prediction_than_the_bases_is_said(first, tmp_path):
+def test_a_prediction_type_that_is_not_the_bases_gives_a_warning(first, tmp_path):
     _, base, student = first
     changed = dataclasses.replace(
         student, scheduler_config=student.scheduler_config | {"prediction_type": "v_prediction"}
     )
-    with pytest.warns(UserWarning, match="is of v_prediction, its base .* of epsilon.*set v_prediction by hand"):
+    expected = "predicts v_prediction, and its base .* predicts epsilon.*set v_prediction by hand"
+    with pytest.warns(UserWarning, match=expected):
         (file,) = write_loras(tmp_path, changed, base, Rank(rank=2))
     metadata = TensorFile(file).metadata
     assert json.loads(metadata["dmm_jax.lora_base"])["prediction_type"] == "epsilon"
@@ -310,8 +311,9 @@ def test_the_biases_that_a1111_does_not_read_are_counted(first, tmp_path, capsys
     (file,) = write_loras(tmp_path, student, base, Rank(rank=2), tools=("a1111",))
     keys = set(TensorFile(file))
     unread = [key for key in keys if key.endswith(".diff_b") and key.replace(".diff_b", ".diff") not in keys]
-    said = "".join(capsys.readouterr())
-    assert len(unread) > 10 and f"A1111 does not read the differences of {len(unread)} biases, such as unet." in said
+    printed = "".join(capsys.readouterr())
+    assert len(unread) > 10
+    assert f"A1111 does not read the differences of {len(unread)} biases, such as unet." in printed
 
 
 def test_ranks_of_a_file_are_those_asked_for(first, tmp_path):

@@ -115,22 +115,19 @@ def test_only_changes_that_can_run_are_candidates(config):
     assert not any("gradient_accumulation" in each or "batch_size" in each for each in flags)
 
 
-def test_teachers_are_spread_if_they_are_the_largest_part(config, estimate_by_formula, set_device_memory):
+@pytest.mark.parametrize(
+    "topology, batch_size, flags",
+    [("gpu:8x80GB", 64, "--config.mesh.teacher=4"), ("gpu:1x80GB", 16, "--config.teachers_in_host_memory=True")],
+)
+def test_teachers_move_if_they_are_the_largest_part(
+    config, estimate_by_formula, set_device_memory, topology, batch_size, flags
+):
     config.teachers = tuple((f"{name}{k}", path) for k in range(4) for name, path in config.teachers)
-    config.batch_size, config.remat = 64, "all"
-    memory_together = plan.plan(config, "gpu:8x80GB").memory
+    config.batch_size, config.remat = batch_size, "all"
+    memory_together = plan.plan(config, topology).memory
     set_device_memory((sum(memory_together.values()) - 0.6 * memory_together["teachers"]) / MIB)
-    change, planned = plan.smallest_change(config, "gpu:8x80GB")
-    assert change == "--config.mesh.teacher=4" and planned.mesh_shape["teacher"] == 4
-
-
-def test_teachers_leave_one_device_before_it_becomes_two(config, estimate_by_formula, set_device_memory):
-    config.teachers = tuple((f"{name}{k}", path) for k in range(4) for name, path in config.teachers)
-    config.batch_size, config.remat = 16, "all"
-    memory_together = plan.plan(config, "gpu:1x80GB").memory
-    set_device_memory((sum(memory_together.values()) - 0.6 * memory_together["teachers"]) / MIB)
-    change, planned = plan.smallest_change(config, "gpu:1x80GB")
-    assert change == "--config.teachers_in_host_memory=True" and planned.fits
+    change, planned = plan.smallest_change(config, topology)
+    assert change == flags and planned.fits
 
 
 @pytest.mark.skipif(not compiler.is_installed(), reason="needs libtpu: pip install 'dmm-jax[plan]'")
