@@ -46,21 +46,22 @@ def write_gallery(
       options: as `gallery.sample.Sheet` takes them.
 
     Raises:
-      UserError: an option cannot be used, two files would have one name, or the folder holds something else.
+      UserError: an option cannot be used, two files would have one name, or the folder holds something else. Nothing is
+        written then.
     """
     sheet = Sheet(pipeline, list(prompts), list(styles), **options)
     out, files = pathlib.Path(out), file_names(name, sheet.jobs, len(sheet.styles))
     recipe = sheet.recipe() | {"name": name}
     if check_folder(out):
         _check_recipe(out, recipe)
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / RECIPE, json.dumps(recipe, indent=2))
 
     def is_done(numbers):
         return all((out / files[number]).is_file() for number in numbers)
 
     for numbers, images, parameters in progress(draw_batches(sheet, is_done), total=sheet.num_batches):
+        if not (out / RECIPE).exists():  # The first pictures are drawn, so no option is wrong.
+            out.mkdir(parents=True, exist_ok=True)
+            write_text(out / RECIPE, json.dumps(recipe, indent=2))
         for number, image, picture in zip(numbers, images, parameters, strict=True):
             part = part_of(out / files[number])
             save_png(part, image, picture)

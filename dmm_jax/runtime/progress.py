@@ -17,15 +17,14 @@ class Progress:
         shown = processes.is_first() and not terminal.is_quiet()
         self.bar = tqdm(total=total, desc=stage, unit="image", disable=None if shown else True)
         self.total, self.done = total, 0  # A bar that is not shown does not count.
-        self._start = self._reported = time.perf_counter()
+        self._start, self._reported = time.perf_counter(), 0.0
 
     def add(self, count: int = 1) -> None:
         """Counts images, and prints their number and the time left if no line has done so for REPORT_S seconds."""
         self.done += count
         self.bar.update(count)
-        now = time.perf_counter()
-        if self.bar.disable and self.done and now - self._reported > REPORT_S:
-            self._reported = now
-            rate = self.done / (now - self._start)
-            left = time.strftime("%H:%M:%S", time.gmtime((self.total - self.done) / rate))
-            processes.say(f"{self.done:,d} of {self.total:,d} images, {rate:.1f} images/s, {left} left")
+        seconds = time.perf_counter() - self._start
+        if self.bar.disable and self.done and seconds - self._reported > REPORT_S:
+            self._reported, rate = seconds, self.done / seconds
+            remaining = time.strftime("%H:%M:%S", time.gmtime((self.total - self.done) / rate))
+            processes.say(f"{self.done:,d} of {self.total:,d} images, {rate:.1f} images/s, {remaining} left")

@@ -156,9 +156,14 @@ def test_the_parameters_in_the_files_draw_each_picture_again(pipeline, tmp_path)
         (["lift"], {}, "did you mean 'left'"),
         ([], {"batch_size": 0}, "batch_size must be .* at least 1; got 0"),
         ([], {"solver": "dpm"}, "there is no solver"),
+        ([], {"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
+        ([], {"guidance_rescale": 2.0}, "guidance_rescale must be"),
+        ([], {"seed": -2}, "a seed must be a whole number"),
+        ([], {"height": 13}, "height must be a multiple"),
+        ([], {"negative_prompt": "<lora:x:1>"}, "not supported"),
     ],
 )
-def test_wrong_arguments_are_refused_before_any_drawing(pipeline, tmp_path, styles, options, message):
+def test_wrong_arguments_are_refused_and_leave_no_folder(pipeline, tmp_path, styles, options, message):
     with pytest.raises(UserError, match=message):
         gallery.write_gallery(pipeline, tmp_path / "out", PROMPTS, styles, **options)
     assert not (tmp_path / "out").exists()
