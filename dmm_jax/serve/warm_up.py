@@ -12,7 +12,7 @@ from dmm_jax.serve.pool import Pool
 
 
 def warm_up(pool: Pool) -> None:
-    """Compiles and measures as `_warm_up` does; prints that, and how long it took the last time."""
+    """Compiles the programs of a pool, measures them and fits the preview; prints how long this takes."""
     (height, width), layers = pool.size, pool.pipeline.unet.merged().config["block_out_channels"]
     sizes = f"{width}x{height}, {len(pool.jobs)} slots, {len(pool.variants)} forms, {pool.pipeline.dtype}"
     with compilation.announced(f"the programs of {width}x{height}", f"serve: {layers}, {sizes}"):
