@@ -40,7 +40,7 @@ from dmm_jax.text.prompt_grammar import PLAIN
 TEACHER_SEED, OTHER_SEED = 10_000_000, 20_000_000  # Picture k's noise has this seed + k.
 NUM_SHOWN = 6  # Pairs of pictures per style in the report.
 NUM_MIXES = 11  # Pictures from the first style to the last.
-MANY = 3000  # Pictures for which a CPU needs many minutes.
+MANY = 5000  # Pictures for which a CPU needs many minutes; the demo draws fewer.
 
 
 class Evaluation(NamedTuple):
