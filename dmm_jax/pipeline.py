@@ -25,6 +25,7 @@ from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats.embedding import read_embeddings
 from dmm_jax.checkpoints.formats.fitted_style import with_fitted_styles
 from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.recorded_sampling import recorded_sampling
 from dmm_jax.checkpoints.vae import with_vae
 from dmm_jax.config import arguments
 from dmm_jax.config.options import DTYPES
@@ -84,6 +85,11 @@ class Pipeline:
     def dtype(self) -> np.dtype:
         """The dtype of the arithmetic."""
         return self.vae.params["decoder"]["conv_in"]["kernel"].dtype
+
+    @functools.cached_property
+    def sampling(self) -> dict[str, object]:
+        """How it draws where a call does not say: as its training run, else 25 steps of dpmpp_2m at guidance 7."""
+        return recorded_sampling(self.source)
 
     @property
     def vae_scale_factor(self) -> int:
@@ -291,10 +297,10 @@ class Pipeline:
         latents=None,
         height: int = 0,
         width: int = 0,
-        num_inference_steps: int = 25,
-        guidance_scale: float | Sequence[float] = 7.0,
-        guidance_rescale: float | Sequence[float] = 0.0,
-        solver: str = "dpmpp_2m",
+        num_inference_steps: int | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        guidance_rescale: float | Sequence[float] | None = None,
+        solver: str | None = None,
         output: str = "images",
         original_size: Pixels | None = None,
         crops_coords_top_left: Pixels = (0, 0),
@@ -305,6 +311,8 @@ class Pipeline:
         **others,
     ) -> np.ndarray | list:
         """Draws one image per prompt, or `num_images_per_prompt`. What is "per image" may also be per prompt.
+
+        What is None of num_inference_steps, guidance_scale, guidance_rescale and solver is as `sampling` says.
 
         Args:
           prompts: texts, or one text.
@@ -346,6 +354,10 @@ class Pipeline:
             negative_prompts = [negative_prompts] * batch_size
         negatives = arguments.texts("negative_prompts", negative_prompts)
         negatives = arguments.per_prompt("negative_prompts", negatives, batch_size, num_images_per_prompt)
+        given = (num_inference_steps, guidance_scale, guidance_rescale, solver)
+        num_inference_steps, guidance_scale, guidance_rescale, solver = (
+            recorded if value is None else value for value, recorded in zip(given, self.sampling.values(), strict=True)
+        )
         arguments.whole_number("num_inference_steps", num_inference_steps, 1)
         plan = solvers.plan(str(solver), self.schedule, num_inference_steps)
         weights = self.style_weights(styles, batch_size, plan.timesteps, num_images_per_prompt)

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 dry_run=${1:-}
 [ "$dry_run" != --dry-run ] || shift
-[ $# -gt 0 ] || set -- demo
+[ $# -gt 0 ] || set -- emoji
 command=(.venv/bin/python -m dmm_jax serve "$@")
 case " $* " in *" --port"*) ;; *) command+=(--port "${PORT:-8000}") ;; esac
 if [ "$dry_run" = --dry-run ]; then

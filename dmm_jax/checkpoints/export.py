@@ -11,9 +11,9 @@ from dmm_jax.checkpoints import export_lora, licenses, model_card, provenance
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.formats import extract_lora, style_lora
 from dmm_jax.checkpoints.formats.fitted_style import with_fitted_styles
-from dmm_jax.checkpoints.formats.safetensors_io import TensorFile
-from dmm_jax.checkpoints.modelspec import MERGED_FROM, RECIPE_KEY, Recipe
+from dmm_jax.checkpoints.modelspec import MERGED_FROM, Recipe
 from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.recorded_sampling import metadata_of, recipe_of, recorded_sampling
 from dmm_jax.checkpoints.styles import select_styles
 from dmm_jax.checkpoints.vae import with_vae
 from dmm_jax.checkpoints.write import DTYPES, FLOAT8, FORMATS, write_format
@@ -38,7 +38,6 @@ OPTION_FORMATS = {  # {option: the formats that it changes}; other options belon
     "exact": ("lora",),
     "base": ("lora",),
 }
-MAX_INHERITED_CHARS = 1_000_000  # Longer recipes of an exported model are not copied into its next export.
 
 
 def export(
@@ -262,7 +261,7 @@ def _write_card(folder, formats, about, student, workdir, parents, tools):
         (folder / model_card.GRID).write_bytes(grid.read_bytes())
     text = model_card.card(
         formats, about.title, student.styles or (), student.architecture, parents, about.license, metrics, bool(grid),
-        student.scheduler_config, student.clip_skip, tools,
+        student.scheduler_config, recorded_sampling(student), student.clip_skip, tools,
     )  # fmt: skip
     (folder / model_card.NAME).write_text(text, encoding="utf-8")
 
@@ -276,11 +275,8 @@ def describe(workdir: str | os.PathLike, student: Checkpoint, parents: Mapping[s
         options = json.loads(to_json(load_config(workdir)))
         options = {name: v for name, v in options.items() if name not in ("base", "teachers", "data", "samples")}
         return {"parents": dict(parents), "options": options, "style": style}
-    inherited = _metadata(student).get(RECIPE_KEY, "")
-    try:
-        earlier = {"recipe": json.loads(inherited)} if 0 < len(inherited) <= MAX_INHERITED_CHARS else {}
-    except (ValueError, RecursionError):
-        earlier = {}
+    inherited = recipe_of(student)
+    earlier = {"recipe": inherited} if inherited else {}
     return {"from": provenance.record(student), **earlier, "style": style}
 
 
@@ -288,9 +284,4 @@ def merged_from_names(parents: Mapping[str, Mapping], student: Checkpoint) -> li
     """Returns the names of a student's parents; for a DMM folder, those in its files' metadata."""
     if parents:
         return provenance.parent_names(parents)
-    return (_metadata(student).get(MERGED_FROM) or student.name).split(", ")
-
-
-def _metadata(student) -> dict[str, str]:
-    (file, *_) = provenance.unet_files(student)
-    return TensorFile(file).metadata
+    return (metadata_of(student).get(MERGED_FROM) or student.name).split(", ")

@@ -18,13 +18,13 @@ USE = {
 import dmm_jax
 
 pipe = dmm_jax.Pipeline.from_pretrained("PATH")
-images = pipe(["a prompt"], styles={styles}, num_inference_steps=25, guidance_scale=7.0)
+images = pipe(["a prompt"], styles={styles}, {drawing})
 ```""",
     "diffusers": """```python
 import diffusers
 
 pipe = diffusers.DiffusionPipeline.from_pretrained("PATH")
-image = pipe("a prompt", num_inference_steps=25, guidance_scale=7.0).images[0]
+image = pipe("a prompt", {drawing}).images[0]
 ```""",
     "single-file": "`model.safetensors` is a checkpoint for ComfyUI, A1111, Forge and diffusers' `from_single_file`.",
     "style-lora": "Each `style_lora*.safetensors` is used at strength 1 on the stock export of the mix that its "
@@ -72,6 +72,7 @@ def card(
     metrics: Mapping | None,
     has_grid: bool,
     schedule: Mapping,
+    sampling: Mapping,
     clip_skip: int = 1,
     tools: Sequence[str] = (),
 ) -> str:
@@ -86,6 +87,7 @@ def card(
       metrics: the metrics.json that `evaluate` wrote, or None.
       has_grid: whether the card's folder holds grid.png.
       schedule: the scheduler's config.
+      sampling: how its pictures are drawn: arguments of `Pipeline.__call__`.
       clip_skip: of the text encoder in the folder.
       tools: for which its LoRAs were written.
     """
@@ -103,7 +105,9 @@ def card(
     parts.append(f"Licences that the parents state: {escaped(license or licenses.UNKNOWN)}.")
     if metrics:
         parts += ["## Measured", *_measured(metrics)]
-    parts += ["## Use", *(USE[fmt].replace("{styles}", json.dumps(next(iter(styles), ""))) for fmt in formats)]
+    drawing = f"num_inference_steps={sampling['num_inference_steps']}, guidance_scale={sampling['guidance_scale']}"
+    style = json.dumps(next(iter(styles), ""))
+    parts += ["## Use", *(USE[fmt].replace("{drawing}", drawing).replace("{styles}", style) for fmt in formats)]
     if {"lora", "style-lora"} & set(formats):
         parts.append(f"{'. '.join(READERS[tool] for tool in READERS if tool in tools)}.")
     parts += _schedule(schedule, formats)

@@ -26,6 +26,7 @@ class Sheet:
       negative_prompt: for every picture; None is not the same as "" for Stable Diffusion XL.
       seed: the first prompt's; the next prompt has seed + 1. All styles share a prompt's seed.
       height, width: pixels; 0 is the size that the model was trained at.
+      num_inference_steps, guidance_scale, guidance_rescale, solver: None is as `Pipeline.sampling` says.
       batch_size: images computed at once.
     """
 
@@ -36,15 +37,18 @@ class Sheet:
     seed: int = 0
     height: int = 0
     width: int = 0
-    num_inference_steps: int = 25
-    guidance_scale: float = 7.0
-    guidance_rescale: float = 0.0
-    solver: str = "dpmpp_2m"
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_rescale: float | None = None
+    solver: str | None = None
     batch_size: int = 8
 
     def __post_init__(self):
         arguments.whole_number("batch_size", self.batch_size, 1)
         object.__setattr__(self, "styles", self.styles or list(self.pipeline.styles) or [None])
+        for name, value in self.pipeline.sampling.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         self.pipeline.style_weights(self.styles, len(self.styles), timesteps=np.zeros(1))
         solvers.plan(self.solver, self.pipeline.schedule, self.num_inference_steps)
 

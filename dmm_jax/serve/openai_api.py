@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from dmm_jax.config.styles import parse_style, style_row
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.serve import drawing, faults
-from dmm_jax.serve.requests import ImageRequest, Job
+from dmm_jax.serve.requests import AS_THE_MODEL, ImageRequest, Job
 from dmm_jax.serve.service import Service, seeds_from
 
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
@@ -42,10 +42,10 @@ class ImagesBody(pydantic.BaseModel):
     user: Annotated[str | None, pydantic.Field(description="not used")] = None
     negative_prompt: str | None = None
     seed: Annotated[int | None, pydantic.Field(description="the first image's; the next has seed + 1")] = None
-    steps: Annotated[int, pydantic.Field(ge=1)] = 25
-    guidance_scale: float = 7.0
-    guidance_rescale: float = 0.0
-    solver: str = "dpmpp_2m"
+    steps: Annotated[int | None, pydantic.Field(ge=1, description=AS_THE_MODEL)] = None
+    guidance_scale: Annotated[float | None, pydantic.Field(description=AS_THE_MODEL)] = None
+    guidance_rescale: Annotated[float | None, pydantic.Field(description=AS_THE_MODEL)] = None
+    solver: Annotated[str | None, pydantic.Field(description=AS_THE_MODEL)] = None
 
     @pydantic.model_validator(mode="before")
     @classmethod

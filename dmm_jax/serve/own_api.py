@@ -14,7 +14,7 @@ from dmm_jax.config.styles import NULL_STYLE, Style, is_schedule, parse_style, s
 from dmm_jax.diffusion import solvers
 from dmm_jax.diffusion.spacing import SPACINGS
 from dmm_jax.serve import drawing, faults
-from dmm_jax.serve.requests import ImageRequest, Job
+from dmm_jax.serve.requests import AS_THE_MODEL, ImageRequest, Job
 from dmm_jax.serve.service import Service, seeds_from
 
 PREVIEW_S = 0.2  # A stream sends a preview of one image at most this often.
@@ -46,10 +46,12 @@ class DrawBody(pydantic.BaseModel):
     num_images: Annotated[int, pydantic.Field(ge=1, le=64, description="random seeds, where `seeds` is absent")] = 1
     height: Annotated[int, pydantic.Field(ge=0, description="pixels; 0: the model's")] = 0
     width: Annotated[int, pydantic.Field(ge=0, description="pixels; 0: the model's")] = 0
-    steps: Annotated[int, pydantic.Field(ge=1)] = 25
-    guidance_scale: float = 7.0
-    guidance_rescale: float = 0.0
-    solver: Annotated[str, pydantic.Field(description="dpmpp_2m_karras, or A1111's name: DPM++ 2M Karras")] = "dpmpp_2m"
+    steps: Annotated[int | None, pydantic.Field(ge=1, description=AS_THE_MODEL)] = None
+    guidance_scale: Annotated[float | None, pydantic.Field(description=AS_THE_MODEL)] = None
+    guidance_rescale: Annotated[float | None, pydantic.Field(description=AS_THE_MODEL)] = None
+    solver: Annotated[
+        str | None, pydantic.Field(description=f"dpmpp_2m_karras, or A1111's name: DPM++ 2M Karras; {AS_THE_MODEL}")
+    ] = None
     stream: Annotated[bool, pydantic.Field(description="progress and images as server-sent events")] = False
     previews: Annotated[bool, pydantic.Field(description="small images on the way, in a stream")] = True
 
@@ -67,7 +69,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/model")
     async def model() -> dict:
-        """Describes the model: its styles, sizes and solvers, and the limits of a request."""
+        """Describes the model: its styles, sizes and solvers, how it draws by default, and the limits of a request."""
         pipeline, engine = service.engine.pipeline, service.engine
         return {
             "name": pipeline.name,
@@ -81,7 +83,8 @@ def router(service: Service) -> APIRouter:
             "num_train_timesteps": pipeline.schedule.num_train_timesteps,
             "limits": {"images": service.settings.max_images, "steps": engine.limits.max_steps},
             "needs_key": bool(service.settings.keys),
-            "example": dict(service.settings.example),
+            "sampling": pipeline.sampling,
+            "example_prompt": service.settings.example_prompt,
         }
 
     @routes.post("/draw", response_model=None)

@@ -24,10 +24,13 @@ class ImageRequest:
     seed: int = 0
     height: int = 0  # Pixels; 0: the engine's default size.
     width: int = 0
-    num_inference_steps: int = 25
-    guidance_scale: float = 7.0
-    guidance_rescale: float = 0.0
-    solver: str = "dpmpp_2m"  # A name in `diffusion.solvers.SOLVERS`, or AUTOMATIC1111's.
+    num_inference_steps: int | None = None  # This and the next three: None is as `Pipeline.sampling` says.
+    guidance_scale: float | None = None
+    guidance_rescale: float | None = None
+    solver: str | None = None  # A name in `diffusion.solvers.SOLVERS`, or AUTOMATIC1111's.
+
+
+AS_THE_MODEL = "default: as the run that made the model says, or else Pipeline's"
 
 
 class QueueFull(UserError):

@@ -5,7 +5,7 @@ import hashlib
 import hmac
 import pathlib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from starlette.requests import Request
 
@@ -29,7 +29,7 @@ class Settings:
     max_images: int = 16  # Per request.
     max_body_bytes: int = 256 * 1024
     body_timeout_s: float = 20.0  # For a whole body to arrive.
-    example: Mapping[str, str | float] = dataclasses.field(default_factory=dict)  # What the page's form begins with.
+    example_prompt: str = ""  # What the page's form begins with.
 
 
 @dataclasses.dataclass

@@ -63,6 +63,9 @@ def check(fields: Mapping, pipeline: Pipeline, limits: Limits, plan: Callable) -
       UserError: a field does not fit the pipeline or the limits; the message names it and what would fit.
     """
     fields = dict(fields)
+    num_steps = min(pipeline.sampling["num_inference_steps"], limits.max_steps)
+    of_model = pipeline.sampling | {"num_inference_steps": num_steps}
+    fields |= {name: value for name, value in of_model.items() if fields[name] is None}
     for name in ("prompt", "negative_prompt"):
         _check_text(name, fields[name])
     fields["seed"] = arguments.whole_number("seed", fields["seed"], 0, arguments.MAX_SEED)

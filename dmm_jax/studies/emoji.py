@@ -6,6 +6,7 @@
     python -m dmm_jax.studies.emoji status emoji --size ship
     python -m dmm_jax.studies.emoji sheet emoji --size ship          # pictures of what is done, side by side
     python -m dmm_jax.studies.emoji table emoji --size ship          # of what is measured
+    python -m dmm_jax.studies.emoji package emoji --rows joint --seeds 0 --out dmm_jax/world/checkpoints   # `emoji`
 
 `--rows` and `--seeds` choose students; without them `run` trains every row with three seeds.
 
@@ -20,7 +21,7 @@ import sys
 
 from dmm_jax.runtime import compilation
 from dmm_jax.runtime.errors import UserError
-from dmm_jax.studies import emoji_judge, emoji_pictures, emoji_sheet, emoji_stages
+from dmm_jax.studies import emoji_judge, emoji_package, emoji_pictures, emoji_sheet, emoji_stages
 from dmm_jax.studies.emoji_merges import ROWS, SEEDS
 from dmm_jax.studies.emoji_networks import SIZES
 from dmm_jax.studies.emoji_sets import SETS
@@ -30,7 +31,7 @@ from dmm_jax.studies.emoji_study import Study
 def main(arguments: list[str] | None = None) -> None:
     """Runs one of the commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("fetch", "counts", "run", "status", "sheet", "table"))
+    parser.add_argument("command", choices=("fetch", "counts", "run", "status", "sheet", "table", "package"))
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--size", choices=list(SIZES), default="ship")
     parser.add_argument("--minutes", type=float, default=10.0, help="`run` ends after this time (default 10)")
@@ -41,10 +42,11 @@ def main(arguments: list[str] | None = None) -> None:
         nargs="+",
         choices=list(ROWS),
         default=list(ROWS),
-        help="students; `sheet` shows the first (default all)",
+        help="students; `sheet` and `package` take the first (default all)",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="of each student (default 0 1 2)")
     parser.add_argument("--jobs", type=int, default=1, help="students at the same time (default 1)")
+    parser.add_argument("--out", type=pathlib.Path, help="`package` writes the folder emoji there")
     args = parser.parse_args(arguments)
     study, students = Study(args.folder, SIZES[args.size]), {"rows": args.rows, "seeds": args.seeds}
     try:
@@ -61,6 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
             print("\nAll is done." if done else "\nNot done: give it again.")
         elif args.command == "sheet":
             print(emoji_sheet.write_sheet(study, args.rows[0], args.seeds[0]))
+        elif args.command == "package":
+            print(emoji_package.write_package(study, args.rows[0], args.seeds[0], args.out or study.out))
         elif args.command == "status":
             print(emoji_stages.status(study, **students))
         else:

@@ -7,10 +7,12 @@ import pathlib
 import time
 from collections.abc import Mapping, Sequence
 
+import jax
 import numpy as np
 from jaxtyping import Float
 from safetensors.numpy import load_file, save_file
 
+from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.evaluation.frechet import Statistics, frechet_distance
 from dmm_jax.gallery.sample import draw
 from dmm_jax.pipeline import Pipeline
@@ -24,7 +26,8 @@ from dmm_jax.world.training import Stretch, StretchOver
 TEACHER_SEED, OTHER_SEED, PROMPT_SEED = 1_000_000, 2_000_000, 3  # First pictures' seeds; the prompts' choice.
 BATCH_SIZE = 500
 SEEN_PER_HELD_OUT = 4  # Pictures of concepts that teachers saw, per picture of a held-out concept.
-TENTHS, NUM_STRIP_PROMPTS = 11, 32  # Points along a strip; prompts for each pair of sets.
+TENTHS, NUM_STRIP_PROMPTS = np.linspace(0.0, 1.0, 11), 32  # Along a strip; prompts for each pair of sets.
+WEIGHTED_SUM = "weighted sum of two"
 DISTANCE = "FD (emoji)"
 ACCURACIES = ("concept", "set", "concept, held out", "set, held out")
 
@@ -43,7 +46,7 @@ class Judge:
         self.prompts = prompts_of(study.rows, study.size.num_images)
 
     def references(self) -> dict:
-        """Returns the distances and accuracies of floor, base and weight merges, by model and set.
+        """Returns the distances and accuracies of floor, base and weight merges, and the strips of weighted sums.
 
         Raises:
           StretchOver: the time is over; what was drawn is kept.
@@ -57,6 +60,7 @@ class Judge:
             "distance": DISTANCE,
             "n": self.study.size.num_images,
             "models": {model: self._lines(by_set) for model, by_set in models.items()},
+            "strips": {WEIGHTED_SUM: self._weighted_sums()},
         }
 
     def student(self, row: str, seed: int) -> dict:
@@ -95,16 +99,40 @@ class Judge:
 
     def _strips(self, pipeline: Pipeline) -> list[dict]:
         """Returns how mixes move from one set to another, for every pair of sets and a few prompts."""
-        prompts, tenths = self.prompts[:NUM_STRIP_PROMPTS], np.linspace(0.0, 1.0, TENTHS)
-        pairs = list(itertools.combinations(self.study.sets, 2))
         jobs = [
             (caption, {first: 1.0 - float(weight), last: float(weight)}, OTHER_SEED + number)
-            for first, last in pairs
-            for number, (_, caption) in enumerate(prompts)
-            for weight in tenths
+            for first, last in self.pairs
+            for number, (_, caption) in enumerate(self.prompts[:NUM_STRIP_PROMPTS])
+            for weight in TENTHS
         ]
-        outputs = self._classify(pipeline, jobs)
-        shape = len(pairs), len(prompts), TENTHS, -1
+        return self._measured_strips(self._classify(pipeline, jobs))
+
+    def _weighted_sums(self) -> list[dict]:
+        """Returns the same for weighted sums of two teachers' parameters, as merging tools make them."""
+        paths = {name: self.study.teacher(name) for name in self.study.sets}
+        teachers = {name: open_checkpoint(path).params("unet", np.float32) for name, path in paths.items()}
+        outputs = []
+        for first, last in self.pairs:
+            tenths = []
+            for weight in TENTHS.astype(np.float32):
+                both = teachers[first], teachers[last]
+                params = jax.tree.map(lambda a, b, w=weight: (1 - w) * a + w * b, *both)
+                prompts = enumerate(self.prompts[:NUM_STRIP_PROMPTS])
+                jobs = [(caption, None, OTHER_SEED + number) for number, (_, caption) in prompts]
+                tenths.append(self._classify(self.study.stock_pipeline.with_unet(params), jobs))
+            outputs.append({name: np.stack([each[name] for each in tenths], axis=1) for name in tenths[0]})
+        joined = {name: np.stack([each[name] for each in outputs]) for name in outputs[0]}
+        return self._measured_strips({name: rows.reshape(-1, rows.shape[-1]) for name, rows in joined.items()})
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """All pairs of sets."""
+        return list(itertools.combinations(self.study.sets, 2))
+
+    def _measured_strips(self, outputs: Mapping[str, Float[np.ndarray, "n D"]]) -> list[dict]:
+        """Returns the figures of each pair; the outputs are in the order of pairs, prompts and tenths."""
+        prompts, pairs = self.prompts[:NUM_STRIP_PROMPTS], self.pairs
+        shape = len(pairs), len(prompts), len(TENTHS), -1
         truth = [self.classifier.concepts.index(key) for key, _ in prompts]
         concepts = outputs["concept"].argmax(axis=1).reshape(shape[:-1]) == np.array(truth)[:, None]
         strips = []
@@ -199,11 +227,15 @@ def table(references: Mapping, students: Sequence[Mapping]) -> str:
     lines = [(model, [lines], []) for model, lines in models.items()]
     lines += [(row, [student["lines"] for student in runs], [student["strips"] for student in runs])
               for row, runs in rows.items()]  # fmt: skip
+    lines += [(model, [], [strips]) for model, strips in references.get("strips", {}).items()]
     for model, by_seed, strips in lines:
-        closed = [closed_shares(by_set, models) for by_set in by_seed]
-        cells = [model, str(len(strips) or 1), f"{np.mean([_trace(by_set) for by_set in by_seed]):.2f}"]
-        cells += [f"{np.mean(closed):.1%}", f"{np.min(closed):.1%}"]
-        cells += [f"{np.mean([line[name] for by_set in by_seed for line in by_set.values()]):.1%}" for name in columns]
+        cells = [model, str(len(strips) or 1), *([""] * (3 + len(columns)))]
+        if by_seed:
+            closed = [closed_shares(by_set, models) for by_set in by_seed]
+            trace = np.mean([_trace(by_set) for by_set in by_seed])
+            cells[2:5] = f"{trace:.2f}", f"{np.mean(closed):.1%}", f"{np.min(closed):.1%}"
+            every = [line for by_set in by_seed for line in by_set.values()]
+            cells[5:] = [f"{np.mean([line[name] for line in every]):.1%}" for name in columns]
         for name, form in (("largest jump", ".2f"), ("backward", ".2f"), ("concept", ".1%")):
             values = [strip[name] for run in strips for strip in run]
             cells.append(format(np.mean(values), form) if values else "")

@@ -35,11 +35,13 @@ class Run:
     first: int = 0  # The first set that it learns, in the study's order.
     last: int | None = None  # It learns the sets before this one; None: all.
     grows: bool = False  # Whether it grows the student of the run before.
+    steps: float = 1.0  # A share of the plan's.
     is_made: bool = False  # Whether the teachers draw its data, from the captions.
 
 
 ROWS: Mapping[str, tuple[Run, ...]] = {
     "joint": (Run(),),
+    "joint, a third of the steps": (Run(steps=1 / 3),),
     "joint, mixes trained": (Run({"mix_every": 4}),),
     "joint, style path x10": (Run({"style_learning_rate_scale": 10.0}),),
     "teacher-made data": (Run(is_made=True),),
@@ -60,10 +62,10 @@ def run_config(study: Study, run: Run, seed: int, before: pathlib.Path | None = 
         config.sampling.batch_size = min(512, num_pictures(study))
     else:
         config.data.where = f"split == '{TRAIN}'"
-    config.num_steps, config.learning_rate = plan.num_steps, study.size.rates["merge"]
+    config.num_steps, config.learning_rate = max(round(run.steps * plan.num_steps), 1), study.size.rates["merge"]
     config.learning_rate_schedule, config.weight_decay = "cosine", 0.0
-    config.warmup_steps = plan.num_steps // 50
-    config.log_every = config.checkpoint_every = max(plan.num_steps // 20, 1)
+    config.warmup_steps = config.num_steps // 50
+    config.log_every, config.checkpoint_every = max(config.num_steps // 20, 1), max(config.num_steps // 4, 1)
     config.validation_every, config.validation_size = 0, 0
     if run.grows:
         config.grow.student = str(before)

@@ -57,7 +57,11 @@ SIZES = {
             unet=_CROSS | {"block_out_channels": [96, 192]},
             text={"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2},
             plans=_plans(
-                vae=(20_000, 128), base=(24_000, 512), teacher=(2_500, 256), merge=(4_000, 420), classifier=(8_000, 256)
+                vae=(20_000, 128),
+                base=(24_000, 512),
+                teacher=(2_500, 256),
+                merge=(12_000, 420),
+                classifier=(8_000, 256),
             ),
             rates={"vae": 1e-3, "base": 1e-3, "teacher": 3e-4, "merge": 5e-4, "classifier": 1e-3},
             classifier=(48, 96, 160, 224),

@@ -106,7 +106,9 @@ class Study:
 
     @functools.cached_property
     def tokenizer_folder(self) -> pathlib.Path:
-        """The folder of a tokenizer in which each word of all captions is one token."""
+        """The folder of a tokenizer in which each word of all captions is one token; a base that exists has its own."""
+        if self.base.exists():
+            return self.base / "tokenizer"
         folder = self.out / "raw" / "tokenizer"
         words = {word for row in self.rows for word in re.findall("[a-z]+", row["caption"])}
         write_tokenizer(folder, words=sorted(words))

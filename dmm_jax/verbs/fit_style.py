@@ -12,7 +12,7 @@ EXAMPLES = ("dmm-jax fit-style runs/sd15 --images FOLDER --name mine --out mine.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
-    parser.add_argument("model", metavar="MODEL", help="a merged model: a workdir, a DMM folder, or demo")
+    parser.add_argument("model", metavar="MODEL", help="a merged model: a workdir, a DMM folder, or demo or emoji")
     parser.add_argument("--images", required=True, type=pathlib.Path, metavar="FOLDER", help="images with captions")
     parser.add_argument("--name", required=True, help="name of the new style")
     parser.add_argument("--out", required=True, type=pathlib.Path, metavar="FILE", help="a new .safetensors file")

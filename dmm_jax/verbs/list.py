@@ -2,7 +2,7 @@
 
 import argparse
 
-EXAMPLES = ("dmm-jax list configs", "dmm-jax list solvers")
+EXAMPLES = ("dmm-jax list configs", "dmm-jax list solvers", "dmm-jax list emoji | grep apple")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -11,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "kind",
         choices=tuple(_KINDS),
         help="configs: for --config; solvers: for --solver and config.sampling.solver; formats: for export --format; "
-        "devices: for plan --topology",
+        "devices: for plan --topology; models: students that come with dmm_jax; emoji: prompts of the student emoji",
     )
 
 
@@ -46,4 +46,25 @@ def _devices():
     return devices.listed()
 
 
-_KINDS = {"configs": _configs, "solvers": _solvers, "formats": _formats, "devices": _devices}
+def _models():
+    from dmm_jax.checkpoints.open import open_checkpoint
+    from dmm_jax.checkpoints.shipped import BASE, FOLDER, STUDENTS
+
+    rows = [(name, ", ".join(open_checkpoint(FOLDER / name, BASE).styles), prompt) for name, prompt in STUDENTS.items()]
+    return [("model", "styles", "a prompt"), *rows]
+
+
+def _emoji():
+    from dmm_jax.checkpoints.shipped import EMOJI, FOLDER, PROMPTS
+
+    return [(prompt,) for prompt in (FOLDER / EMOJI / PROMPTS).read_text(encoding="utf-8").splitlines()]
+
+
+_KINDS = {
+    "configs": _configs,
+    "solvers": _solvers,
+    "formats": _formats,
+    "devices": _devices,
+    "models": _models,
+    "emoji": _emoji,
+}

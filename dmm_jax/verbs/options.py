@@ -5,7 +5,7 @@ import contextlib
 import pathlib
 
 from dmm_jax.config.files import read_config
-from dmm_jax.config.options import DTYPES, get_config, solver_options
+from dmm_jax.config.options import DTYPES
 from dmm_jax.text.prompt_grammar import A1111, GRAMMARS
 
 _OF_COMMAND_LINE = ("verb", "overrides", "verbosity")  # Arguments that no function of the library takes.
@@ -16,7 +16,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a workdir, a diffusers or DMM folder, a single file, or demo: the student that comes with dmm_jax",
+        help="a workdir, a diffusers or DMM folder, a single file, or demo or emoji: students that come with dmm_jax",
     )
     parser.add_argument(
         "--base",
@@ -74,19 +74,6 @@ def open_pipeline(args: argparse.Namespace):
     for line in pipeline.source.fallbacks:
         say(line)
     return pipeline
-
-
-def sampling_of(source) -> dict[str, object]:
-    """Returns how a `Checkpoint` draws where a call does not say: as the config of its run says, or the demo's."""
-    from dmm_jax.checkpoints.shipped import DEMO, FOLDER
-    from dmm_jax.config.serialization import load_config
-    from dmm_jax.world import demo_config
-
-    if source.root == FOLDER / DEMO:
-        config = demo_config.get_config()
-    else:
-        config = load_config(source.root) if source.kind == "workdir" else get_config()
-    return solver_options(config)
 
 
 def add_prediction_type(parser: argparse.ArgumentParser) -> None:

@@ -102,8 +102,8 @@ def main(args: argparse.Namespace) -> None:
         say(f"--seed {RANDOM_SEED} is random: these pictures are those of --seed {args.seed}")
     args.model = PLUS.join([args.model, *args.lora])
     pipeline = options.open_pipeline(args)
-    sampling = options.sampling_of(pipeline.source)
-    sampling |= {name: getattr(args, name) for name in sampling if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in pipeline.sampling}
+    sampling = pipeline.sampling | {name: value for name, value in given.items() if value is not None}
     if pipeline.schedule.rescale_betas_zero_snr and not sampling["guidance_rescale"]:
         say(ADVICE)
     page = write_gallery(

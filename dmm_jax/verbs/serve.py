@@ -8,7 +8,7 @@ from dmm_jax.runtime.errors import UsageError, UserError
 from dmm_jax.verbs import options
 
 EXAMPLES = (
-    "dmm-jax serve demo",
+    "dmm-jax serve emoji",
     "dmm-jax serve runs/sd15 --sizes 512x512,768x512 --slots 16",
     "dmm-jax serve runs/sd15 --host 0.0.0.0 --api-key-file keys.txt",
 )
@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> int:
         cors=tuple(args.cors),
         log_prompts=args.log_prompts,
         max_images=args.max_images,
-        example=example_of(args.model),
+        example_prompt=example_prompt_of(args.model),
     )
     pipeline = options.open_pipeline(args)
     engine = Engine(pipeline, sizes, args.slots, queue_size=args.queue, max_steps=args.max_steps)
@@ -84,14 +84,11 @@ def check_installed() -> None:
         raise UserError(f"serve needs {', '.join(missing)}: install them with pip install 'dmm-jax[serve]'.")
 
 
-def example_of(model: str) -> dict[str, str | float]:
-    """Returns what the page's form begins with: for the shipped student, a prompt whose words it knows."""
-    from dmm_jax.checkpoints.shipped import is_demo
-    from dmm_jax.world import demo_config
+def example_prompt_of(model: str) -> str:
+    """Returns what the page's form begins with: for a shipped student, a prompt whose words it knows."""
+    from dmm_jax.checkpoints.shipped import STUDENTS, is_shipped
 
-    if not is_demo(model):
-        return {}
-    return {"prompt": demo_config.PROMPTS[-1], "guidance_scale": demo_config.get_config().sampling.guidance_scale}
+    return STUDENTS[model] if is_shipped(model) else ""
 
 
 def parse_sizes(text: str) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import pathlib
 
+from dmm_jax.checkpoints.export import describe
 from dmm_jax.checkpoints.modelspec import Recipe
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.shipped import DEMO
@@ -25,7 +26,8 @@ def save_student(folder: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
     """
     student = open_checkpoint(workdir)
     alone = dataclasses.replace(student, components={"unet": student.components["unet"]}, tokenizer_folder=None)
-    recipe = Recipe("shapes, one student of five teachers", list(student.styles), None)
+    details = describe(workdir, student, {}, "")  # How the student draws is among the options.
+    recipe = Recipe("shapes, one student of five teachers", list(student.styles), details)
     return write_folder(folder / DEMO, alone, "float16", recipe)
 
 

@@ -53,10 +53,8 @@ def merges_for(words: Iterable[str]) -> list[Merge]:
     """
     merges: list[Merge] = []
     for word in words:
-        pieces = split_word(word, merges)
-        while len(pieces) > 1:
+        while len(pieces := split_word(word, merges)) > 1:
             merges.append((pieces[0], pieces[1]))
-            pieces = [pieces[0] + pieces[1], *pieces[2:]]
     return merges
 
 

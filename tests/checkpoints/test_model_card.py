@@ -37,8 +37,9 @@ def card(
     formats=("dmm",), tools=(),
 ):  # fmt: skip
     family, schedule = "stable-diffusion-v1", schedule or {"prediction_type": "epsilon"}
+    sampling = {"num_inference_steps": 9, "guidance_scale": 2.5}
     return model_card.card(
-        list(formats), title, styles, family, parents, license, metrics, has_grid, schedule, 1, tools
+        list(formats), title, styles, family, parents, license, metrics, has_grid, schedule, sampling, 1, tools
     )
 
 

@@ -9,6 +9,7 @@ import types
 import numpy as np
 
 from dmm_jax.config import arguments
+from dmm_jax.config.options import get_config, solver_options
 from dmm_jax.config.styles import style_rows
 from dmm_jax.diffusion import solvers
 from dmm_jax.runtime.errors import UserError
@@ -39,7 +40,7 @@ class FakeEngine(Engine):
         self.pipeline = types.SimpleNamespace(
             name="tiny", styles=tuple(styles), prompt_grammar="a1111", embeddings={},
             source=types.SimpleNamespace(digest=lambda _: "0123456789abcdef", clip_skip=1),
-            schedule=types.SimpleNamespace(num_train_timesteps=1000),
+            schedule=types.SimpleNamespace(num_train_timesteps=1000), sampling=solver_options(get_config()),
         )  # fmt: skip
         self.sizes, self.num_slots, self.queue_size, self.period_s = tuple(sizes), num_slots, queue_size, period_s
         self.ready, self.draining, self.stopped = False, False, False
@@ -57,6 +58,8 @@ class FakeEngine(Engine):
         if self.draining:
             raise Draining("the server is stopping.")
         pipeline = self.pipeline
+        absent = {name: value for name, value in pipeline.sampling.items() if getattr(request, name) is None}
+        request = dataclasses.replace(request, **absent)
         if pipeline.styles:
             style_rows(request.style, pipeline.styles, np.array([999.0, 1.0]), 1000)
         elif request.style is not None:

@@ -210,11 +210,16 @@ def test_every_control_has_a_name(page):
 
 
 @needs_browser
-def test_the_form_begins_with_the_servers_example(chromium):
-    with running(example={"prompt": "a large red circle", "guidance_scale": 2.5}) as web:
+def test_the_form_begins_with_the_models_sampling(chromium):
+    engine = FakeEngine()
+    sampling = {"num_inference_steps": 9, "guidance_scale": 2.5, "guidance_rescale": 0.5, "solver": "euler_karras"}
+    engine.pipeline.sampling = sampling
+    with running(engine, example_prompt="a large red circle") as web:
         chromium.get(web.address)
         until(lambda: chromium.find_elements("css selector", ".slider"))
-        assert value(chromium, "#prompt") == "a large red circle" and value(chromium, "#guidance") == "2.5"
+        shown = {name: value(chromium, f"#{name}") for name in ("prompt", "guidance", "steps", "rescale", "solver")}
+        assert shown.pop("prompt") == "a large red circle" and value(chromium, "#spacing") == "karras"
+        assert shown == {"guidance": "2.5", "steps": "9", "rescale": "0.5", "solver": "euler"}
 
 
 @needs_browser

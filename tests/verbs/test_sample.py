@@ -7,10 +7,7 @@ from dmm_jax.checkpoints.formats import lora
 from dmm_jax.checkpoints.formats.safetensors_io import save
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.styles import fold_style
-from dmm_jax.config.options import get_config, solver_options
-from dmm_jax.config.serialization import load_config
-from dmm_jax.verbs import options, sample
-from dmm_jax.world import demo_config
+from dmm_jax.verbs import sample
 
 
 @pytest.mark.parametrize("content, expected", [(None, "no prompt file"), ("\n", "no prompt")])
@@ -75,16 +72,3 @@ def test_a_lora_on_the_student_is_the_same_lora_on_its_stock_export(trained, tmp
     assert all(np.array_equal(folded[name], expected[name]) for name in expected)
     before = fold_style(student, mix).tensors("unet")
     assert [name for name in before if not np.array_equal(folded[name], before[name])] == [f"{layer}.weight"]
-
-
-def test_a_run_draws_as_its_config_says_and_the_demo_as_the_demo_does(trained, tiny, tmp_path):
-    of_run = solver_options(load_config(trained))
-    assert of_run != solver_options(get_config())
-    save(tmp_path / "x.safetensors", {"lora_unet_conv_in.diff_b": np.zeros(64, np.float32)})
-    for model, base, expected in (
-        (str(trained), None, of_run),
-        (f"{trained} + {tmp_path / 'x.safetensors'}", None, of_run),
-        ("demo", None, solver_options(demo_config.get_config())),
-        (tiny[0]["base"], None, solver_options(get_config())),
-    ):
-        assert options.sampling_of(open_checkpoint(model, base)) == expected

@@ -46,7 +46,7 @@ def test_a_missing_model_is_one_line(failing):
 
 def test_the_page_of_the_shipped_student_has_an_example(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert serve.example_of("demo")["prompt"].startswith("a small") and serve.example_of("runs/sd15") == {}
+    assert serve.example_prompt_of("demo").startswith("a small") and serve.example_prompt_of("runs/sd15") == ""
 
 
 def test_missing_packages_are_named(failing, monkeypatch):

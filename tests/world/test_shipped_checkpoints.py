@@ -7,17 +7,23 @@ import pytest
 
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.inspect import inspect
+from dmm_jax.checkpoints.licenses import together
 from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.shipped import EMOJI, PROMPTS, STUDENTS
 from dmm_jax.config import checks
 from dmm_jax.pipeline import Pipeline
+from dmm_jax.studies.emoji_sets import SETS
 from dmm_jax.world import demo_config
 from dmm_jax.world.shipped_checkpoints import BASE, CLASSIFIER, FOLDER, TEACHERS, teacher_paths
 
-MAX_BYTES = 22_200_000
+MAX_BYTES = {"the shapes world": 22_200_000, EMOJI: 25_100_000}
 
 
-def test_the_checkpoints_take_at_most_22_megabytes():
-    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= MAX_BYTES
+def test_the_checkpoints_take_at_most_22_and_25_megabytes():
+    sizes = dict.fromkeys(MAX_BYTES, 0)
+    for path in filter(pathlib.Path.is_file, FOLDER.rglob("*")):
+        sizes[EMOJI if FOLDER / EMOJI in path.parents else "the shapes world"] += path.stat().st_size
+    assert all(size <= MAX_BYTES[name] for name, size in sizes.items())
     assert (FOLDER / CLASSIFIER).is_file()
 
 
@@ -50,6 +56,21 @@ def test_demo_names_the_student(tmp_path, monkeypatch):
     assert student.text_digest() == open_checkpoint(FOLDER / BASE).text_digest()
 
 
+def test_emoji_names_the_student_of_seven_sets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    student = open_checkpoint(EMOJI)
+    assert student.styles == tuple(SETS) and student.fallbacks == []
+    assert {"unet", "vae", "text_encoder"} == set(student.components)
+    card = (FOLDER / EMOJI / "README.md").read_text()
+    assert all(f"- {name}: {each.author}, {each.license}" in card for name, each in SETS.items())
+    assert student.license == together(each.license for each in SETS.values())
+
+
+def test_the_prompts_of_emoji_are_the_names_of_all_concepts():
+    prompts = (FOLDER / EMOJI / PROMPTS).read_text().splitlines()
+    assert STUDENTS[EMOJI] in prompts and len(prompts) == len(set(prompts)) == 1644
+
+
 def test_a_folder_with_the_name_of_the_student_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
@@ -64,6 +85,7 @@ def test_the_student_agrees_with_each_teacher_in_its_style():
     stock = {name: Pipeline.from_pretrained(path, base=FOLDER / BASE) for name, path in teachers.items()}
     latents = np.random.default_rng(0).normal(size=(4, 8, 8, 4)).astype(np.float32)
     options = {"prompts": ["a large red circle"] * 4, "latents": latents, "num_inference_steps": 1, "output": "latents"}
+    options["guidance_scale"] = 7.0
     drawn = {style: student(styles=style, **options) for style in student.styles}
     base = Pipeline.from_pretrained(FOLDER / BASE)(**options)
     for name, teacher in stock.items():

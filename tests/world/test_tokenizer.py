@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from dmm_jax.checkpoints.shipped import FOLDER
 from dmm_jax.world.scenes import WORDS, sample_scenes
 from dmm_jax.world.tokenizer import END, START, merges_for, split_word, write_tokenizer
 
@@ -16,9 +17,16 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_every_word_is_one_token():
-    merges = merges_for(WORDS)
-    assert {word: split_word(word, merges) for word in WORDS} == {word: [word + "</w>"] for word in WORDS}
+@pytest.mark.parametrize("words", [WORDS, ("cu", "cucumber"), ("leaf", "less", "leafless"), ("aaaa", "aa", "aaaaab")])
+def test_every_word_is_one_token(words):
+    merges = merges_for(words)
+    assert {word: split_word(word, merges) for word in words} == {word: [word + "</w>"] for word in words}
+    assert len(set(merges)) == len(merges)
+
+
+def test_the_shipped_tokenizer_is_the_one_that_is_written(folder):
+    for name in ("vocab.json", "merges.txt"):
+        assert (folder / name).read_text() == (FOLDER / "base" / "tokenizer" / name).read_text()
 
 
 def test_special_tokens_have_the_last_two_ids(folder):

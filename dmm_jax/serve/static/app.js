@@ -26,13 +26,17 @@ async function start() {
   mixer.build(model.styles);
   const sizes = model.sizes.map((size) => [`${size.width}x${size.height}`, `${size.width} × ${size.height}`]);
   fill("size", sizes);
-  fill("solver", model.solvers.map((solver) => [solver.name, solver.label]), "dpmpp_2m");
+  fill("solver", model.solvers.map((solver) => [solver.name, solver.label]));
   fill("spacing", model.spacings.map((spacing) => [spacing.name, spacing.label]));
   for (const id of ["strip-from", "strip-to"]) fill(id, model.styles.map((name) => [name, name]));
   byId("strip-to").selectedIndex = Math.min(1, model.styles.length - 1);
   byId("count").max = model.limits.images;
   byId("steps").max = model.limits.steps;
-  for (const [id, field] of [["prompt", "prompt"], ["guidance", "guidance_scale"]]) byId(id).value = model.example[field] ?? byId(id).value;
+  byId("prompt").value = model.example_prompt || byId("prompt").value;
+  byId("guidance").value = model.sampling.guidance_scale;
+  byId("rescale").value = model.sampling.guidance_rescale;
+  byId("steps").value = Math.min(model.sampling.num_inference_steps, model.limits.steps);
+  setSolver(model.sampling.solver);
   watchSolver();
   watchServer();
 }
