@@ -5,6 +5,7 @@
     python -m dmm_jax.studies.emoji run emoji --size ship --minutes 10
     python -m dmm_jax.studies.emoji status emoji --size ship
     python -m dmm_jax.studies.emoji sheet emoji --size ship          # pictures of what is done, side by side
+    python -m dmm_jax.studies.emoji contact emoji --size ship        # 200 pictures of a student beside people's
     python -m dmm_jax.studies.emoji table emoji --size ship          # of what is measured
     python -m dmm_jax.studies.emoji package emoji --rows joint --seeds 0 --out dmm_jax/world/checkpoints   # `emoji`
 
@@ -31,7 +32,7 @@ from dmm_jax.studies.emoji_study import Study
 def main(arguments: list[str] | None = None) -> None:
     """Runs one of the commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("fetch", "counts", "run", "status", "sheet", "table", "package"))
+    parser.add_argument("command", choices=("fetch", "counts", "run", "status", "sheet", "contact", "table", "package"))
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--size", choices=list(SIZES), default="ship")
     parser.add_argument("--minutes", type=float, default=10.0, help="`run` ends after this time (default 10)")
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         nargs="+",
         choices=list(ROWS),
         default=list(ROWS),
-        help="students; `sheet` and `package` take the first (default all)",
+        help="students; `sheet`, `contact` and `package` take the first (default all)",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="of each student (default 0 1 2)")
     parser.add_argument("--jobs", type=int, default=1, help="students at the same time (default 1)")
@@ -63,6 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
             print("\nAll is done." if done else "\nNot done: give it again.")
         elif args.command == "sheet":
             print(emoji_sheet.write_sheet(study, args.rows[0], args.seeds[0]))
+        elif args.command == "contact":
+            print(emoji_sheet.write_contact_sheet(study, args.rows[0], args.seeds[0]))
         elif args.command == "package":
             print(emoji_package.write_package(study, args.rows[0], args.seeds[0], args.out or study.out))
         elif args.command == "status":

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from dmm_jax.config.styles import Style
 from dmm_jax.gallery.grid import labelled_grid
@@ -16,6 +16,7 @@ from dmm_jax.studies.emoji_study import Study
 
 SEED = 500  # The first row's.
 NUM_SEEN, NUM_HELD_OUT = 10, 4
+CONTACTS, CONTACTS_PER_ROW, CONTACT_CELL, BATCH_SIZE = 200, 10, (140, 88), 20
 
 
 def write_sheet(study: Study, row: str, seed: int) -> pathlib.Path:
@@ -44,6 +45,34 @@ def write_sheet(study: Study, row: str, seed: int) -> pathlib.Path:
             labels[number] += " (held out)"
     path = study.out / "sheet.png"
     labelled_grid(np.stack(list(columns.values()), axis=1), labels, list(columns)).save(path)
+    return path
+
+
+def write_contact_sheet(study: Study, row: str, seed: int) -> pathlib.Path:
+    """Draws CONTACTS random pictures that teachers saw, left the student's and right the person's; returns the file.
+
+    Args:
+      study: the student exists.
+      row, seed: of the student.
+    """
+    seen = [line for line in study.rows if line["split"] == TRAIN and " on pale " not in line["caption"]]
+    rng = np.random.default_rng(0)
+    chosen = [seen[place] for place in rng.choice(len(seen), min(CONTACTS, len(seen)), replace=False)]
+    student = Pipeline.from_pretrained(study.student(row, seed), dtype=study.dtype)
+    jobs = [(line["caption"], line["set"], number) for number, line in enumerate(chosen)]
+    batches = draw(student, jobs, min(BATCH_SIZE, len(jobs)), **study.sampling)
+    drawn = np.concatenate([images for images, _ in batches])[: len(jobs)]
+    side, (width, height) = drawn.shape[1], CONTACT_CELL
+    sheet = Image.new("RGB", (CONTACTS_PER_ROW * width, -(-len(jobs) // CONTACTS_PER_ROW) * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, (line, image) in enumerate(zip(chosen, drawn, strict=True)):
+        x, y = number % CONTACTS_PER_ROW * width, number // CONTACTS_PER_ROW * height
+        sheet.paste(Image.fromarray(image), (x, y))
+        sheet.paste(Image.fromarray(_picture(study, line["file"])), (x + side + 2, y))
+        pen.text((x, y + side), line["caption"][:23], fill="black")
+        pen.text((x, y + side + 10), line["set"], fill="blue")
+    path = study.out / "contact.png"
+    sheet.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     return path
 
 
