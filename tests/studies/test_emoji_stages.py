@@ -17,12 +17,21 @@ from PIL import Image
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.naming import torch_shapes
 from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.recorded_sampling import recorded_sampling
 from dmm_jax.config import checks
 from dmm_jax.distillation import Distillation
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.unet_config import merged_config
 from dmm_jax.runtime.errors import Preempted, UserError
-from dmm_jax.studies import emoji_judge, emoji_merges, emoji_networks, emoji_pictures, emoji_sheet, emoji_stages
+from dmm_jax.studies import (
+    emoji_judge,
+    emoji_merges,
+    emoji_networks,
+    emoji_package,
+    emoji_pictures,
+    emoji_sheet,
+    emoji_stages,
+)
 from dmm_jax.studies.emoji_merges import ROWS
 from dmm_jax.studies.emoji_networks import SIZES
 from dmm_jax.studies.emoji_study import Study
@@ -179,6 +188,22 @@ def test_a_sheet_shows_what_people_drew_and_every_model_drew(study, monkeypatch)
     with Image.open(emoji_sheet.write_sheet(study, "joint", 0)) as sheet:
         assert sheet.width > (2 + 1 + 2 + 2) * 64
     assert drawn == [drawn[0]] * 5  # The base, two teachers, the student's two styles: the same prompts and noise.
+    with Image.open(emoji_sheet.write_contact_sheet(study, "joint", 0)) as sheet:
+        assert sheet.width == 1400 and sheet.height >= 88
+    seen = {row["caption"] for row in study.rows if row["split"] == "train"}
+    assert {prompt for prompt, _ in drawn[-1]} <= seen and len(drawn[-1]) == min(200, len(set(drawn[-1])))
+
+
+@slow
+def test_a_package_has_the_authors_and_every_prompt(study, tmp_path):
+    folder = emoji_package.write_package(study, "joint", 0, tmp_path)
+    written, student = open_checkpoint(folder), open_checkpoint(study.student("joint", 0))
+    assert folder == tmp_path / "emoji" and written.digest("unet") == student.digest("unet")
+    assert written.license == student.license and recorded_sampling(written) == study.sampling
+    card = (folder / "README.md").read_text()
+    assert all(f"- {name}: {each.author}, {each.license}" in card for name, each in study.sets.items())
+    prompts = (folder / "prompts.txt").read_text().splitlines()
+    assert set(prompts) == {row["caption"] for row in study.rows if " on pale " not in row["caption"]}
 
 
 @pytest.mark.parametrize("size", SIZES)
