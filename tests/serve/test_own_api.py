@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 from dmm_jax.serve import documents
+from tests.serve.fake import FakeEngine
+from tests.serve.running import running
 
 
 def events_of(answer):
@@ -87,3 +89,18 @@ def test_documents_list_every_address_and_load_nothing(web):
     assert "<script" not in page and "//" not in page.replace("://json", "").split("<main>")[0]
     assert all(f"<code>{name}</code>" in page for name in ("cfg_scale", "guidance_rescale", "response_format"))
     assert documents.render(document) == page
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [("/api/draw", {"prompt": "a", "styles": ["ink"]}), ("/v1/images/generations", {"prompt": "a", "model": "ink"})],
+)
+def test_a_request_of_a_prompt_alone_is_drawn_as_the_model_says(path, body):
+    engine = FakeEngine()
+    sampling = {"num_inference_steps": 9, "guidance_scale": 2.5, "guidance_rescale": 0.5, "solver": "euler_karras"}
+    engine.pipeline.sampling = sampling
+    with running(engine) as web:
+        assert web.get("/api/model").json()["sampling"] == sampling
+        assert web.post(path, body).status_code == 200
+    (job,) = engine.jobs
+    assert {name: getattr(job.request, name) for name in sampling} == sampling

@@ -50,6 +50,15 @@ def test_defaults_are_filled_in(pipeline):
     assert arrays.size == (64, 128) and arrays.guided and arrays.num_chunks == 1
 
 
+def test_what_a_request_leaves_out_is_as_the_model_draws(pipeline):
+    sampling = {"num_inference_steps": 50, "guidance_scale": 2.5, "guidance_rescale": 0.5, "solver": "euler"}
+    vars(pipeline)["sampling"] = sampling
+    fields, _ = check(pipeline, **dict.fromkeys(sampling))
+    assert {name: fields[name] for name in sampling} == sampling | {"num_inference_steps": LIMITS.max_steps}
+    fields, _ = check(pipeline, **dict.fromkeys(sampling) | {"guidance_scale": 1.0, "guidance_rescale": 0.0})
+    assert (fields["guidance_scale"], fields["guidance_rescale"], fields["solver"]) == (1.0, 0.0, "euler")
+
+
 def test_a_request_without_guidance_reads_no_negative_prompt(pipeline):
     _, arrays = check(pipeline, guidance_scale=1.0, negative_prompt="a BREAK b")
     assert not arrays.guided and arrays.num_chunks == 1
