@@ -29,7 +29,7 @@ from dmm_jax.checkpoints.recorded_sampling import recorded_sampling
 from dmm_jax.checkpoints.vae import with_vae
 from dmm_jax.config import arguments
 from dmm_jax.config.options import DTYPES
-from dmm_jax.config.styles import Style, image_names, is_schedule, style_rows
+from dmm_jax.config.styles import Style, image_names, is_schedule, single_styles, style_rows
 from dmm_jax.diffusion import solvers
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.kernels.attention import choose_implementation
@@ -47,7 +47,7 @@ from dmm_jax.text.prompt_grammar import A1111, GRAMMARS
 from dmm_jax.text.tokenizer import Tokenizers
 
 PIXELS_DECODED = 2**21  # Per device and call: two images of 1024 x 1024, under 6 GiB by v5e's compiler.
-OUTPUTS = ("images", "pil", "latents")
+OUTPUTS, MIXINGS = ("images", "pil", "latents"), ("rows", "predictions")
 # {argument of other libraries: what it is called here}
 OTHER_NAMES = {
     "prompt": "prompts", "seed": "seeds", "generator": "seeds", "output_type": "output", "scheduler": "solver",
@@ -301,6 +301,7 @@ class Pipeline:
         guidance_scale: float | Sequence[float] | None = None,
         guidance_rescale: float | Sequence[float] | None = None,
         solver: str | None = None,
+        mixing: str = "rows",
         output: str = "images",
         original_size: Pixels | None = None,
         crops_coords_top_left: Pixels = (0, 0),
@@ -331,6 +332,8 @@ class Pipeline:
           guidance_rescale: one share from 0 to 1, or one per image; 0.7 keeps models with zero terminal SNR from
             overexposure (arXiv:2305.08891, 3.4).
           solver: a name in `dmm_jax.diffusion.solvers.SOLVERS`, or A1111's, such as "DPM++ 2M SDE Karras".
+          mixing: what of a mix is averaged: "rows" of the style table, free, or "predictions" of its styles, each
+            at the cost of one more image. Mixes of unlike styles then move more evenly between them.
           output: "images", uint8 (B, H, W, 3), "pil", a list, or "latents", float32 scaled latents (B, h, w, C).
           original_size, crops_coords_top_left, target_size: SDXL's size conditioning, (height, width) or (top, left) in
             pixels (arXiv:2307.01952, 2.2); the sizes default to (height, width). Other models ignore it.
@@ -347,6 +350,8 @@ class Pipeline:
         arguments.refuse_unknown(others, Pipeline.__call__, OTHER_NAMES)
         if output not in OUTPUTS:
             raise UserError(f"output must be one of {', '.join(OUTPUTS)}; got {output!r}.")
+        if mixing not in MIXINGS:
+            raise UserError(f"mixing must be one of {', '.join(MIXINGS)}; got {mixing!r}.")
         arguments.whole_number("num_images_per_prompt", num_images_per_prompt, 1)
         prompts = [text for text in arguments.texts("prompts", prompts) for _ in range(num_images_per_prompt)]
         batch_size = len(prompts)
@@ -361,6 +366,8 @@ class Pipeline:
         arguments.whole_number("num_inference_steps", num_inference_steps, 1)
         plan = solvers.plan(str(solver), self.schedule, num_inference_steps)
         weights = self.style_weights(styles, batch_size, plan.timesteps, num_images_per_prompt)
+        if weights is not None and mixing == "predictions":
+            weights = single_styles(weights)
         names = image_names(prompts, styles)
         keys = _keys(seeds, batch_size)
         scales = arguments.per_image("guidance_scale", guidance_scale, batch_size, num_images_per_prompt)

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dmm_jax import pipeline as pipeline_lib
-from dmm_jax.bench import networks
+from dmm_jax.bench import jobs, networks
 from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.formats.safetensors_io import save
 from dmm_jax.data import prepare
@@ -52,6 +52,28 @@ def test_a_mix_of_one_style_is_that_style(student):
     named = student(PROMPTS, styles="left", output="latents", **QUICK)
     mixed = student(PROMPTS, styles=[{"left": 1.0, "right": 0.0}, "left"], output="latents", **QUICK)
     assert np.array_equal(named, mixed)
+
+
+def xl_student():
+    config = jobs.with_teachers(jobs.get_config(), 2)
+    config.dtype = "float32"
+    return networks.random_pipeline("tiny_xl", config)
+
+
+@pytest.mark.parametrize("size", ["sd15", "xl"])
+def test_mixed_predictions_of_one_step_are_the_mean_of_its_styles(student, size):
+    """One step's result is linear in the prediction, so the mean of predictions draws the mean of latents."""
+    pipeline = student if size == "sd15" else xl_student()
+    first, second = pipeline.styles[:2]
+    options = {"num_inference_steps": 1, "guidance_scale": [2.0, 5.0], "output": "latents", "seeds": [5, 6]}
+    singles = [pipeline(PROMPTS, styles=style, **options) for style in (first, second)]
+    mixes = [{first: 0.75, second: 0.25}, second]
+    mixed = pipeline(PROMPTS, styles=mixes, mixing="predictions", **options)
+    expected = np.stack([0.75 * singles[0][0] + 0.25 * singles[1][0], singles[1][1]])
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(mixed, expected, atol=1e-5 * scale)
+    by_rows = pipeline(PROMPTS, styles=mixes, **options)
+    assert np.abs(by_rows - expected)[0].max() > 1e-4 * scale
 
 
 def test_images_of_one_batch_have_styles_of_their_own(student):
@@ -199,6 +221,8 @@ def test_pictures_with_nan_are_refused_by_name(student):
         ({"styles": "left", "latents": np.zeros((2, 8, 8, 4)), "height": 128}, r"shape \(2, 16, 8, 4\)"),
         ({"styles": "left", "seeds": [1, -1]}, "a seed must be a whole number from 0"),
         ({"styles": "left", "seeds": [1, 2**32]}, "a seed must be a whole number from 0"),
+        ({"styles": "left", "mixing": "pixels"}, "rows, predictions; got 'pixels'"),
+        ({"styles": {"left": 1.0, "right": 0.5}, "mixing": "predictions"}, "sum to 1; those of a mix sum to 1.5"),
         ({"styles": "left", "output": "png"}, "images, pil, latents; got 'png'"),
         ({"styles": "left", "prompt": "x"}, "prompt: did you mean prompts?"),
         ({"styles": "left", "hight": 64}, "hight: did you mean height?"),

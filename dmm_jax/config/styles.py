@@ -93,6 +93,22 @@ def style_rows(
     return rows
 
 
+def single_styles(weights: Float[np.ndarray, "B S N"]) -> Float[np.ndarray, "B S K N"]:
+    """Splits mixes into the K styles of the largest mix: each of the K weights (N,) has at most one that is not 0.
+
+    Raises:
+      UserError: the weights of a mix do not sum to 1, so that the sum of predictions is no mean of them.
+    """
+    totals = weights.sum(axis=-1, dtype=np.float64)
+    if np.any(np.abs(totals - 1.0) > SUM_TOLERANCE):
+        wrong = totals.flat[np.abs(totals - 1.0).argmax()]
+        raise UserError(f"predictions are mixed by weights that sum to 1; those of a mix sum to {wrong:.6g}.")
+    most = int(np.count_nonzero(weights, axis=-1).max())
+    largest = np.argsort(-np.abs(weights), axis=-1, kind="stable")[..., :most]
+    is_kept = largest[..., None] == np.arange(weights.shape[-1])
+    return np.where(is_kept, weights[..., None, :], np.float32(0.0))
+
+
 def is_schedule(style) -> bool:
     """Tells whether this is a schedule, a sequence of pairs (timestep or span, mix), and no list of styles."""
     return (

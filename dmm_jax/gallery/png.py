@@ -36,6 +36,7 @@ class Parameters:
     guidance_rescale: float | int = 0.0
     clip_skip: int = 1
     prompt_grammar: str = "a1111"
+    mixing: str = "rows"
 
     def a1111_text(self) -> str:
         """Returns the text that AUTOMATIC1111's web UI writes as `parameters`; its readers can parse the result.
@@ -52,6 +53,7 @@ class Parameters:
             "Model hash": self.model_hash,
             "Model": self.model,
             "Style": style_text(self.styles),
+            "Style mixing": self.mixing if self.mixing != "rows" else None,
             "Clip skip": self.clip_skip if self.clip_skip != 1 else None,
             "CFG Rescale phi": f"{self.guidance_rescale:g}" if self.guidance_rescale else None,
         }

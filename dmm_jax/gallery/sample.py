@@ -26,6 +26,7 @@ class Sheet:
       negative_prompt: for every picture; None is not the same as "" for Stable Diffusion XL.
       seed: the first prompt's; the next prompt has seed + 1. All styles share a prompt's seed.
       height, width: pixels; 0 is the size that the model was trained at.
+      mixing: what of a mix is averaged, "rows" or "predictions", as `Pipeline` says.
       num_inference_steps, guidance_scale, guidance_rescale, solver: None is as `Pipeline.sampling` says.
       batch_size: images computed at once.
     """
@@ -41,6 +42,7 @@ class Sheet:
     guidance_scale: float | None = None
     guidance_rescale: float | None = None
     solver: str | None = None
+    mixing: str = "rows"
     batch_size: int = 8
 
     def __post_init__(self):
@@ -84,6 +86,7 @@ def draw_batches(
         "solver": sheet.solver,
         "guidance_scale": sheet.guidance_scale,
         "guidance_rescale": sheet.guidance_rescale,
+        "mixing": sheet.mixing,
     }
     options = shared | {"num_chunks": pipeline.num_chunks([*sheet.prompts, sheet.negative_prompt])}
     options |= {"negative_prompts": sheet.negative_prompt, "num_inference_steps": sheet.num_inference_steps}

@@ -71,22 +71,48 @@ def _by_evaluation(weights):
 
 
 def predictor(graph, guided, params, batch_size, text, added, guidance_scales, rescales, num_states=None):
-    """Returns the network, with guidance, as a function of latents, timestep () or (B,), and style weights."""
+    """Returns the network, with guidance, as a function of latents, timestep () or (B,), and style weights.
+
+    Weights (B, N) mix the rows of the style table. Weights (B, K, N), of which each (N,) has one that is not 0, mix the
+    predictions of K styles: the network sees K latents per image.
+    """
     unet = nnx.merge(graph, params)
-    # The UNet repeats latents itself at its first cross-attention, but SDXL's prompts also enter with the timestep.
-    repeats = 1 if added is None else len(text) // batch_size
+    prompts_per_image = len(text) // batch_size
 
     def predict(latents, timestep, weights=None):
+        shares, num_styles, conditions = None, 1, (text, added, num_states)
+        if weights is not None and weights.ndim == 3:
+            shares, num_styles = weights.sum(axis=-1), weights.shape[1]
+            weights = (weights != 0).astype(jnp.float32).reshape(-1, weights.shape[-1])
+            conditions = jax.tree.map(lambda leaf: _repeat_groups(leaf, prompts_per_image, num_styles), conditions)
+        # The UNet repeats latents itself at its first cross-attention, but SDXL's prompts also enter with the timestep.
+        repeats = 1 if added is None else prompts_per_image
         style = None if weights is None else jnp.repeat(unet.style_embedding(weights), repeats, axis=0)
-        timesteps = jnp.repeat(jnp.broadcast_to(timestep, latents.shape[:1]), repeats)
-        latents = jnp.repeat(latents, repeats, axis=0)
-        prediction = unet(latents, timesteps, text, style, added, num_states).sample
+        timesteps = jnp.repeat(jnp.broadcast_to(timestep, latents.shape[:1]), num_styles * repeats)
+        latents = jnp.repeat(latents, num_styles * repeats, axis=0)
+        states, *others = conditions
+        prediction = unet(latents, timesteps, states, style, *others).sample
+        if shares is not None:
+            prediction = _weighted_sum(prediction, shares)
         if not guided:
             return prediction
         result = guidance.guide(prediction[0::2], prediction[1::2], guidance_scales)
         return result if rescales is None else guidance.rescale(result, prediction[1::2], rescales)
 
     return predict
+
+
+def _repeat_groups(rows, group_size, times):
+    """Repeats groups of adjacent rows: (a1, a2, b1, b2) twice is (a1, a2, a1, a2, b1, b2, b1, b2)."""
+    groups = rows.reshape(-1, group_size, *rows.shape[1:])
+    return jnp.repeat(groups, times, axis=0).reshape(-1, *rows.shape[1:])
+
+
+def _weighted_sum(predictions, shares):
+    """Returns (B R, ...) of predictions (B K R, ...), R prompts of K styles per image, and shares (B, K)."""
+    rows = predictions.reshape(*shares.shape, -1, *predictions.shape[1:]).astype(jnp.float32)
+    mixed = jnp.einsum("bk...,bk->b...", rows, shares, precision=jax.lax.Precision.HIGHEST)
+    return mixed.reshape(-1, *predictions.shape[1:]).astype(predictions.dtype)
 
 
 def check_finite(values: str, finite: Bool[Array | np.ndarray, " B"], names: Sequence[str]) -> None:

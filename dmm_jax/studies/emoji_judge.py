@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.evaluation.frechet import Statistics, frechet_distance
 from dmm_jax.gallery.sample import draw
-from dmm_jax.pipeline import Pipeline
+from dmm_jax.pipeline import MIXINGS, Pipeline
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.runtime.storage import part_of, read_json, write_text
 from dmm_jax.studies import emoji_classifier
@@ -81,7 +81,8 @@ class Judge:
             for name in names
         ]
         facts = {"row": row, "seed": seed, "distance": DISTANCE, "n": size.num_images, "styles": names}
-        return facts | {"lines": self._lines(outputs), "matrix": matrix, "strips": self._strips(pipeline())}
+        strips = {mixing: self._strips(pipeline(), mixing) for mixing in MIXINGS}
+        return facts | {"lines": self._lines(outputs), "matrix": matrix, "strips": strips}
 
     def _lines(self, by_set: Mapping[str, Mapping]) -> dict[str, dict[str, float]]:
         return {name: self._line(outputs, name, self._teacher_summary(name)) for name, outputs in by_set.items()}
@@ -97,7 +98,7 @@ class Judge:
             line[f"set{part}"] = emoji_classifier.accuracy(outputs["set"][rows], style[rows])
         return line
 
-    def _strips(self, pipeline: Pipeline) -> list[dict]:
+    def _strips(self, pipeline: Pipeline, mixing: str) -> list[dict]:
         """Returns how mixes move from one set to another, for every pair of sets and a few prompts."""
         jobs = [
             (caption, {first: 1.0 - float(weight), last: float(weight)}, OTHER_SEED + number)
@@ -105,7 +106,7 @@ class Judge:
             for number, (_, caption) in enumerate(self.prompts[:NUM_STRIP_PROMPTS])
             for weight in TENTHS
         ]
-        return self._measured_strips(self._classify(pipeline, jobs))
+        return self._measured_strips(self._classify(pipeline, jobs, mixing=mixing))
 
     def _weighted_sums(self) -> list[dict]:
         """Returns the same for weighted sums of two teachers' parameters, as merging tools make them."""
@@ -166,8 +167,8 @@ class Judge:
             part.replace(path)
         return load_file(path)
 
-    def _classify(self, pipeline: Pipeline, jobs: Sequence) -> dict[str, Float[np.ndarray, "n D"]]:
-        batches = draw(pipeline, jobs, min(BATCH_SIZE, len(jobs)), **self.study.sampling)
+    def _classify(self, pipeline: Pipeline, jobs: Sequence, **options) -> dict[str, Float[np.ndarray, "n D"]]:
+        batches = draw(pipeline, jobs, min(BATCH_SIZE, len(jobs)), **self.study.sampling, **options)
         images = np.concatenate([images for images, _ in batches])[: len(jobs)]
         return {name: np.ascontiguousarray(rows) for name, rows in self.classifier(images).items()}
 
@@ -225,9 +226,11 @@ def table(references: Mapping, students: Sequence[Mapping]) -> str:
              "concept, mixes"]  # fmt: skip
     text = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     lines = [(model, [lines], []) for model, lines in models.items()]
-    lines += [(row, [student["lines"] for student in runs], [student["strips"] for student in runs])
-              for row, runs in rows.items()]  # fmt: skip
-    lines += [(model, [], [strips]) for model, strips in references.get("strips", {}).items()]
+    for row, runs in rows.items():
+        strips = {mixing: [student["strips"][mixing] for student in runs] for mixing in runs[0]["strips"]}
+        lines.append((row, [student["lines"] for student in runs], strips.pop("rows")))
+        lines += [(f"{row}: {mixing} mixed", [], by_seed) for mixing, by_seed in strips.items()]
+    lines += [(model, [], [strips]) for model, strips in references["strips"].items()]
     for model, by_seed, strips in lines:
         cells = [model, str(len(strips) or 1), *([""] * (3 + len(columns)))]
         if by_seed:

@@ -76,6 +76,13 @@ def _add_drawing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--solver", help=f"such as euler, or 'DPM++ 2M Karras' (`dmm-jax list solvers`); {of_run}, otherwise dpmpp_2m"
     )
+    parser.add_argument(
+        "--mixing",
+        default="rows",
+        choices=("rows", "predictions"),
+        help="what of a mix is averaged: rows of the style table, free, or predictions of its styles, each at the "
+        "cost of an image; mixes of unlike styles then move more evenly",
+    )
     parser.add_argument("--height", type=int, default=0, help="pixels; default: the model's")
     parser.add_argument("--width", type=int, default=0, help="pixels; default: the model's")
     parser.add_argument("--batch-size", type=int, default=8, help="images computed at once")
@@ -116,6 +123,7 @@ def main(args: argparse.Namespace) -> None:
         seed=args.seed,
         height=args.height,
         width=args.width,
+        mixing=args.mixing,
         batch_size=args.batch_size,
         **sampling,
         progress=functools.partial(tqdm, desc="drawing", unit="batch", disable=terminal.is_quiet() or None),

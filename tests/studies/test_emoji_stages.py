@@ -120,12 +120,13 @@ def test_the_measures_have_every_model_set_and_strip(study):
     assert diagonal == [student["lines"][name]["FD (emoji)"] for name in study.sets]
     assert all(math.isfinite(value) for row in student["matrix"] for value in row)
     (sums,) = references["strips"].values()
-    for strips in (student["strips"], sums):
+    for strips in (*student["strips"].values(), sums):
         assert [strip["sets"] for strip in strips] == [["round", "square"]]
         assert all(0 <= strip["concept"] <= 1 and strip["largest jump"] > 0 for strip in strips)
     lines = emoji_judge.table(references, [student, student]).splitlines()
     assert [line.split(" | ")[:2] for line in lines[2:]] == [
         ["| floor", "1"], ["| base", "1"], ["| average", "1"], ["| ties", "1"], ["| joint", "2"],
+        ["| joint: predictions mixed", "2"],
         ["| weighted sum of two", "1"],
     ]  # fmt: skip
 

@@ -210,6 +210,7 @@ function restore(said) {
     else missing.push(`the size ${size}`);
   }
   if (said.solver && !setSolver(said.solver)) missing.push(`the solver ${said.solver}`);
+  if ((said.mixing ?? "rows") !== "rows") missing.push("the mixing of predictions");
   if (said.styles && model.styles.length) mixer.restore(said.styles);
   say(missing.length ? `Restored, but this server does not have ${missing.join(" or ")}.` : "");
   byId("live").textContent = "The settings are restored.";
