@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Float
 from PIL import Image
 
-from dmm_jax.checkpoints.abstract import abstract_model
+from dmm_jax.checkpoints.abstract import abstract_graph, abstract_model
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.compare import standalone_problems
 from dmm_jax.checkpoints.errors import CheckpointError
@@ -34,11 +34,9 @@ from dmm_jax.diffusion import solvers
 from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.kernels.attention import choose_implementation
 from dmm_jax.models import drawing, text_encoders
-from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.network import Network, place_params
 from dmm_jax.models.preview import Preview, fit_preview, patches
 from dmm_jax.models.text_encoders import TextConditioning, TextEncoders
-from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
 from dmm_jax.models.unet_config import per_axis
 from dmm_jax.runtime import sharding
 from dmm_jax.runtime.errors import UserError
@@ -163,14 +161,12 @@ class Pipeline:
             raise UserError(f"prompt_grammar must be one of {', '.join(GRAMMARS)}; got {prompt_grammar!r}.")
         dtype = jnp.dtype(dtype)
         implementation = choose_implementation("auto", dtype, num_devices=jax.local_device_count())
-        builders = {
-            "unet": lambda rngs: UNet2DConditionModel.from_config(
-                unet_config, dtype=dtype, rngs=rngs, attention_implementation=implementation
-            ),
-            "vae": lambda rngs: AutoencoderKL.from_config(base.vae_config, dtype=dtype, rngs=rngs),
-            "text_encoders": lambda rngs: TextEncoders(base.text_configs, dtype=dtype, rngs=rngs),
+        texts = abstract_model(lambda rngs: TextEncoders(base.text_configs, dtype=dtype, rngs=rngs))
+        graphs = {
+            "unet": abstract_graph("unet", unet_config, dtype=dtype, attention_implementation=implementation),
+            "vae": abstract_graph("vae", base.vae_config, dtype=dtype),
+            "text_encoders": nnx.split(texts)[0],
         }
-        graphs = {name: nnx.split(abstract_model(build))[0] for name, build in builders.items()}
         return cls(
             unet=Network(graphs["unet"], {}),
             vae=Network(graphs["vae"], place_params(base.params("vae"), dtype)),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import jax
 from flax import nnx
 
+from dmm_jax.models import layers
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.text_encoders import CLASSES
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
@@ -40,11 +41,25 @@ def abstract_params(component: str, config: Mapping, **options) -> dict:
     Raises:
       ValueError: the config has fields or values that our networks do not compute.
     """
-    return _abstract_params(component, json.dumps(dict(config), sort_keys=True), tuple(sorted(options.items())))
+    return _abstract(component, json.dumps(dict(config), sort_keys=True), False, tuple(sorted(options.items())))[1]
+
+
+def abstract_graph(component: str, config: Mapping, *, is_stacked: bool = False, **options) -> nnx.GraphDef:
+    """Returns a network's structure without its parameters, from its config.
+
+    Args:
+      is_stacked: whether `jax.vmap` runs it as one of several frozen networks (`layers.for_stacks`).
+      options: of the network's constructor, which win over the config.
+
+    Raises:
+      ValueError: the config has fields or values that our networks do not compute.
+    """
+    return _abstract(component, json.dumps(dict(config), sort_keys=True), is_stacked, tuple(sorted(options.items())))[0]
 
 
 @functools.lru_cache(maxsize=32)
-def _abstract_params(component, config, options):
+def _abstract(component, config, is_stacked, options) -> tuple[nnx.GraphDef, dict]:
     build, fields = COMPONENTS[component].from_config, json.loads(config)
     model = abstract_model(lambda rngs: build(fields, rngs=rngs, **dict(options)))
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    graph, params = nnx.split(layers.for_stacks(model) if is_stacked else model)
+    return graph, nnx.to_pure_dict(params.filter(nnx.Param))

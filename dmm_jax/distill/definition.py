@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from dmm_jax.checkpoints import student_lora
-from dmm_jax.checkpoints.abstract import abstract_model
+from dmm_jax.checkpoints.abstract import abstract_graph, abstract_model
 from dmm_jax.checkpoints.architecture import CELL
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.config.options import keeps_average, kept_styles, num_rows, style_names
@@ -25,9 +25,7 @@ from dmm_jax.distill.state import TrainState, abstract_state
 from dmm_jax.distill.step import build_gradients, build_predictions, build_step, build_update
 from dmm_jax.distill.teachers import Frozen, Teachers, abstract_teachers, described
 from dmm_jax.kernels.attention import choose_implementation
-from dmm_jax.models import layers
 from dmm_jax.models.text_encoders import NUM_TIME_IDS, TextEncoders
-from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
 from dmm_jax.models.unet_config import merged_config
 from dmm_jax.runtime import sharding
 from dmm_jax.runtime.errors import UserError
@@ -64,7 +62,8 @@ class Definition:
         num_kept = len(kept_styles(config)) if config.grow.replay else 0
         # One UNet runs all teachers; it has a style table if one of them is a merged student.
         self.teacher_config = merged_config(base.unet_config, num_kept) if num_kept else base.unet_config
-        self.networks = self._networks(choose_implementation(config.attention, self.dtype, platform))
+        self.attention = choose_implementation(config.attention, self.dtype, platform)
+        self.networks, self._built_gradients = self._networks(self.attention), {}
         self.objective = self._objective(tokenizer or self._zero_ids)
         if config.adversarial.weight and self.prediction_type == "epsilon" and self.objective.alphas_cumprod[-1] == 0.0:
             raise UserError(
@@ -75,9 +74,11 @@ class Definition:
         self.optimizers = make_optimizers(config)
 
     def with_attention(self, attention: str) -> "Definition":
-        """Returns the same definition with another implementation of attention, whatever the config says."""
+        """Returns the same definition with this implementation of attention, whatever the config says."""
+        if attention == self.attention:
+            return self
         other = copy.copy(self)
-        other.networks = self._networks(attention)
+        other.attention, other.networks, other._built_gradients = attention, self._networks(attention), {}
         return other
 
     @property
@@ -91,10 +92,6 @@ class Definition:
 
     def _networks(self, attention: str) -> Networks:
         options = {"dtype": self.dtype, "attention_implementation": attention}
-
-        def unet(config, **more):
-            return abstract_model(lambda rngs: UNet2DConditionModel.from_config(config, rngs=rngs, **options, **more))
-
         judge = None
         if self.config.adversarial.weight:
             judge = discriminator.define(*self._discriminator_arguments, remat=self.config.remat, **options)
@@ -102,8 +99,8 @@ class Definition:
         student_options = {name: self.config[name] for name in STUDENT_OPTIONS} | self.ranks
         texts = abstract_model(lambda rngs: TextEncoders(self.base.text_configs, dtype=self.dtype, rngs=rngs))
         return Networks(
-            student=nnx.split(unet(self.student_config, **student_options))[0],
-            teacher=nnx.split(layers.for_stacks(unet(self.teacher_config)))[0],
+            student=abstract_graph("unet", self.student_config, **options, **student_options),
+            teacher=abstract_graph("unet", self.teacher_config, is_stacked=True, **options),
             text_encoders=nnx.split(texts)[0],
             discriminator=judge,
             check_vma=attention != "flash",
@@ -190,7 +187,12 @@ class Definition:
           trained: arrays or shapes, by network.
         """
         specs = state_specs(trained, self.mesh)
-        return build_gradients(self.networks, self.objective, self.mesh, specs, dtype=self.dtype, **self._draws)
+        leaves, structure = jax.tree.flatten(specs)
+        key = structure, tuple(leaves)
+        if key not in self._built_gradients:  # One function for all callers, so that it is traced once.
+            options = {"dtype": self.dtype, **self._draws}
+            self._built_gradients[key] = build_gradients(self.networks, self.objective, self.mesh, specs, **options)
+        return self._built_gradients[key]
 
     def predictions(self) -> Callable:
         """Returns the function of `distill.step.build_predictions`."""

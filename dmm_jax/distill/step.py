@@ -125,7 +125,7 @@ def build_gradients(
 
     in_specs = (specs, sharding.TEACHERS, sharding.COPY, sharding.BATCH, sharding.COPY, sharding.BATCH)
     options = {"in_specs": in_specs, "out_specs": (specs, sharding.COPY), "check_vma": networks.check_vma}
-    mapped = jax.shard_map(on_one_device, mesh=mesh, **options)
+    mapped = jax.jit(jax.shard_map(on_one_device, mesh=mesh, **options), inline=True)  # Traced once: `flops` counts it.
     return lambda trained, teachers, frozen, batch, step, predictions=None: mapped(
         trained, teachers, frozen, batch, step, predictions
     )

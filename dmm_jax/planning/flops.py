@@ -30,10 +30,12 @@ def of_step(definition: Definition, state: TrainState, teachers: Teachers, froze
     Args:
       teachers: one of them, if they are in the host's memory.
     """
-    gradients, step = definition.with_attention("xla").gradients(state.trained), jax.ShapeDtypeStruct((), jnp.int32)
+    gradients = definition.with_attention("xla").gradients(state.trained)
     if definition.config.teachers_in_host_memory:
-        return len(batch.latents) * count(gradients, state.trained, teachers, frozen, row_shapes(batch), step)
-    return count(gradients, state.trained, teachers, frozen, batch, step)
+        return len(batch.latents) * count(gradients, state.trained, teachers, frozen, row_shapes(batch), state.step)
+    # Shapes without places, as `layout.compile_step` has them: what it has traced is not traced again.
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), teachers)
+    return count(gradients, state.trained, shapes, frozen, batch, state.step)
 
 
 def of_streamed_teachers(definition: Definition, teachers: Teachers, frozen: Frozen, batch: Batch) -> float:
