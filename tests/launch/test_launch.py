@@ -53,7 +53,7 @@ def test_the_lock_holds_every_requirement_with_hashes_and_no_host():
 
 def test_serve_serves_the_shipped_student_or_a_model():
     server = [".venv/bin/python", "-m", "dmm_jax", "serve"]
-    assert dry_run("serve.sh", environment={}) == [[*server, "demo", "--port", "8000"]]
+    assert dry_run("serve.sh", environment={}) == [[*server, "emoji", "--port", "8000"]]
     (command,) = dry_run("serve.sh", "my run", "--port", "9", environment={"PORT": "1"})
     assert command == [*server, "my run", "--port", "9"]
 

@@ -11,6 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE", "dmm_jax", "configs")
+MAX_BYTES = 50_000_000
 FIRST_STEPS = """
 import sys, pathlib
 import dmm_jax
@@ -26,7 +27,8 @@ assert main(["config", "sd15"]) == 0
 assert main(["inspect", config.base, *(path for _, path in config.teachers)]) == 0
 size = ["--config.data.num_examples=8", "--config.data.cache=cache"]
 assert main(["prepare", "--config=demo_gpu", *size]) == 0
-assert open_checkpoint("demo").styles and (STATIC / "index.html").is_file()
+assert main(["list", "emoji"]) == main(["list", "models"]) == 0
+assert open_checkpoint("demo").styles and open_checkpoint("emoji").styles and (STATIC / "index.html").is_file()
 """
 
 
@@ -40,6 +42,7 @@ def test_the_demo_begins_from_an_installed_wheel_in_another_folder(tmp_path):
     build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
     subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
     (wheel,) = source.glob("*.whl")
+    assert wheel.stat().st_size <= MAX_BYTES
     zipfile.ZipFile(wheel).extractall(installed)
     shutil.rmtree(source)
     run = [sys.executable, "-c", FIRST_STEPS, str(installed)]
