@@ -25,7 +25,7 @@ from dmm_jax.checkpoints.compare import check_mergeable
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.states import StateStore, check_notes
 from dmm_jax.config import checks, workdirs
-from dmm_jax.config.options import keeps_average, opening_options
+from dmm_jax.config.options import keeps_average, opening_options, solver_options
 from dmm_jax.data import batches as data_batches
 from dmm_jax.data.batches import Batch
 from dmm_jax.data.cache import LatentCache
@@ -316,6 +316,7 @@ class Distillation(Definition):
     def _empty_pipeline(self) -> Pipeline:
         options = {"dtype": self.config.dtype, "prompt_grammar": self.config.sampling.prompt_grammar}
         base = self.base.predicting(self.prediction_type)
+        options["recorded"] = solver_options(self.config)
         return Pipeline.for_unet(base, self.student_config, self.styles, **options)
 
 

@@ -69,6 +69,7 @@ class Pipeline:
     # {name: its number of vectors}, in the order of their rows in the text encoders' tables.
     embeddings: Mapping[str, int] = dataclasses.field(default_factory=dict)
     prompt_grammar: str = A1111  # How prompts are read; "plain": as text, cut after one chunk.
+    recorded: Mapping | None = None  # How it draws where a call does not say; None: as `source` records.
 
     def __repr__(self) -> str:
         unet = f"{self.unet.num_parameters:,} UNet parameters"
@@ -87,7 +88,7 @@ class Pipeline:
     @functools.cached_property
     def sampling(self) -> dict[str, object]:
         """How it draws where a call does not say: as its training run, else 25 steps of dpmpp_2m at guidance 7."""
-        return recorded_sampling(self.source)
+        return recorded_sampling(self.source) if self.recorded is None else dict(self.recorded)
 
     @property
     def vae_scale_factor(self) -> int:
@@ -140,6 +141,7 @@ class Pipeline:
         *,
         dtype: str,
         prompt_grammar: str = A1111,
+        recorded: Mapping | None = None,
     ) -> "Pipeline":
         """Returns a pipeline with `base`'s VAE, text encoders and tokenizers; `with_unet` adds the UNet's parameters.
 
@@ -176,6 +178,7 @@ class Pipeline:
             styles=tuple(styles),
             source=base,
             prompt_grammar=prompt_grammar,
+            recorded=recorded,
         )
 
     def with_unet(self, params: Mapping) -> "Pipeline":
@@ -328,8 +331,8 @@ class Pipeline:
           guidance_rescale: one share from 0 to 1, or one per image; 0.7 keeps models with zero terminal SNR from
             overexposure (arXiv:2305.08891, 3.4).
           solver: a name in `dmm_jax.diffusion.solvers.SOLVERS`, or A1111's, such as "DPM++ 2M SDE Karras".
-          mixing: what of a mix is averaged: "rows" of the style table, free, or "predictions" of its styles, each
-            at the cost of one more image. Mixes of unlike styles then move more evenly between them.
+          mixing: what of a mix is averaged: "rows" of the style table, free, or "predictions" of its styles: then every
+            image of the batch costs as many as its largest mix has styles, and unlike styles mix more evenly.
           output: "images", uint8 (B, H, W, 3), "pil", a list, or "latents", float32 scaled latents (B, h, w, C).
           original_size, crops_coords_top_left, target_size: SDXL's size conditioning, (height, width) or (top, left) in
             pixels (arXiv:2307.01952, 2.2); the sizes default to (height, width). Other models ignore it.
@@ -362,7 +365,9 @@ class Pipeline:
         arguments.whole_number("num_inference_steps", num_inference_steps, 1)
         plan = solvers.plan(str(solver), self.schedule, num_inference_steps)
         weights = self.style_weights(styles, batch_size, plan.timesteps, num_images_per_prompt)
-        if weights is not None and mixing == "predictions":
+        if mixing == "predictions":
+            if weights is None:
+                raise UserError("this checkpoint has no styles whose predictions could be mixed: leave mixing out.")
             weights = single_styles(weights)
         names = image_names(prompts, styles)
         keys = _keys(seeds, batch_size)

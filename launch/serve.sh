@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs dmm_jax with its server into .venv and serves a model until SIGTERM; needs only Python.
-# usage: launch/serve.sh [--dry-run] MODEL [SERVE ARGUMENTS], by default the student that comes with dmm_jax
+# usage: launch/serve.sh [--dry-run] MODEL [SERVE ARGUMENTS], by default emoji, a student that comes with dmm_jax
 # Two programs share a machine if each has its own PORT (default 8000).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

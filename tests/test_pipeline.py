@@ -18,7 +18,9 @@ from dmm_jax import pipeline as pipeline_lib
 from dmm_jax.bench import jobs, networks
 from dmm_jax.checkpoints.abstract import abstract_model
 from dmm_jax.checkpoints.formats.safetensors_io import save
+from dmm_jax.config.options import solver_options
 from dmm_jax.data import prepare
+from dmm_jax.distillation import Distillation
 from dmm_jax.models import drawing
 from dmm_jax.models.autoencoder_kl import AutoencoderKL
 from dmm_jax.models.network import Network, cast_params
@@ -52,6 +54,24 @@ def test_a_mix_of_one_style_is_that_style(student):
     named = student(PROMPTS, styles="left", output="latents", **QUICK)
     mixed = student(PROMPTS, styles=[{"left": 1.0, "right": 0.0}, "left"], output="latents", **QUICK)
     assert np.array_equal(named, mixed)
+
+
+def test_rounded_weights_mix_predictions_as_exact_ones_do(student):
+    options = {"mixing": "predictions", "output": "latents", **QUICK}
+    rounded, exact = ({"left": weight, "right": weight} for weight in (0.49, 0.5))
+    np.testing.assert_allclose(student(PROMPTS, styles=rounded, **options), student(PROMPTS, styles=exact, **options))
+
+
+def test_a_fade_mixes_predictions_by_timestep(student):
+    """A fade that ends before the last evaluation has drawn as its second style from there on."""
+    options = {"mixing": "predictions", "output": "latents", "guidance_scale": 2.0, "num_inference_steps": 3}
+    seen = []
+    drawn = student(PROMPTS, styles=[(1000, "left"), ((700, 300), "right")], **options)
+    watch = lambda number, timestep, latents: seen.append(latents)  # noqa: E731
+    watched = student(PROMPTS, styles=[(1000, "left"), ((700, 300), "right")], callback=watch, **options)
+    assert len(seen) == 3 and np.array_equal(seen[-1], watched)
+    np.testing.assert_allclose(drawn, watched, atol=1e-5 * np.abs(drawn).max())
+    assert not np.array_equal(drawn, student(PROMPTS, styles="left", **options))
 
 
 def xl_student():
@@ -264,6 +284,12 @@ def test_a_seed_draws_the_same_noise_in_batches_of_any_size(student):
     keys = jax.vmap(jax.random.key)(np.arange(5, dtype=np.uint32))
     noise = [drawing.unit_noise(part, (8, 8, 4)) for part in (keys, keys[3:4])]
     assert np.array_equal(noise[0][3], noise[1][0])
+
+
+def test_a_runs_own_pipeline_draws_as_its_config_says(tiny):
+    config = tiny[1].copy_and_resolve_references()
+    config.sampling.guidance_scale, config.sampling.solver = 2.5, "euler"
+    assert Distillation(config)._empty_pipeline.sampling == solver_options(config)
 
 
 def test_a_stock_checkpoint_takes_no_style(tiny):

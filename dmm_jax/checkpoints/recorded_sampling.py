@@ -1,7 +1,6 @@
 """How a checkpoint draws where a call does not say: as the run did that made it."""
 
 import json
-import math
 from collections.abc import Mapping
 
 from dmm_jax.checkpoints import provenance
@@ -15,6 +14,7 @@ from dmm_jax.diffusion.schedule import NoiseSchedule
 from dmm_jax.runtime.errors import UserError
 
 MAX_CHARS = 1_000_000  # Longer recipes are not read.
+MAX_GUIDANCE = 1000.0  # A larger scale draws nothing.
 MAX_EXPORTS = 10  # Exports of exports, each with the recipe of the one before.
 
 
@@ -29,10 +29,10 @@ def recorded_sampling(source: Checkpoint) -> dict[str, object]:
         recorded = solver_options(from_json(json.dumps(_options(recipe_of(source)))))
         schedule = NoiseSchedule.from_config(source.scheduler_config)
         solvers.plan(recorded["solver"], schedule, recorded["num_inference_steps"])
-    except UserError:
+    except (UserError, RecursionError):  # JSON that is nested too deeply.
         return solver_options(get_config())
     scales = recorded["guidance_scale"], recorded["guidance_rescale"]
-    is_usable = all(map(math.isfinite, scales)) and 0 <= scales[1] <= 1
+    is_usable = abs(scales[0]) <= MAX_GUIDANCE and 0 <= scales[1] <= 1  # Both are false for NaN.
     return recorded if is_usable else solver_options(get_config())
 
 

@@ -96,6 +96,8 @@ def style_rows(
 def single_styles(weights: Float[np.ndarray, "B S N"]) -> Float[np.ndarray, "B S K N"]:
     """Splits mixes into the K styles of the largest mix: each of the K weights (N,) has at most one that is not 0.
 
+    The weights of a mix are divided by their sum, which may differ from 1 by rounding (0.33 three times).
+
     Raises:
       UserError: the weights of a mix do not sum to 1, so that the sum of predictions is no mean of them.
     """
@@ -103,6 +105,7 @@ def single_styles(weights: Float[np.ndarray, "B S N"]) -> Float[np.ndarray, "B S
     if np.any(np.abs(totals - 1.0) > SUM_TOLERANCE):
         wrong = totals.flat[np.abs(totals - 1.0).argmax()]
         raise UserError(f"predictions are mixed by weights that sum to 1; those of a mix sum to {wrong:.6g}.")
+    weights = (weights / totals[..., None]).astype(np.float32)
     most = int(np.count_nonzero(weights, axis=-1).max())
     largest = np.argsort(-np.abs(weights), axis=-1, kind="stable")[..., :most]
     is_kept = largest[..., None] == np.arange(weights.shape[-1])

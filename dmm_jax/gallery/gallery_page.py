@@ -52,6 +52,7 @@ def gallery_page(
 ) -> str:
     """Returns the page; files and parameters are row after row. It needs no network, and works without its script."""
     first, width = parameters[0], len(column_labels)
+    mixing = "" if first.mixing == "rows" else f", {page.escape(first.mixing)} mixed"
     sections = []
     for row, label in enumerate(row_labels):
         part = slice(row * width, (row + 1) * width)
@@ -60,7 +61,7 @@ def gallery_page(
     body = (
         f"<h1>{page.escape(first.model)}</h1>\n"
         f'<p class="soft">{first.steps} steps of {page.escape(sampler_name(first.solver))}, guidance '
-        f"{first.guidance_scale:g}, {first.width}×{first.height}. Every PNG carries its own parameters; "
+        f"{first.guidance_scale:g}, {first.width}×{first.height}{mixing}. Every PNG carries its own parameters; "
         '<a href="grid.png">grid.png</a> shows them all. A click enlarges a picture; arrow keys show the next.</p>\n'
         + "\n".join(sections)
         + f'\n<dialog><img alt=""><p></p></dialog>\n<script>{_SCRIPT}</script>'

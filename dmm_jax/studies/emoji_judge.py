@@ -227,9 +227,11 @@ def table(references: Mapping, students: Sequence[Mapping]) -> str:
     text = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     lines = [(model, [lines], []) for model, lines in models.items()]
     for row, runs in rows.items():
-        strips = {mixing: [student["strips"][mixing] for student in runs] for mixing in runs[0]["strips"]}
-        lines.append((row, [student["lines"] for student in runs], strips.pop("rows")))
-        lines += [(f"{row}: {mixing} mixed", [], by_seed) for mixing, by_seed in strips.items()]
+        rows_mixed, predictions_mixed = (
+            [student["strips"][mixing] for student in runs if mixing in student["strips"]] for mixing in MIXINGS
+        )
+        lines.append((row, [student["lines"] for student in runs], rows_mixed))
+        lines += [(f"{row}: predictions mixed", [], predictions_mixed)] if predictions_mixed else []
     lines += [(model, [], [strips]) for model, strips in references["strips"].items()]
     for model, by_seed, strips in lines:
         cells = [model, str(len(strips) or 1), *([""] * (3 + len(columns)))]

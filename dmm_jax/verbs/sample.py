@@ -63,7 +63,7 @@ def _add_drawing(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="of the first prompt; the next has seed + 1; the same for all styles; -1 takes a random one and prints it",
     )
-    of_run = "default: config.sampling's of a run"
+    of_run = "default: as the run drew that made the model"
     parser.add_argument(
         "--steps", type=int, dest="num_inference_steps", metavar="N", help=f"of the solver; {of_run}, otherwise 25"
     )
@@ -80,8 +80,8 @@ def _add_drawing(parser: argparse.ArgumentParser) -> None:
         "--mixing",
         default="rows",
         choices=("rows", "predictions"),
-        help="what of a mix is averaged: rows of the style table, free, or predictions of its styles, each at the "
-        "cost of an image; mixes of unlike styles then move more evenly",
+        help="what of a mix is averaged: rows of the style table, free; or predictions of its styles: every image of a "
+        "batch then costs as many as its largest mix has styles, and unlike styles mix more evenly",
     )
     parser.add_argument("--height", type=int, default=0, help="pixels; default: the model's")
     parser.add_argument("--width", type=int, default=0, help="pixels; default: the model's")

@@ -55,7 +55,8 @@ def nested(recipe, times):
 UNUSABLE = [
     [], "x", {"options": []}, {"options": {"sampling": 3}}, {"recipe": {"recipe": 1}},
     of_sampling(num_inference_steps="9"), of_sampling(num_inference_steps=10**9), of_sampling(solver="unheard"),
-    of_sampling(guidance_scale=float("nan")), of_sampling(guidance_rescale=2.0), nested(of_sampling(solver="lcm"), 30),
+    of_sampling(guidance_scale=float("nan")), of_sampling(guidance_scale=1e39),
+    of_sampling(guidance_rescale=2.0), nested(of_sampling(solver="lcm"), 30),
 ]  # fmt: skip
 
 
@@ -65,7 +66,10 @@ def file(tiny, tmp_path_factory):
     return write_single_file(path, open_checkpoint(tiny[0]["base"]), "float16", Recipe("x", [], None))
 
 
-@pytest.mark.parametrize("text", [*map(json.dumps, UNUSABLE), "", "{", "[" * 100_000, " " * 2_000_000 + "{}"])
+DEEP = '{"options": {"teachers": %s}}' % ("[" * 900 + "]" * 900)
+
+
+@pytest.mark.parametrize("text", [*map(json.dumps, UNUSABLE), "", "{", DEEP, "[" * 100_000, " " * 2_000_000 + "{}"])
 def test_a_recipe_that_cannot_be_used_leaves_the_defaults(file, text):
     save_file(load_file(file), file, {"format": "pt", RECIPE_KEY: text})
     assert recorded_sampling(open_checkpoint(file)) == DEFAULT

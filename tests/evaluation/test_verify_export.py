@@ -1,5 +1,6 @@
 """`export --verify` passes exports that stock diffusers computes alike, and names those that differ."""
 
+import json
 import pathlib
 import shutil
 
@@ -15,6 +16,17 @@ pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 EVERYTHING = ["--format", "dmm,diffusers,single-file", "--style", "left=0.5,right=0.5", "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def trained(trained, tmp_path_factory):
+    """The run, as if it drew its samples with a guidance rescale, which diffusers' pipelines leave at 0."""
+    folder = tmp_path_factory.mktemp("rescaled") / "run"
+    shutil.copytree(trained, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["sampling"]["guidance_rescale"] = 0.7
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -56,5 +56,6 @@ export function fromA1111(text) {
   if (size) [found.width, found.height] = [Number(size[1]), Number(size[2])];
   if (fields.Sampler) found.solver = [fields.Sampler, fields["Schedule type"]].filter((part) => part && part !== "Automatic").join(" ");
   if (fields.Style) found.styles = fields.Style;
+  if (fields["Style mixing"]) found.mixing = fields["Style mixing"];
   return found;
 }
