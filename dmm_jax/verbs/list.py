@@ -2,7 +2,7 @@
 
 import argparse
 
-EXAMPLES = ("dmm-jax list configs", "dmm-jax list solvers", "dmm-jax list emoji | grep apple")
+EXAMPLES = ("dmm-jax list configs", "dmm-jax list solvers", "dmm-jax list emoji")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
