@@ -10,6 +10,7 @@ import pytest
 from dmm_jax.checkpoints import export, model_card, provenance
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.recorded_sampling import recorded_sampling
 from dmm_jax.checkpoints.states import StateStore
 from dmm_jax.config import workdirs
 from dmm_jax.config.options import style_names
@@ -118,7 +119,8 @@ def write_card(workdir):
     styles, parents = style_names(load_config(workdir)), provenance.parents_of_workdir(workdir, hashed=False)
     student = open_checkpoint(workdir)
     json.dumps(export.describe(workdir, student, parents, "left")), export.merged_from_names(parents, student)
-    model_card.card(["dmm"], "t", styles, student.architecture, parents, "", None, False, student.scheduler_config)
+    drawing = student.scheduler_config, recorded_sampling(student)
+    model_card.card(["dmm"], "t", styles, student.architecture, parents, "", None, False, *drawing)
 
 
 def resume(workdir, config):
