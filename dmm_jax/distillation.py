@@ -316,7 +316,7 @@ class Distillation(Definition):
     def _empty_pipeline(self) -> Pipeline:
         options = {"dtype": self.config.dtype, "prompt_grammar": self.config.sampling.prompt_grammar}
         base = self.base.predicting(self.prediction_type)
-        options["recorded"] = solver_options(self.config)
+        options["default_sampling"] = solver_options(self.config)
         return Pipeline.for_unet(base, self.student_config, self.styles, **options)
 
 

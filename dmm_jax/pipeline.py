@@ -69,7 +69,7 @@ class Pipeline:
     # {name: its number of vectors}, in the order of their rows in the text encoders' tables.
     embeddings: Mapping[str, int] = dataclasses.field(default_factory=dict)
     prompt_grammar: str = A1111  # How prompts are read; "plain": as text, cut after one chunk.
-    recorded: Mapping | None = None  # How it draws where a call does not say; None: as `source` records.
+    default_sampling: Mapping | None = None  # How it draws where a call does not say; None: as `source` records.
 
     def __repr__(self) -> str:
         unet = f"{self.unet.num_parameters:,} UNet parameters"
@@ -88,7 +88,7 @@ class Pipeline:
     @functools.cached_property
     def sampling(self) -> dict[str, object]:
         """How it draws where a call does not say: as its training run, else 25 steps of dpmpp_2m at guidance 7."""
-        return recorded_sampling(self.source) if self.recorded is None else dict(self.recorded)
+        return recorded_sampling(self.source) if self.default_sampling is None else dict(self.default_sampling)
 
     @property
     def vae_scale_factor(self) -> int:
@@ -141,7 +141,7 @@ class Pipeline:
         *,
         dtype: str,
         prompt_grammar: str = A1111,
-        recorded: Mapping | None = None,
+        default_sampling: Mapping | None = None,
     ) -> "Pipeline":
         """Returns a pipeline with `base`'s VAE, text encoders and tokenizers; `with_unet` adds the UNet's parameters.
 
@@ -178,7 +178,7 @@ class Pipeline:
             styles=tuple(styles),
             source=base,
             prompt_grammar=prompt_grammar,
-            recorded=recorded,
+            default_sampling=default_sampling,
         )
 
     def with_unet(self, params: Mapping) -> "Pipeline":
@@ -358,10 +358,10 @@ class Pipeline:
             negative_prompts = [negative_prompts] * batch_size
         negatives = arguments.texts("negative_prompts", negative_prompts)
         negatives = arguments.per_prompt("negative_prompts", negatives, batch_size, num_images_per_prompt)
-        given = (num_inference_steps, guidance_scale, guidance_rescale, solver)
-        num_inference_steps, guidance_scale, guidance_rescale, solver = (
-            recorded if value is None else value for value, recorded in zip(given, self.sampling.values(), strict=True)
-        )
+        num_inference_steps = self._or_default("num_inference_steps", num_inference_steps)
+        guidance_scale = self._or_default("guidance_scale", guidance_scale)
+        guidance_rescale = self._or_default("guidance_rescale", guidance_rescale)
+        solver = self._or_default("solver", solver)
         arguments.whole_number("num_inference_steps", num_inference_steps, 1)
         plan = solvers.plan(str(solver), self.schedule, num_inference_steps)
         weights = self.style_weights(styles, batch_size, plan.timesteps, num_images_per_prompt)
@@ -398,6 +398,9 @@ class Pipeline:
             return np.asarray(latents)
         images = np.asarray(self.decode(latents, names))
         return [Image.fromarray(image) for image in images] if output == "pil" else images
+
+    def _or_default(self, name, value):
+        return self.sampling[name] if value is None else value
 
     def _image_size(self, height, width, latents) -> Pixels:
         """Returns height and width in pixels; a 0 takes the side from the latents, or from the model's config."""

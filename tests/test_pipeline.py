@@ -292,6 +292,12 @@ def test_a_runs_own_pipeline_draws_as_its_config_says(tiny):
     assert Distillation(config)._empty_pipeline.sampling == solver_options(config)
 
 
+def test_defaults_are_taken_by_name_in_any_order(student):
+    defaults = {"solver": "euler", "guidance_rescale": 0.25, "guidance_scale": 2.0, "num_inference_steps": 2}
+    drawn = dataclasses.replace(student, default_sampling=defaults)(PROMPTS, styles="left", output="latents")
+    assert np.array_equal(drawn, student(PROMPTS, styles="left", output="latents", **defaults))
+
+
 def test_a_stock_checkpoint_takes_no_style(tiny):
     stock = Pipeline.from_pretrained(tiny[0]["base"])
     assert stock.styles == ()

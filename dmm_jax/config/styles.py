@@ -99,7 +99,7 @@ def single_styles(weights: Float[np.ndarray, "B S N"]) -> Float[np.ndarray, "B S
     The weights of a mix are divided by their sum, which may differ from 1 by rounding (0.33 three times).
 
     Raises:
-      UserError: the weights of a mix do not sum to 1, so that the sum of predictions is no mean of them.
+      UserError: the weights of a mix do not sum to 1, so their sum of predictions would not be a mean.
     """
     totals = weights.sum(axis=-1, dtype=np.float64)
     if np.any(np.abs(totals - 1.0) > SUM_TOLERANCE):

@@ -13,6 +13,8 @@ from dmm_jax.config.styles import Style
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.serve.work import Work
 
+AS_THE_MODEL = "default: as the run that made the model says, or else Pipeline's"
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageRequest:
@@ -28,9 +30,6 @@ class ImageRequest:
     guidance_scale: float | None = None
     guidance_rescale: float | None = None
     solver: str | None = None  # A name in `diffusion.solvers.SOLVERS`, or AUTOMATIC1111's.
-
-
-AS_THE_MODEL = "default: as the run that made the model says, or else Pipeline's"
 
 
 class QueueFull(UserError):
