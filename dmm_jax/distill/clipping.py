@@ -41,6 +41,7 @@ def clip_by_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
 
     def update(updates, state, params=None, *, norm, **_):
         del params
-        return jax.tree.map(lambda leaf: jnp.where(norm < max_norm, leaf, leaf / norm * max_norm), updates), state
+        is_short = jax.lax.optimization_barrier(norm < max_norm)
+        return jax.tree.map(lambda leaf: jnp.where(is_short, leaf, leaf / norm * max_norm), updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

@@ -22,8 +22,15 @@ from dmm_jax.runtime import sharding
 # step would transpose and copy kernels, gradients and moments.
 OUTPUT_FIRST, PLATFORMS = Layout((3, 0, 1, 2)), ("gpu",)
 # cuBLAS adds a layer's bias as it writes the product; the kernels that XLA would generate instead need another kernel
-# for it. XLA would also join small products, which copies their weights at every step.
-COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}}
+# for it. XLA would also join small products, which copies their weights at every step. A third of the compiler's time
+# went into tilings of softmax and norms for Triton, whose kernels are no faster here.
+COMPILER_OPTIONS = {
+    "gpu": {
+        "xla_gpu_enable_triton_gemm": False,
+        "xla_gpu_dot_merger_threshold_mb": 0,
+        "xla_disable_hlo_passes": "triton-softmax-rewriter",
+    }
+}
 
 
 def state_specs(state, mesh: Mesh | AbstractMesh):

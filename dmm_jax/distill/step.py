@@ -30,6 +30,7 @@ from dmm_jax.distill.objective import (
     sample_errors,
 )
 from dmm_jax.distill.state import Trained, TrainState
+from dmm_jax.distill.vectors import JoinedVectors
 from dmm_jax.runtime import sharding
 
 GATHERED_ONCE = ("teacher", "data")  # Axes along which a step gathers the student, and sums its gradients, once.
@@ -219,12 +220,18 @@ def build_update(norms_of: Callable, optimizers: Mapping, ema_decay: optax.Sched
 
     def update(state: TrainState, grads, errors):
         norms = norms_of(grads)
-        new = {name: updated(name, getattr(state, name), grads, norms) for name in grads}
+        vectors = {name: JoinedVectors(params) for name, params in state.trained.items()}
+        old = {name: vectors[name].join(getattr(state, name)) for name in grads}
+        grads = {name: vectors[name].join(grad) for name, grad in grads.items()}
+        new = {name: updated(name, old[name], grads, norms) for name in grads}
         if ema_decay:
-            decay = ema_decay(state.step - state.skipped_steps)
-            new["ema"] = optax.incremental_update(new["student"].params, state.ema, 1.0 - decay)
+            decay, vectors["ema"] = ema_decay(state.step - state.skipped_steps), vectors["student"]
+            old["ema"] = vectors["ema"].join(state.ema)
+            new["ema"] = optax.incremental_update(new["student"].params, old["ema"], 1.0 - decay)
         finite = jnp.isfinite(jnp.stack([sum(norms.values()), *(error.sum() for error in errors.values())])).all()
-        new = jax.tree.map(partial(jnp.where, finite), new, {name: getattr(state, name) for name in new})
+        finite = jax.lax.optimization_barrier(finite)
+        new = jax.tree.map(partial(jnp.where, finite), new, old)
+        new = {name: vectors[name].split(network) for name, network in new.items()}
         skipped = {
             "skipped_steps": state.skipped_steps + ~finite,
             "skipped_in_a_row": jnp.where(finite, 0, state.skipped_in_a_row + 1),

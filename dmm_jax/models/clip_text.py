@@ -140,11 +140,19 @@ class CLIPEncoder(nnx.Module):
         self.layers = nnx.List([CLIPEncoderLayer(*layer_args, **options) for _ in range(num_layers)])
 
     def __call__(self, hidden: Float[Array, "B L D"]) -> tuple[Float[Array, "B L D"], ...]:
-        """Returns the input and then the output of every layer."""
-        states = [hidden]
-        for layer in self.layers:
-            states.append(layer(states[-1]))
-        return tuple(states)
+        """Returns the input and then the output of every layer.
+
+        The layers run as a loop, so that a compiler meets one of them. Stacking their parameters costs one copy.
+        """
+        graphs, params = zip(*map(nnx.split, self.layers), strict=True)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+
+        def run(hidden, layer):
+            hidden = nnx.merge(graphs[0], layer)(hidden)
+            return hidden, hidden
+
+        _, states = jax.lax.scan(run, hidden, stacked)
+        return hidden, *states
 
 
 class CLIPTextTransformer(nnx.Module):
