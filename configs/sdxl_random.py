@@ -2,7 +2,7 @@
 
     python -m dmm_jax.world.random_checkpoints random_xl --architecture sdxl --teachers 4 --images 256
     dmm-jax prepare --config=configs/sdxl_random.py
-    XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 dmm-jax train --config=configs/sdxl_random.py --workdir=random_xl/run
+    dmm-jax train --config=configs/sdxl_random.py --workdir=random_xl/run
     dmm-jax export random_xl/run random_xl/export --format dmm,diffusers,single-file --style teacher_0 --verify
 
 Hardware: one GPU with 140 GB, 30 GB of disk. Not run yet: no hours or numbers to expect.

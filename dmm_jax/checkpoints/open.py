@@ -5,6 +5,7 @@ Opening reads headers and configs alone; a network's tensors are memory-mapped v
 
 import dataclasses
 import functools
+import itertools
 import os
 import pathlib
 
@@ -16,9 +17,11 @@ from dmm_jax.checkpoints.formats import hub, lora
 from dmm_jax.checkpoints.formats.diffusers_folder import open_folder
 from dmm_jax.checkpoints.open_single_file import open_single_file
 from dmm_jax.models.unet_config import merged_config
-from dmm_jax.runtime.errors import UserError
+from dmm_jax.runtime.errors import UserError, nearest
 from dmm_jax.runtime.storage import Location, check_bucket, check_local, in_bucket, locate
 from dmm_jax.text import vocabulary
+
+SUGGESTION_CUTOFF, MOST_NEIGHBOURS = 0.8, 1000
 
 
 def open_checkpoint(
@@ -66,8 +69,8 @@ def open_checkpoint(
         return dataclasses.replace(open_checkpoint(folder, base, **options), hub_name=name)
     if not path.exists():
         raise CheckpointError(
-            f"there is no checkpoint {path}. Give a diffusers folder or a .safetensors file, or hf:OWNER/NAME to fetch "
-            "it from the Hugging Face hub."
+            f"there is no checkpoint {path}{_suggestion(path)}. Give a diffusers folder or a .safetensors file, or "
+            "hf:OWNER/NAME to fetch it from the Hugging Face hub."
         )
     if path.is_file():
         checkpoint = open_single_file(path)
@@ -107,6 +110,14 @@ def open_teacher(
     completed_by = base if lora.PLUS in str(path) or clip_skip != 1 else None
     options = {"prediction_type": prediction_type, "clip_skip": clip_skip, "allow_unsupported": allow_unsupported}
     return open_checkpoint(path, completed_by, **options)
+
+
+def _suggestion(path: pathlib.Path) -> str:
+    """Returns " (did you mean X?)" for a missing path whose name is like one beside it, or like a shipped student's."""
+    beside = itertools.islice(path.parent.iterdir(), MOST_NEIGHBOURS) if path.parent.is_dir() else ()
+    shipped_names = shipped.STUDENTS if path.parent == pathlib.Path() else ()
+    near = nearest(path.name, [*shipped_names, *(neighbour.name for neighbour in beside)], SUGGESTION_CUTOFF)
+    return f" (did you mean {path.parent / near}?)" if near else ""
 
 
 def _with_prediction_type(checkpoint: Checkpoint, prediction_type: str) -> Checkpoint:

@@ -12,6 +12,7 @@ from dmm_jax.runtime.errors import UserError
 
 COMPUTE_SHARE = 0.4  # Share of the bf16 peak that products reach; torch.compile reaches 0.34 of an H200's in this step.
 BANDWIDTH_SHARE = 0.8  # Share of the memory's bandwidth.
+GPU_SHARE = 0.95  # Share of a GPU's memory that the command line lets JAX take; CUDA's context needs the rest.
 GPUS_PER_HOST = 8  # NVLink joins these.
 
 
@@ -38,18 +39,25 @@ DEVICES = {
     "v5e": Device("TPU v5e", 197e12, 819e9, 15.75 * GIB, 90e9, 3.125e9, PCIE_3, "TPU v5 ?(lite|e)"),
     "v5p": Device("TPU v5p", 459e12, 2765e9, 95 * GIB - 0.25 * GIB, 180e9, 6.25e9, PCIE_3, "TPU v5p?"),
     "v6e": Device("TPU v6e", 918e12, 1640e9, 31.25 * GIB, 180e9, 12.5e9, PCIE_3, "TPU v6 ?(lite|e)"),
-    "H100": Device("NVIDIA H100", 989e12, 3350e9, 0.95 * 80e9, 450e9, 50e9, PCIE_5, "NVIDIA H100.*HBM3"),
-    "H200": Device("NVIDIA H200", 989e12, 4800e9, 0.95 * 141e9, 450e9, 50e9, PCIE_5, "NVIDIA H200.*"),
-    "A100": Device("NVIDIA A100", 312e12, 2039e9, 0.95 * 80e9, 300e9, 25e9, PCIE_4, "NVIDIA A100.*80GB"),
-    "A100-40GB": Device("NVIDIA A100", 312e12, 1555e9, 0.95 * 40e9, 300e9, 25e9, PCIE_4, "NVIDIA A100.*40GB"),
-    "L40S": Device("NVIDIA L40S", 362e12, 864e9, 0.95 * 48e9, PCIE_4, ETHERNET, PCIE_4, "NVIDIA L40S"),
-    "A6000": Device("NVIDIA RTX A6000", 155e12, 768e9, 0.95 * 48e9, PCIE_4, ETHERNET, PCIE_4, "NVIDIA RTX A6000"),
-    "A10": Device("NVIDIA A10", 125e12, 600e9, 0.95 * 24e9, PCIE_4, ETHERNET, PCIE_4, "NVIDIA A10G?"),
-    "L4": Device("NVIDIA L4", 121e12, 300e9, 0.95 * 24e9, PCIE_4, ETHERNET, PCIE_4, "NVIDIA L4"),
+    "H100": Device("NVIDIA H100", 989e12, 3350e9, GPU_SHARE * 80e9, 450e9, 50e9, PCIE_5, "NVIDIA H100.*HBM3"),
+    "H200": Device("NVIDIA H200", 989e12, 4800e9, GPU_SHARE * 141e9, 450e9, 50e9, PCIE_5, "NVIDIA H200.*"),
+    "A100": Device("NVIDIA A100", 312e12, 2039e9, GPU_SHARE * 80e9, 300e9, 25e9, PCIE_4, "NVIDIA A100.*80GB"),
+    "A100-40GB": Device("NVIDIA A100", 312e12, 1555e9, GPU_SHARE * 40e9, 300e9, 25e9, PCIE_4, "NVIDIA A100.*40GB"),
+    "L40S": Device("NVIDIA L40S", 362e12, 864e9, GPU_SHARE * 48e9, PCIE_4, ETHERNET, PCIE_4, "NVIDIA L40S"),
+    "A6000": Device("NVIDIA RTX A6000", 155e12, 768e9, GPU_SHARE * 48e9, PCIE_4, ETHERNET, PCIE_4, "NVIDIA RTX A6000"),
+    "A10": Device("NVIDIA A10", 125e12, 600e9, GPU_SHARE * 24e9, PCIE_4, ETHERNET, PCIE_4, "NVIDIA A10G?"),
+    "L4": Device("NVIDIA L4", 121e12, 300e9, GPU_SHARE * 24e9, PCIE_4, ETHERNET, PCIE_4, "NVIDIA L4"),
     # GeForce cards compute products in bfloat16 at twice their float32 rate.
     **{
         f"RTX{name.replace(' ', '')}": Device(
-            f"NVIDIA RTX {name}", 2 * flops, bandwidth, 0.95 * memory, bus, ETHERNET, bus, f"NVIDIA GeForce RTX {name}"
+            f"NVIDIA RTX {name}",
+            2 * flops,
+            bandwidth,
+            GPU_SHARE * memory,
+            bus,
+            ETHERNET,
+            bus,
+            f"NVIDIA GeForce RTX {name}",
         )
         for name, flops, bandwidth, memory, bus in (
             ("5090", 104.8e12, 1792e9, 32e9, PCIE_5),

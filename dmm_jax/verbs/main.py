@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
+from dmm_jax.planning import devices
 from dmm_jax.runtime import terminal
 from dmm_jax.runtime.errors import FULL_DISK, INTERRUPTED, REPORT, Preempted, UsageError, message, nearest, visible
 from dmm_jax.runtime.home import expand_home
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, overrides = parser.parse_known_args(argv)
         _check_overrides(parser, args, overrides)
         terminal.set_verbosity(args.verbosity)
-        _hide_alarms(args)
+        _set_environment(args)
         args.overrides = overrides  # --config.NAME=VALUE
         return _module(verb).main(args)
 
@@ -152,8 +153,13 @@ def _check_overrides(parser, args, overrides):
         verb.error(f"unrecognized arguments: {' '.join(overrides)}; `dmm-jax {args.verb} --help` lists the options")
 
 
-def _hide_alarms(args):
-    """Keeps XLA's alarms about slow compilations off the terminal; in a run of several processes its log stays."""
+def _set_environment(args):
+    """Sets what JAX reads when it starts: variables of the environment that the user has not set.
+
+    JAX alone takes three quarters of a GPU's memory, less than `plan` counts on. XLA's alarms about slow compilations
+    are kept off the terminal; in a run of several processes its log stays.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(devices.GPU_SHARE))
     alone = not getattr(args, "distributed", False) and getattr(args, "coordinator", None) is None
     if alone and not terminal.is_verbose() and "jaxlib" not in sys.modules:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # Fatal errors alone.

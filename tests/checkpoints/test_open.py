@@ -1,6 +1,7 @@
 """Folders and training runs open as their owners have them; what cannot be used is refused with its reason."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -189,10 +190,17 @@ def test_pickles_are_refused(tmp_path, ending):
 
 
 def test_a_missing_path_and_another_folder_are_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+    with pytest.raises(CheckpointError, match="there is no checkpoint .*gone\\. Give a"):
         open_checkpoint(tmp_path / "gone")
     with pytest.raises(CheckpointError, match="model_index.json"):
         open_checkpoint(tmp_path)
+
+
+def test_a_name_like_one_that_exists_is_suggested(tmp_path):
+    (tmp_path / "my_merge.safetensors").touch()
+    for path, near in ((tmp_path / "my_merge.safetensor", tmp_path / "my_merge.safetensors"), ("emojis", "emoji")):
+        with pytest.raises(CheckpointError, match=re.escape(f"{path} (did you mean {near}?). Give")):
+            open_checkpoint(path)
 
 
 @pytest.fixture(params=["params", "ema"])

@@ -11,6 +11,7 @@ import jax
 import pytest
 
 import dmm_jax
+from dmm_jax.planning import devices
 from dmm_jax.runtime import processes, terminal
 from dmm_jax.runtime.errors import Preempted, UserError
 from dmm_jax.verbs import inspect as inspect_verb
@@ -153,6 +154,18 @@ main(["--help"])
 def test_help_texts_do_not_import_jax():
     process = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.parametrize("theirs", ["", "0.5"])
+def test_jax_may_take_as_much_of_a_gpu_as_plan_counts_on_unless_the_user_says_otherwise(theirs, monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", theirs)
+    if not theirs:
+        monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
+    shares = []
+    take_share = lambda args: shares.append(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"])  # noqa: E731
+    monkeypatch.setattr(inspect_verb, "main", take_share)
+    assert cli.main(["inspect", "a"]) == 0
+    assert shares == [theirs or str(devices.DEVICES["H200"].memory / 141e9)]
 
 
 @pytest.mark.parametrize(
