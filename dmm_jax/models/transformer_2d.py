@@ -57,11 +57,13 @@ class Transformer2DModel(nnx.Module):
         hidden: Float[Array, "B h w C"],
         states: Float[Array, "BP S D"],
         num_states: Int[Array, " BP"] | None = None,
+        remat: bool = False,
     ) -> Float[Array, "BP h w C"]:
         """Returns the feature map after the blocks, one per prompt: P adjacent rows of `states` share a map.
 
         Args:
           num_states: the number of states of each prompt, if padding follows them.
+          remat: whether the backward pass computes the blocks of a loop again, one by one; it keeps their inputs.
         """
         # A dense layer on (h, w, C) is the 1x1 convolution and the flattened projection alike.
         cells = self.proj_in(self.norm(hidden))
@@ -70,7 +72,7 @@ class Transformer2DModel(nnx.Module):
             graph, stacked = nnx.split(self.transformer_blocks)
             tokens = per_prompt(tokens, len(states))  # A loop's carry keeps its shape.
             block = lambda rows, one: (nnx.merge(graph, one)(rows, states, num_states), None)  # noqa: E731
-            tokens, _ = jax.lax.scan(block, tokens, stacked)
+            tokens, _ = jax.lax.scan(jax.checkpoint(block, prevent_cse=False) if remat else block, tokens, stacked)
         else:
             for block in self.transformer_blocks:
                 tokens = block(tokens, states, num_states)

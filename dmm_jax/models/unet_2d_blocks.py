@@ -21,6 +21,11 @@ def call(remat: bool, module: nnx.Module, *args):
     return nnx.remat(lambda module, *args: module(*args))(module, *args) if remat else module(*args)
 
 
+def attend(remat: bool, attention: Transformer2DModel, *args):
+    """Calls a transformer as `call` does; the backward pass computes a loop's blocks again one by one."""
+    return attention(*args, remat=remat) if attention.looped else call(remat, attention, *args)
+
+
 class DownBlock(nnx.Module):
     """A level on the way down: diffusers' DownBlock2D, or CrossAttnDownBlock2D with `attention`."""
 
@@ -64,7 +69,7 @@ class DownBlock(nnx.Module):
         for layer, resnet in enumerate(self.resnets):
             hidden = call(self.remat, resnet, hidden, temb)
             if hasattr(self, "attentions"):
-                hidden = call(self.remat, self.attentions[layer], hidden, states, num_states)
+                hidden = attend(self.remat, self.attentions[layer], hidden, states, num_states)
             skips.append(hidden)
         if hasattr(self, "downsamplers"):
             skips.append(self.downsamplers[0](hidden))
@@ -89,7 +94,7 @@ class MidBlock(nnx.Module):
     ) -> Float[Array, "BP h w C"]:
         """Returns the coarsest features."""
         hidden = call(self.remat, self.resnets[0], hidden, temb)
-        hidden = call(self.remat, self.attentions[0], hidden, states, num_states)
+        hidden = attend(self.remat, self.attentions[0], hidden, states, num_states)
         return call(self.remat, self.resnets[1], hidden, temb)
 
 
@@ -135,5 +140,5 @@ class UpBlock(nnx.Module):
             joined = jnp.concatenate([hidden, per_prompt(skip, len(hidden))], axis=-1)
             hidden = call(self.remat, resnet, joined, temb)
             if hasattr(self, "attentions"):
-                hidden = call(self.remat, self.attentions[layer], hidden, states, num_states)
+                hidden = attend(self.remat, self.attentions[layer], hidden, states, num_states)
         return self.upsamplers[0](hidden) if hasattr(self, "upsamplers") else hidden

@@ -21,8 +21,8 @@ def transformer(looped, **sizes):
     return lambda rngs: Transformer2DModel(16, 12, 2, 3, looped=looped, rngs=rngs, **options, **sizes)
 
 
-@pytest.mark.parametrize("num_prompts", [2, 4])
-def test_a_loop_has_the_outputs_and_gradients_of_its_blocks(num_prompts):
+@pytest.mark.parametrize("num_prompts, remat", [(2, False), (4, False), (4, True)])
+def test_a_loop_has_the_outputs_and_gradients_of_its_blocks(num_prompts, remat):
     model, loop = transformer(False)(nnx.Rngs(0)), nnx.split(abstract_model(transformer(True)))[0]
     graph, state = nnx.split(model)
     params = nnx.to_pure_dict(state)
@@ -33,7 +33,8 @@ def test_a_loop_has_the_outputs_and_gradients_of_its_blocks(num_prompts):
 
     values = jax.value_and_grad(loss, argnums=(1, 2, 3))
     expected, grads = jax.jit(values, static_argnums=0)(graph, params, *inputs)
-    actual, loop_grads = jax.jit(values, static_argnums=0)(loop, stack_blocks(params, 3, jnp.stack), *inputs)
+    inputs += None, remat
+    actual, loop_grads = jax.jit(values, static_argnums=(0, 5))(loop, stack_blocks(params, 3, jnp.stack), *inputs)
     assert actual == pytest.approx(float(expected), rel=1e-6)
     one_by_one = unstack_blocks(loop_grads, list)
     assert jax.tree.structure(one_by_one) == jax.tree.structure(grads)
@@ -41,6 +42,22 @@ def test_a_loop_has_the_outputs_and_gradients_of_its_blocks(num_prompts):
         np.testing.assert_allclose(
             looped_result, unrolled_result, atol=2e-6 * float(jnp.abs(unrolled_result).max()) + 1e-9
         )
+
+
+def test_a_recomputed_loop_keeps_the_inputs_of_its_blocks_alone():
+    graph = nnx.split(abstract_model(transformer(True)))[0]
+    params = stack_blocks(nnx.to_pure_dict(nnx.state(transformer(False)(nnx.Rngs(0)))), 3, jnp.stack)
+
+    def kept(remat):
+        """Returns the shapes of three blocks each that the backward pass needs, without those of parameters."""
+        run = lambda params, *inputs: nnx.merge(graph, params)(*inputs, None, remat)  # noqa: E731
+        backward = jax.eval_shape(lambda *arguments: jax.vjp(run, *arguments)[1], params, *inputs)
+        shapes = [leaf.shape for leaf in jax.tree.leaves(backward) if leaf.shape[:2] == (3, 2)]
+        return sorted(set(shapes)), len(shapes)
+
+    inputs = normal(2, 4, 4, 16), normal(2, 5, 12, seed=1)
+    assert kept(True) == ([(3, 2, 16, 16)], 1)  # The tokens before each block.
+    assert (3, 2, 16, 64) in kept(False)[0]
 
 
 def test_only_groups_that_are_large_enough_are_stacked():
