@@ -35,7 +35,7 @@ case $verb in
     # like a finished run. Here it exits with 143.
     program="pip install --quiet --constraint launch/requirements.txt '.[tpu,gcs]' && { $program & child=\$!; \
 trap 'stopped=143; kill -TERM \$child' TERM; \
-while kill -0 \$child 2>/dev/null; do wait \$child; status=\$?; done; exit \${stopped:-\$status}; }"
+while wait \$child; status=\$?; kill -0 \$child 2>/dev/null; do :; done; exit \${stopped:-\$status}; }"
     run xpk workload create "${place[@]}" --workload="${NAME:?"set NAME"}" --tpu-type="${TPU_TYPE:?"set TPU_TYPE"}" \
       --num-slices="$slices" --max-restarts=50 --base-docker-image=python:3.12 --script-dir=. --command="$program"
     ;;

@@ -148,10 +148,10 @@ def pod(tmp_path):
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
         (tmp_path / name).chmod(0o755)
 
-    def start(argument):
+    def start(argument, **variables):
         ((*_, program),) = dry_run("gke_xpk.sh", "train", argument)
         command = ["bash", "-c", program.removeprefix("--command=")]  # xpk sends SIGTERM to such a shell.
-        return subprocess.Popen(command, cwd=tmp_path, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
+        return subprocess.Popen(command, cwd=tmp_path, env={"PATH": f"{tmp_path}:/usr/bin:/bin"} | variables)
 
     return start, tmp_path
 
@@ -167,8 +167,12 @@ def test_gke_xpk_restarts_a_run_that_sigterm_stopped(pod):
     assert child.wait(20) == 143 and (folder / "saved").exists()  # xpk restarts runs with codes of 127 or more.
 
 
-def test_gke_xpk_does_not_restart_a_run_that_failed(pod):
-    assert pod[0]("fail").wait(20) == 3
+@pytest.mark.parametrize("delay", ["", "sleep 0.2; "])
+def test_gke_xpk_does_not_restart_a_run_that_failed(pod, delay):
+    start, folder = pod
+    shell = folder / "bash_env"  # Read by the pod's shell: with the delay, the run has failed before anybody waits.
+    shell.write_text(f"trap() {{ {delay}builtin trap \"$@\"; }}\n")
+    assert start("fail", BASH_ENV=str(shell)).wait(20) == 3
 
 
 @pytest.mark.parametrize("script", ["tpu_pod.sh", "gke_xpk.sh"])
