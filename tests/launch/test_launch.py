@@ -171,7 +171,7 @@ def test_gke_xpk_restarts_a_run_that_sigterm_stopped(pod):
 def test_gke_xpk_does_not_restart_a_run_that_failed(pod, delay):
     start, folder = pod
     shell = folder / "bash_env"  # Read by the pod's shell: with the delay, the run has failed before anybody waits.
-    shell.write_text(f"trap() {{ {delay}builtin trap \"$@\"; }}\n")
+    shell.write_text(f'trap() {{ {delay}builtin trap "$@"; }}\n')
     assert start("fail", BASH_ENV=str(shell)).wait(20) == 3
 
 
