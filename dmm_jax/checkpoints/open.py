@@ -113,8 +113,9 @@ def open_teacher(
 
 
 def _suggestion(path: pathlib.Path) -> str:
-    """Returns " (did you mean X?)" for a missing path whose name is like one beside it, or like a shipped student's."""
-    beside = itertools.islice(path.parent.iterdir(), MOST_NEIGHBOURS) if path.parent.is_dir() else ()
+    """Returns " (did you mean X?)" for a missing path if its folder, or this package, has a similar name; else ""."""
+    is_readable = path.parent.is_dir() and os.access(path.parent, os.R_OK)
+    beside = itertools.islice(path.parent.iterdir(), MOST_NEIGHBOURS) if is_readable else ()
     shipped_names = shipped.STUDENTS if path.parent == pathlib.Path() else ()
     near = nearest(path.name, [*shipped_names, *(neighbour.name for neighbour in beside)], SUGGESTION_CUTOFF)
     return f" (did you mean {path.parent / near}?)" if near else ""

@@ -4,6 +4,7 @@ An update is elementwise, so its numbers are the same. A compiler takes longer f
 operations than for a few.
 """
 
+import itertools
 from typing import Any
 
 import jax
@@ -41,13 +42,12 @@ class JoinedVectors:
         return jax.tree.map_with_path(joined, tree)
 
     def split(self, tree):
-        """Returns the tree of which `join` made this one."""
+        """Undoes `join`: returns the tree with every vector apart."""
         parts = {}
         for path, leaf in jax.tree.leaves_with_path(tree):
             if (owner := self._owner(path)) and owner[2] == 0:
-                lengths = self._lengths[owner[1]]
-                ends = [sum(lengths[:end]) for end in range(1, len(lengths))]
-                parts[owner[:2]] = jnp.split(leaf, ends)
+                ends = itertools.accumulate(self._lengths[owner[1]])
+                parts[owner[:2]] = jnp.split(leaf, list(ends)[:-1])
 
         def part(path, leaf):
             owner = self._owner(path)

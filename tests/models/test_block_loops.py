@@ -48,7 +48,7 @@ def test_a_recomputed_loop_keeps_the_inputs_of_its_blocks_alone():
     graph = nnx.split(abstract_model(transformer(True)))[0]
     params = stack_blocks(nnx.to_pure_dict(nnx.state(transformer(False)(nnx.Rngs(0)))), 3, jnp.stack)
 
-    def kept(remat):
+    def residual_shapes(remat):
         """Returns the shapes of three blocks each that the backward pass needs, without those of parameters."""
         run = lambda params, *inputs: nnx.merge(graph, params)(*inputs, None, remat)  # noqa: E731
         backward = jax.eval_shape(lambda *arguments: jax.vjp(run, *arguments)[1], params, *inputs)
@@ -56,8 +56,8 @@ def test_a_recomputed_loop_keeps_the_inputs_of_its_blocks_alone():
         return sorted(set(shapes)), len(shapes)
 
     inputs = normal(2, 4, 4, 16), normal(2, 5, 12, seed=1)
-    assert kept(True) == ([(3, 2, 16, 16)], 1)  # The tokens before each block.
-    assert (3, 2, 16, 64) in kept(False)[0]
+    assert residual_shapes(True) == ([(3, 2, 16, 16)], 1)  # The tokens before each block.
+    assert (3, 2, 16, 64) in residual_shapes(False)[0]
 
 
 def test_only_groups_that_are_large_enough_are_stacked():

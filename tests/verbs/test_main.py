@@ -156,16 +156,16 @@ def test_help_texts_do_not_import_jax():
     assert process.returncode == 0, process.stderr
 
 
-@pytest.mark.parametrize("theirs", ["", "0.5"])
-def test_jax_may_take_as_much_of_a_gpu_as_plan_counts_on_unless_the_user_says_otherwise(theirs, monkeypatch):
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", theirs)
-    if not theirs:
+@pytest.mark.parametrize("user_share", ["", "0.5"])
+def test_jax_takes_the_share_of_a_gpu_that_plan_counts_on(user_share, monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", user_share)
+    if not user_share:
         monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
     shares = []
     take_share = lambda args: shares.append(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"])  # noqa: E731
     monkeypatch.setattr(inspect_verb, "main", take_share)
     assert cli.main(["inspect", "a"]) == 0
-    assert shares == [theirs or str(devices.DEVICES["H200"].memory / 141e9)]
+    assert shares == [user_share or str(devices.DEVICES["H200"].memory / 141e9)]
 
 
 @pytest.mark.parametrize(
