@@ -196,10 +196,12 @@ class CLIPTextModel(nnx.Module):
         """Builds the encoder, with `text_projection` (no bias, to `projection_dim`) if `with_projection`.
 
         Raises:
-          ValueError: an activation that no CLIP has, or a width that the heads do not divide.
+          ValueError: an activation that no CLIP has, no layer, or a width that the heads do not divide.
         """
         if hidden_act not in ACTIVATIONS:
             raise UserError(f"hidden_act must be one of {sorted(ACTIVATIONS)}; got {hidden_act!r}.")
+        if num_hidden_layers < 1:
+            raise UserError(f"num_hidden_layers must be 1 or more; got {num_hidden_layers}.")
         if hidden_size % num_attention_heads:
             raise UserError(
                 f"hidden_size must be a multiple of num_attention_heads; got {hidden_size} and {num_attention_heads}."

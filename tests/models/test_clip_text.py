@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from dmm_jax.models.clip_text import CLIPTextModel
+from dmm_jax.runtime.errors import UserError
 from tests.models.torch_parity import SCALES, TOLERANCE, load, parameters, relative_error
 
 TINY = {
@@ -189,3 +190,8 @@ def test_unknown_fields_and_activations_are_refused_by_name():
         tiny(rope_theta=10000.0)
     with pytest.raises(ValueError, match="relu"):
         tiny(hidden_act="relu")
+
+
+def test_an_encoder_without_layers_is_refused():
+    with pytest.raises(UserError, match="num_hidden_layers must be 1 or more; got 0"):
+        CLIPTextModel(num_hidden_layers=0, rngs=nnx.Rngs(0))
