@@ -30,13 +30,15 @@ FEATURE_LOSS_WEIGHT = 0.002
 
 
 def build(size: str, component: str, **extra):
-    """Builds a stock module with random weights."""
+    """Builds a stock module with random weights on the device, where drawing them takes the least time."""
     config = {name: value for name, value in SIZES[size][component].items() if not name.startswith("_")}
-    if component in CLASSES:
-        kind = transformers.CLIPTextModel if component == "text_encoder" else transformers.CLIPTextModelWithProjection
-        return kind(transformers.CLIPTextConfig(**config))
-    kind = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}[component]
-    return kind(**config, **extra)
+    with DEVICE:
+        if component in CLASSES:
+            is_first = component == "text_encoder"
+            kind = transformers.CLIPTextModel if is_first else transformers.CLIPTextModelWithProjection
+            return kind(transformers.CLIPTextConfig(**config))
+        kind = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}[component]
+        return kind(**config, **extra)
 
 
 def frozen(module):
