@@ -1,10 +1,11 @@
 """Errors that the user can mend, lists of problems, and suggestions for a wrong name."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 INTERRUPTED = 130  # Exit code after Ctrl-C.
 FULL_DISK = ("No space left on device", "Disk quota exceeded")
+LIKENESS = 0.6  # A name is suggested if it is so similar to the unknown one, from 0 to 1.
 REPORT = "this is a fault of dmm-jax; please open an issue with your command and the traceback above."
 
 
@@ -35,9 +36,21 @@ def refuse(title: str, problems: Iterable[str | bool | None], error: type[UserEr
         raise error(visible(f"{title}:\n" + "\n".join(f"  - {line}" for line in lines)))
 
 
-def nearest(name: str, names: Iterable[str], cutoff: float = 0.0) -> str:
-    """Returns the one of `names` that is most like `name`, or "" if none reaches the cutoff (0 to 1)."""
-    return next(iter(difflib.get_close_matches(name, list(names), 1, cutoff)), "")
+def nearest(name: str, names: Iterable[str], likeness: float = LIKENESS) -> str:
+    """Returns the one of `names` that is most like `name`, or "" if none is; case, "_" and "-" make no difference."""
+    spellings = {_letters(other): other for other in names}
+    near = difflib.get_close_matches(_letters(name), spellings, 1, likeness)
+    return spellings[near[0]] if near else ""
+
+
+def meant(name: str, names: Iterable[str], show: Callable[[str], str] = str, likeness: float = LIKENESS) -> str:
+    """Returns "; did you mean X?" for the nearest of `names`, or "." if none is near: the end of a sentence."""
+    near = nearest(name, names, likeness)
+    return f"; did you mean {show(near)}?" if near else "."
+
+
+def _letters(name: str) -> str:
+    return name.lower().replace("_", "-")
 
 
 def visible(text: str) -> str:
