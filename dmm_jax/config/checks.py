@@ -11,7 +11,7 @@ from dmm_jax.config.styles import is_writable
 from dmm_jax.runtime.errors import UserError, meant, refuse
 from dmm_jax.text.prompt_grammar import A1111, GRAMMARS, parse
 
-TITLE = "The config cannot be run"
+TITLE = "The config cannot be run (set options in its file, or as --config.NAME=VALUE)"
 CHOICES = {
     "student_init": ("base", "average"),
     "style_init": ("zero", "paper"),

@@ -1,7 +1,8 @@
 """Errors that the user can mend, lists of problems, and suggestions for a wrong name."""
 
+import contextlib
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 INTERRUPTED = 130  # Exit code after Ctrl-C.
 FULL_DISK = ("No space left on device", "Disk quota exceeded")
@@ -27,6 +28,16 @@ class Preempted(Exception):
 
 class UsageError(UserError):
     """A command-line option that does not exist, or a value that it cannot take."""
+
+
+@contextlib.contextmanager
+def naming_option(option: str) -> Iterator[None]:
+    """Puts the name of an option before the message of an error that its value causes in the block."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (f"{option}: {error}",)
+        raise
 
 
 def refuse(title: str, problems: Iterable[str | bool | None], error: type[UserError] = UserError) -> None:

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         terminal.set_verbosity(args.verbosity)
         _set_environment(args)
         args.overrides = overrides  # --config.NAME=VALUE
-        with suggestions.options_named_as_typed(_parser_of(parser, verb), words):
+        with suggestions.options_named_as_typed(_parser_of(parser, verb), words, dict(vars(args))):
             return _module(verb).main(args)
 
     return exit_code(verb, run)

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from dmm_jax.config.files import shipped_configs
 from dmm_jax.runtime.errors import UserError, meant
@@ -83,13 +83,21 @@ def _near_options(name: str, actions: Sequence[argparse.Action], likeness: float
 
 
 @contextlib.contextmanager
-def options_named_as_typed(verb: argparse.ArgumentParser, words: Sequence[str]) -> Iterator[None]:
-    """Renames arguments of the library, in the error of the block, to the options that the user typed.
+def options_named_as_typed(
+    verb: argparse.ArgumentParser, words: Sequence[str], values: Mapping[str, object]
+) -> Iterator[None]:
+    """Names, in a UserError of the block, the options that the user typed: of a missing path, and of an argument.
 
-    Not for a verb with a config: its options have the same names.
+    Args:
+      values: the parsed arguments.
     """
     typed = {word.partition("=")[0] for word in words}
     options = {action.dest: action.option_strings[-1] for action in verb._actions if typed & {*action.option_strings}}
+    positionals = {action.dest: action.metavar for action in verb._get_positional_actions() if action.metavar}
+    paths = {}  # {path: the option that names it}
+    for dest, option in (positionals | options).items():
+        for value in values[dest] if isinstance(values[dest], list) else [values[dest]]:
+            paths |= dict.fromkeys([str(value), *re.split("[*=]", str(value))], option)
 
     def rename(match):
         name = match[1] or match[2]
@@ -98,6 +106,14 @@ def options_named_as_typed(verb: argparse.ArgumentParser, words: Sequence[str]) 
     try:
         yield
     except UserError as error:
-        if "--config" not in verb._option_string_actions:
-            error.args = (re.sub(r"^(?:a )?(\w+)(?= must )|(?<![\w.])(\w+_\w+)", rename, str(error)),)
+        text = str(error)
+        missing = re.match(r"there is no (?:\w+ )?(?:checkpoint|file) (.+)", text)
+        ends = [
+            path for path in paths if missing and path and missing[1].startswith(tuple(path + end for end in ".; "))
+        ]
+        if ends:
+            text = f"{paths[max(ends, key=len)]}: {text}"
+        elif "--config" not in verb._option_string_actions:  # A config's options have names of arguments, too.
+            text = re.sub(r"^(?:a )?(\w+)(?= must )|(?<![\w.])(\w+_\w+)", rename, text)
+        error.args = (text,)
         raise

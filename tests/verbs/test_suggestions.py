@@ -74,3 +74,22 @@ def test_the_nearest_choice_is_suggested(words, expected, refused):
 def test_errors_name_the_option_that_was_typed(option, value, failing, tmp_path):
     error = failing("sample", "demo", "--prompt", "x", option, value, "--out", tmp_path / "o")
     assert f"error: {option} must be " in error
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["no model"], "MODEL: there is no checkpoint no model. Give a diffusers"),
+        (["no model"], "the workdir of a training run, demo or emoji"),
+        (["demo", "--base", "nowhere"], "--base: there is no checkpoint nowhere."),
+        (["demo", "--vae", "a.safetensors"], "--vae: there is no file a.safetensors."),
+        (["demo", "--embedding", "w=a.safetensors"], "--embedding: there is no file a.safetensors."),
+        (["demo", "--lora", "a.safetensors*0.8"], "--lora: there is no file a.safetensors."),
+        (["demo", "--lora", "a.safetensors:0.8"], "a.safetensors:0.8; did you mean a.safetensors*0.8"),
+        (["demo", "--lora", "<lora:a:0.8>"], "did you mean a*0.8"),
+        ([__file__], "is a text and not a checkpoint"),
+    ],
+)  # fmt: skip
+def test_a_missing_file_is_named_with_its_option(words, expected, failing, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert expected in failing("sample", *words, "--prompt", "x", "--out", "o")
