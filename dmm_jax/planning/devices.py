@@ -107,6 +107,18 @@ class Topology:
         return topology(f"{kind}:{sizes[0]}") if sizes else None
 
     @property
+    def speed_source(self) -> str:
+        """Returns whose speed estimates have; where the name is a memory alone, also how to ask for other devices."""
+        start, _, kind = self.name.rpartition("x")
+        others = ""
+        if kind.upper() in GPU_BY_MEMORY:
+            same = [name for name, device in DEVICES.items() if device.memory == self.device.memory]
+            others = ", ".join(f"{start}x{name}" for name in same if DEVICES[name] is not self.device)
+        return f"at the speed of {self.device.name}" + (
+            f"; for others of {kind}: --topology {others}" if others else ""
+        )
+
+    @property
     def domains(self) -> str:
         """Returns the name of what the network joins."""
         return "slices" if self.platform == "tpu" else "hosts"

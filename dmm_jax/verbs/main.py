@@ -37,7 +37,7 @@ VERBS = {  # In the order of --help. The file of `fit-style` is fit_style.py.
     "evaluate": "measure fidelity, the style matrix, FD or FID; writes metrics.json and a report",
     "bench": "measure images/s and TFLOP/s on random data and compare with the device's peak",
     "config": "print every option of an experiment: its value and its meaning",
-    "list": "print names: configs, solvers, formats, devices, models that ship, prompts of emoji",
+    "list": "print names: configs, solvers, formats, devices, models that ship, their styles and prompts",
     "completion": "print the completion script of a shell",
 }
 CONFIG_HELP = "--config.help"

@@ -28,6 +28,20 @@ def test_desktop_cards_are_known_by_size_and_by_name(gigabytes):
     assert devices.topology(f"gpu:2x{name}").device == devices.topology(f"gpu:2x{name.lower()}").device == device
 
 
+@pytest.mark.parametrize(
+    "name, source",
+    [
+        ("gpu:1x24gb", "NVIDIA RTX 4090; for others of 24gb: --topology gpu:1xA10, gpu:1xL4, gpu:1xRTX3090"),
+        ("gpu:8x80GB", "NVIDIA H100; for others of 80GB: --topology gpu:8xA100"),
+        ("gpu:1x32GB", "NVIDIA RTX 5090"),
+        ("gpu:1xL4", "NVIDIA L4"),
+        ("v5e:2x2", "TPU v5e"),
+    ],
+)
+def test_a_plan_states_whose_speed_it_has(name, source):
+    assert devices.topology(name).speed_source == f"at the speed of {source}"
+
+
 def test_the_list_names_topologies_that_can_be_planned():
     head, *rows = devices.listed()
     assert head[0] == "topology" and len(rows) == len(devices.DEVICES)

@@ -53,11 +53,20 @@ def test_options_of_an_experiment_are_printed_by_config_and_by_help(capsys):
         ("solvers", "dpmpp_2m_karras"),
         ("formats", "style-lora"),
         ("devices", "NVIDIA H200"),
+        ("demo", "a small red circle"),
+        ("emoji", "winking face"),
     ],
 )
 def test_list_prints_the_names_that_options_take(kind, expected, capsys):
     assert cli.main(["list", kind]) == 0
     assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("student, style", [("demo", "comic"), ("emoji", "noto")])
+def test_list_prints_a_students_styles_apart_from_its_prompts(student, style, capsys):
+    assert cli.main(["list", student]) == 0
+    printed = capsys.readouterr()
+    assert f"--style: {style}, " in printed.err and style not in printed.out.splitlines()
 
 
 @pytest.mark.parametrize(
