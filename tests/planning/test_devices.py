@@ -55,6 +55,9 @@ def test_the_list_names_topologies_that_can_be_planned():
         *((f"v5e{size}", "Slices of v5e are 2x2, 2x4.*16x16; .*v5e:16x16") for size in ("", ":4", ":0x4", ":3x7")),
         *((f"v5e:{size}", "Slices of v5e are") for size in ("100x100", "16x16x2", "4x4*0", "4x4*two", "4x4*")),
         ("v5p:2x2", "Slices of v5p are 2x2x1, 2x2x2"),
+        ("gpu:2xrtx409", "did you mean gpu:2xRTX4090?"),
+        ("RTX_4090", "did you mean gpu:1xRTX4090?"),
+        ("gpu:24GB", "did you mean gpu:1x24GB?"),
     ],
 )
 def test_the_error_for_an_unknown_topology_lists_the_known(name, message):

@@ -86,7 +86,8 @@ def test_the_verb_prints_what_fits_and_what_does_not(capsys, monkeypatch, planne
     printed = capsys.readouterr()
     assert "DOES NOT FIT" in printed.out and "8x8: " in printed.out and "fewer --slots" in printed.err
 
-
+    assert "DOES NOT FIT" in printed.out and "8x8: " in printed.out and "fewer --slots" in printed.err
+    assert "  at the speed of " in printed.out
 def test_the_verb_reads_a_checkpoint_s_own_styles(monkeypatch, planned):
     calls = []
     monkeypatch.setattr("dmm_jax.checkpoints.open.open_checkpoint", lambda path: f"opened {path}")
