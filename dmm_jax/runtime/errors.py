@@ -48,9 +48,9 @@ def refuse(title: str, problems: Iterable[str | bool | None], error: type[UserEr
 
 
 def nearest(name: str, names: Iterable[str], likeness: float = LIKENESS) -> str:
-    """Returns the one of `names` that is most like `name`, or "" if none is; case, "_" and "-" make no difference."""
-    spellings = {_letters(other): other for other in names}
-    near = difflib.get_close_matches(_letters(name), spellings, 1, likeness)
+    """Returns the one of `names` that is most like `name`, or "" if none is; case makes no difference."""
+    spellings = {other.lower(): other for other in names}
+    near = difflib.get_close_matches(name.lower(), spellings, 1, likeness)
     return spellings[near[0]] if near else ""
 
 
@@ -58,10 +58,6 @@ def meant(name: str, names: Iterable[str], show: Callable[[str], str] = str, lik
     """Returns "; did you mean X?" for the nearest of `names`, or "." if none is near: the end of a sentence."""
     near = nearest(name, names, likeness)
     return f"; did you mean {show(near)}?" if near else "."
-
-
-def _letters(name: str) -> str:
-    return name.lower().replace("_", "-")
 
 
 def visible(text: str) -> str:
