@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -40,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             names = list(map(str, action.choices))
             raise argparse.ArgumentError(
-                action, f"there is no {value!r}{meant(value, names)} Choose {', '.join(names)}."
+                action, f"there is no {value!r}{meant(value, names)} Choose one of {', '.join(names)}."
             )
 
 
@@ -50,15 +51,16 @@ def check(verb: argparse.ArgumentParser, words: Sequence[str]) -> None:
     It comes before parsing, which asks for missing arguments first. An option that is like none of the verb's stays for
     the parser, or for the config of a verb that has one.
     """
+    words = list(itertools.takewhile("--".__ne__, words))  # After "--" nothing is an option.
     options, positionals = verb._option_string_actions, [action.dest for action in verb._get_positional_actions()]
     typed = [word.partition("=")[0] for word in words]
+    wants_config = "--config" in options and "--config" not in typed and "config" not in positionals
     for before, word, name in zip(["", *words], words, typed, strict=False):
         is_option = re.match(r"--?[A-Za-z]\S*$", name) and not name.startswith("--config.")
         if is_option and name not in options and (name.startswith("--") or name[:2] not in options):  # -qv is -q -v.
             if near := _near_options(name.lstrip("-"), verb._actions, 0.75 if "--config" in options else 0.6):
                 verb.error(f"there is no option {name}; did you mean {' or '.join(near)}?")
-        has_config = "--config" not in options or "--config" in typed or "config" in positionals
-        if not has_config and not before.startswith("-") and (word in shipped_configs() or word.endswith(".py")):
+        if wants_config and not before.startswith("-") and (word in shipped_configs() or word.endswith(".py")):
             verb.error(f"{word} is an experiment; did you mean --config={word}?")
 
 
@@ -114,6 +116,6 @@ def options_named_as_typed(
         if ends:
             text = f"{paths[max(ends, key=len)]}: {text}"
         elif "--config" not in verb._option_string_actions:  # A config's options have names of arguments, too.
-            text = re.sub(r"^(?:a )?(\w+)(?= must )|(?<![\w.])(\w+_\w+)", rename, text)
+            text = re.sub(r"^(?:a )?(\w+)(?= must )|(?<![\w./])(\w+_\w+)", rename, text)
         error.args = (text,)
         raise

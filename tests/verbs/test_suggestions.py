@@ -40,7 +40,7 @@ def refused(capsys):
         ("--negative", "--negative-prompt"),
     ],
 )
-def test_options_of_other_programs_are_suggested_before_others_are_asked_for(typed, meant, refused):
+def test_options_of_other_programs_are_suggested(typed, meant, refused):
     assert refused("sample", "demo", typed, "7").endswith(f"there is no option {typed}; did you mean {meant}?")
 
 
@@ -57,10 +57,10 @@ def test_values_that_look_like_experiments_or_options_are_left_alone(failing, tm
 @pytest.mark.parametrize(
     "words, expected",
     [
-        (["list", "samplers"], "'samplers'; did you mean solvers? Choose configs, solvers"),
+        (["list", "samplers"], "'samplers'; did you mean solvers? Choose one of configs, solvers"),
         (["sample", "demo", "--dtype", "bf16"], "'bf16'; did you mean bfloat16?"),
         (["average", "o", "--method", "Task-Arithmetic"], "did you mean task_arithmetic?"),
-        (["bench", "zzzz"], "there is no 'zzzz'. Choose train"),
+        (["bench", "zzzz"], "there is no 'zzzz'. Choose one of train"),
     ],
 )
 def test_the_nearest_choice_is_suggested(words, expected, refused):
