@@ -1,8 +1,8 @@
 """A first merge of your own: two styles of the embedded world become one student, on two CPU cores.
 
     dmm-jax prepare --config=first_merge
-    dmm-jax train --config=first_merge --workdir=my_run
-    dmm-jax sample my_run --prompt "a large purple star" --style comic --style comic=0.5,neon=0.5 --out pictures
+    dmm-jax train --config=first_merge --workdir=runs/first_merge
+    dmm-jax sample runs/first_merge --prompt "a small red star" --style comic --style comic=0.5,neon=0.5 --out pictures
 
 Copy this file and choose other styles: comic, cartoon, ink, neon, blueprint. Prompts have this world's words: "a", then
 small or large; red, orange, yellow, green, blue or purple; circle, square, triangle or star; and, before a second

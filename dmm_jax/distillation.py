@@ -19,13 +19,12 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from dmm_jax.checkpoints import student_lora
+from dmm_jax.checkpoints import parents, student_lora
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.compare import check_mergeable
-from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.states import StateStore, check_notes
 from dmm_jax.config import checks, workdirs
-from dmm_jax.config.options import keeps_average, opening_options, solver_options
+from dmm_jax.config.options import keeps_average, solver_options
 from dmm_jax.data import batches as data_batches
 from dmm_jax.data.batches import Batch
 from dmm_jax.data.cache import LatentCache
@@ -84,9 +83,9 @@ class Distillation(Definition):
         processes.check_joined()
         mesh = mesh or sharding.make_mesh(**config.mesh)
         checks.check_mesh(config, mesh.shape)
-        base = base or open_checkpoint(config.base, **opening_options(config, "base"))
+        base = base or parents.open_base(config)
         if teachers is None:
-            teachers = incremental.open_teachers(config)
+            teachers = parents.open_teachers(config)
         check_mergeable(base, teachers, by_distillation=True)
         base.params("unet")  # Reports compare with the base: refuse damaged tensors now, not after the training.
         self.old_student = incremental.old_student(config, base)

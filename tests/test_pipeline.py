@@ -153,7 +153,7 @@ def test_an_embedding_of_words_draws_as_these_words(student, tmp_path):
     words = ["a large (red circle:1.3), a red circle", "red circle on a star"]
     options = QUICK | {"styles": "left", "output": "latents"}
     assert np.array_equal(taught(prompts, **options), student(words, **options))
-    with pytest.raises(ValueError, match="no embedding '<shap>': did you mean '<shape>'"):
+    with pytest.raises(ValueError, match="no embedding '<shap>'; did you mean '<shape>'.* There are: "):
         taught(["a <shap>"], **options)
     with pytest.raises(ValueError, match="no embedding 'shape': give its file"):
         student(["a embedding:shape"], **options)
@@ -244,8 +244,8 @@ def test_pictures_with_nan_are_refused_by_name(student):
         ({"styles": "left", "mixing": "pixels"}, "rows, predictions; got 'pixels'"),
         ({"styles": {"left": 1.0, "right": 0.5}, "mixing": "predictions"}, "sum to 1; those of a mix sum to 1.5"),
         ({"styles": "left", "output": "png"}, "images, pil, latents; got 'png'"),
-        ({"styles": "left", "prompt": "x"}, "prompt: did you mean prompts?"),
-        ({"styles": "left", "hight": 64}, "hight: did you mean height?"),
+        ({"styles": "left", "prompt": "x"}, "prompt; did you mean prompts?"),
+        ({"styles": "left", "hight": 64}, "hight; did you mean height?"),
         ({"styles": "left", "clip_skip": 2}, "an argument of Pipeline.from_pretrained"),
         ({"styles": "left", "num_images_per_prompt": 0}, "num_images_per_prompt must be"),
         ({"styles": ["left"] * 3, "num_images_per_prompt": 2}, "styles has 3 entries for 4 prompts"),

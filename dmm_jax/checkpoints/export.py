@@ -20,7 +20,7 @@ from dmm_jax.checkpoints.write import DTYPES, FLOAT8, FORMATS, write_format
 from dmm_jax.config.options import as_kept, opening_options
 from dmm_jax.config.serialization import load_config, to_json
 from dmm_jax.config.styles import parse_style, style_row
-from dmm_jax.runtime.errors import UserError
+from dmm_jax.runtime.errors import UserError, meant
 from dmm_jax.runtime.storage import check_output, locate, staged_folder
 
 PLACES = {  # Where each format is written, below the folder; LoRAs have files per style and spelling.
@@ -192,7 +192,8 @@ def check_options(formats: Sequence[str], dtype: str, options: Mapping[str, obje
     """
     unknown = [fmt for fmt in formats if fmt not in FORMATS]
     if unknown or not formats:
-        raise UserError(f"there is no format {', '.join(unknown) or '(none given)'}; there are: {', '.join(FORMATS)}.")
+        names, end = ", ".join(unknown) or "(none given)", meant(next(iter(unknown), ""), FORMATS)
+        raise UserError(f"there is no format {names}{end} There are: {', '.join(FORMATS)}.")
     if dtype not in DTYPES and (dtype != FLOAT8 or set(formats) != {"single-file"}):
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, or {FLOAT8} for single-file alone; got {dtype!r}.")
     for name, value in options.items():

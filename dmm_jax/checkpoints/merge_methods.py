@@ -15,7 +15,7 @@ import numpy as np
 from dmm_jax.checkpoints import naming
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
 from dmm_jax.checkpoints.formats.safetensors_io import Computed, Tensors
-from dmm_jax.runtime.errors import UserError
+from dmm_jax.runtime.errors import UserError, meant
 
 # {method: {option: default}}; each also takes weights. Without a validation set, TIES' paper (section 4) recommends
 # scale (its lambda) 1 and density (its k) 20 % for TIES, scale 0.4 for task arithmetic; 0.1 is DARE's drop rate of 0.9.
@@ -129,7 +129,7 @@ def parse_method(name: str, num_teachers: int, weights: Sequence[float] | None =
       UserError: the method or an option is unknown, or a number is out of range.
     """
     if name not in METHODS:
-        raise UserError(f"there is no method {name!r}; there are: {', '.join(METHODS)}.")
+        raise UserError(f"there is no method {name!r}{meant(name, METHODS)} There are: {', '.join(METHODS)}.")
     options = {option: value for option, value in options.items() if value is not None}
     unused = sorted(set(options) - set(METHODS[name]))
     if unused:

@@ -17,7 +17,7 @@ from dmm_jax.checkpoints.formats import hub, lora
 from dmm_jax.checkpoints.formats.diffusers_folder import open_folder
 from dmm_jax.checkpoints.open_single_file import open_single_file
 from dmm_jax.models.unet_config import merged_config
-from dmm_jax.runtime.errors import UserError, nearest
+from dmm_jax.runtime.errors import UserError, naming_option, nearest
 from dmm_jax.runtime.storage import Location, check_bucket, check_local, in_bucket, locate
 from dmm_jax.text import vocabulary
 
@@ -49,6 +49,8 @@ def open_checkpoint(
         prediction type.
     """
     hub.refuse_url(path)
+    if not os.fspath(path):
+        raise CheckpointError("no checkpoint is given: the path is empty.")
     if clip_skip != 1:
         opened = open_checkpoint(path, base, prediction_type=prediction_type, allow_unsupported=allow_unsupported)
         return with_clip_skip(opened, clip_skip)
@@ -69,7 +71,8 @@ def open_checkpoint(
         return dataclasses.replace(open_checkpoint(folder, base, **options), hub_name=name)
     if not path.exists():
         raise CheckpointError(
-            f"there is no checkpoint {path}{_suggestion(path)}. Give a diffusers folder or a .safetensors file, or "
+            f"there is no checkpoint {path}{_suggestion(path)}. Give a diffusers folder, a .safetensors file, the "
+            f"workdir of a training run, {' or '.join(shipped.STUDENTS)} (students that come with dmm_jax), or "
             "hf:OWNER/NAME to fetch it from the Hugging Face hub."
         )
     if path.is_file():
@@ -224,7 +227,8 @@ def _open_workdir(path: Location) -> Checkpoint:
     from dmm_jax.config.serialization import load_config
 
     config = load_config(path)
-    base = open_checkpoint(config.base, **opening_options(config, "base"))
+    with naming_option(f"config.base of {path}"):
+        base = open_checkpoint(config.base, **opening_options(config, "base"))
     styles = tuple(style_names(config))
     unet = merged_config(base.unet_config, len(styles))
     ranks, sources = student_lora.ranks(config), [base]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from dmm_jax.checkpoints.architecture import SD1, SD2, SDXL, scheduler_config
 from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
-from dmm_jax.runtime.errors import UserError
+from dmm_jax.runtime.errors import UserError, meant
 
 _VAE = {
     "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4, "sample_size": 512,
@@ -72,7 +72,9 @@ def checkpoint(name: str, configs: Mapping[str, Mapping] = CONFIGS) -> Checkpoin
       UserError: the name is unknown.
     """
     if name not in configs:
-        raise UserError(f"there is no published architecture {name!r}; there are {', '.join(configs)}.")
+        raise UserError(
+            f"there is no published architecture {name!r}{meant(name, configs)} There are: {', '.join(configs)}."
+        )
     components = {part: Component(dict(config), dict) for part, config in configs[name].items() if part != "scheduler"}
     scheduler = dict(configs[name]["scheduler"])
     return Checkpoint(pathlib.Path(name), "published", components, scheduler, None, None)

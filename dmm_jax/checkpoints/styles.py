@@ -13,7 +13,7 @@ from dmm_jax.checkpoints.checkpoint import Checkpoint, Component
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats.safetensors_io import Computed, Tensors, dtype_of, shape_of
 from dmm_jax.models.unet_config import style_mlp_name
-from dmm_jax.runtime.errors import nearest
+from dmm_jax.runtime.errors import meant
 
 TABLE = "model_embedding.weight"
 BIAS = "time_embedding.linear_2.bias"  # The bias that a fixed style is folded into.
@@ -34,8 +34,7 @@ def select_styles(student: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
     for name in names.values():
         if name not in own_names:
             raise CheckpointError(
-                f"{student.path} has no style {name!r}; did you mean {nearest(name, own_names)!r}? "
-                f"It has: {', '.join(own_names)}."
+                f"{student.path} has no style {name!r}{meant(name, own_names, repr)} It has: {', '.join(own_names)}."
             )
     if not names:
         raise CheckpointError(f"no style of {student.path} is kept; name at least one of {', '.join(own_names)}.")

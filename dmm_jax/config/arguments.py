@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dmm_jax.runtime.errors import UserError, nearest, refuse
+from dmm_jax.runtime.errors import UserError, meant, refuse
 
 MAX_SEED = 2**32 - 1  # The largest seed of a JAX key.
 MAX_PIXELS = 2**14  # Pixels per side.
@@ -97,7 +97,7 @@ def refuse_unknown(others: Mapping, function: Callable, other_names: Mapping[str
     parameters = [name for name in inspect.signature(function).parameters if name not in ("self", "others")]
     refuse(
         "unknown arguments",
-        [f"{name}: did you mean {other_names.get(name) or nearest(name, parameters)}?" for name in others],
+        [f"{name}{meant(other_names.get(name, name), [*parameters, *other_names.values()])}" for name in others],
     )
 
 

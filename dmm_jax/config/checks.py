@@ -8,10 +8,10 @@ from dmm_jax.config.arguments import MAX_SEED
 from dmm_jax.config.options import DTYPES, IMAGES, PROMPTS, SHAPES_WORLD, clip_skips, num_rows, style_names
 from dmm_jax.config.serialization import flat_values
 from dmm_jax.config.styles import is_writable
-from dmm_jax.runtime.errors import UserError, refuse
+from dmm_jax.runtime.errors import UserError, meant, refuse
 from dmm_jax.text.prompt_grammar import A1111, GRAMMARS, parse
 
-TITLE = "The config cannot be run"
+TITLE = "The config cannot be run (set options in its file, or as --config.NAME=VALUE)"
 CHOICES = {
     "student_init": ("base", "average"),
     "style_init": ("zero", "paper"),
@@ -155,7 +155,8 @@ def _values(config):
         if isinstance(value, (int, float)) and not isinstance(value, bool) and (rule := _broken_rule(name, value)):
             yield f"{name} must {rule}; got {value}."
     for name, allowed in CHOICES.items():
-        yield values[name] not in allowed and f"{name} must be one of {', '.join(allowed)}; got {values[name]!r}."
+        end = meant(str(values[name]), allowed)
+        yield values[name] not in allowed and f"{name} must be one of {', '.join(allowed)}; got {values[name]!r}{end}"
 
 
 def _broken_rule(name: str, value: int | float) -> str:

@@ -11,7 +11,7 @@ from ml_collections import config_flags
 from dmm_jax.config import options
 from dmm_jax.config.options import as_teachers
 from dmm_jax.config.serialization import flat_values
-from dmm_jax.runtime.errors import UsageError, UserError, nearest
+from dmm_jax.runtime.errors import UsageError, UserError, meant
 from dmm_jax.runtime.home import expand_home
 
 
@@ -39,9 +39,8 @@ def config_file(name: str) -> str:
     shipped = shipped_configs()
     if path in shipped:
         return f"{shipped[path]}{colon}{argument}"
-    near = nearest(pathlib.Path(path).stem, shipped, 0.6)
-    meant = f" Did you mean --config={near}?" if near else ""
-    raise UserError(f"there is no config file {path}.{meant} The experiments that ship are {', '.join(shipped)}.")
+    end = meant(pathlib.Path(path).stem, shipped, lambda near: f"--config={near}")
+    raise UserError(f"there is no config file {path}{end} The experiments that ship are {', '.join(shipped)}.")
 
 
 def read_config(path: str, overrides: Sequence[str] = ()):
@@ -143,6 +142,5 @@ def _check_names(config, overrides):
 
 def _no_option(name, config) -> str:
     own = name.removeprefix("config.")
-    near = nearest(own, _options(config), 0.5)
-    meant = f"; did you mean --config.{near}?" if near else "."
-    return f"there is no option --{name}{meant} `dmm-jax config` lists the options."
+    end = meant(own, _options(config), lambda near: f"--config.{near}", 0.5)
+    return f"there is no option --{name}{end} `dmm-jax config` lists the options."

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from dmm_jax.runtime.errors import UserError, nearest
+from dmm_jax.runtime.errors import UserError, meant
 
 Mix = str | Mapping[str, float]
 Schedule = Sequence[Sequence]  # Pairs: a first timestep, or a span (high, low) for a fade; and a mix.
@@ -45,9 +45,9 @@ def style_row(style: Style, names: Sequence[str]) -> Float[np.ndarray, " N"]:
     row = np.zeros(len(names), np.float32)
     for name, weight in mix.items():
         if name not in names:
-            raise UserError(
-                f"there is no style {name!r}; did you mean {nearest(name, names)!r}? There are: {', '.join(names)}."
-            )
+            mix = _as_mix(name, names)
+            end = f"; did you mean {mix!r}? The weights of a mix sum to 1." if mix else meant(name, names, repr)
+            raise UserError(f"there is no style {name!r}{end} There are: {', '.join(names)}.")
         row[list(names).index(name)] = weight
     if not np.isfinite(row).all() or not row.any():
         raise UserError(f"a mix needs finite weights, at least one of them not 0; got {style_text(mix)!r}.")
@@ -61,6 +61,16 @@ def style_row(style: Style, names: Sequence[str]) -> Float[np.ndarray, " N"]:
             stacklevel=2,
         )
     return row
+
+
+def _as_mix(text: str, names: Sequence[str]) -> str:
+    """Returns NAME=WEIGHT,... for a mix in another program's notation (a:0.5, "a,b", (a:0.7)+b*0.3); "" for no mix."""
+    parts = [re.split("[:*]", part.strip(" ()")) for part in re.split("[,+]", text)]
+    try:
+        mix = [(name.strip(), float(weight[0]) if weight else 1 / len(parts)) for name, *weight in parts]
+    except ValueError:
+        return ""
+    return ",".join(f"{name}={weight:.3g}" for name, weight in mix) if {name for name, _ in mix} <= set(names) else ""
 
 
 def is_writable(name: str) -> bool:

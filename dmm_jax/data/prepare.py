@@ -12,7 +12,7 @@ from flax import nnx
 
 from dmm_jax.checkpoints.architecture import CELL
 from dmm_jax.checkpoints.checkpoint import Checkpoint
-from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.parents import open_base
 from dmm_jax.config import arguments, checks
 from dmm_jax.config.options import SHAPES_WORLD
 from dmm_jax.data.buckets import Size, bucket_sizes
@@ -45,7 +45,7 @@ def prepare_images(config, strict: bool = False, dry_run: bool = False) -> Laten
       ValueError: the source, the base or the cache folder cannot be used.
     """
     check_config(config)
-    base = open_checkpoint(config.base)
+    base = open_base(config)
     sizes = sizes_of(config, base)
     tokenizers = base.tokenizers()
     say(f"reading {config.data.source or config.data.kind}")

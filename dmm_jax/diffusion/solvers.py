@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 from dmm_jax.diffusion import solver_tables
 from dmm_jax.diffusion import spacing as spacing_lib
 from dmm_jax.diffusion.schedule import NoiseSchedule
-from dmm_jax.runtime.errors import UserError, nearest
+from dmm_jax.runtime.errors import UserError, meant
 
 # {solver: its name in AUTOMATIC1111's web UI}
 NAMES = {
@@ -104,12 +104,11 @@ def canonical(name: str) -> str:
     spellings = {_letters(spelling): solver for solver in SOLVERS for spelling in (solver, a1111_name(solver))}
     letters = _letters(name).removesuffix("automatic")
     if letters not in spellings:
-        near = nearest(letters, spellings, MIN_LIKENESS)
-        meant = f"; did you mean {spellings[near]!r}?" if near else "."
+        end = meant(letters, spellings, lambda near: repr(spellings[near]), MIN_LIKENESS)
         methods = ", ".join(f"{method} ({title})" for method, title in NAMES.items())
         spacings = ", ".join(f"_{spacing} ({title})" for spacing, title in spacing_lib.SPACINGS.items() if spacing)
         raise UserError(
-            f"there is no solver {name!r}{meant} There are, with A1111's names in brackets: {methods}; all except "
+            f"there is no solver {name!r}{end} There are, with A1111's names in brackets: {methods}; all except "
             f"{', '.join(UNSPACED)} also with {spacings}."
         )
     return spellings[letters]

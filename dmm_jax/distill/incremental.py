@@ -14,13 +14,14 @@ from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.compare import teacher_problems
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats import hub
-from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
+from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.parents import open_teachers
 from dmm_jax.checkpoints.styles import fold_style, select_styles
-from dmm_jax.config.options import kept_styles, opening_options
+from dmm_jax.config.options import kept_styles
 from dmm_jax.config.serialization import load_config
 from dmm_jax.distill.teachers import BatchRow
 from dmm_jax.models.unet_config import style_mlp_name
-from dmm_jax.runtime.errors import refuse
+from dmm_jax.runtime.errors import naming_option, refuse
 from dmm_jax.runtime.storage import locate
 
 REPLAY = "replay"  # The name of a row of the batch in which the old student teaches.
@@ -35,7 +36,7 @@ def resolved(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """
     if not config.grow.student or config.grow.styles:
         return config
-    student = open_checkpoint(config.grow.student)
+    student = _open_old(config)
     if not student.styles:
         raise CheckpointError(
             f"grow.student {student.path} is a stock checkpoint: only a merged one has styles to keep. "
@@ -54,13 +55,18 @@ def old_student(config, base: Checkpoint) -> Checkpoint | None:
     """
     if not config.grow.student:
         return None
-    student = select_styles(open_checkpoint(config.grow.student), kept_styles(config))
+    student = select_styles(_open_old(config), kept_styles(config))
     problems = teacher_problems(base, f"grow.student ({student.path})", fold_style(student, one_hot(student, 0)))
     for component in ("vae", *base.text_encoders):
         if student.has(component) and student.digest(component) != base.digest(component):
             problems.append(f"grow.student ({student.path}) was trained with another {component} than the base's.")
     refuse("This student cannot grow", problems, CheckpointError)
     return student
+
+
+def _open_old(config) -> Checkpoint:
+    with naming_option("config.grow.student"):
+        return open_checkpoint(config.grow.student)
 
 
 def one_hot(student: Checkpoint, row: int) -> np.ndarray:
@@ -102,11 +108,6 @@ def _fresh_row(table: np.ndarray, name: str, seed: int) -> np.ndarray:
         cosines = table @ row / np.maximum(lengths * np.linalg.norm(row), 1e-12)
         if np.abs(cosines).max() < MAX_COSINE:
             return row
-
-
-def open_teachers(config) -> dict[str, Checkpoint]:
-    """Opens the teachers of a config, by name."""
-    return {name: open_teacher(path, config.base, **opening_options(config, name)) for name, path in config.teachers}
 
 
 def origins(config) -> dict[str, Checkpoint]:

@@ -12,9 +12,9 @@ import numpy as np
 
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.compare import check_mergeable
-from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.parents import open_base
 from dmm_jax.checkpoints.provenance import sha256
-from dmm_jax.config.options import PROMPTS, embedding_files, opening_options, solver_options, style_names
+from dmm_jax.config.options import PROMPTS, embedding_files, solver_options, style_names
 from dmm_jax.data import prepare
 from dmm_jax.data.buckets import Size
 from dmm_jax.data.cache import LatentCache
@@ -52,7 +52,7 @@ def prepare_teacher_samples(config, dry_run: bool = False) -> LatentCache | None
     prepare.check_config(config)
     config = incremental.resolved(config)
     options = solver_options(config)
-    base = open_checkpoint(config.base, **opening_options(config, "base"))
+    base = open_base(config)
     sizes = prepare.sizes_of(config, base)
     draws = _draws(config, len(sizes))
     teachers = incremental.origins(config)

@@ -7,7 +7,8 @@ from dmm_jax.checkpoints.average import networks_of
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.merge_methods import METHODS, merge_networks, parse_method
 from dmm_jax.checkpoints.open import open_checkpoint
-from dmm_jax.config.options import embedding_files, opening_options, style_names
+from dmm_jax.checkpoints.parents import open_base
+from dmm_jax.config.options import embedding_files, style_names
 from dmm_jax.distill.incremental import origins
 from dmm_jax.pipeline import Pipeline
 from dmm_jax.runtime.storage import Location
@@ -23,7 +24,7 @@ class ComparedModels:
         self.names = style_names(config)
         self.dtype, self._options = config.dtype, {"prompt_grammar": config.sampling.prompt_grammar}
         self._embeddings = {name: embedding_files(config, name) for name in ("base", *self.names)}
-        self._base = open_checkpoint(config.base, **opening_options(config, "base"))
+        self._base = open_base(config)
         self._teachers = origins(config)
         self._student = open_checkpoint(workdir)
         options = {"dtype": self.dtype, **self._options}

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from dmm_jax.checkpoints.formats import hub
-from dmm_jax.checkpoints.open import open_checkpoint
+from dmm_jax.checkpoints.parents import open_base
 from dmm_jax.config.options import SHAPES_WORLD, style_names
 from dmm_jax.config.serialization import load_config
 from dmm_jax.evaluation import clip, lpips
@@ -146,7 +146,7 @@ def _features(options: Options, config) -> str:
     """
     features = options.features
     if features in ("", SHAPES):
-        is_shapes = config.data.kind == SHAPES_WORLD or draws_shapes_world(open_checkpoint(config.base))
+        is_shapes = config.data.kind == SHAPES_WORLD or draws_shapes_world(open_base(config))
         if features and not is_shapes:
             raise UserError(
                 f"FD (shapes) is a distance of the embedded world's pictures, and {config.base} does not draw that "

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from dmm_jax.runtime.errors import UserError
+from dmm_jax.runtime.errors import UserError, meant
 
 COMPUTE_SHARE = 0.4  # Share of the bf16 peak that products reach; torch.compile reaches 0.34 of an H200's in this step.
 BANDWIDTH_SHARE = 0.8  # Share of the memory's bandwidth.
@@ -107,6 +107,18 @@ class Topology:
         return topology(f"{kind}:{sizes[0]}") if sizes else None
 
     @property
+    def speed_source(self) -> str:
+        """Returns whose speed estimates have; where the name is a memory alone, also how to ask for other devices."""
+        start, _, kind = self.name.rpartition("x")
+        others = ""
+        if kind.upper() in GPU_BY_MEMORY:
+            same = [name for name, device in DEVICES.items() if device.memory == self.device.memory]
+            others = ", ".join(f"{start}x{name}" for name in same if DEVICES[name] is not self.device)
+        return f"at the speed of {self.device.name}" + (
+            f"; for others of {kind}: --topology {others}" if others else ""
+        )
+
+    @property
     def domains(self) -> str:
         """Returns the name of what the network joins."""
         return "slices" if self.platform == "tpu" else "hosts"
@@ -148,10 +160,12 @@ def topology(name: str) -> Topology:
             f"there is no topology {name!r}. Slices of {kind} are {', '.join(SIZES[kind])}; several of them are "
             f"written {kind}:{SIZES[kind][-1]}*2."
         )
-    gpus = ", ".join([*GPU_BY_MEMORY, *(model for model in DEVICES if model not in SIZES)])
+    gpus = [*GPU_BY_MEMORY, *(model for model in DEVICES if model not in SIZES)]
+    count, times, model = size.partition("x")
+    end = meant(model or name, gpus, lambda gpu: f"gpu:{count if times else 1}x{gpu}")
     raise UserError(
-        f"there is no topology {name!r}. Give a TPU slice such as v5e:4x4, v5p:2x2x2 or v6e:4x4, or gpu:COUNTxKIND "
-        f"such as gpu:8x80GB; the kinds are {gpus}."
+        f"there is no topology {name!r}{end} Give a TPU slice such as v5e:4x4, v5p:2x2x2 or v6e:4x4, or "
+        f"gpu:COUNTxKIND such as gpu:8x80GB; the kinds are {', '.join(gpus)}."
     )
 
 

@@ -22,6 +22,7 @@ def render_server(plan: ServingPlan) -> str:
         *_memory_lines(plan, report),
         "",
         *(f"{size}: {speed:.2f} images/s of {plan.num_steps} steps" for size, speed in plan.images_per_s.items()),
+        f"  {plan.topology.speed_source}",
         "Assumed: " + "; ".join(plan.assumptions) + ".",
     ]
     return "\n".join(lines) + "\n"
@@ -55,6 +56,7 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield f"Roofline: {report['step_s']:.3f} s per step ({parts})"
         hours = f"{report['hours']:.1f} hours, {report['chip_hours']:.0f} chip-hours"
         yield f"  {report['images_per_s']:.0f} images/s, {hours}"
+        yield f"  {plan.topology.speed_source}"
     on_disk = ", ".join(f"{name.replace('_', ' ')} {_gib(size)}" for name, size in report["disk_gb"].items())
     yield f"Disk: {on_disk}"
     if plan.assumptions:

@@ -1,10 +1,12 @@
 """Errors that the user can mend, lists of problems, and suggestions for a wrong name."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 INTERRUPTED = 130  # Exit code after Ctrl-C.
 FULL_DISK = ("No space left on device", "Disk quota exceeded")
+LIKENESS = 0.6  # A name is suggested if it is so similar to the unknown one, from 0 to 1.
 REPORT = "this is a fault of dmm-jax; please open an issue with your command and the traceback above."
 
 
@@ -28,6 +30,16 @@ class UsageError(UserError):
     """A command-line option that does not exist, or a value that it cannot take."""
 
 
+@contextlib.contextmanager
+def naming_option(option: str) -> Iterator[None]:
+    """Puts the name of an option before the message of an error that its value causes in the block."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (f"{option}: {error}",)
+        raise
+
+
 def refuse(title: str, problems: Iterable[str | bool | None], error: type[UserError] = UserError) -> None:
     """Raises one error that lists every problem; does nothing if there is none. False and None are skipped."""
     lines = [problem for problem in problems if problem]
@@ -35,9 +47,17 @@ def refuse(title: str, problems: Iterable[str | bool | None], error: type[UserEr
         raise error(visible(f"{title}:\n" + "\n".join(f"  - {line}" for line in lines)))
 
 
-def nearest(name: str, names: Iterable[str], cutoff: float = 0.0) -> str:
-    """Returns the one of `names` that is most like `name`, or "" if none reaches the cutoff (0 to 1)."""
-    return next(iter(difflib.get_close_matches(name, list(names), 1, cutoff)), "")
+def nearest(name: str, names: Iterable[str], likeness: float = LIKENESS) -> str:
+    """Returns the one of `names` that is most like `name`, or "" if none is; case makes no difference."""
+    spellings = {other.lower(): other for other in names}
+    near = difflib.get_close_matches(name.lower(), spellings, 1, likeness)
+    return spellings[near[0]] if near else ""
+
+
+def meant(name: str, names: Iterable[str], show: Callable[[str], str] = str, likeness: float = LIKENESS) -> str:
+    """Returns "; did you mean X?" for the nearest of `names`, or "." if none is near: the end of a sentence."""
+    near = nearest(name, names, likeness)
+    return f"; did you mean {show(near)}?" if near else "."
 
 
 def visible(text: str) -> str:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-from dmm_jax.runtime.errors import UserError, nearest
+from dmm_jax.runtime.errors import UserError, meant
 
 
 @runtime_checkable
@@ -72,7 +72,7 @@ def open_trackers(names: Sequence[str], workdir: str | os.PathLike, config: Mapp
     """
     for name in names:
         if name not in TRACKERS:
-            raise UserError(f"there is no tracker {name!r}; did you mean {nearest(name, TRACKERS)}?")
+            raise UserError(f"there is no tracker {name!r}{meant(name, TRACKERS)} There are: {', '.join(TRACKERS)}.")
     return [TRACKERS[name](workdir, config) for name in dict.fromkeys(names)]
 
 

@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from dmm_jax.runtime.errors import UserError, nearest, visible
+from dmm_jax.runtime.errors import UserError, meant, visible
 from dmm_jax.serve.requests import Draining, EngineFailed, NotFinite, QueueFull
 
 RETRY_S = 5.0  # When a client may ask again a server that starts or stops.
@@ -93,7 +93,7 @@ def refuse_unknown_fields(names: Iterable, fields: Sequence[str], others: Mappin
     """
     unknown = [str(name) for name in names if name not in fields]
     if unknown:
-        hints = [f"{name!r}: did you mean {others.get(name) or nearest(name, fields)!r}?" for name in unknown[:5]]
+        hints = [f"{name!r}{meant(others.get(name, name), (*fields, *others.values()), repr)}" for name in unknown[:5]]
         raise ValueError(f"there is no field {' '.join(hints)} The fields are: {', '.join(fields)}.")
 
 

@@ -23,7 +23,7 @@ from dmm_jax.checkpoints.write import write_folder, write_single_file
 from dmm_jax.models.clip_text import CLIPTextModel
 from dmm_jax.models.unet_2d_condition import UNet2DConditionModel
 from dmm_jax.runtime import compilation, locks
-from dmm_jax.runtime.errors import UserError
+from dmm_jax.runtime.errors import UserError, meant
 from dmm_jax.runtime.processes import say
 from dmm_jax.studies import emoji_classifier, emoji_judge
 from dmm_jax.studies.emoji_merges import ROWS, SEEDS, make_latents, train_student
@@ -107,7 +107,9 @@ def run(
         raise UserError(f"--minutes must be a number of at least 0; got {minutes:g}.")
     names = [stage.name for stage in stages(study, rows, seeds)]
     if unknown := sorted(set(only) - set(names)):
-        raise UserError(f"there is no stage {', '.join(unknown)}. The stages are {', '.join(names)}.")
+        raise UserError(
+            f"there is no stage {', '.join(unknown)}{meant(unknown[0], names)} The stages are {', '.join(names)}."
+        )
     if not study.rows:
         raise UserError(
             f"{study.folder / PICTURES} lists no pictures: python -m dmm_jax.studies.emoji fetch {study.folder}"

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dmm_jax.runtime.errors import UserError, nearest
+from dmm_jax.runtime.errors import UserError, meant
 from dmm_jax.text.prompt_grammar import PLAIN, Piece, parse, quoted
 from dmm_jax.text.tokenizer import NO_PROMPT, Tokenizer, Tokenizers
 
@@ -98,8 +98,8 @@ def _units(tokenizer: Tokenizer, embeddings: Mapping, piece: Piece) -> Iterator[
             continue
         if unknown := re.search(r"embedding:\S+|<[^<>|\s]+>" if names else r"embedding:\S+", text):
             name = unknown[0].removeprefix("embedding:")
-            advice = f"did you mean {nearest(name.lower(), embeddings)!r}?" if names else "give its file."
-            raise UserError(f"there is no embedding {name!r}: {advice}")
+            others = f"{meant(name, embeddings, repr)} There are: {', '.join(embeddings)}."
+            raise UserError(f"there is no embedding {name!r}{others if names else ': give its file.'}")
         for token in tokenizer.token_ids(text):
             yield Unit((token,), piece.weight, token == tokenizer.comma_id)
 

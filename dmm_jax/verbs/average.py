@@ -39,6 +39,7 @@ def main(args: argparse.Namespace) -> None:
     from dmm_jax.checkpoints.average import average
     from dmm_jax.runtime.processes import say
 
+    say(f"Reading the base and {len(args.teachers)} checkpoints")
     result = average(**options.keywords(args))
     for note in result.notes:
         say(note)

@@ -11,10 +11,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config",
         nargs="?",
-        default="",
+        default=argparse.SUPPRESS,
         metavar="CONFIG",
         help="an experiment file, the name of one that ships, or a training run; default: the defaults",
     )
+    parser.add_argument("--config", default="", metavar="CONFIG", help="CONFIG, as other verbs take it; default: none")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

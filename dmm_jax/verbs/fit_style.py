@@ -45,11 +45,13 @@ def main(args: argparse.Namespace) -> None:
     arguments.whole_number("resolution", args.resolution, 0)
     _check_out(args.out)
     compilation.use_cache()
+    say(f"Reading {args.model}")
     pipeline = Pipeline.from_pretrained(args.model, dtype=args.dtype or default_dtype(), base=args.base)
     side = args.resolution or per_axis(pipeline.unet.merged().config["sample_size"])[0] * pipeline.vae_scale_factor
     images = FolderSource(args.images, arguments.pixels("resolution", side, pipeline.vae_scale_factor))
     for line in images.unused.lines():
         say(line)
+    say(f"Compiling, then learning for {args.steps} steps")
     fitted = fit_style(pipeline, images, args.name, start=args.start, mix_only=args.mix_only, **learning)
     fitted.save(args.out)
     print(fitted.summary())

@@ -1,6 +1,10 @@
 """`dmm-jax list`: prints the names that options take, each with its meaning."""
 
 import argparse
+import functools
+import itertools
+
+from dmm_jax.checkpoints.shipped import BASE, FOLDER, PROMPTS, STUDENTS
 
 EXAMPLES = ("dmm-jax list configs", "dmm-jax list solvers", "dmm-jax list emoji")
 
@@ -11,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "kind",
         choices=tuple(_KINDS),
         help="configs: for --config; solvers: for --solver and config.sampling.solver; formats: for export --format; "
-        "devices: for plan --topology; models: students that come with dmm_jax; emoji: prompts of the student emoji",
+        "devices: for plan --topology; models: students that come with dmm_jax; a student: its styles and prompts",
     )
 
 
@@ -47,17 +51,28 @@ def _devices():
 
 
 def _models():
-    from dmm_jax.checkpoints.open import open_checkpoint
-    from dmm_jax.checkpoints.shipped import BASE, FOLDER, STUDENTS
-
-    rows = [(name, ", ".join(open_checkpoint(FOLDER / name, BASE).styles), prompt) for name, prompt in STUDENTS.items()]
+    rows = [(name, ", ".join(_styles(name)), prompt) for name, prompt in STUDENTS.items()]
     return [("model", "styles", "a prompt"), *rows]
 
 
-def _emoji():
-    from dmm_jax.checkpoints.shipped import EMOJI, FOLDER, PROMPTS
+def _styles(student):
+    from dmm_jax.checkpoints.open import open_checkpoint
 
-    return [(prompt,) for prompt in (FOLDER / EMOJI / PROMPTS).read_text(encoding="utf-8").splitlines()]
+    return open_checkpoint(FOLDER / student, BASE).styles
+
+
+def _prompts(student):
+    """Returns a student's prompts; prints its styles on stderr, so that the prompts can go into a file."""
+    from dmm_jax.runtime.processes import say
+    from dmm_jax.world import scenes
+
+    say(f"Styles, for --style: {', '.join(_styles(student))}")
+    file = FOLDER / student / PROMPTS
+    if file.is_file():
+        say("Prompts, for --prompt:")
+        return [(prompt,) for prompt in file.read_text(encoding="utf-8").splitlines()]
+    say(f"Prompts, for --prompt, also two of them joined by {', '.join(scenes.RELATIONS)}:")
+    return [(f"a {' '.join(words)}",) for words in itertools.product(scenes.SIZES, scenes.COLOURS, scenes.SHAPES)]
 
 
 _KINDS = {
@@ -66,5 +81,5 @@ _KINDS = {
     "formats": _formats,
     "devices": _devices,
     "models": _models,
-    "emoji": _emoji,
+    **{student: functools.partial(_prompts, student) for student in STUDENTS},
 }

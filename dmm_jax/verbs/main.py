@@ -7,7 +7,6 @@ an exit code, or None for 0. The file is imported when the verb is named, and im
 
 import argparse
 import contextlib
-import difflib
 import faulthandler
 import importlib
 import os
@@ -18,9 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 from dmm_jax.planning import devices
 from dmm_jax.runtime import terminal
-from dmm_jax.runtime.errors import FULL_DISK, INTERRUPTED, REPORT, Preempted, UsageError, message, nearest, visible
+from dmm_jax.runtime.errors import FULL_DISK, INTERRUPTED, REPORT, Preempted, UsageError, meant, message, visible
 from dmm_jax.runtime.home import expand_home
 from dmm_jax.runtime.terminal import paint
+from dmm_jax.verbs import suggestions
 
 VERBS = {  # In the order of --help. The file of `fit-style` is fit_style.py.
     "demo": "run every step on the embedded world and write report/index.html",
@@ -37,12 +37,11 @@ VERBS = {  # In the order of --help. The file of `fit-style` is fit_style.py.
     "evaluate": "measure fidelity, the style matrix, FD or FID; writes metrics.json and a report",
     "bench": "measure images/s and TFLOP/s on random data and compare with the device's peak",
     "config": "print every option of an experiment: its value and its meaning",
-    "list": "print names: configs, solvers, formats, devices, models that ship, prompts of emoji",
+    "list": "print names: configs, solvers, formats, devices, models that ship, their styles and prompts",
     "completion": "print the completion script of a shell",
 }
 CONFIG_HELP = "--config.help"
 MAX_LINE_CHARS = 1000
-NUM_SUGGESTIONS = 3  # For a mistyped option.
 # Parts of Orbax's log that mean nothing to the user, or that the error of this command says again, without tracebacks.
 NOISE = ("Metadata file does not exist", *FULL_DISK)
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_PIPE = 0, 1, 2, 141
@@ -58,23 +57,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run():
         parser = build_parser(verb)
         if verb and verb not in VERBS:
-            near = nearest(verb, VERBS, 0.5)
-            parser.error(f"there is no verb {verb!r}{f'; did you mean {near}?' if near else ''}")
+            parser.error(f"there is no verb {verb!r}{meant(verb, VERBS)} `dmm-jax --help` lists them.")
         if CONFIG_HELP in argv:
             return _print_options(verb, argv)
+        if verb:
+            words = argv[argv.index(verb) + 1 :]
+            suggestions.check(_parser_of(parser, verb), words)
         args, overrides = parser.parse_known_args(argv)
-        _check_overrides(parser, args, overrides)
+        if overrides and "config" not in args:
+            others = " ".join(overrides)
+            _parser_of(parser, verb).error(
+                f"unrecognized arguments: {others}; `dmm-jax {verb} --help` lists the options"
+            )
         terminal.set_verbosity(args.verbosity)
         _set_environment(args)
         args.overrides = overrides  # --config.NAME=VALUE
-        return _module(verb).main(args)
+        with suggestions.options_named_as_typed(_parser_of(parser, verb), words, dict(vars(args))):
+            return _module(verb).main(args)
 
     return exit_code(verb, run)
 
 
 def build_parser(*verbs: str) -> argparse.ArgumentParser:
     """Describes all verbs, and the arguments of those that are named."""
-    parser = argparse.ArgumentParser(
+    parser = suggestions.Parser(
         prog="dmm-jax",
         description="Merge Stable Diffusion checkpoints by distillation, in JAX.",
         epilog="`dmm-jax VERB --help` lists the options of a verb; `dmm-jax config` lists those of a training run.",
@@ -134,23 +140,9 @@ def _print_options(verb, argv):
     return _module("config").main(args)
 
 
-def _check_overrides(parser, args, overrides):
-    """Refuses arguments that neither the verb nor a config has, and suggests the verb's own options."""
+def _parser_of(parser, verb) -> argparse.ArgumentParser:
     (verbs,) = [action for action in parser._actions if action.dest == "verb"]
-    verb, has_config = verbs.choices[args.verb], "config" in args
-    named = [action for action in verb._actions if action.option_strings]
-    options = {action.dest.replace("_", "-"): action.option_strings[-1] for action in named}  # --n is num-images.
-    options |= {name.lstrip("-"): name for action in named for name in action.option_strings}
-    for word in overrides:
-        name = word.partition("=")[0]
-        if not name.startswith("--") or name.startswith("--config."):
-            continue
-        near = difflib.get_close_matches(name.lstrip("-"), options, NUM_SUGGESTIONS, 0.75 if has_config else 0.6)
-        if near:
-            near = dict.fromkeys(options[option] for option in near)
-            verb.error(f"there is no option {name}; did you mean {' or '.join(near)}?")
-    if overrides and not has_config:
-        verb.error(f"unrecognized arguments: {' '.join(overrides)}; `dmm-jax {args.verb} --help` lists the options")
+    return verbs.choices[verb]
 
 
 def _set_environment(args):

@@ -113,6 +113,8 @@ def main(args: argparse.Namespace) -> None:
     sampling = pipeline.sampling | {name: value for name, value in given.items() if value is not None}
     if pipeline.schedule.rescale_betas_zero_snr and not sampling["guidance_rescale"]:
         say(ADVICE)
+    num_pictures = len(prompts) * len(args.style or pipeline.styles or [None])
+    say(f"Compiling, then drawing {num_pictures} pictures, {args.batch_size} at once, into {args.out}")
     page = write_gallery(
         pipeline,
         args.out,

@@ -21,6 +21,8 @@ def main(args: argparse.Namespace) -> None:
     """Prints one line per file that agrees; raises an error that names those that do not."""
     from dmm_jax.evaluation.verify_export import verify_folder
     from dmm_jax.runtime import compilation
+    from dmm_jax.runtime.processes import say
 
     compilation.use_cache()
+    say(f"Comparing {args.folder} with stock diffusers")
     print("\n".join(verify_folder(args.folder, args.against)))

@@ -35,6 +35,7 @@ def test_every_method_writes_both_formats_and_reports_its_networks(capsys, tiny,
     printed = capsys.readouterr()
     assert printed.out.strip() == str(tmp_path / out)
     assert printed.err.splitlines() == [
+        "Reading the base and 2 checkpoints",
         f"unet: {method} of left, right", f"text_encoder: {method} of left (the base's: it has none), right",
         "vae, tokenizer: the base's, base",
     ]  # fmt: skip
@@ -133,7 +134,7 @@ def test_damage_in_a_teachers_last_tensor_leaves_no_output(capsys, tiny, tmp_pat
 @pytest.mark.parametrize(
     "name, count, options, message",
     [
-        ("soup", 2, {}, "there are: average, task_arithmetic, ties, dare"),
+        ("soup", 2, {}, "There are: average, task_arithmetic, ties, dare"),
         ("average", 2, {"scale": 0.5}, "average does not take scale; it takes weights alone"),
         ("ties", 2, {"seed": 1}, "ties does not take seed; it takes scale, density"),
         ("ties", 2, {"density": 0.0}, "density must be above 0"),

@@ -56,6 +56,12 @@ def test_each_evaluation_of_a_heun_step_has_its_own_style():
         ([(1000, "photo"), (float("nan"), "anime")], "must fall"),
         ([(1000, "photo"), (600, "animee")], "did you mean 'anime'"),
         (["photo", "ink"], "a style is a name, a mix"),
+        ("zzz", "no style 'zzz'. There are: photo, anime, ink"),
+        ("Photo", "did you mean 'photo'"),
+        ("photo:0.5", "did you mean 'photo=0.5'"),
+        ("photo,ink", "did you mean 'photo=0.5,ink=0.5'"),
+        ("(photo:0.7) + ink*0.3", "did you mean 'photo=0.7,ink=0.3'"),
+        ("photo:0.5,1.2.3", "no style 'photo:0.5,1.2.3'. There are"),
     ],
 )
 def test_gaps_overlaps_and_unknown_names_are_refused(style, message):

@@ -28,6 +28,20 @@ def test_desktop_cards_are_known_by_size_and_by_name(gigabytes):
     assert devices.topology(f"gpu:2x{name}").device == devices.topology(f"gpu:2x{name.lower()}").device == device
 
 
+@pytest.mark.parametrize(
+    "name, source",
+    [
+        ("gpu:1x24gb", "NVIDIA RTX 4090; for others of 24gb: --topology gpu:1xA10, gpu:1xL4, gpu:1xRTX3090"),
+        ("gpu:8x80GB", "NVIDIA H100; for others of 80GB: --topology gpu:8xA100"),
+        ("gpu:1x32GB", "NVIDIA RTX 5090"),
+        ("gpu:1xL4", "NVIDIA L4"),
+        ("v5e:2x2", "TPU v5e"),
+    ],
+)
+def test_a_plan_states_whose_speed_it_has(name, source):
+    assert devices.topology(name).speed_source == f"at the speed of {source}"
+
+
 def test_the_list_names_topologies_that_can_be_planned():
     head, *rows = devices.listed()
     assert head[0] == "topology" and len(rows) == len(devices.DEVICES)
@@ -41,6 +55,9 @@ def test_the_list_names_topologies_that_can_be_planned():
         *((f"v5e{size}", "Slices of v5e are 2x2, 2x4.*16x16; .*v5e:16x16") for size in ("", ":4", ":0x4", ":3x7")),
         *((f"v5e:{size}", "Slices of v5e are") for size in ("100x100", "16x16x2", "4x4*0", "4x4*two", "4x4*")),
         ("v5p:2x2", "Slices of v5p are 2x2x1, 2x2x2"),
+        ("gpu:2xrtx409", "did you mean gpu:2xRTX4090?"),
+        ("RTX_4090", "did you mean gpu:1xRTX4090?"),
+        ("gpu:24GB", "did you mean gpu:1x24GB?"),
     ],
 )
 def test_the_error_for_an_unknown_topology_lists_the_known(name, message):

@@ -85,6 +85,7 @@ def test_the_verb_prints_what_fits_and_what_does_not(capsys, monkeypatch, planne
     assert cli.main(command) == 1
     printed = capsys.readouterr()
     assert "DOES NOT FIT" in printed.out and "8x8: " in printed.out and "fewer --slots" in printed.err
+    assert "  at the speed of " in printed.out
 
 
 def test_the_verb_reads_a_checkpoint_s_own_styles(monkeypatch, planned):

@@ -30,7 +30,8 @@ def test_a_stock_format_needs_a_known_style(failing, trained, tmp_path):
 
 
 def test_an_unknown_format_is_refused_with_the_known_ones(failing, trained, tmp_path):
-    assert "there are: dmm" in failing("export", trained, tmp_path / "o", "--format", "onnx")
+    assert "no format onnx. There are: dmm" in failing("export", trained, tmp_path / "o", "--format", "onnx")
+    assert "did you mean single-file?" in failing("export", trained, tmp_path / "o", "--format", "dmm,single_file")
     assert not (tmp_path / "o").exists()
 
 

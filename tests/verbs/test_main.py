@@ -43,7 +43,9 @@ def test_unknown_arguments_of_a_verb_are_wrong_usage(capsys):
     assert stopped.value.code == 2 and "unrecognized arguments: --config.seed=1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("word, expected", [("trian", "did you mean train?"), ("zzz", "no verb 'zzz'\n")])
+@pytest.mark.parametrize(
+    "word, expected", [("trian", "did you mean train?"), ("zzz", "no verb 'zzz'. `dmm-jax --help`")]
+)
 def test_a_mistyped_verb_is_wrong_usage_with_the_nearest(word, expected, capsys):
     assert stopped(word, "x") == 2 and expected in capsys.readouterr().err
 

@@ -32,15 +32,16 @@ def test_shipped_experiments_are_found_by_name_in_any_folder(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert read_config("sd15", ["--config.seed=3"]).base == "checkpoints/stable-diffusion-v1-5"
     assert all(summary(path).endswith(".") and read_config(name) for name, path in shipped_configs().items())
-    assert "Did you mean --config=sd15?" in failing("plan", "--config=configs/sd_15.py")
+    assert "did you mean --config=sd15?" in failing("plan", "--config=configs/sd_15.py")
 
 
 def test_options_of_an_experiment_are_printed_by_config_and_by_help(capsys):
     assert cli.main(["config", "sd15", "--config.seed=3"]) == 0
     printed = capsys.readouterr().out
     assert "--config.seed=3  (default: 0)" in printed and "--config.base=checkpoints/stable-diffusion-v1-5" in printed
-    assert cli.main(["train", "--config=sd15", "--config.seed=3", "--config.help"]) == 0
-    assert capsys.readouterr().out == printed
+    for words in (["train", "--config=sd15", "--config.help"], ["config", "--config=sd15"]):
+        assert cli.main([*words, "--config.seed=3"]) == 0
+        assert capsys.readouterr().out == printed
     assert cli.main(["config", "--json"]) == 0
     assert from_json(capsys.readouterr().out) == config_lib.get_config()
 
@@ -52,11 +53,20 @@ def test_options_of_an_experiment_are_printed_by_config_and_by_help(capsys):
         ("solvers", "dpmpp_2m_karras"),
         ("formats", "style-lora"),
         ("devices", "NVIDIA H200"),
+        ("demo", "a small red circle"),
+        ("emoji", "winking face"),
     ],
 )
 def test_list_prints_the_names_that_options_take(kind, expected, capsys):
     assert cli.main(["list", kind]) == 0
     assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("student, style", [("demo", "comic"), ("emoji", "noto")])
+def test_list_prints_a_students_styles_apart_from_its_prompts(student, style, capsys):
+    assert cli.main(["list", student]) == 0
+    printed = capsys.readouterr()
+    assert f"--style: {style}, " in printed.err and style not in printed.out.splitlines()
 
 
 @pytest.mark.parametrize(

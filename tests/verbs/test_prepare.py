@@ -1,5 +1,8 @@
 """`dmm-jax prepare`: impossible options are refused before a picture is drawn."""
 
+import pathlib
+import re
+
 import pytest
 
 from dmm_jax.distill import teacher_samples
@@ -17,6 +20,12 @@ def test_prepare_ends_with_the_command_that_trains(monkeypatch, capsys):
     assert cli.main(["prepare", "--config=sd15", "--config.data.cache=my cache"]) == 0
     command = "dmm-jax train --config=sd15 --workdir=runs/sd15 '--config.data.cache=my cache'"
     assert capsys.readouterr().err.endswith(f"\nNext:\n  {command}\n")
+
+
+def test_the_readme_trains_in_the_workdirs_that_prepare_names():
+    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    runs = re.findall(r"dmm-jax train --config=(\S+) --workdir=(\S+)", readme)
+    assert len(runs) == 2 and all(workdir == f"runs/{pathlib.Path(config).stem}" for config, workdir in runs)
 
 
 @pytest.mark.parametrize(

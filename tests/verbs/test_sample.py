@@ -7,6 +7,9 @@ from dmm_jax.checkpoints.formats import lora
 from dmm_jax.checkpoints.formats.safetensors_io import save
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.styles import fold_style
+from dmm_jax.gallery import gallery
+from dmm_jax.runtime import terminal
+from dmm_jax.verbs import main as cli
 from dmm_jax.verbs import sample
 
 
@@ -31,6 +34,16 @@ def test_seed_minus_one_takes_a_random_seed_and_prints_it(failing, tmp_path, mon
     monkeypatch.setattr(sample.secrets, "randbelow", lambda limit: limit - 5)
     error = failing("sample", "unopened", "--prompt", "x", "--seed", "-1", "--out", tmp_path / "o")
     assert f"--seed {2**31 - 5}\n" in error and "Reading unopened" in error
+
+
+def test_the_stages_are_printed_unless_quiet(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gallery, "write_gallery", lambda pipeline, out, *others, **options: out / "index.html")
+    words = ["sample", "demo", "--prompt", "x", "--prompt", "y", "--out", str(tmp_path / "o")]
+    assert cli.main(words) == 0
+    stages = f"Reading demo\nCompiling, then drawing 10 pictures, 8 at once, into {tmp_path / 'o'}\n"
+    assert capsys.readouterr().err == stages
+    assert cli.main([*words, "--quiet"]) == 0 and capsys.readouterr().err == ""
+    terminal.set_verbosity(terminal.NORMAL)
 
 
 def test_a_lora_of_the_student_is_opened_with_it(failing, arguments, tmp_path):

@@ -7,6 +7,7 @@ and a style file's bias of the base.
 import dataclasses
 import math
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -21,6 +22,7 @@ from dmm_jax.checkpoints.formats.safetensors_io import TensorFile
 from dmm_jax.runtime.errors import refuse
 
 PLUS, TIMES = " + ", "*"
+OTHER_WEIGHT = re.compile(r"(?:<lora:)?(.+?)[:@=,]([0-9.]+)>?")  # FILE:0.8 and <lora:FILE:0.8> of other programs.
 # What may be wrong with keys of a file, as messages call it.
 UNKNOWN, TWICE, INCOMPLETE = "unknown", "named twice", "incomplete, or of several kinds"
 LACKING = "of layers or networks that this base does not have; the file belongs to another family"
@@ -106,6 +108,9 @@ def with_loras(base: Checkpoint, path: pathlib.Path, files: Sequence[tuple[pathl
 
 def _opened(path: pathlib.Path) -> TensorFile:
     refuse_folder(path)
+    if (other := OTHER_WEIGHT.fullmatch(str(path))) and not path.exists():
+        file, weight = map(naming.printable, other.groups())
+        raise CheckpointError(f"there is no file {path}; did you mean {file}{TIMES}{weight}, with that weight?")
     return TensorFile(path)
 
 

@@ -173,6 +173,11 @@ def _read_header(file: BinaryIO, path: pathlib.Path, size: int) -> tuple[dict, i
     length = int.from_bytes(prefix[:8], "little")
     if prefix[8:9] != b"{" or length + 8 > size:
         refuse_other_formats(path, prefix)
+        if path.suffix == ".py" or (prefix and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in prefix)):
+            raise CheckpointError(
+                f"{path} is a text and not a checkpoint. Give the .safetensors file, or the folder of the whole model; "
+                "an experiment (NAME.py) belongs to --config."
+            )
     if len(prefix) < 8:
         raise _damaged(path, f"it has {size} bytes, less than the 8 that hold the header's length")
     if length + 8 > size:
