@@ -38,7 +38,7 @@ def open_checkpoint(
       path: a diffusers or DMM folder; a .safetensors single file; the workdir of a training run, which may be in a
         bucket; `hf:OWNER/NAME@REVISION`, which is fetched from the Hugging Face hub (see `hub`); or, with LoRAs folded
         in, `BASE + LORA.safetensors*0.8 + OTHER.safetensors` (the default weight is 1); or `demo` or `emoji`,
-        the students that come with this package, unless there is a file or folder of that name.
+        the students that come with this package, unless there is a file or a checkpoint's folder of that name.
       base: another checkpoint, for the networks, tokenizers and sizes that `path` lacks.
       prediction_type: "epsilon" or "v_prediction", for a checkpoint that does not state it, such as most single files.
       clip_skip: the layer of Stable Diffusion 1's text encoder that conditions, from its end: 1 is the last.
@@ -58,8 +58,7 @@ def open_checkpoint(
     options = {"prediction_type": prediction_type, "allow_unsupported": allow_unsupported}
     if shipped.is_shipped(path):
         student = shipped.FOLDER / path
-        own_base = None if (student / "vae").is_dir() else shipped.BASE  # The demo's VAE is the base's.
-        opened = open_checkpoint(student, base or own_base, **options)
+        opened = open_checkpoint(student, base or shipped.base_of(path), **options)
         return dataclasses.replace(opened, from_base=() if base is None else opened.from_base)
     if not path.exists() and lora.PLUS in str(path):
         root, files = lora.parse(path)

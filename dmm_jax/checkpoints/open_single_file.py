@@ -61,7 +61,7 @@ def open_single_file(path: pathlib.Path) -> Checkpoint:
         unsupported=_why_unsupported(file, keys_of, used),
         explicit_fields=frozenset(explicit),
         files=(path,),
-        license=licenses.stated(file.metadata),
+        license=licenses.stated(file.metadata, path),
     )
 
 

@@ -12,6 +12,15 @@ STUDENTS = {DEMO: "a small purple circle left of a large orange square", EMOJI: 
 PROMPTS = "prompts.txt"  # In a student's folder: the prompts that it was trained on, if there are many.
 
 
+CHECKPOINT_FILES = ("model_index.json", "config.json")  # A folder with neither is no checkpoint.
+
+
 def is_shipped(path: str | os.PathLike) -> bool:
-    """Tells whether a path means a student of this package: it does unless a file or folder has that name."""
-    return str(path) in STUDENTS and not os.path.exists(path)
+    """Tells whether a path means a student of this package: it does unless a file or a checkpoint has that name."""
+    is_other = os.path.isfile(path) or any(os.path.exists(os.path.join(path, name)) for name in CHECKPOINT_FILES)
+    return str(path) in STUDENTS and not is_other
+
+
+def base_of(path: str | os.PathLike) -> pathlib.Path | None:
+    """Returns the base of a student of this package, which provides the networks that it lacks; None of any other."""
+    return BASE if is_shipped(path) and not (FOLDER / path / "vae").is_dir() else None

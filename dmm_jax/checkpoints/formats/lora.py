@@ -98,7 +98,7 @@ def with_loras(base: Checkpoint, path: pathlib.Path, files: Sequence[tuple[pathl
         path=path,
         components=components,
         loras=tuple(loras),
-        license=licenses.together([base.license, *(licenses.stated(file.metadata) for file, _ in opened)]),
+        license=licenses.together([base.license, *(licenses.stated(file.metadata, file.path) for file, _ in opened)]),
         unfolded_path=base.path,
         from_base=tuple(name for name in base.from_base if name not in folded),
     )
