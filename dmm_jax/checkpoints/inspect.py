@@ -84,10 +84,14 @@ def inspect(
             report["advice"] = [ADVICE] if schedule.get("rescale_betas_zero_snr") else []
     problems = [(report["path"], problem) for report in reports for problem in _own_problems(report)]
     problems += _merge_problems(checkpoints, reports)
+    problems = list({str(problem): (path, problem) for path, problem in problems}.values())  # Each once.
     return {
         "checkpoints": reports,
         "mergeable": not problems,
-        "sound": not problems or len(paths) == 1 and isinstance(opened[0][1], AdapterAlone),
+        "sound": not problems
+        or len(paths) == 1
+        and isinstance(opened[0][1], AdapterAlone)
+        and not reports[0]["damage"],
         "obstacles": [str(problem) for _, problem in problems],
         "details": [
             {"path": path, "component": problem.component, "tensors": list(problem.tensors)}
@@ -106,7 +110,8 @@ def _try_to_open(opener, *paths, **options) -> tuple[Checkpoint | None, Exceptio
 
 def _own_problems(report) -> list[Problem]:
     """Returns what prevents any use of one checkpoint: it cannot be opened, is not supported, or is damaged."""
-    path, problems = report["path"], [Problem(report["error"])] if report["error"] else []
+    # The error of a damaged adapter says how to use it.
+    path, problems = report["path"], [Problem(report["error"])] if report["error"] and not report["damage"] else []
     if report["unsupported"]:
         problems.append(Problem(f"{path} cannot be used: {report['unsupported']}"))
     for damage in report["damage"]:
@@ -156,7 +161,7 @@ def _report(path: pathlib.Path, checkpoint: Checkpoint | None, error, deep, hash
     if path.is_file() and report["files"][0]["sha256"]:
         report["hash"] = report["files"][0]["sha256"][:SHORT_HASH]
     if checkpoint is None:
-        return report | _adapter(root)
+        return report | _adapter(root, read_all)
     report["float8"] = "; ".join(filter(None, (TensorFile(file).float8 for file in files)))
     ema = [key for key in checkpoint.unused if key.startswith(single_file.EMA)]
     for component in checkpoint.components:
@@ -181,14 +186,18 @@ def _report(path: pathlib.Path, checkpoint: Checkpoint | None, error, deep, hash
     }
 
 
-def _adapter(path: pathlib.Path) -> dict:
+def _adapter(path: pathlib.Path, read_all: bool) -> dict:
     """Returns a report's entries about an adapter file; {} for any other file."""
     try:
         file = TensorFile(path)
         facts = adapter_facts.facts(file)
     except (ValueError, OSError):
         return {}
-    return {"adapter": facts, "license": licenses.stated(file.metadata, path) or None} if facts else {}
+    if not facts:
+        return {}
+    infinite = [key for key in file if not _is_finite(file[key], read_all)]
+    damage = [_damage("adapter", "not finite", infinite, MEANINGS["not finite"])] if infinite else []
+    return {"adapter": facts, "license": licenses.stated(file.metadata, path) or None, "damage": damage}
 
 
 def _fallbacks(checkpoint, base) -> list[str]:

@@ -15,13 +15,20 @@ from dmm_jax.checkpoints.clip_skip import with_clip_skip
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats import hub, lora
 from dmm_jax.checkpoints.formats.diffusers_folder import open_folder
+from dmm_jax.checkpoints.formats.safetensors_io import PICKLES
 from dmm_jax.checkpoints.open_single_file import open_single_file
+from dmm_jax.checkpoints.shipped import is_checkpoint_folder
 from dmm_jax.models.unet_config import merged_config
 from dmm_jax.runtime.errors import UserError, nearest
 from dmm_jax.runtime.storage import Location, check_bucket, check_local, in_bucket, locate
 from dmm_jax.text import vocabulary
 
 SUGGESTION_CUTOFF, MOST_NEIGHBOURS = 0.8, 1000
+# What a folder may hold, as a message calls it.
+KINDS = CHECKPOINTS, ADAPTERS, OLD_FILES, OTHERS = (
+    "the checkpoints", "the LoRAs or other adapters", "files to convert to safetensors first:", "other files:",
+)  # fmt: skip
+WEIGHTS = (".safetensors", *PICKLES)
 
 
 def open_checkpoint(
@@ -79,7 +86,7 @@ def open_checkpoint(
         checkpoint = _open_workdir(path)
     else:
         if not (path / "config.json").is_file():  # With one, it is a network of a diffusers folder.
-            lora.refuse_folder(path)
+            _refuse_folder_of_files(path)
         raise CheckpointError(
             f"{path} is no checkpoint: it holds neither model_index.json (a diffusers folder) nor a training run's "
             "config.json and checkpoints/. Give the folder that holds unet/, vae/, text_encoder/."
@@ -118,6 +125,39 @@ def _suggestion(path: pathlib.Path) -> str:
     shipped_names = shipped.STUDENTS if path.parent == pathlib.Path() else ()
     near = nearest(path.name, [*shipped_names, *(neighbour.name for neighbour in beside)], SUGGESTION_CUTOFF)
     return f" (did you mean {path.parent / near}?)" if near else ""
+
+
+def _refuse_folder_of_files(folder: pathlib.Path) -> None:
+    """Raises CheckpointError if a folder holds checkpoints or files with weights; the message names them by kind."""
+    entries = sorted(itertools.islice(folder.iterdir(), MOST_NEIGHBOURS))
+    kinds = {path: _kind(path) for path in entries if is_checkpoint_folder(path) or path.suffix in WEIGHTS}
+    if not kinds:
+        return
+    lists = [
+        f"{kind} {naming.listed([path.name for path in kinds if kinds[path] == kind])}"
+        for kind in dict.fromkeys(sorted(kinds.values(), key=KINDS.index))
+    ]
+    first = min(kinds, key=lambda path: KINDS.index(kinds[path]))
+    given = f"'BASE + {first}'" if kinds[first] == ADAPTERS else str(first)
+    has_several = list(kinds.values()).count(CHECKPOINTS) > 1
+    comparison = " `dmm-jax inspect BASE OTHERS` tells whether several can be merged." if has_several else ""
+    raise CheckpointError(
+        f"{naming.printable(str(folder), 1000)} is a folder and no checkpoint. It holds {'; '.join(lists)}. "
+        f"Give one of them, for example {naming.printable(given, 1000)}.{comparison}"
+    )
+
+
+def _kind(path: pathlib.Path) -> str:
+    """Returns what a file or folder is, one of `KINDS`."""
+    if path.suffix in PICKLES:
+        return OLD_FILES
+    try:
+        open_checkpoint(path, allow_unsupported=True)
+    except lora.AdapterAlone:
+        return ADAPTERS
+    except (ValueError, OSError):
+        return OTHERS
+    return CHECKPOINTS
 
 
 def _with_prediction_type(checkpoint: Checkpoint, prediction_type: str) -> Checkpoint:

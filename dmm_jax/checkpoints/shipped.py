@@ -12,13 +12,14 @@ STUDENTS = {DEMO: "a small purple circle left of a large orange square", EMOJI: 
 PROMPTS = "prompts.txt"  # In a student's folder: the prompts that it was trained on, if there are many.
 
 
-CHECKPOINT_FILES = ("model_index.json", "config.json")  # A folder with neither is no checkpoint.
+def is_checkpoint_folder(path: str | os.PathLike) -> bool:
+    """Tells whether a path is a diffusers folder, a training run, or one network of a diffusers folder."""
+    return any(os.path.isfile(os.path.join(path, name)) for name in ("model_index.json", "config.json"))
 
 
 def is_shipped(path: str | os.PathLike) -> bool:
     """Tells whether a path means a student of this package: it does unless a file or a checkpoint has that name."""
-    is_other = os.path.isfile(path) or any(os.path.exists(os.path.join(path, name)) for name in CHECKPOINT_FILES)
-    return str(path) in STUDENTS and not is_other
+    return str(path) in STUDENTS and not (os.path.isfile(path) or is_checkpoint_folder(path))
 
 
 def base_of(path: str | os.PathLike) -> pathlib.Path | None:
