@@ -115,8 +115,8 @@ def router(service: Service) -> APIRouter:
                 state.active.pop(client_of(request), None)
         finished = [picture for picture in pictures if picture]
         images = [picture.base64 for picture in finished] if body.send_images else []
-        drawn = jobs[0].request  # With its defaults.
-        parameters = body.model_dump() | {"width": drawn.width, "height": drawn.height, "sampler_name": body.sampler}
+        image = jobs[0].request  # With its defaults.
+        parameters = body.model_dump() | {"width": image.width, "height": image.height, "sampler_name": body.sampler}
         return {"images": images, "parameters": parameters, "info": json.dumps(info(service, jobs, finished, body))}
 
     @routes.get("/progress")

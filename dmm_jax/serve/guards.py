@@ -16,7 +16,7 @@ from dmm_jax.serve.faults import A1111, Fault, interface_of, response_of
 from dmm_jax.serve.service import CLIENT, Settings, matching_key
 
 OPEN_PATHS = ("/", "/healthz", "/readyz")  # They need no key: the page without pictures, and the probes.
-# What `curl -d` states. A body of this type, or of none, is read as JSON: a form of another page cannot write JSON in it,
+# What `curl -d` states. A body of this type, or of none, is read as JSON: no form of another page can write JSON in it,
 # and a script of another page is refused by its origin.
 CURL_TYPE = "application/x-www-form-urlencoded"
 OPEN_FOLDER = "/static/"

@@ -30,7 +30,7 @@ class ImagesBody(pydantic.BaseModel):
 
     prompt: str
     model: Annotated[
-        str | None, pydantic.Field(description="a style, or a mix: anime=0.7,photo=0.3; null: the default")
+        str | None, pydantic.Field(description="a style, or a mix: anime=0.7,photo=0.3")
     ] = None
     n: Annotated[int, pydantic.Field(ge=1, description="images, each with its own seed")] = 1
     size: Annotated[str, pydantic.Field(description="auto, or WIDTHxHEIGHT")] = "auto"
