@@ -29,9 +29,7 @@ class ImagesBody(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, str_max_length=20_000)
 
     prompt: str
-    model: Annotated[
-        str | None, pydantic.Field(description="a style, or a mix: anime=0.7,photo=0.3")
-    ] = None
+    model: Annotated[str | None, pydantic.Field(description="a style, or a mix: anime=0.7,photo=0.3")] = None
     n: Annotated[int, pydantic.Field(ge=1, description="images, each with its own seed")] = 1
     size: Annotated[str, pydantic.Field(description="auto, or WIDTHxHEIGHT")] = "auto"
     response_format: Literal["b64_json"] = "b64_json"
