@@ -186,7 +186,7 @@ def base_of(workdir: str | os.PathLike, student: Checkpoint, base: str | os.Path
         return open_checkpoint(base)
     if student.kind != "workdir":
         raise UserError(
-            f"{workdir} does not say which base a LoRA of it changes: give that by --base, or export another format."
+            f"{workdir} does not say which base a LoRA of it changes: give it by --base, or export another format."
         )
     config = load_config(locate(workdir))
     return open_checkpoint(config.base, **opening_options(config, provenance.BASE))

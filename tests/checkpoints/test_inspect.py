@@ -215,7 +215,8 @@ def test_checkpoints_of_one_architecture_merge_in_every_format(folder, single_fi
 def test_the_text_is_one_table_with_aligned_columns(folder, single_file):
     lines = render(inspect([folder, single_file])).splitlines()
     table = lines[: lines.index("")]
-    assert len(table) == 2 + 6
+    assert len(table) == 2 + 6 and table[0].endswith("weights hash")
+    assert lines[len(table) + 1].startswith("weights hash: networks with equal weights have equal ones")
     starts = [i for i, symbol in enumerate(table[1]) if symbol == "-" and (i == 0 or table[1][i - 1] == " ")]
     for row in (table[0], *table[2:]):
         assert all(start == 0 or row[start - 2 : start].strip() == "" for start in starts)
