@@ -3,10 +3,12 @@
 import ast
 import inspect
 import pathlib
+import re
 import subprocess
 import sys
 
 import dmm_jax
+from dmm_jax.verbs.main import VERBS, build_parser
 
 ROOT = pathlib.Path(dmm_jax.__file__).parent
 # A folder, or a module at the package root, may import itself and every floor above it in this list.
@@ -27,6 +29,7 @@ WITH_TORCH = {  # What the [torch] extra is for: no other module imports these.
     "dmm_jax.evaluation.verify_export",
     "dmm_jax.bench.peer",
     "dmm_jax.evaluation.convert_weights",
+    "dmm_jax.checkpoints.convert_pickle",
 }
 
 
@@ -99,6 +102,35 @@ def test_no_circle_of_modules():
 def test_only_the_torch_extra_imports_pytorch():
     checked = {name: path for name, path in FILES.items() if name not in WITH_TORCH}
     assert [name for name, path in checked.items() for it in imports(path) if it.split(".")[0] in FORBIDDEN] == []
+
+
+ONE_VERB = {  # Files of checkpoints/ whose messages one verb alone prints.
+    "export", "export_lora", "extract_lora", "lora_tools", "card_additions", "hub", "average", "inspect_text", "write",
+}  # fmt: skip
+
+
+def texts(path: pathlib.Path):
+    """Yields every text in a file, f-strings as a whole, without docstrings and other texts that are statements."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    skipped = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    for node in nodes:
+        if isinstance(node, ast.JoinedStr):
+            skipped |= set(map(id, node.values))
+            yield "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in skipped:
+            yield node.value
+
+
+def test_a_message_of_several_verbs_names_the_verb_of_an_option():
+    (verbs,) = [action.choices for action in build_parser(*VERBS)._actions if action.dest == "verb"]
+    wrong = [
+        (path.name, option)
+        for path in ROOT.joinpath("checkpoints").rglob("*.py")
+        for text in (texts(path) if path.stem not in ONE_VERB else ())
+        for option in re.findall("--[a-z][a-z-]+", text)
+        if not any(option in verbs[verb]._option_string_actions for verb in VERBS if re.search(rf"\b{verb}\b", text))
+    ]
+    assert wrong == []
 
 
 def test_every_file_has_a_docstring():

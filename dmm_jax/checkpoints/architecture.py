@@ -15,6 +15,12 @@ NO_EDM = (
     "it was trained on EDM's noise levels (as CosXL and Playground v2.5 were), not on betas: it predicts neither the "
     "noise nor the velocity at a timestep. Use a model of the usual schedule."
 )
+# The published sizes: {name: (family, block_out_channels, cross_attention_dim)}.
+FULL_SIZES = {
+    "Stable Diffusion 1": (SD1, [320, 640, 1280, 1280], 768),
+    "Stable Diffusion 2": (SD2, [320, 640, 1280, 1280], 1024),
+    "Stable Diffusion XL": (SDXL, [320, 640, 1280], 2048),
+}
 INPAINTING_CHANNELS = 9
 CELL = 8  # Pixels along the side of a latent cell, in every VAE of these models.
 _BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -37,6 +43,12 @@ def architecture(unet_config: Mapping) -> str:
     if unet_config.get("addition_embed_type") in ("text_time", "model_merge_xl"):
         return SDXL
     return SD2 if unet_config.get("use_linear_projection") else SD1
+
+
+def published_name(unet_config: Mapping) -> str:
+    """Returns the name of the family if a UNet has its published size, which stock tools expect of a file; else ""."""
+    size = architecture(unet_config), unet_config.get("block_out_channels"), unet_config.get("cross_attention_dim")
+    return next((name for name, published in FULL_SIZES.items() if published == size), "")
 
 
 def scheduler_config(family: str) -> dict:

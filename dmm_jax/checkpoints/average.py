@@ -14,7 +14,7 @@ from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
 from dmm_jax.checkpoints.vae import with_vae
 from dmm_jax.checkpoints.write import DTYPES, FLOAT8, write_folder, write_single_file
 from dmm_jax.runtime.errors import UserError
-from dmm_jax.runtime.storage import check_output
+from dmm_jax.runtime.storage import check_output, check_output_file
 
 SINGLE_FILE = ".safetensors"
 COMPONENTS = ("unet", "text_encoder")  # What can be merged. The VAE is always the base's: it defines the latents.
@@ -68,7 +68,7 @@ def average(
     if dtype not in DTYPES and (dtype != FLOAT8 or not is_file):
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, or {FLOAT8} for a single file; got {dtype!r}.")
     parsed = parse_method(method, len(teachers), weights, scale=scale, density=density, seed=seed)
-    out = _check_output(pathlib.Path(out))
+    out = check_output_file(pathlib.Path(out)) if is_file else check_output(out)
     opened = [open_teacher(path, base, prediction_type=prediction_type) for path in teachers]
     opened_base = open_checkpoint(base, prediction_type=prediction_type)
     check_mergeable(opened_base, {str(number): teacher for number, teacher in enumerate(opened, start=1)})
@@ -107,16 +107,6 @@ def _notes(base: Checkpoint, teachers: Sequence[Checkpoint], networks: Sequence[
     from_base = [name for name in base.components if name not in networks and not (vae and name == "vae")]
     lines += [f"vae: that of {vae}"] if vae else []
     return [*lines, f"{', '.join([*from_base, 'tokenizer'])}: the base's, {base.name}"]
-
-
-def _check_output(out: pathlib.Path) -> pathlib.Path:
-    if out.suffix != SINGLE_FILE:
-        return check_output(out)
-    if out.exists():
-        raise UserError(f"{out} exists; nothing is overwritten. Give another name.")
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"there is no folder {out.parent} to write {out.name} in. Make it first.")
-    return out
 
 
 def describe(base: Checkpoint, teachers: Sequence[Checkpoint], method: Method, networks: Sequence[str]) -> dict:

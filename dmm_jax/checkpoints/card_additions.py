@@ -44,7 +44,11 @@ def add_to_cards(folder: pathlib.Path, triggers: Mapping[str, str], examples: Se
 
 
 def extended(text: str, triggers: Mapping[str, str], examples: Sequence[Example]) -> str:
-    """Returns a card's text with a section of trigger words and one of pictures, which hubs show as a gallery."""
+    """Returns a card's text with a section of trigger words and one of pictures, which hubs show as a gallery.
+
+    Only the trigger words of styles that the card lists are added.
+    """
+    triggers = {style: words for style, words in triggers.items() if f"\n| {escaped(style)} |" in text}
     files = [(f"{FOLDER}/{number:02d}.png", example) for number, example in enumerate(examples[:MAX_EXAMPLES])]
     widget = [{"text": example.prompt, "output": {"url": file}} for file, example in files]
     if widget:  # JSON is YAML.

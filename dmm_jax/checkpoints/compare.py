@@ -30,6 +30,7 @@ NOISE_FIELDS = (
     "_class_name", "_use_default_values", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule",
     "trained_betas", "prediction_type", "rescale_betas_zero_snr",
 )  # fmt: skip
+ADVICE = "Give a checkpoint that holds it as the base, which is --base of `sample`, `serve` and `fit-style`."
 MAX_LISTED = 5  # Differing tensors that a sentence names.
 
 
@@ -80,20 +81,22 @@ def base_problems(base: Checkpoint, name: str) -> list[str]:
     """Returns what prevents a checkpoint from being the base of a merge; `name` is its name in the sentences."""
     if base.styles is not None:
         return [f"{name} is a merged model already; give the stock checkpoint that the teachers come from."]
-    return standalone_problems(base, name)
+    return standalone_problems(base, name, "Give a complete checkpoint, such as a diffusers folder.")
 
 
-def standalone_problems(checkpoint: Checkpoint, name: str) -> list[str]:
-    """Returns what prevents a checkpoint from sampling by itself; `name` is its name in the sentences."""
+def standalone_problems(checkpoint: Checkpoint, name: str, advice: str = ADVICE) -> list[str]:
+    """Returns what prevents a checkpoint from sampling by itself.
+
+    Args:
+      name: its name in the sentences.
+      advice: what to do if it lacks a network or a tokenizer.
+    """
     if not checkpoint.has("unet"):
         return [f"{name} holds no unet. Give the whole checkpoint."]
     missing = [component for component in components(checkpoint.architecture) if not checkpoint.has(component)]
     missing += ["tokenizer", "tokenizer_2"][len(checkpoint.tokenizer_folders) : len(checkpoint.text_encoders)]
     if missing:
-        return [
-            f"{name} holds no {', '.join(missing)}. Give a diffusers folder that holds it as the base: --base FOLDER, "
-            "or config.base for a merge."
-        ]
+        return [f"{name} holds no {', '.join(missing)}. {advice}"]
     return contradictions(checkpoint, name) + _prediction_problems(checkpoint.prediction_type, name)
 
 
@@ -132,7 +135,8 @@ def _prediction_problems(prediction_type, name) -> list[str]:
         return []
     return [
         f"{name} does not say whether it predicts the noise or the velocity, and its tensors do not show it. Give it "
-        "as a diffusers folder, whose scheduler says it, or set it: --prediction-type, in a config prediction_type."
+        "as a diffusers folder, whose scheduler says it, or set it: prediction_type in a config, --prediction-type of "
+        "`inspect`, `sample`, `serve` and `average`."
     ]
 
 

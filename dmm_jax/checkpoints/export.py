@@ -7,7 +7,8 @@ import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
-from dmm_jax.checkpoints import export_lora, licenses, model_card, provenance
+from dmm_jax.checkpoints import export_lora, licenses, model_card, provenance, shipped
+from dmm_jax.checkpoints.architecture import published_name
 from dmm_jax.checkpoints.checkpoint import Checkpoint
 from dmm_jax.checkpoints.formats import extract_lora, style_lora
 from dmm_jax.checkpoints.formats.fitted_style import with_fitted_styles
@@ -29,6 +30,7 @@ PLACES = {  # Where each format is written, below the folder; LoRAs have files p
     "single-file": "model.safetensors",
 }
 OPTION_FORMATS = {  # {option: the formats that it changes}; other options belong to all.
+    "style": ("diffusers", "single-file", "style-lora", "lora"),
     "vae": ("dmm", "diffusers", "single-file"),
     "name": ("single-file",),
     "all_styles": ("diffusers", "single-file", "style-lora"),
@@ -37,6 +39,7 @@ OPTION_FORMATS = {  # {option: the formats that it changes}; other options belon
     "rank": ("lora",),
     "exact": ("lora",),
     "base": ("lora",),
+    "verify": ("dmm", "diffusers", "single-file"),
 }
 
 
@@ -76,7 +79,7 @@ def export(
       workdir: the workdir of a training run, or a DMM folder; for the format lora alone, also a stock checkpoint.
       out: a new or empty folder.
       formats: names from the table.
-      style: the name or mix ("anime=0.7,photo=0.3") that is folded into every format except dmm, which ignores it;
+      style: the name or mix ("anime=0.7,photo=0.3") that is folded into every format except dmm, which has all styles;
         "" for lora makes one file per style.
       dtype: the dtype of the written tensors: float32, float16, bfloat16, or for single-file alone float8_e4m3fn.
       recipe: whether the files' metadata and the cards name the parents and their hashes.
@@ -94,16 +97,18 @@ def export(
       progress: wraps the sequence of a lora's tensors, for a progress bar.
 
     Raises:
-      UserError: a format, style or dtype is unknown, formats do not belong together, or `out` is not empty. Nothing is
-        written then.
+      UserError: a format, style or dtype is unknown, formats do not belong together, no format uses an option, or `out`
+        is not empty. Nothing is written then.
       CheckpointError: the student or a parent is damaged or missing. Nothing is written then.
     """
     options = {"lora_base": lora_base, "lora_for": lora_for, "vae": vae, "rank": rank, "exact": exact, "base": base}
-    check_options(formats, dtype, options)
+    check_options(formats, dtype, options | {"style": style})
     lora_for = lora_for or ("comfyui",)
     lora_rank = extract_lora.parse_rank(rank or "64")
     out, run, is_lora = check_output(out), locate(workdir), set(formats) == {"lora"}
     student = with_vae(open_student(workdir, extra_styles, keep, allow_stock=is_lora and bool(base)), vae)
+    if student.styles is None and style:
+        raise UserError(f"{workdir} is a stock checkpoint without styles: leave --style {style} out.")
     if base:  # The student's own factors are its difference from another checkpoint.
         student = dataclasses.replace(student, factors=None)
     if is_lora and student.factors and not rank:
@@ -129,7 +134,7 @@ def export(
         return Recipe(title, merged_from, own, license)
 
     if dry_run:
-        return _planned(out, formats, student, style, lora_for)
+        return planned_paths(out, formats, student, style, lora_for)
     loras = {"rank": lora_rank, "dtype": dtype, "tools": lora_for, "exact": exact, "progress": progress}
     paths = {}
     with staged_folder(out) as folder:
@@ -150,11 +155,15 @@ def export(
         cards[folder] = [fmt for fmt, written in paths.items() if not written[0].is_dir()]
         for card_folder, card_formats in cards.items():
             if card_formats:
-                _write_card(card_folder, card_formats, about(card_formats[0]), student, run, card_parents, lora_for)
+                mix = () if card_formats == ["dmm"] else _names_of(style)
+                facts = card_formats, about(card_formats[0]), student, run, card_parents, lora_for, mix
+                _write_card(card_folder, *facts)
         return [out / path.relative_to(folder) for written in paths.values() for path in written]
 
 
-def _planned(out, formats, student, style, lora_for) -> list[pathlib.Path]:
+def planned_paths(
+    out: pathlib.Path, formats: Sequence[str], student: Checkpoint, style: str, lora_for: Sequence[str]
+) -> list[pathlib.Path]:
     """Returns the paths that an export writes, in the order of the formats."""
     paths = []
     for fmt in dict.fromkeys(formats):
@@ -168,15 +177,17 @@ def _planned(out, formats, student, style, lora_for) -> list[pathlib.Path]:
 
 
 def base_of(workdir: str | os.PathLike, student: Checkpoint, base: str | os.PathLike = "") -> Checkpoint:
-    """Returns the checkpoint whose difference to a student is a LoRA: `base`, or a run's own.
+    """Returns the checkpoint whose difference to a student is a LoRA: `base`, or a run's or shipped student's own.
 
     Raises:
-      UserError: the student is not a training run, and no base is given.
+      UserError: no base is given, and the student's own is not known.
     """
-    if base:
+    if base := base or shipped.base_of(workdir):
         return open_checkpoint(base)
     if student.kind != "workdir":
-        raise UserError(f"{workdir} does not say which base a LoRA of it changes: give it by --base.")
+        raise UserError(
+            f"{workdir} does not say which base a LoRA of it changes: give it by --base, or export another format."
+        )
     config = load_config(locate(workdir))
     return open_checkpoint(config.base, **opening_options(config, provenance.BASE))
 
@@ -235,6 +246,8 @@ def open_student(
     """
     student = open_checkpoint(workdir)
     if student.styles is None and allow_stock:
+        if keep or extra_styles:
+            raise UserError(f"{workdir} is a stock checkpoint without styles: leave --keep and --extra-style out.")
         return student
     if student.styles is None:
         raise UserError(
@@ -256,13 +269,20 @@ def _parents_by_new_name(parents, student, keep) -> dict[str, dict]:
     return {new: parents[old] for new, old in names.items() if old in parents}
 
 
-def _write_card(folder, formats, about, student, workdir, parents, tools):
+def _names_of(style: str) -> tuple[str, ...]:
+    """Returns the names in a mix; () for ""."""
+    mix = parse_style(style)
+    return (mix,) if isinstance(mix, str) and mix else tuple(mix)
+
+
+def _write_card(folder, formats, about, student, workdir, parents, tools, mix):
     grid, metrics = model_card.grid_of(workdir), model_card.metrics_of(workdir, student.styles or ())
     if grid:
         (folder / model_card.GRID).write_bytes(grid.read_bytes())
     text = model_card.card(
         formats, about.title, student.styles or (), student.architecture, parents, about.license, metrics, bool(grid),
-        student.scheduler_config, recorded_sampling(student), student.clip_skip, tools,
+        student.scheduler_config, recorded_sampling(student), student.clip_skip, tools, mix,
+        bool(published_name(student.unet_config)),
     )  # fmt: skip
     (folder / model_card.NAME).write_text(text, encoding="utf-8")
 

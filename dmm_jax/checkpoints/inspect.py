@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dmm_jax.checkpoints import naming
-from dmm_jax.checkpoints.architecture import SD1, SD2, SDXL, architecture
+from dmm_jax.checkpoints import licenses, naming
+from dmm_jax.checkpoints.architecture import published_name
 from dmm_jax.checkpoints.checkpoint import Checkpoint, is_unused
 from dmm_jax.checkpoints.compare import COMPARED, Problem, base_problems, contradictions, teacher_problems
 from dmm_jax.checkpoints.errors import CheckpointError
@@ -25,12 +25,6 @@ from dmm_jax.checkpoints.open import open_checkpoint, open_teacher
 from dmm_jax.checkpoints.provenance import SHORT_HASH, relative_name, sha256
 from dmm_jax.diffusion.guidance import ADVICE
 
-# The published sizes: {name: (ModelSpec's name of the family, block_out_channels, cross_attention_dim)}.
-FULL_SIZES = {
-    "Stable Diffusion 1": (SD1, [320, 640, 1280, 1280], 768),
-    "Stable Diffusion 2": (SD2, [320, 640, 1280, 1280], 1024),
-    "Stable Diffusion XL": (SDXL, [320, 640, 1280], 2048),
-}
 COMPLETE_BYTES = 2**28  # Checkpoints up to this size are read completely.
 HASHED_BYTES = 3 * 10**9  # Files up to this size are always hashed: a second or two per gigabyte.
 PIECE_BYTES = 2**15  # The size of each of the three pieces (start, middle, end) that are read of a tensor otherwise.
@@ -90,10 +84,14 @@ def inspect(
             report["advice"] = [ADVICE] if schedule.get("rescale_betas_zero_snr") else []
     problems = [(report["path"], problem) for report in reports for problem in _own_problems(report)]
     problems += _merge_problems(checkpoints, reports)
+    problems = list({str(problem): (path, problem) for path, problem in problems}.values())  # Each once.
     return {
         "checkpoints": reports,
         "mergeable": not problems,
-        "sound": not problems or len(paths) == 1 and isinstance(opened[0][1], AdapterAlone),
+        "sound": not problems
+        or len(paths) == 1
+        and isinstance(opened[0][1], AdapterAlone)
+        and not reports[0]["damage"],
         "obstacles": [str(problem) for _, problem in problems],
         "details": [
             {"path": path, "component": problem.component, "tensors": list(problem.tensors)}
@@ -112,7 +110,8 @@ def _try_to_open(opener, *paths, **options) -> tuple[Checkpoint | None, Exceptio
 
 def _own_problems(report) -> list[Problem]:
     """Returns what prevents any use of one checkpoint: it cannot be opened, is not supported, or is damaged."""
-    path, problems = report["path"], [Problem(report["error"])] if report["error"] else []
+    # The error of a damaged adapter says how to use it.
+    path, problems = report["path"], [Problem(report["error"])] if report["error"] and not report["damage"] else []
     if report["unsupported"]:
         problems.append(Problem(f"{path} cannot be used: {report['unsupported']}"))
     for damage in report["damage"]:
@@ -162,7 +161,7 @@ def _report(path: pathlib.Path, checkpoint: Checkpoint | None, error, deep, hash
     if path.is_file() and report["files"][0]["sha256"]:
         report["hash"] = report["files"][0]["sha256"][:SHORT_HASH]
     if checkpoint is None:
-        return report | {"adapter": _adapter(root)}
+        return report | _adapter(root, read_all)
     report["float8"] = "; ".join(filter(None, (TensorFile(file).float8 for file in files)))
     ema = [key for key in checkpoint.unused if key.startswith(single_file.EMA)]
     for component in checkpoint.components:
@@ -187,12 +186,18 @@ def _report(path: pathlib.Path, checkpoint: Checkpoint | None, error, deep, hash
     }
 
 
-def _adapter(path: pathlib.Path) -> dict | None:
-    """Returns the facts about an adapter file; None for any other file."""
+def _adapter(path: pathlib.Path, read_all: bool) -> dict:
+    """Returns a report's entries about an adapter file; {} for any other file."""
     try:
-        return adapter_facts.facts(TensorFile(path))
+        file = TensorFile(path)
+        facts = adapter_facts.facts(file)
     except (ValueError, OSError):
-        return None
+        return {}
+    if not facts:
+        return {}
+    infinite = [key for key in file if not _is_finite(file[key], read_all)]
+    damage = [_damage("adapter", "not finite", infinite, MEANINGS["not finite"])] if infinite else []
+    return {"adapter": facts, "license": licenses.stated(file.metadata, path) or None, "damage": damage}
 
 
 def _fallbacks(checkpoint, base) -> list[str]:
@@ -218,10 +223,8 @@ def _lora(lora) -> dict:
 
 def family(unet_config: Mapping) -> str:
     """Returns a UNet's architecture in words: a family at its published size, or the widths of its levels."""
-    widths, text_width = unet_config.get("block_out_channels"), unet_config.get("cross_attention_dim")
-    size = (architecture(unet_config), widths, text_width)
-    names = [name for name, published in FULL_SIZES.items() if published == size]
-    return names[0] if names else f"UNet of block_out_channels {printable(str(widths))}"
+    widths = printable(str(unet_config.get("block_out_channels")))
+    return published_name(unet_config) or f"UNet of block_out_channels {widths}"
 
 
 def _file(file: pathlib.Path, root: pathlib.Path, hashed: bool) -> dict:

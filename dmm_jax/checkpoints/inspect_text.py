@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from dmm_jax.checkpoints.naming import listed, printable
 
-COLUMNS = ("checkpoint", "kind", "architecture", "predicts", "network", "parameters", "tensors", "contents")
+COLUMNS = ("checkpoint", "kind", "architecture", "predicts", "network", "parameters", "tensors", "weights hash")
 RIGHT_ALIGNED = ("parameters",)
-SHOWN_DIGITS = 10  # Digits of a digest in the table; two networks with equal digits are equal.
+SHOWN_DIGITS = 10  # Digits of a digest in the table.
+LEGEND = "weights hash: networks with equal weights have equal ones, whatever the kind of file."
 GAP = "  "
 SAMPLE = "sample"  # The value of "read" if only pieces of a checkpoint were read.
 
@@ -15,8 +16,9 @@ def render(report: Mapping) -> str:
     """Returns the text of a report by `inspect`."""
     checkpoints = report["checkpoints"]
     rows = [row for checkpoint in checkpoints for row in _rows(checkpoint)]
+    legend = [LEGEND] if any(checkpoint["components"] for checkpoint in checkpoints) else []
     notes = ["\n".join(_notes(checkpoint)) for checkpoint in checkpoints]
-    return "\n\n".join(["\n".join(_table(rows)), *notes, _verdict(report)])
+    return "\n\n".join(["\n".join(_table(rows)), *legend, *notes, _verdict(report)])
 
 
 def _rows(checkpoint) -> Iterator[tuple[str, ...]]:
@@ -54,14 +56,14 @@ def _notes(checkpoint) -> Iterator[str]:
     if checkpoint["styles"]:
         yield f"{GAP}styles: {', '.join(map(printable, checkpoint['styles']))}"
     if checkpoint["hash"]:
-        yield f"{GAP}hash: {checkpoint['hash']} (as hubs show it)"
+        yield f"{GAP}AutoV2 hash: {checkpoint['hash']} (of the file, as hubs show it)"
     for file in checkpoint["files"]:
         digest = f"SHA-256 {file['sha256']} " if file["sha256"] else ""
         yield f"{GAP}{digest}{printable(file['file'])} ({file['bytes']:,} bytes)"
     if checkpoint["read"] == SAMPLE:
         yield f"{GAP}read: the start, middle and end of every tensor; --deep reads all of it"
     if any(not file["sha256"] for file in checkpoint["files"]):
-        yield f"{GAP}hash: not computed, it takes a while; --hash does"
+        yield f"{GAP}SHA-256: not computed, it takes a while; --hash does"
     if checkpoint["float8"]:
         yield f"{GAP}float8: {checkpoint['float8']}; read in float16, or with the scale in float32"
     for sentence in (*checkpoint["loans"], *checkpoint["advice"]):
@@ -95,6 +97,6 @@ def _verdict(report) -> str:
         text = f"These checkpoints can be merged on {base}: {', '.join(teachers)}" if teachers else f"{base} is sound"
         sampled = any(checkpoint["read"] == SAMPLE for checkpoint in report["checkpoints"])
         return text + (", as far as it was read." if sampled else ".")
-    alone = f"{base} is an adapter:" if report["checkpoints"][0]["adapter"] else f"{base} cannot be used:"
+    alone = f"{base} is a sound adapter:" if report["sound"] else f"{base} cannot be used:"
     heading = "These checkpoints cannot be merged:" if teachers else alone
     return "\n".join([heading, *(f"{GAP}- {sentence}" for sentence in report["obstacles"])])

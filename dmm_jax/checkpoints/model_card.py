@@ -32,6 +32,12 @@ image = pipe("a prompt", {drawing}).images[0]
     "lora": "Each `lora*.safetensors` turns the base that its metadata names (`dmm_jax.lora_base`) into a style, at "
     "strength 1.",
 }
+# For a UNet of another size than the published ones.
+TOY_USE = {
+    "single-file": "`model.safetensors` is a checkpoint for dmm_jax. ComfyUI, A1111, Forge and diffusers' "
+    "`from_single_file` do not load it: they know the published sizes of Stable Diffusion alone.",
+}
+TOY_LORA = "dmm_jax (`BASE + FILE`) reads everything in it. ComfyUI and A1111 load no checkpoint of this size."
 # {scheduler field or value: what it says about the UNet}
 SCHEDULES = {
     "v_prediction": "predicts the velocity (v-prediction)",
@@ -75,6 +81,8 @@ def card(
     sampling: Mapping,
     clip_skip: int = 1,
     tools: Sequence[str] = (),
+    mix: Sequence[str] = (),
+    is_published_size: bool = True,
 ) -> str:
     """Returns the text of a card, Markdown under a YAML head.
 
@@ -90,26 +98,33 @@ def card(
       sampling: how its pictures are drawn: arguments of `Pipeline.__call__`.
       clip_skip: of the text encoder in the folder.
       tools: for which its LoRAs were written.
+      mix: the names of the styles that are folded into the files; () if each style has a file, or one file has all.
+      is_published_size: whether the UNet has a size that stock tools know.
     """
-    merged = f"{len(styles)} checkpoints distilled into one UNet (DMM, arXiv:2504.12364) with dmm_jax"
-    has_all_styles = formats == ["dmm"]
-    about = (
-        f"{merged}; styles are selected and mixed per image." if has_all_styles else f"One style or mix of {merged}."
-    )
+    about = f"{len(styles)} checkpoints distilled into one UNet (DMM, arXiv:2504.12364) with dmm_jax"
     if not styles:
-        about = "The difference between a fine-tuned checkpoint and its base, made with dmm_jax."
-    parts = [_head(license, family, parents), f"# {escaped(title)}", about]
+        about = "The difference between a fine-tuned checkpoint and its base, made with dmm_jax"
+    elif formats == ["dmm"]:
+        about += "; styles are selected and mixed per image"
+    elif mix:
+        about = f"The {'style' if len(mix) == 1 else 'mix of'} {', '.join(map(escaped, mix))} of {about}"
+    else:
+        about = f"Each style, in a file of its own, of {about}"
+    styles = mix or styles
+    parts = [_head(license, family, parents), f"# {escaped(title)}", f"{about}."]
     if has_grid:
         parts.append(f"![Samples of every style]({GRID})")
     parts += ["## Styles", _table(_style_rows(styles, parents))] if styles else []
     parts.append(f"Licences that the parents state: {escaped(license or licenses.UNKNOWN)}.")
     if metrics:
-        parts += ["## Measured", *_measured(metrics)]
+        parts += ["## Measured", *_measured(metrics, styles)]
     drawing = f"num_inference_steps={sampling['num_inference_steps']}, guidance_scale={sampling['guidance_scale']}"
     style = json.dumps(next(iter(styles), ""))
-    parts += ["## Use", *(USE[fmt].replace("{drawing}", drawing).replace("{styles}", style) for fmt in formats)]
+    use = USE if is_published_size else USE | TOY_USE
+    parts += ["## Use", *(use[fmt].replace("{drawing}", drawing).replace("{styles}", style) for fmt in formats)]
     if {"lora", "style-lora"} & set(formats):
-        parts.append(f"{'. '.join(READERS[tool] for tool in READERS if tool in tools)}.")
+        readers = ". ".join(READERS[tool] for tool in READERS if tool in tools)
+        parts.append(f"{readers}." if is_published_size else TOY_LORA)
     parts += _schedule(schedule, formats)
     parts += [CLIP_SKIP.format(clip_skip)] if clip_skip != 1 else []
     return "\n\n".join(parts) + "\n"
@@ -159,16 +174,17 @@ def _schedule(config, formats) -> list[str]:
     return parts + [RESCALE] * ("rescale_betas_zero_snr" in options)
 
 
-def _measured(metrics) -> list[str]:
-    return [_table(_metric_rows(metrics)), _metric_notes(metrics)]
+def _measured(metrics, styles) -> list[str]:
+    return [_table(_metric_rows(metrics, styles)), _metric_notes(metrics)]
 
 
-def _metric_rows(metrics):
+def _metric_rows(metrics, styles):
     columns = {"student": [row[k] for k, row in enumerate(metrics["matrix"])]}
     columns |= {name: metrics[name] for name in ("floor", "base", *metrics.get("weight_merges", ()))}
     yield ("style", *columns)
     for number, style in enumerate(metrics["styles"]):
-        yield (style, *(f"{values[number]:.2f}" for values in columns.values()))
+        if style in styles:
+            yield (style, *(f"{values[number]:.2f}" for values in columns.values()))
 
 
 def _metric_notes(metrics):
@@ -207,7 +223,7 @@ def metrics_of(workdir: Location, styles: Sequence[str]) -> dict | None:
     try:
         if list(metrics["styles"]) != list(styles) or "matrix" not in metrics:
             return None  # The report is about other styles, or about pairs of pictures alone.
-        _measured(metrics)
+        _measured(metrics, styles)
         return metrics
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
         raise UserError(f"{path} is damaged. Run `dmm-jax evaluate` again, or delete it.") from None

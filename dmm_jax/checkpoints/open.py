@@ -15,13 +15,20 @@ from dmm_jax.checkpoints.clip_skip import with_clip_skip
 from dmm_jax.checkpoints.errors import CheckpointError
 from dmm_jax.checkpoints.formats import hub, lora
 from dmm_jax.checkpoints.formats.diffusers_folder import open_folder
+from dmm_jax.checkpoints.formats.safetensors_io import PICKLES
 from dmm_jax.checkpoints.open_single_file import open_single_file
+from dmm_jax.checkpoints.shipped import is_checkpoint_folder
 from dmm_jax.models.unet_config import merged_config
 from dmm_jax.runtime.errors import UserError, naming_option, nearest
 from dmm_jax.runtime.storage import Location, check_bucket, check_local, in_bucket, locate
 from dmm_jax.text import vocabulary
 
 SUGGESTION_CUTOFF, MOST_NEIGHBOURS = 0.8, 1000
+# What a folder may hold, as a message calls it.
+KINDS = CHECKPOINTS, ADAPTERS, OLD_FILES, OTHERS = (
+    "the checkpoints", "the LoRAs or other adapters", "files to convert to safetensors first:", "other files:",
+)  # fmt: skip
+WEIGHTS = (".safetensors", *PICKLES)
 
 
 def open_checkpoint(
@@ -38,7 +45,7 @@ def open_checkpoint(
       path: a diffusers or DMM folder; a .safetensors single file; the workdir of a training run, which may be in a
         bucket; `hf:OWNER/NAME@REVISION`, which is fetched from the Hugging Face hub (see `hub`); or, with LoRAs folded
         in, `BASE + LORA.safetensors*0.8 + OTHER.safetensors` (the default weight is 1); or `demo` or `emoji`,
-        the students that come with this package, unless there is a file or folder of that name.
+        the students that come with this package, unless there is a file or a checkpoint's folder of that name.
       base: another checkpoint, for the networks, tokenizers and sizes that `path` lacks.
       prediction_type: "epsilon" or "v_prediction", for a checkpoint that does not state it, such as most single files.
       clip_skip: the layer of Stable Diffusion 1's text encoder that conditions, from its end: 1 is the last.
@@ -60,8 +67,7 @@ def open_checkpoint(
     options = {"prediction_type": prediction_type, "allow_unsupported": allow_unsupported}
     if shipped.is_shipped(path):
         student = shipped.FOLDER / path
-        own_base = None if (student / "vae").is_dir() else shipped.BASE  # The demo's VAE is the base's.
-        opened = open_checkpoint(student, base or own_base, **options)
+        opened = open_checkpoint(student, base or shipped.base_of(path), **options)
         return dataclasses.replace(opened, from_base=() if base is None else opened.from_base)
     if not path.exists() and lora.PLUS in str(path):
         root, files = lora.parse(path)
@@ -83,7 +89,7 @@ def open_checkpoint(
         checkpoint = _open_workdir(path)
     else:
         if not (path / "config.json").is_file():  # With one, it is a network of a diffusers folder.
-            lora.refuse_folder(path)
+            _refuse_folder_of_files(path)
         raise CheckpointError(
             f"{path} is no checkpoint: it holds neither model_index.json (a diffusers folder) nor a training run's "
             "config.json and checkpoints/. Give the folder that holds unet/, vae/, text_encoder/."
@@ -122,6 +128,39 @@ def _suggestion(path: pathlib.Path) -> str:
     shipped_names = shipped.STUDENTS if path.parent == pathlib.Path() else ()
     near = nearest(path.name, [*shipped_names, *(neighbour.name for neighbour in beside)], SUGGESTION_CUTOFF)
     return f" (did you mean {path.parent / near}?)" if near else ""
+
+
+def _refuse_folder_of_files(folder: pathlib.Path) -> None:
+    """Raises CheckpointError if a folder holds checkpoints or files with weights; the message names them by kind."""
+    entries = sorted(itertools.islice(folder.iterdir(), MOST_NEIGHBOURS))
+    kinds = {path: _kind(path) for path in entries if is_checkpoint_folder(path) or path.suffix in WEIGHTS}
+    if not kinds:
+        return
+    lists = [
+        f"{kind} {naming.listed([path.name for path in kinds if kinds[path] == kind])}"
+        for kind in dict.fromkeys(sorted(kinds.values(), key=KINDS.index))
+    ]
+    first = min(kinds, key=lambda path: KINDS.index(kinds[path]))
+    given = f"'BASE + {first}'" if kinds[first] == ADAPTERS else str(first)
+    has_several = list(kinds.values()).count(CHECKPOINTS) > 1
+    comparison = " `dmm-jax inspect BASE OTHERS` tells whether several can be merged." if has_several else ""
+    raise CheckpointError(
+        f"{naming.printable(str(folder), 1000)} is a folder and no checkpoint. It holds {'; '.join(lists)}. "
+        f"Give one of them, for example {naming.printable(given, 1000)}.{comparison}"
+    )
+
+
+def _kind(path: pathlib.Path) -> str:
+    """Returns what a file or folder is, one of `KINDS`."""
+    if path.suffix in PICKLES:
+        return OLD_FILES
+    try:
+        open_checkpoint(path, allow_unsupported=True)
+    except lora.AdapterAlone:
+        return ADAPTERS
+    except (ValueError, OSError):
+        return OTHERS
+    return CHECKPOINTS
 
 
 def _with_prediction_type(checkpoint: Checkpoint, prediction_type: str) -> Checkpoint:

@@ -41,9 +41,8 @@ def open_single_file(path: pathlib.Path) -> Checkpoint:
     if not keys_of or kind:
         lora.refuse_alone(file)
         reason = f"it is {kind}" if kind else f"no key begins with {single_file.UNET!r}"
-        raise CheckpointError(
-            f"{path} is no Stable Diffusion checkpoint: {reason}. Its first keys: {naming.listed(list(file)[:5])}."
-        )
+        keys = f"Its first keys: {naming.listed(list(file)[:5])}." if len(file) else "It holds no tensor."
+        raise CheckpointError(f"{path} is no Stable Diffusion checkpoint: {reason}. {keys}")
     components = {component: _component(path, file, component, keys) for component, keys in keys_of.items()}
     family = architecture.architecture(components["unet"].config) if "unet" in components else architecture.SD1
     if "vae" in components:
@@ -61,7 +60,7 @@ def open_single_file(path: pathlib.Path) -> Checkpoint:
         unsupported=_why_unsupported(file, keys_of, used),
         explicit_fields=frozenset(explicit),
         files=(path,),
-        license=licenses.stated(file.metadata),
+        license=licenses.stated(file.metadata, path),
     )
 
 

@@ -197,7 +197,7 @@ def _record_of_path(name, path, config, hashed) -> dict:
             return {"file": pathlib.Path(path).name, "license": licenses.UNKNOWN}
         raise CheckpointError(
             f"the recipe names every parent with its hash, and {name} cannot be read: {error} Put it back, or leave "
-            "the recipe out: --no-recipe."
+            "the recipe out: `export --no-recipe`."
         ) from error
 
 

@@ -234,7 +234,7 @@ def _check_fits(folder, leaves, abstract) -> None:
         raise CheckpointError(
             f"{folder} cannot be restored: it does not fit the config in {len(differing)} arrays. {path} was saved as "
             f"{_dtype_and_shape(saved.get(path))}; expected {_dtype_and_shape(expected.get(path))}. "
-            "Use the config that it was saved with, or another --workdir."
+            "Use the config that it was saved with, or another workdir."
         )
 
 

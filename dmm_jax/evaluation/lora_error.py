@@ -1,7 +1,7 @@
 """Measures a LoRA that `export` wrote: how far one UNet evaluation with the LoRA is from one with the real weights."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -31,16 +31,16 @@ class LoraError(NamedTuple):
         return f"one UNet evaluation differs by {self.lora:.1e} of the maximum; the base without it by {self.base:.1e}"
 
 
-def print_lora_errors(student: Checkpoint, base: Checkpoint, folder: pathlib.Path, style: str, tools: Sequence) -> None:
-    """Prints a line per LoRA in the folder of an export, in the order of the styles.
+def print_lora_errors(student: Checkpoint, base: Checkpoint, files: Mapping[pathlib.Path, str], style: str) -> None:
+    """Prints a line per LoRA of an export, in the order of the styles.
 
     Args:
       student: the checkpoint that was exported.
+      files: {LoRA file: the name of its mix}.
       style: the mix that was exported; "" for every style.
-      tools: for which they were written.
     """
     mixes = export_lora.mixes_of(student, style)
-    for file, name in export_lora.places(folder, student, style, tools).items():
+    for file, name in files.items():
         print(f"{file}: {lora_error(export_lora.folded(student, mixes[name]), base, file)}")
 
 

@@ -78,7 +78,9 @@ def _message(error: BaseException) -> str | None:
         return str(error)
     first_line = " ".join((str(error).splitlines() or [""])[0].split())[:300]
     if "Vmem" in str(error):
-        return f"a kernel does not fit the chip's fast memory: {first_line} Avoid it with --config.attention=xla."
+        return (
+            f"a kernel does not fit the chip's fast memory: {first_line} In `train`, --config.attention=xla avoids it."
+        )
     if any(reason in str(error) for reason in FULL_DISK):
         return f"the disk is full: {first_line} Free some space and run it again."
     if isinstance(error, RecursionError):

@@ -143,8 +143,10 @@ def check_output(folder: str | os.PathLike) -> pathlib.Path:
     """Returns `folder` if it is new or empty and can be written; makes nothing.
 
     Raises:
-      UserError: it is a file, is not empty, cannot be written, or is in a bucket.
+      UserError: it is a file or has a file's name, is not empty, cannot be written, or is in a bucket.
     """
+    if pathlib.Path(folder).suffix == ".safetensors":
+        raise UserError(f"{folder} is the name of a file; the output is a folder. Give a folder's name.")
     if in_bucket(folder):
         raise UserError(f"{folder}: an output is written to a folder. Give one, and copy it: gcloud storage cp -r")
     folder = pathlib.Path(folder)
@@ -154,6 +156,20 @@ def check_output(folder: str | os.PathLike) -> pathlib.Path:
         raise UserError(f"{folder} is not empty; nothing is overwritten. Give a new folder or empty this one.")
     check_writable(folder)
     return folder
+
+
+def check_output_file(path: pathlib.Path) -> pathlib.Path:
+    """Returns `path` if nothing has that name and a file can be written there; makes nothing.
+
+    Raises:
+      UserError: it exists, its folder does not, or it cannot be written.
+    """
+    if path.exists():
+        raise UserError(f"{path} exists; nothing is overwritten. Give another name.")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"there is no folder {path.parent} to write {path.name} in. Make it first.")
+    check_writable(path)
+    return path
 
 
 def check_writable(path: pathlib.Path) -> None:

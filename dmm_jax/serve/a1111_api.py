@@ -28,7 +28,7 @@ class A1111:
 
     def __init__(self, service: Service):
         self.service = service
-        self.checkpoint = service.model_names[0]
+        self.checkpoint = service.default_model
         self.active: dict[str, list[Job]] = {}  # The jobs of each client's requests.
 
     def checked(self, name: Any) -> str:
@@ -115,7 +115,8 @@ def router(service: Service) -> APIRouter:
                 state.active.pop(client_of(request), None)
         finished = [picture for picture in pictures if picture]
         images = [picture.base64 for picture in finished] if body.send_images else []
-        parameters = body.model_dump()
+        image = jobs[0].request  # With its defaults.
+        parameters = body.model_dump() | {"width": image.width, "height": image.height, "sampler_name": body.sampler}
         return {"images": images, "parameters": parameters, "info": json.dumps(info(service, jobs, finished, body))}
 
     @routes.get("/progress")

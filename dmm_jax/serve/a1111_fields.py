@@ -32,6 +32,10 @@ NEUTRAL: dict[str, tuple] = {
     "infotext": (None, ""),
     "disable_extra_networks": (None, False, True),
 }
+HINTS = {  # {field: what to send instead}
+    "styles": "These styles are A1111's stored prompts. A style of the model is a checkpoint here: send it as "
+    "override_settings.sd_model_checkpoint.",
+}
 # These matter only to a feature that NEUTRAL switches off, or to files that A1111 would write on its own disk.
 WITHOUT_EFFECT = (
     "subseed", "denoising_strength", "refiner_switch_at", "firstphase_width", "firstphase_height", "hr_scale",
@@ -81,7 +85,8 @@ class Txt2ImgBody(pydantic.BaseModel):
         faults.refuse_unknown_fields([name for name in others if name not in NEUTRAL], fields, OTHER_NAMES)
         wrong = [name for name, value in others.items() if not _is_one_of(value, NEUTRAL[name])]
         if wrong:
-            raise ValueError(f"this server does not do {', '.join(sorted(wrong))}: leave it out.")
+            hints = "".join(f" {HINTS[name]}" for name in wrong if name in HINTS)
+            raise ValueError(f"this server does not do {', '.join(sorted(wrong))}: leave it out.{hints}")
         return {name: value for name, value in values.items() if name in fields and value is not None}
 
     @pydantic.field_validator("alwayson_scripts")
@@ -93,6 +98,11 @@ class Txt2ImgBody(pydantic.BaseModel):
             raise ValueError(f"this server runs no scripts; got {', '.join(map(repr, active[:5]))}: leave them out.")
         return value
 
+    @property
+    def sampler(self) -> str:
+        """The sampler's name as the client writes it, or A1111's default."""
+        return self.sampler_name or self.sampler_index or "Euler"
+
     def solver(self) -> str:
         """Returns the solver that sampler and scheduler name, such as "dpmpp_2m_karras".
 
@@ -100,7 +110,7 @@ class Txt2ImgBody(pydantic.BaseModel):
           UserError: there is no such sampler.
           ValueError: the sampler has another eta here.
         """
-        sampler = self.sampler_name or self.sampler_index or "Euler"
+        sampler = self.sampler
         name = solvers.canonical(sampler)
         scheduler = (self.scheduler or "automatic").lower()
         if scheduler not in ("automatic", "none", ""):

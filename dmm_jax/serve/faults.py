@@ -77,6 +77,8 @@ def _validation_fault(error: RequestValidationError) -> Fault:
     for problem in error.errors()[:20]:
         place = [str(part) for part in problem["loc"] if part != "body"]
         message = str(problem["msg"]).removeprefix("Value error, ")
+        if not place and problem["type"] != "value_error":  # It is missing, or another kind of JSON value.
+            message = "send one JSON object with Content-Type: application/json"
         details.append({"loc": ["body", *place], "msg": message, "type": problem["type"]})
     if any(problem["type"] == "json_invalid" for problem in details):
         return _http_fault(HTTPException(400))

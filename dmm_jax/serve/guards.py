@@ -16,6 +16,9 @@ from dmm_jax.serve.faults import A1111, Fault, interface_of, response_of
 from dmm_jax.serve.service import CLIENT, Settings, matching_key
 
 OPEN_PATHS = ("/", "/healthz", "/readyz")  # They need no key: the page without pictures, and the probes.
+# What `curl -d` states. A body of this type, or of none, is read as JSON: no form of another page can write JSON in it,
+# and a script of another page is refused by its origin.
+CURL_TYPE = "application/x-www-form-urlencoded"
 OPEN_FOLDER = "/static/"
 LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
 SECURITY_HEADERS = {
@@ -51,6 +54,9 @@ class Guards:
             self._check_origin(scope)
             scope[CLIENT] = self._client(scope)
             receive = await self._limited(scope, receive)
+            if Headers(scope=scope).get("content-type", CURL_TYPE) == CURL_TYPE:
+                others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+                scope["headers"] = [*others, (b"content-type", b"application/json")]
         except Fault as fault:
             await response_of(fault, scope["path"])(scope, receive, send)
             return

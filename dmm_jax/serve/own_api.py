@@ -39,7 +39,7 @@ class DrawBody(pydantic.BaseModel):
             min_length=1,
             max_length=64,
             description='each a name, a mix {"anime": 0.7, "photo": 0.3}, a schedule [[1000, "photo"], [600, "anime"]] '
-            "or the text of one of these, as the command line takes it; null for a stock checkpoint",
+            "or the text of one of these, as the command line takes it; null: the default",
         ),
     ] = [None]  # noqa: RUF012
     seeds: Annotated[list[int] | None, pydantic.Field(min_length=1, max_length=64)] = None
@@ -60,6 +60,7 @@ class DrawBody(pydantic.BaseModel):
     def _knows_the_fields(cls, values: Any) -> Any:
         if isinstance(values, dict):
             faults.refuse_unknown_fields(values, list(cls.model_fields), OTHER_NAMES)
+            values = {name: value for name, value in values.items() if value is not None}  # null: the default.
         return values
 
 
@@ -122,8 +123,9 @@ def _requests(service: Service, body: DrawBody) -> list[ImageRequest]:
 
 
 def _style(style, service: Service) -> Style:
-    if isinstance(style, str):
-        return parse_style(style, service.engine.pipeline.schedule.num_train_timesteps)
+    if style is None or isinstance(style, str):
+        text = service.style_of(style)
+        return None if text is None else parse_style(text, service.engine.pipeline.schedule.num_train_timesteps)
     if isinstance(style, list) and not is_schedule(style):
         raise faults.Fault(422, "invalid_request", "styles: a schedule is not empty.", field="styles")
     return style

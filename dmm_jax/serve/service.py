@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from starlette.requests import Request
 
 from dmm_jax.config.arguments import MAX_SEED
+from dmm_jax.config.styles import NULL_STYLE
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.serve.engine import Engine
 
@@ -53,9 +54,15 @@ class Service:
         """What clients choose from: the styles, or a stock checkpoint's own name."""
         return list(self.engine.pipeline.styles) or [self.engine.pipeline.name]
 
+    @property
+    def default_model(self) -> str:
+        """What a request that names no style gets: the null style, else the first style; or the stock checkpoint."""
+        return NULL_STYLE if NULL_STYLE in self.model_names else self.model_names[0]
+
     def style_of(self, text: str | None) -> str | None:
-        """Returns a style as text, or None for a stock checkpoint, which is chosen by its own name or by none."""
-        return None if not self.engine.pipeline.styles and text in (None, "", self.engine.pipeline.name) else text
+        """Returns a style as text, the default if there is none; None for a stock checkpoint, chosen by its name."""
+        text = text or self.default_model
+        return None if not self.engine.pipeline.styles and text == self.engine.pipeline.name else text
 
 
 def read_keys(path: pathlib.Path) -> tuple[str, ...]:

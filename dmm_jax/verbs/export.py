@@ -5,6 +5,8 @@ import contextlib
 import functools
 import pathlib
 import re
+import tempfile
+from collections.abc import Iterator
 
 from dmm_jax.runtime.errors import UserError
 from dmm_jax.verbs import options
@@ -12,11 +14,14 @@ from dmm_jax.verbs import options
 EXAMPLES = (
     "dmm-jax export runs/sd15 out --format dmm",
     'dmm-jax export runs/sd15 out --format diffusers,single-file --style "anime=0.7,photo=0.3"',
+    "dmm-jax export runs/sd15 anime.safetensors --format single-file --style anime",
     "dmm-jax export runs/sd15 out --format single-file --all-styles --name merged",
     "dmm-jax export runs/sd15 out --format lora --rank 64",
     "dmm-jax export runs/sd15 out --format dmm --examples pictures --trigger anime=anime,cel --push OWNER/NAME",
 )
+OPTIONS_OF_VERB = ("style", "name", "all_styles", "verify")  # `export` does not take these, or takes them by place.
 FILE = "model.safetensors"
+FOLDER_OPTIONS = ("all_styles", "name", "trigger", "examples", "push")  # They need a folder as OUT.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a training run, or a DMM folder; for lora, any checkpoint",
     )
     parser.add_argument(
-        "out", type=pathlib.Path, metavar="OUT", help="a new or empty folder, for one file or folder per format"
+        "out",
+        type=pathlib.Path,
+        metavar="OUT",
+        help="a new or empty folder, for one file or folder per format and a model card; or a new .safetensors file",
     )
     parser.add_argument("--format", required=True, help="comma list of names from `dmm-jax list formats`")
     parser.add_argument(
@@ -102,22 +110,27 @@ def main(args: argparse.Namespace) -> None:
     """Writes every format, compares them with diffusers if asked to, and prints their paths."""
     from tqdm import tqdm
 
+    from dmm_jax.checkpoints import export_lora
     from dmm_jax.checkpoints.card_additions import add_to_cards, read_triggers
-    from dmm_jax.checkpoints.export import export, open_student
+    from dmm_jax.checkpoints.export import base_of, export, open_student, planned_paths
     from dmm_jax.checkpoints.formats import hub
     from dmm_jax.checkpoints.provenance import triggers_of_workdir
-    from dmm_jax.runtime.storage import check_output, staged_folder
+    from dmm_jax.runtime.storage import check_output, check_output_file, part_of, staged_folder
 
     formats = list(dict.fromkeys(args.format.split(",")))
     _check(args, formats)
     if args.push:
         hub.check_repository(args.push)
-    check_output(args.out)
+    is_file = args.out.suffix == ".safetensors"
+    (check_output_file if is_file else check_output)(args.out)
     student = open_student(args.workdir, args.extra_style, args.keep, allow_stock=formats == ["lora"])
+    if is_file:
+        _check_file(args, planned_paths(args.out.parent, formats, student, args.style, _tools(args)))
     triggers = triggers_of_workdir(args.workdir, student, args.keep) | read_triggers(args.trigger, student.styles or ())
     examples = _examples(args.examples) if args.examples else []
     paths = []
-    with contextlib.nullcontext(args.out) if args.dry_run else staged_folder(args.out) as stage:
+    staged = _staged_file if is_file else staged_folder
+    with contextlib.nullcontext(part_of(args.out)) if args.dry_run else staged(args.out) as stage:
         for folder, some_formats, style, name in _parts(args, formats, student.styles):
             written = export(
                 args.workdir,
@@ -134,7 +147,7 @@ def main(args: argparse.Namespace) -> None:
                 progress=functools.partial(tqdm, disable=None, desc="lora"),
             )
             written = [path if args.dry_run else _renamed(path, name) for path in written]
-            paths += [args.out / path.relative_to(stage) for path in written]
+            paths += [args.out if is_file else args.out / path.relative_to(stage) for path in written]
         if args.dry_run:
             print("\n".join(map(str, paths)))
             return
@@ -144,11 +157,11 @@ def main(args: argparse.Namespace) -> None:
 
         print("\n".join(verify_folder(args.out, args.workdir, student)))
     if "lora" in formats:
-        from dmm_jax.checkpoints.export import base_of
         from dmm_jax.evaluation.lora_error import print_lora_errors
 
-        base = base_of(args.workdir, student, args.base)
-        print_lora_errors(student, base, args.out, args.style, _tools(args))
+        names = export_lora.places(args.out, student, args.style, _tools(args))
+        names = {args.out: next(iter(names.values()))} if is_file else names
+        print_lora_errors(student, base_of(args.workdir, student, args.base), names, args.style)
     print("\n".join(map(str, paths)))
     if args.push:
         print(hub.push_folder(paths[0] if len(paths) == 1 and paths[0].is_dir() else args.out, args.push))
@@ -169,13 +182,42 @@ def _check(args, formats) -> None:
         raise UserError(f"--verify compares with diffusers, which does not read {FLOAT8} with scales.")
 
 
+def _check_file(args, paths: list[pathlib.Path]) -> None:
+    """Refuses what cannot be written as the one file OUT.
+
+    Args:
+      paths: what would be written into a folder.
+
+    Raises:
+      UserError: names it.
+    """
+    names = [path.name for path in paths]
+    advice = f"Give a folder as OUT, for example {args.out.with_suffix('')}"
+    if len(names) != 1 or not names[0].endswith(".safetensors"):
+        raise UserError(f"{args.out} is the name of one file, and this export writes {', '.join(names)}. {advice}.")
+    if options := [f"--{name.replace('_', '-')}" for name in FOLDER_OPTIONS if getattr(args, name)]:
+        raise UserError(f"{', '.join(options)} needs a folder, and {args.out} is one file. {advice}, or leave it out.")
+
+
+@contextlib.contextmanager
+def _staged_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a temporary folder, whose one .safetensors file becomes `path` at the end of the block."""
+    from dmm_jax.runtime.storage import errors_name
+
+    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.name}.") as stage:
+        with errors_name(path, stage):
+            yield pathlib.Path(stage)
+        (file,) = pathlib.Path(stage).glob("*.safetensors")
+        file.rename(path)
+
+
 def _own_options(args, formats) -> dict:
     """Returns those options of `export` that belong to some of the formats."""
     from dmm_jax.checkpoints.export import OPTION_FORMATS
 
     options = {name: getattr(args, name) for name, owners in OPTION_FORMATS.items() if set(owners) & set(formats)}
     tools = {"lora_for": _tools(args)} if "lora_for" in options else {}
-    return {name: value for name, value in options.items() if name not in ("name", "all_styles")} | tools
+    return {name: value for name, value in options.items() if name not in OPTIONS_OF_VERB} | tools
 
 
 def _tools(args) -> list[str]:

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints the report; returns 1 with the reasons on stderr if the checkpoints cannot be merged.
+    """Prints the report; returns 1 if the checkpoints cannot be merged, with the reasons on stderr next to JSON.
 
     A single sound adapter ends with 0, although it needs a base.
     """
@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> int:
 
     report = inspect(args.checkpoints, args.deep, args.hash, args.prediction_type)
     print(json.dumps(report, indent=2) if args.json else visible(render(report)))
-    if not report["sound"] and (args.json or not sys.stdout.isatty()):  # A terminal has just shown them in the report.
+    if args.json and not report["sound"]:  # The text ends with them.
         for problem in report["obstacles"]:
             print(visible(f"dmm-jax inspect: error: {problem}"), file=sys.stderr)
     return 0 if report["sound"] else 1

@@ -34,13 +34,14 @@ def head(text):
 
 def card(
     title="one", styles=("anime",), parents=PARENTS, license="openrail", metrics=None, has_grid=False, schedule=None,
-    formats=("dmm",), tools=(),
+    formats=("dmm",), tools=(), **options,
 ):  # fmt: skip
     family, schedule = "stable-diffusion-v1", schedule or {"prediction_type": "epsilon"}
     sampling = {"num_inference_steps": 9, "guidance_scale": 2.5}
     return model_card.card(
-        list(formats), title, styles, family, parents, license, metrics, has_grid, schedule, sampling, 1, tools
-    )
+        list(formats), title, styles, family, parents, license, metrics, has_grid, schedule, sampling,
+        tools=tools, **options,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -96,6 +97,23 @@ def test_the_head_lists_parents_on_hubs_and_the_table_every_style():
     )
     assert "| odd | a b \\+ ink\\*0.5 |" in text and "| fitted | images, by fit\\-style |" in text
     assert not any({"base_model", "base_model_relation"} & set(head(card(parents=names))) for names in ({}, PARENTS))
+
+
+def test_the_card_of_one_style_lists_that_style_alone():
+    metrics = METRICS | {"styles": ["anime", "odd"], "floor": [1.0, 1.0], "base": [9.0, 9.0], "average": [5.0, 5.0]}
+    metrics |= {"matrix": [[2.0, 3.0], [4.0, 2.0]]}
+    text = card(formats=("single-file",), styles=("anime", "odd"), mix=("odd",), metrics=metrics)
+    assert "The style odd of 2 checkpoints" in text and "| odd |" in text and "anime" not in text
+    both = card(formats=("single-file",), styles=("anime", "odd"), mix=("anime", "odd"))
+    assert "The mix of anime, odd of 2 checkpoints" in both and "| anime |" in both
+    assert "| base |" in text and "Each style, in a file of its own" in card(formats=("lora",))
+
+
+@pytest.mark.parametrize("fmt", ["single-file", "lora", "style-lora"])
+def test_the_card_of_a_toy_recommends_no_tool_that_cannot_load_it(fmt):
+    toy, full = (card(formats=(fmt,), tools=("comfyui", "a1111"), is_published_size=size) for size in (False, True))
+    assert "ComfyUI" in full and "do not load it" not in full
+    assert "ComfyUI, A1111, Forge and diffusers' `from_single_file` do not load" in toy or "load no checkpoint" in toy
 
 
 @pytest.mark.parametrize("zero", [False, True])
@@ -179,7 +197,8 @@ def test_the_licence_is_the_files_then_the_cards(tmp_path):
 
 def test_a_lora_adds_its_licence(tmp_path):
     save(tmp_path / "a.safetensors", {}, {licenses.MODELSPEC: "b"})
-    lora = licenses.stated(TensorFile(tmp_path / "a.safetensors").metadata)
+    file = TensorFile(tmp_path / "a.safetensors")
+    lora = licenses.stated(file.metadata, file.path)
     assert licenses.together(["a; b", lora, "", "a"]) == "a; b; unknown"
 
 

@@ -95,7 +95,7 @@ def test_parts_that_do_not_fit_the_index_are_named(copy):
     with pytest.raises(CheckpointError, match="no file .*gone.safetensors"):
         open_checkpoint(copy)
     index.write_text(json.dumps({"weight_map": weight_map | {key: "part.bin"}}))
-    with pytest.raises(CheckpointError, match="weights_only"):
+    with pytest.raises(CheckpointError, match="convert_pickle"):
         open_checkpoint(copy)
     index.write_text(json.dumps({"weight_map": weight_map | {key: "part-2.safetensors"}}))
     with pytest.raises(CheckpointError, match=f"do not list the same tensors: {key}"):
@@ -112,7 +112,7 @@ def test_a_tensor_in_two_parts_is_named(copy):
 
 def test_a_folder_of_pickles_is_refused_with_advice(copy):
     (copy / "unet" / UNET_WEIGHTS).rename(copy / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="weights_only=True"):
+    with pytest.raises(CheckpointError, match="convert_pickle"):
         open_checkpoint(copy)
 
 
@@ -180,6 +180,23 @@ def test_a_vae_that_cannot_be_read_fails_only_when_asked_for(copy, folder, damag
     assert opened.params("unet") and opened.params("text_encoder")
     with pytest.raises(CheckpointError, match="vae"):
         opened.params("vae")
+
+
+def test_a_folder_of_files_is_described_by_their_kinds(folder, single, tmp_path):
+    models = tmp_path / "models"
+    models.mkdir()
+    shutil.copy(single, models / "one.safetensors")
+    shutil.copytree(folder, models / "tiny")
+    save(models / "a.safetensors", {"lora_unet_x.lora_up.weight": np.ones((4, 1)), "lora_unet_x.alpha": np.ones(())})
+    save(models / "b.safetensors", {f"lora_unet_x.lora_{name}.weight": np.ones((1, 1)) for name in ("up", "down")})
+    (models / "old.ckpt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no checkpoint") as error:
+        open_checkpoint(models)
+    text = str(error.value)
+    for part in ("the checkpoints one.safetensors, tiny;", "adapters b.safetensors;", "first: old.ckpt;"):
+        assert part in text
+    assert "other files: a.safetensors" in text and f"for example {models / 'one.safetensors'}" in text
+    assert "`dmm-jax inspect BASE OTHERS`" in text
 
 
 @pytest.mark.parametrize("ending", [".ckpt", ".pt", ".pth", ".bin"])

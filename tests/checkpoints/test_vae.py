@@ -64,7 +64,7 @@ def test_every_form_of_a_vae_replaces_the_base_s(folder, other, form):
 @pytest.mark.parametrize("form", ["a file with diffusers' keys", "a file with a prefix", "a bare file"])
 def test_inspect_says_that_a_file_is_a_vae(other, form):
     report = inspect([other[form]])
-    assert not report["mergeable"] and "it is a VAE alone: give it by --vae" in report["obstacles"][0]
+    assert not report["mergeable"] and "it is a VAE alone, for `sample --vae`" in report["obstacles"][0]
 
 
 def retrained(tensors):

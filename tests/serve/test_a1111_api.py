@@ -75,6 +75,7 @@ def test_features_that_are_missing_are_refused_by_name(web, field):
     [
         ({"alwayson_scripts": {"controlnet": {"args": [{"image": "x"}]}}}, "runs no scripts; got 'controlnet'"),
         ({"guidance_scale": 3}, "did you mean 'cfg_scale'"),
+        ({"styles": ["ink"]}, "A style of the model is a checkpoint here: send it as override_settings.sd_model"),
         (
             {"override_settings": {"CLIP_stop_at_last_layers": 2}},
             "cannot change 'CLIP_stop_at_last_layers'; here it is 1",
@@ -93,6 +94,11 @@ def test_errors_say_what_to_send(web, fields, expected):
     answer = web.post("/sdapi/v1/txt2img", {"prompt": "a", **SIZE, **fields})
     assert answer.status_code in (400, 422) and expected in answer.json()["errors"]
     assert set(answer.json()) == {"error", "detail", "body", "errors"}
+
+
+def test_the_returned_parameters_are_those_that_drew(web):
+    parameters = web.post("/sdapi/v1/txt2img", {"prompt": "a", "styles": []}).json()["parameters"]
+    assert (parameters["width"], parameters["height"], parameters["sampler_name"]) == (64, 64, "Euler")
 
 
 def test_scripts_that_are_off_are_accepted(client):

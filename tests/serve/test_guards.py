@@ -114,6 +114,16 @@ def test_origins_are_compared_as_a_whole(settings, origin, status):
     assert asked(Settings(**settings), LOCAL | {"origin": origin})[0] == status
 
 
+@pytest.mark.parametrize("path", ["/api/draw", "/v1/images/generations", "/sdapi/v1/txt2img"])
+def test_a_body_that_curl_sends_is_read_as_json(web, path):
+    for headers in ({"Content-Type": "application/x-www-form-urlencoded"}, {"Content-Type": None}):
+        assert web.post(path, data=b'{"prompt": "a"}', headers=headers).status_code == 200
+        foreign = headers | {"Origin": "https://a.example"}
+        assert web.post(path, data=b'{"prompt": "a"}', headers=foreign).status_code == 403
+        assert "send one JSON object" in web.post(path, data=b"prompt=a", headers=headers).text
+    assert "send one JSON object" in web.post(path, data=b"[1]", headers=headers).text
+
+
 def test_every_key_is_compared_whatever_is_sent(monkeypatch):
     compared, compare = [], service_lib.hmac.compare_digest
     monkeypatch.setattr(service_lib.hmac, "compare_digest", lambda *pair: compared.append(pair) or compare(*pair))

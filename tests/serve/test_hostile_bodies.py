@@ -84,4 +84,5 @@ def test_the_valid_body_is_accepted(web, path):
 
 def test_a_body_of_another_type_is_refused(web):
     text = json.dumps(VALID["/api/draw"])
-    assert web.post("/api/draw", data=text, headers={"Content-Type": "text/plain"}).status_code == 422
+    answer = web.post("/api/draw", data=text, headers={"Content-Type": "text/plain"})
+    assert answer.status_code == 422 and "with Content-Type: application/json" in answer.text

@@ -65,7 +65,6 @@ def test_a_stream_ends_with_the_error_of_its_image(client):
     "fields, expected",
     [
         ({"model": "anim"}, "did you mean 'anime'"),
-        ({"model": None}, "needs a style for every image; it has: anime, photo, ink"),
         ({"size": "512x512"}, "there are: 64 x 64, 128 x 64"),
         ({"size": "large"}, "WIDTHxHEIGHT"),
         ({"n": 17}, "n may be up to 16; got 17"),

@@ -77,6 +77,20 @@ def test_errors_say_what_to_send(web, fields, expected):
     assert answer.status_code in (400, 422) and expected in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "styles, default", [(("anime", "photo"), "anime"), (("anime", "none"), "none"), ((), None)], ids=str
+)
+def test_a_request_without_a_style_gets_the_same_in_every_interface(styles, default):
+    with running(FakeEngine(styles=styles)) as web:
+        body = {"prompt": "a"}
+        for path in ("/api/draw", "/v1/images/generations", "/sdapi/v1/txt2img"):
+            assert web.post(path, body).status_code == 200
+        assert web.post("/api/draw", body | {"styles": None}).status_code == 200
+        assert web.post("/api/draw", body | {"styles": [None]}).status_code == 200
+        assert web.post("/v1/images/generations", body | {"model": ""}).status_code == 200
+        assert [job.request.style for job in web.engine.jobs] == [default] * 6
+
+
 def test_the_model_says_what_can_be_asked_for(web):
     model = web.get("/api/model").json()
     assert model["styles"] == ["anime", "photo", "ink"] and {"width": 128, "height": 64} in model["sizes"]

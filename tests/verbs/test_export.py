@@ -68,7 +68,7 @@ def test_a_mix_is_drawn_alike_from_all_three_formats(trained, tmp_path):
 
 @pytest.mark.parametrize("name", ["dmm", "diffusers", "single-file", "style-lora"])
 def test_a_full_disk_leaves_nothing_of_an_export(failing, trained, tmp_path, name, monkeypatch):
-    arguments = ["export", trained, tmp_path / "o", "--format", name, "--style", "left"]
+    arguments = ["export", trained, tmp_path / "o", "--format", name, *(["--style", "left"] if name != "dmm" else [])]
     written, raw_bytes = [], safetensors_io.raw_bytes
 
     def full(array):
@@ -123,6 +123,7 @@ def test_every_style_is_exported_under_its_name_with_words_and_pictures(trained,
     gallery.mkdir()
     save_png(gallery / "00000_seed1.png", pictures(1)[0], parameters(prompt="a | cat", styles="left"))
     arguments = ["--format", "single-file", "--all-styles", "--name", "mine", "--trigger", "left=ink, drawing"]
+    arguments += ["--trigger", "right=oil"]
     assert cli.main(["export", str(trained), str(out), *arguments, "--examples", str(gallery)]) == 0
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     assert files == [
@@ -131,7 +132,8 @@ def test_every_style_is_exported_under_its_name_with_words_and_pictures(trained,
         for name in ("README.md", "examples/00.png", f"mine_{style}.safetensors")
     ]
     card = (out / "right" / "README.md").read_text()
-    assert "`mine_right.safetensors` is a checkpoint" in card and "| left | ink, drawing |" in card
+    assert "`mine_right.safetensors` is a checkpoint for dmm_jax. ComfyUI" in card  # The tiny student is a toy.
+    assert "| right | oil |" in card and "ink" not in card
     assert "| ![](examples/00.png) | left | a \\| cat |" in card
     assert yaml.safe_load(card.split("---\n")[1])["widget"][0]["output"] == {"url": "examples/00.png"}
 
@@ -163,6 +165,8 @@ def test_impossible_options_write_nothing(failing, trained, tmp_path, options, e
         ("style-lora", "--rank=8", "lora"),
         ("single-file", "--exact", "lora"),
         ("dmm", "--base=x", "lora"),
+        ("dmm", "--style=left", "diffusers, single-file, style-lora, lora"),
+        ("style-lora", "--verify", "dmm, diffusers, single-file"),
     ],
 )
 def test_an_option_that_no_format_uses_is_refused_before_anything_is_read(failing, tmp_path, formats, option, owners):
@@ -170,6 +174,37 @@ def test_an_option_that_no_format_uses_is_refused_before_anything_is_read(failin
     name = option.partition("=")[0]
     assert f"{name} has no effect on {formats.replace(',', ', ')}: it belongs to {owners}." in error
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("option", ["--style=left", "--keep=left", "--extra-style=x.safetensors"])
+def test_a_stock_checkpoint_takes_no_option_about_styles(failing, tiny, tmp_path, option):
+    base, teacher = list(tiny[0].values())[:2]
+    error = failing("export", teacher, tmp_path / "o", "--format=lora", f"--base={base}", option)
+    assert "a stock checkpoint without styles: leave --" in error and not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("options", [["--format=single-file"], ["--format=lora", "--rank=2"]])
+def test_a_file_as_output_becomes_that_file_alone(trained, tmp_path, capsys, options):
+    out = tmp_path / "mine.safetensors"
+    arguments = ["export", str(trained), str(out), "--style=left", *options]
+    assert cli.main([*arguments, "--dry-run"]) == 0 and not list(tmp_path.iterdir())
+    assert capsys.readouterr().out.splitlines() == [str(out)]
+    assert cli.main(arguments) == 0 and list(tmp_path.iterdir()) == [out]
+    assert TensorFile(out).metadata["modelspec.title"].endswith(": left")
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["--format=dmm"], "is the name of one file, and this export writes dmm"),
+        (["--format=lora"], "writes lora_left.safetensors, lora_right.safetensors"),
+        (["--format=single-file", "--style=left", "--name=x"], "--name needs a folder"),
+        (["--format=single-file", "--all-styles"], "--all-styles needs a folder"),
+    ],
+)
+def test_a_file_as_output_is_refused_for_what_is_no_one_file(failing, trained, tmp_path, options, expected):
+    assert expected in failing("export", trained, tmp_path / "mine.safetensors", *options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_each_format_takes_its_own_options_and_its_metadata_names_no_other(trained, tiny, tmp_path):

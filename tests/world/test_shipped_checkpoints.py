@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from dmm_jax.checkpoints.errors import CheckpointError
+from dmm_jax.checkpoints.export import base_of
 from dmm_jax.checkpoints.inspect import inspect
+from dmm_jax.checkpoints.inspect_text import render
 from dmm_jax.checkpoints.licenses import together
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.checkpoints.shipped import EMOJI, PROMPTS, STUDENTS
@@ -71,11 +73,21 @@ def test_the_prompts_of_emoji_are_the_names_that_teachers_saw():
     assert STUDENTS[EMOJI] in prompts and len(prompts) == len(set(prompts)) == 1472
 
 
-def test_a_folder_with_the_name_of_the_student_comes_first(tmp_path, monkeypatch):
+def test_only_a_checkpoint_with_the_name_of_the_student_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "demo").mkdir()
-    with pytest.raises(CheckpointError, match="demo is no checkpoint"):
+    (tmp_path / "demo" / "pictures").mkdir(parents=True)
+    assert open_checkpoint("demo").path == FOLDER / "demo"
+    assert base_of("demo", open_checkpoint("demo")).path == FOLDER / BASE
+    (tmp_path / "demo" / "model_index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="^demo"):
         open_checkpoint("demo")
+
+
+def test_every_shipped_checkpoint_states_its_licence():
+    paths = [FOLDER / BASE, FOLDER / "demo", *(path for _, path in teacher_paths())]
+    assert {open_checkpoint(path).license for path in paths} == {"apache-2.0"}
+    lora = inspect([FOLDER / "blueprint_lora.safetensors"])
+    assert "licence: apache-2.0" in render(lora)
 
 
 def test_the_student_agrees_with_each_teacher_in_its_style():

@@ -49,6 +49,7 @@ def facts(file: TensorFile) -> dict | None:
       kinds: {kind: number of layers}.
       ranks: the distinct ranks, ascending.
       networks: {network: number of layers}; the network is "" if a layer's name does not tell it.
+      faulty: the names of layers that lack a factor, or have factors that do not belong together.
       stated: {fact: what the metadata states}.
     """
     layers: dict[str, dict[str, str]] = collections.defaultdict(dict)
@@ -56,22 +57,26 @@ def facts(file: TensorFile) -> dict | None:
         name, role = lora_keys.split_role(key, file) or (key, None)
         if role is not None:
             layers[name][role] = key
-    kinds, ranks, networks = collections.Counter(), set(), collections.Counter()
+    kinds, ranks, networks, faulty = collections.Counter(), set(), collections.Counter(), []
     for name, roles in layers.items():
         kind = lora_keys.kind_of(roles) or ("full difference" if set(roles) & set(BIASES) else "")
         if not kind:
+            faulty += [name] if set(roles) - set(lora_keys.SCALES) else []
             continue
         factors = {role: file.shape(key) for role, key in roles.items() if role not in (*BIASES, "alpha", "scalar")}
+        if kind == "LoRA" and factors["up"][1:2] != factors["down"][:1]:
+            faulty.append(name)
         kinds[f"DoRA of {kind}" if set(DORA) & set(roles) else kind] += 1
         networks[lora_keys.network_of(name)] += 1
         if kind in lora_keys.DECOMPOSED and all(factors.values()):  # A scalar has no rank.
             ranks.add(adapter_kinds.rank(kind, factors))
-    if not kinds:
+    if not kinds and not faulty:
         return None
     return {
         "kinds": dict(kinds),
         "ranks": sorted(ranks - {None}),
         "networks": dict(networks),
+        "faulty": faulty,
         "stated": _stated(file.metadata),
     }
 
@@ -120,7 +125,10 @@ def how_to_use(file: TensorFile) -> str:
             f"It changes the stock export of the mix {style} of one student, and no other checkpoint. Give it with "
             f"that export, as one text: 'EXPORT + {file.path}'."
         )
-    return f"Give it with its base, as one text: 'BASE + {file.path}*0.8', where 0.8 is the weight."
+    return (
+        f"Give it with its base, as one text: 'BASE + {file.path}*0.8', where 0.8 is the weight. "
+        f"`dmm-jax inspect 'BASE + {file.path}'` tells whether its layers fit."
+    )
 
 
 def _style_base(file: TensorFile) -> dict:

@@ -79,5 +79,5 @@ def _read(path: pathlib.Path, student: Checkpoint, width: int) -> tuple[str, Flo
         )
     row = np.asarray(file[TABLE], np.float32)
     if not np.isfinite(row).all():
-        raise CheckpointError(f"{path} holds NaN or infinity. Fit it again, with a lower --learning-rate.")
+        raise CheckpointError(f"{path} holds NaN or infinity. Fit it again: `fit-style` with a lower --learning-rate.")
     return naming.printable(name), row

@@ -100,7 +100,7 @@ def with_loras(base: Checkpoint, path: pathlib.Path, files: Sequence[tuple[pathl
         path=path,
         components=components,
         loras=tuple(loras),
-        license=licenses.together([base.license, *(licenses.stated(file.metadata) for file, _ in opened)]),
+        license=licenses.together([base.license, *(licenses.stated(file.metadata, file.path) for file, _ in opened)]),
         unfolded_path=base.path,
         from_base=tuple(name for name in base.from_base if name not in folded),
     )
@@ -131,7 +131,13 @@ class AdapterAlone(CheckpointError):
 def refuse_alone(file: TensorFile) -> None:
     """Raises AdapterAlone if a file given as a checkpoint is an adapter, or CheckpointError if it is not read."""
     adapter_facts.refuse_other_kinds(file)
-    if facts := adapter_facts.facts(file):
+    facts = adapter_facts.facts(file)
+    if facts and facts["faulty"]:
+        raise CheckpointError(
+            f"{file.path} is a damaged adapter: factors are missing or do not belong together in the layers "
+            f"{naming.listed(facts['faulty'])}. Fetch it again, or save it again with the tool that made it."
+        )
+    if facts:
         raise AdapterAlone(f"{file.path} is {adapter_facts.sentence(facts)} {adapter_facts.how_to_use(file)}")
 
 

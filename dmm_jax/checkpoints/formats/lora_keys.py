@@ -76,7 +76,7 @@ OTHER_KINDS = {  # {a part of "key.": (a kind of file that is not read, what to 
     ".set_weight.": ("replaced weights", _MERGE), ".reshape_weight.": ("reshaped weights", _MERGE),
     "bundle_emb.": (
         "bundled textual inversions",
-        "Save the embedding as a file of its own and give it by --embedding, or use the LoRA without it.",
+        "Save the embedding as a file of its own and give it to `sample --embedding`, or use the LoRA without it.",
     ),
     ".absmax.": ("nf4 or int8 weights of bitsandbytes", "Use the float16 file of this adapter."),
 }  # fmt: skip

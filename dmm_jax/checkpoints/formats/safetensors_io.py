@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import pathlib
+import shlex
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import BinaryIO, NamedTuple
@@ -36,13 +37,7 @@ MAX_TENSORS = 100_000
 MAX_NAME_CHARS = 1024
 MAX_RESIDENT_BYTES = 2**26  # Bytes of one file that stay in the process's memory before its pages are released.
 HASH_PLACEHOLDER = "0x" + 64 * "0"  # As a metadata value: `save` replaces it by the SHA-256 of all tensors' bytes.
-HOW_TO_CONVERT = (
-    "It may hold a pickle, which runs code when it is opened, so it is not read. Convert it where you trust it: "
-    "torch.load(path, weights_only=True), then safetensors.torch.save_file(state_dict, 'model.safetensors')."
-)
-
-
-# {first bytes, without space and in lower case: (the format, what to do)}
+# {first bytes, without space and in lower case: (the format, what to do; "" for a pickle)}
 OTHER_FORMATS = {
     (b"version https://git-lfs",): (
         "a pointer of git-LFS and not the file itself",
@@ -57,8 +52,8 @@ OTHER_FORMATS = {
         "Give the .safetensors file, or the folder of the whole model.",
     ),
     (b"gguf",): ("a quantised GGUF file", "Quantised weights are not read. Use the float16 safetensors of this model."),
-    (b"pk\x03\x04",): ("a zip archive, as PyTorch's pickles are", HOW_TO_CONVERT),
-    (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"): ("a pickle", HOW_TO_CONVERT),
+    (b"pk\x03\x04",): ("a zip archive, as PyTorch's pickles are", ""),
+    (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"): ("a pickle", ""),
     (b"\x1f\x8b", b"7z\xbc\xaf", b"rar!"): ("a compressed archive", "Unpack it and give the .safetensors file in it."),
 }
 
@@ -153,7 +148,19 @@ class TensorFile(Mapping):
 def refuse_pickle(path: pathlib.Path) -> None:
     """Raises CheckpointError if a file's suffix is one that pickles have."""
     if path.suffix.lower() in PICKLES:
-        raise CheckpointError(f"{path} is a {path.suffix} file; only .safetensors files are opened. {HOW_TO_CONVERT}")
+        raise CheckpointError(
+            f"{path} is a {path.suffix} file; only .safetensors files are opened. {_conversion(path)}"
+        )
+
+
+def _conversion(path: pathlib.Path) -> str:
+    """Returns sentences about how to convert a pickle."""
+    out = path.with_name(f"{path.stem}{'_converted' if path.suffix == '.safetensors' else ''}.safetensors")
+    files = " ".join(shlex.quote(str(file)) for file in (path, out))
+    return (
+        "It may hold a pickle, which could run code when it is opened, so it is not read. With PyTorch installed, this "
+        f"converts it and runs no code of it: python -m dmm_jax.checkpoints.convert_pickle {files}"
+    )
 
 
 def _damaged(path: pathlib.Path, fault: str) -> CheckpointError:
@@ -164,7 +171,7 @@ def refuse_other_formats(path: pathlib.Path, first_bytes: bytes) -> None:
     """Raises CheckpointError that names a file's format and what to do, if its first bytes show a known one."""
     for marks, (kind, advice) in OTHER_FORMATS.items():
         if first_bytes.lstrip().lower().startswith(marks):
-            raise CheckpointError(f"{path} is {kind}. {advice}")
+            raise CheckpointError(f"{path} is {kind}. {advice or _conversion(path)}")
 
 
 def _read_header(file: BinaryIO, path: pathlib.Path, size: int) -> tuple[dict, int]:

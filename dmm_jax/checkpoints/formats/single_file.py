@@ -36,7 +36,7 @@ VAE_TRAINING = ("loss.", "model_ema.")  # Below the VAE's prefix: its discrimina
 EDM = ("edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std")
 FIRST_CONVOLUTION = "input_blocks.0.0.weight"  # In every UNet of this layout.
 CONTROL_NET = "input_hint_block.0.weight"
-VAE_ALONE, _EMBEDDING = "a VAE alone: give it by --vae", "a textual inversion: give it by --embedding"
+VAE_ALONE, _EMBEDDING = "a VAE alone, for `sample --vae`", "a textual inversion, for `sample --embedding`"
 # {the start of a key: the kind of network that has such keys}
 OTHER_NETWORKS = {
     "control_model.": "a ControlNet", "controlnet_": "a ControlNet", CONTROL_NET: "a ControlNet",
