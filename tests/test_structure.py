@@ -29,7 +29,6 @@ WITH_TORCH = {  # What the [torch] extra is for: no other module imports these.
     "dmm_jax.evaluation.verify_export",
     "dmm_jax.bench.peer",
     "dmm_jax.evaluation.convert_weights",
-    "dmm_jax.checkpoints.convert_pickle",
 }
 
 

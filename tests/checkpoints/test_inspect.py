@@ -189,7 +189,7 @@ def test_a_file_that_cannot_be_opened_leaves_the_other_reports(folder, single_fi
     pickle.write_bytes(b"\x80\x02.")
     report = inspect([folder, single_file, pickle, tmp_path / "gone"])
     assert [bool(entry["error"]) for entry in report["checkpoints"]] == [False, True, True, True]
-    for problem, words in zip(report["obstacles"], ("truncated", "convert_pickle", "no checkpoint"), strict=True):
+    for problem, words in zip(report["obstacles"], ("truncated", "weights_only", "no checkpoint"), strict=True):
         assert words in problem
     assert report["checkpoints"][1]["files"][0]["sha256"] == hashlib.sha256(single_file.read_bytes()).hexdigest()
     assert render(report).count("cannot be opened") == 3

@@ -37,6 +37,14 @@ MAX_TENSORS = 100_000
 MAX_NAME_CHARS = 1024
 MAX_RESIDENT_BYTES = 2**26  # Bytes of one file that stay in the process's memory before its pages are released.
 HASH_PLACEHOLDER = "0x" + 64 * "0"  # As a metadata value: `save` replaces it by the SHA-256 of all tensors' bytes.
+# A shell's command, to which the pickle and the new file are added. PyTorch Lightning nests tensors in "state_dict".
+CONVERSION = (
+    'python -c "import sys, torch, safetensors.torch; source, out = sys.argv[1:]; '
+    "read = torch.load(source, map_location='cpu', weights_only=True); read = read.get('state_dict', read); "
+    "tensors = {name: value.clone() for name, value in read.items() if torch.is_tensor(value)}; "
+    'safetensors.torch.save_file(tensors, out)"'
+)
+
 # {first bytes, without space and in lower case: (the format, what to do; "" for a pickle)}
 OTHER_FORMATS = {
     (b"version https://git-lfs",): (
@@ -159,7 +167,8 @@ def _conversion(path: pathlib.Path) -> str:
     files = " ".join(shlex.quote(str(file)) for file in (path, out))
     return (
         "It may hold a pickle, which could run code when it is opened, so it is not read. With PyTorch installed, this "
-        f"converts it and runs no code of it: python -m dmm_jax.checkpoints.convert_pickle {files}"
+        f"converts it and runs no code of it: {CONVERSION} {files} (If it is refused, it holds more than tensors: ask "
+        "its publisher for safetensors.)"
     )
 
 

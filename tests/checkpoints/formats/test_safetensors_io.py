@@ -189,7 +189,7 @@ def test_every_truncation_of_a_file_is_refused(tmp_path):
 @pytest.mark.parametrize("ending", [".ckpt", ".pt", ".pth", ".bin", ".CKPT"])
 def test_pickles_are_refused_unopened_with_the_way_to_convert(tmp_path, ending):
     path = tmp_path / f"model{ending}"  # The file does not exist: its suffix decides.
-    with pytest.raises(CheckpointError, match="convert_pickle"):
+    with pytest.raises(CheckpointError, match="weights_only"):
         TensorFile(path)
 
 
@@ -318,8 +318,8 @@ OTHER_FILES = {
     b"\n<!DOCTYPE html><html></html>": "web page.*Download the file again",
     b'{"error": "gated"}': "JSON text",
     b"GGUF\3\0\0\0\0\0\0\0\0": "quantised GGUF",
-    b"PK\3\4\x14\0\0\0\0\0": "zip archive.*convert_pickle",
-    b"\x80\4\x95\0\0\0\0\0\0\0\0": "pickle.*convert_pickle",
+    b"PK\3\4\x14\0\0\0\0\0": "zip archive.*weights_only",
+    b"\x80\4\x95\0\0\0\0\0\0\0\0": "pickle.*weights_only",
     b"\x1f\x8b\0\0\0\0\0\0\0\0": "compressed archive",
 }
 
