@@ -8,6 +8,7 @@ import numpy as np
 from dmm_jax.data.batches import Batch
 from dmm_jax.distill.state import TrainState
 from dmm_jax.distill.teachers import Frozen, Teachers
+from dmm_jax.models import block_loops
 
 # Memory traffic of AdamW, in multiples of the parameters' bytes: it reads the gradients once for their norm, then again
 # with the parameters and the two moments, and writes the parameters and the moments.
@@ -25,6 +26,20 @@ def per_device(tree) -> int:
 def total(tree) -> int:
     """Returns the bytes of a tree over all devices; copies count once."""
     return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def looped_kernels(params, dtype: str) -> int:
+    """Returns the bytes of the casts of the kernels in loops over blocks, on each device; 0 if they need no cast.
+
+    A GPU's compiler casts the kernels of all blocks before the loop, and keeps them for the backward pass.
+
+    Args:
+      params: of the student, as shapes; the blocks of a loop are stacked.
+      dtype: of the arithmetic.
+    """
+    leaves = jax.tree.leaves_with_path(params)
+    kernels = [leaf for path, leaf in leaves if block_loops.is_stacked(path) and leaf.ndim > 2]
+    return sum(leaf.size * np.dtype(dtype).itemsize for leaf in kernels if leaf.dtype != np.dtype(dtype))
 
 
 def streamed_bytes(teachers: Teachers, num_rows: int) -> int:

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import pytest
 
 from dmm_jax import train
+from dmm_jax.bench import networks as bench_networks
 from dmm_jax.checkpoints.abstract import abstract_params
 from dmm_jax.checkpoints.open import open_checkpoint
 from dmm_jax.config.files import read_config
 from dmm_jax.config.serialization import to_json
 from dmm_jax.distill import incremental, student, teachers
 from dmm_jax.distill import step as distill_step
+from dmm_jax.distill.definition import Definition
 from dmm_jax.distill.optimizer import make_optimizers
 from dmm_jax.distill.state import init_state
 from dmm_jax.models.unet_config import merged_config
@@ -189,3 +191,17 @@ def test_train_prints_the_plan_of_its_compiled_step(tiny, capsys, tmp_path):
     assert "Roofline" not in table  # The rates of a CPU are not known.
     assert f"checkpoints {planned.disk['checkpoints'] / MIB:.1f} MiB" in table
     assert len(table[table.index("cpu: 1 x cpu") :].splitlines()) <= 25
+
+
+def test_a_gpu_keeps_the_casts_of_looped_kernels(config):
+    base, mesh = bench_networks.abstract_checkpoint("tiny_xl"), sharding.abstract_mesh(num_devices=1)
+    params = Definition(config, base, mesh).abstract_state().student.params
+    whole = abstract_params("unet", base.unet_config)  # Its only group of four blocks, in the lowest level.
+    groups = [unet["attentions"][number] for unet in (whole["down_blocks"][1], whole["mid_block"], whole["up_blocks"][0])
+              for number in unet["attentions"]]  # fmt: skip
+    kernels = [leaf.size for group in groups for leaf in jax.tree.leaves(group["transformer_blocks"]) if leaf.ndim > 1]
+    assert memory.looped_kernels(params, "bfloat16") == 2 * sum(kernels) > 0
+    assert memory.looped_kernels(params, "float32") == 0
+    config.loop_blocks = 0
+    unlooped = Definition(config, base, mesh).abstract_state().student.params
+    assert memory.looped_kernels(unlooped, "bfloat16") == 0
