@@ -155,7 +155,7 @@ def test_clip_and_lpips_add_their_measures(workdir, tmp_path):
 @pytest.mark.parametrize("count", ["-3", "1"])
 def test_too_few_pictures_for_a_distance_are_refused(workdir, count, no_drawing, capsys):
     assert cli.main(["evaluate", str(workdir), "--n", count]) == 1
-    assert f"num_images must be a whole number of at least 2; got {count}." in capsys.readouterr().err
+    assert f"--n must be a whole number of at least 2; got {count}." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
