@@ -8,7 +8,18 @@ import pytest
 from flax import nnx
 
 from dmm_jax.models.autoencoder_kl import Attention, AutoencoderKL, DiagonalGaussian, DownEncoderBlock2D
-from tests.models.torch_parity import SCALES, TOLERANCE, load, normal, parameters, relative_error, scaled, to_torch
+from tests.models.torch_parity import (
+    SCALES,
+    TOLERANCE,
+    abstract,
+    draw,
+    load,
+    normal,
+    parameters,
+    relative_error,
+    scaled,
+    to_torch,
+)
 
 # config.json of Stable Diffusion XL's VAE; that of Stable Diffusion 1 differs in sample_size and scaling_factor only.
 FULL = {
@@ -50,15 +61,18 @@ VARIANTS = {
 }
 
 
+def pure(model):
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
 @functools.cache
 def initial_params():
-    """Returns the initial parameters of TINY, from one program: one program per tensor takes seconds."""
-    draw = jax.jit(lambda: nnx.to_pure_dict(nnx.state(AutoencoderKL.from_config(TINY, rngs=nnx.Rngs(0)), nnx.Param)))
-    return draw()
+    """Returns initial parameters of TINY."""
+    return pure(draw(abstract(AutoencoderKL.from_config, TINY)))
 
 
 def tiny(dtype=jnp.float32, **changes):
-    model = nnx.eval_shape(lambda: AutoencoderKL.from_config({**TINY, **changes}, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = abstract(AutoencoderKL.from_config, {**TINY, **changes}, dtype=dtype)
     nnx.update(model, initial_params())
     return model
 
@@ -74,21 +88,31 @@ def torch_twin(config, scale):
     return scaled(diffusers.AutoencoderKL(**config), scale)
 
 
+@functools.cache
+def programs(name):
+    """Returns a variant's shapes-only model, and its compiled encoder and decoder over parameters."""
+    model = abstract(AutoencoderKL.from_config, VARIANTS[name])
+    graph, _ = nnx.split(model, nnx.Param)
+    encode = jax.jit(lambda params, images: nnx.merge(graph, params).encode(images))
+    return model, encode, jax.jit(lambda params, latents: nnx.merge(graph, params).decode(latents))
+
+
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
-def test_encoding_and_decoding_are_those_of_diffusers(config, scale):
+@pytest.mark.parametrize("name", VARIANTS)
+def test_encoding_and_decoding_are_those_of_diffusers(name, scale):
+    config = VARIANTS[name]
     twin = torch_twin(config, scale)
-    model = nnx.eval_shape(lambda: AutoencoderKL.from_config(config, rngs=nnx.Rngs(0)))
-    load(model, twin)
+    model, encode, decode = programs(name)
+    params = pure(load(model, twin))
 
     images = normal(2, 16, 24, config.get("in_channels", 3))
-    output, expected = jax.jit(model.encode)(images), twin.encode(to_torch(images)).latent_dist
+    output, expected = encode(params, images), twin.encode(to_torch(images)).latent_dist
     assert relative_error(output.mean, expected.mean) < TOLERANCE
     assert relative_error(output.logvar, expected.logvar) < TOLERANCE
     assert relative_error(output.std, expected.std) < TOLERANCE
 
     latents = normal(2, 4, 6, config.get("latent_channels", 4))
-    assert relative_error(jax.jit(model.decode)(latents), twin.decode(to_torch(latents)).sample) < TOLERANCE
+    assert relative_error(decode(params, latents), twin.decode(to_torch(latents)).sample) < TOLERANCE
 
 
 @pytest.mark.parametrize("size", [2.0, 0.1])
@@ -100,7 +124,7 @@ def test_the_attention_is_that_of_diffusers_on_large_and_small_inputs(size):
         16, heads=1, dim_head=16, eps=1e-6, norm_num_groups=4, residual_connection=True, bias=True, upcast_softmax=True
     )
     scaled(twin, 1.7)
-    layer = nnx.eval_shape(lambda: Attention(16, 4, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    layer = abstract(Attention, 16, 4, dtype=jnp.float32)
     load(layer, twin)
     hidden = normal(2, 3, 5, 16, std=size)
     assert relative_error(jax.jit(layer)(hidden), twin(to_torch(hidden))) < TOLERANCE
@@ -112,20 +136,20 @@ def test_a_down_block_is_that_of_diffusers_on_even_and_odd_sizes(size):
     from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D as TorchBlock
 
     twin = scaled(TorchBlock(8, 12, num_layers=2, resnet_groups=4, downsample_padding=0), 1.7)
-    block = nnx.eval_shape(lambda: DownEncoderBlock2D(8, 12, 2, 4, True, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    block = abstract(DownEncoderBlock2D, 8, 12, 2, 4, True, dtype=jnp.float32)
     load(block, twin)
     hidden = normal(1, 6, 7, 8, std=size)
     assert relative_error(jax.jit(block)(hidden), twin(to_torch(hidden))) < TOLERANCE
 
 
 def test_the_full_vae_has_248_tensors_and_83_65_million_parameters():
-    model = nnx.eval_shape(lambda: AutoencoderKL.from_config(FULL, rngs=nnx.Rngs(0)))
+    model = abstract(AutoencoderKL.from_config, FULL)
     assert len(parameters(model)) == 248 and num_parameters(model) == 83_653_863
     assert model.scaling_factor == 0.13025 and model.downsampling == 8
 
 
 def test_all_52_norms_have_epsilon_1e_6_and_are_float32():
-    model = nnx.eval_shape(lambda: AutoencoderKL.from_config(FULL, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    model = abstract(AutoencoderKL.from_config, FULL, dtype=jnp.bfloat16)
     norms = [module for _, module in nnx.iter_modules(model) if isinstance(module, nnx.GroupNorm)]
     assert len(norms) == 52
     assert {(norm.epsilon, norm.use_fast_variance, norm.dtype) for norm in norms} == {(1e-6, False, jnp.float32)}

@@ -8,7 +8,7 @@ from flax import nnx
 
 from dmm_jax.models.clip_text import CLIPTextModel
 from dmm_jax.runtime.errors import UserError
-from tests.models.torch_parity import SCALES, TOLERANCE, load, parameters, relative_error
+from tests.models.torch_parity import SCALES, TOLERANCE, abstract, draw, load, parameters, relative_error
 
 TINY = {
     "vocab_size": 40,
@@ -68,7 +68,7 @@ FIRST_END, FIRST_LARGEST = [1, 5, 6], [2, 6, 0]
 
 
 def tiny(**changes):
-    return CLIPTextModel.from_config({**TINY, **changes}, rngs=nnx.Rngs(0))
+    return draw(abstract(CLIPTextModel.from_config, {**TINY, **changes}))
 
 
 def num_parameters(model):
@@ -103,7 +103,7 @@ def test_every_output_is_that_of_transformers(scale, hidden_act, eos_token_id, w
 
     config = {**TINY, "hidden_act": hidden_act, "eos_token_id": eos_token_id}
     twin, tensors = torch_twin(config, scale, with_projection)
-    model = nnx.eval_shape(lambda: CLIPTextModel.from_config(config, with_projection=with_projection, rngs=nnx.Rngs(0)))
+    model = abstract(CLIPTextModel.from_config, config, with_projection=with_projection)
 
     output = load(model, tensors)(jnp.asarray(IDS))
     expected = twin(torch.from_numpy(IDS).long(), output_hidden_states=True)
@@ -149,7 +149,7 @@ def test_the_last_hidden_state_is_the_norm_of_the_last_layers():
     ids=["CLIP-L", "OpenCLIP-H", "OpenCLIP-bigG"],
 )
 def test_the_full_encoders_have_their_tensors_and_parameters(changes, num_tensors, num_values):
-    model = nnx.eval_shape(lambda: CLIPTextModel.from_config({**SD15, **changes}, rngs=nnx.Rngs(0)))
+    model = abstract(CLIPTextModel.from_config, {**SD15, **changes})
     keys = set(parameters(model)) - {"text_projection.weight"}
     assert len(parameters(model)) == num_tensors and num_parameters(model) == num_values
     assert all(key.startswith("text_model.") for key in keys)
@@ -168,7 +168,7 @@ def test_the_architecture_named_in_the_config_decides_on_a_projection():
 
 def test_bfloat16_has_float32_parameters_and_is_close():
     exact = tiny()(jnp.asarray(IDS))
-    model = CLIPTextModel.from_config(TINY, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    model = draw(abstract(CLIPTextModel.from_config, TINY, dtype=jnp.bfloat16))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     rough = model(jnp.asarray(IDS))
     assert {state.dtype for state in jax.tree.leaves(rough)} == {jnp.dtype("bfloat16")}
@@ -176,7 +176,7 @@ def test_bfloat16_has_float32_parameters_and_is_close():
 
 
 def test_two_builds_of_one_config_share_a_graph():
-    graphs = [nnx.split(nnx.eval_shape(tiny))[0] for _ in range(2)]
+    graphs = [nnx.split(abstract(CLIPTextModel.from_config, TINY))[0] for _ in range(2)]
     assert graphs[0] == graphs[1] and hash(graphs[0]) == hash(graphs[1])
 
 
