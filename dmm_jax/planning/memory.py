@@ -28,18 +28,19 @@ def total(tree) -> int:
     return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
-def looped_kernels(params, dtype: str) -> int:
+def looped_kernels(params, dtype: str, fsdp: int = 1) -> float:
     """Returns the bytes of the casts of the kernels in loops over blocks, on each device; 0 if they need no cast.
 
-    A GPU's compiler casts the kernels of all blocks before the loop, and keeps them for the backward pass.
+    A compiler casts the kernels of all blocks before the loop, and keeps them for the backward pass.
 
     Args:
       params: of the student, as shapes; the blocks of a loop are stacked.
       dtype: of the arithmetic.
+      fsdp: the axis that divides the casts; the loop gathers one block at a time.
     """
     leaves = jax.tree.leaves_with_path(params)
     kernels = [leaf for path, leaf in leaves if block_loops.is_stacked(path) and leaf.ndim > 2]
-    return sum(leaf.size * np.dtype(dtype).itemsize for leaf in kernels if leaf.dtype != np.dtype(dtype))
+    return sum(leaf.size * np.dtype(dtype).itemsize for leaf in kernels if leaf.dtype != np.dtype(dtype)) / fsdp
 
 
 def streamed_bytes(teachers: Teachers, num_rows: int) -> int:

@@ -19,8 +19,7 @@ from dmm_jax.planning.program import Program
 from dmm_jax.planning.requirements import COMPILED, ESTIMATED, GIB, Plan, StepCost
 
 # The margin as a share of the estimated temporaries: a TPU's padding and the code of its program, gaps in a GPU's
-# allocator. With it, the estimate of every row in docs/plan.md is at least what was compiled or measured, except Stable
-# Diffusion XL's, which is up to 4 % low.
+# allocator. With it, the estimate of every row in docs/plan.md is at least what was compiled.
 MARGIN = {"tpu": 0.17, "gpu": 0.02}
 ESTIMATED_NOTE = (
     "temporaries and memory traffic are estimated from the traced program; docs/plan.md compares such estimates with "
@@ -106,9 +105,9 @@ def measure(program: Program, target: devices.Topology, full_effort: bool) -> St
 def estimate(program: Program, target: devices.Topology) -> StepCost:
     """Estimates the step's cost: temporaries and traffic by `lifetimes`, collectives by `collectives.predict`."""
     array_bytes = program.array_bytes()
-    if program.platform == "gpu":
-        casts = memory.looped_kernels(program.arguments.state.student.params, program.config.dtype)
-        array_bytes |= {"looped kernels": casts} if casts else {}
+    params, fsdp = program.arguments.state.student.params, program.mesh.shape["fsdp"]
+    casts = memory.looped_kernels(params, program.config.dtype, fsdp)
+    array_bytes |= {"looped kernels": casts} if casts else {}
     attention = choose_implementation(program.config.attention, program.config.dtype, program.platform)
     # Neither kernel writes its scores to memory, so cuDNN's is traced as "flash".
     attention = "flash" if attention == "cudnn" else attention

