@@ -197,8 +197,8 @@ def test_the_casts_of_looped_kernels_are_counted(config):
     base, mesh = bench_networks.abstract_checkpoint("tiny_xl"), sharding.abstract_mesh(num_devices=1)
     params = Definition(config, base, mesh).abstract_state().student.params
     whole = abstract_params("unet", base.unet_config)  # Its only group of four blocks, in the lowest level.
-    groups = [unet["attentions"][number] for unet in (whole["down_blocks"][1], whole["mid_block"], whole["up_blocks"][0])
-              for number in unet["attentions"]]  # fmt: skip
+    unets = whole["down_blocks"][1], whole["mid_block"], whole["up_blocks"][0]
+    groups = [unet["attentions"][number] for unet in unets for number in unet["attentions"]]
     kernels = [leaf.size for group in groups for leaf in jax.tree.leaves(group["transformer_blocks"]) if leaf.ndim > 1]
     assert memory.looped_kernels(params, "bfloat16") == 2 * sum(kernels) > 0
     assert memory.looped_kernels(params, "bfloat16", fsdp=2) == sum(kernels)
